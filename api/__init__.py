@@ -1,0 +1,1 @@
+"""What users touch: the command line, the HTTP front end and the engine that schedules requests."""

@@ -1,0 +1,72 @@
+"""Errors of requests and options, and the one table from error to HTTP status and exit code."""
+
+from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, ProtocolError, StartError
+from stages.errors import DeviceError, PlanError, StepError
+from weights.errors import CacheError, CheckpointError, GalaxylineError
+
+
+class OptionError(GalaxylineError):
+    """A command line option or environment variable that cannot be followed."""
+
+
+class RequestError(GalaxylineError):
+    """A request that the client must change; `param` is the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that this server does not serve."""
+
+
+class NotReadyError(GalaxylineError):
+    """No token can be made now: stages are loading, or one is lost."""
+
+
+class EngineError(GalaxylineError):
+    """The engine process ended or did not answer within its deadline."""
+
+
+HTTP_STATUS: dict[type[GalaxylineError], int] = {
+    UnknownModelError: 404,
+    RequestError: 400,
+    NotReadyError: 503,
+    EngineError: 503,
+    PipelineError: 503,
+    GalaxylineError: 500,
+}
+
+EXIT_CODE: dict[type[GalaxylineError], int] = {
+    OptionError: 2,
+    RequestError: 2,
+    CheckpointError: 2,
+    PlanError: 2,
+    PlacementError: 2,
+    CacheError: 1,
+    ClusterError: 1,
+    StartError: 1,
+    LinkError: 1,
+    ProtocolError: 1,
+    PipelineError: 1,
+    EngineError: 1,
+    NotReadyError: 1,
+    DeviceError: 1,
+    StepError: 1,
+    GalaxylineError: 1,
+}
+
+
+def http_status(error: GalaxylineError) -> int:
+    """The status of the nearest class in the table."""
+    return _nearest(HTTP_STATUS, error)
+
+
+def exit_code(error: GalaxylineError) -> int:
+    """The exit code of the nearest class in the table: 2 where the user can mend it, else 1."""
+    return _nearest(EXIT_CODE, error)
+
+
+def _nearest(table: dict[type[GalaxylineError], int], error: GalaxylineError) -> int:
+    return next(table[kind] for kind in type(error).__mro__ if kind in table)

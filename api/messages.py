@@ -1,0 +1,79 @@
+"""What the front end and the engine say to each other over their unix socket, as msgpack frames."""
+
+from typing import Literal
+
+import msgspec
+
+from stages.step import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+EnginePhase = Literal["loading", "ready", "failed"]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """Base of all messages: positional on the wire, checked on decoding."""
+
+
+class AddRequest(Message, frozen=True, kw_only=True):
+    """One sequence to complete. `stop_token_ids` end it with "stop" and are not handed out, unless it ignores eos.
+
+    `request_id` counts upward for the life of the front end; an `n` of 4 is four requests.
+    """
+
+    request_id: int
+    tokens: list[int]
+    max_tokens: int
+    stop_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class AbortRequest(Message, frozen=True, kw_only=True):
+    """The client of this request is gone, or has what it wanted: no later step may contain it. Unknown ids are fine."""
+
+    request_id: int
+
+
+class GetCounts(Message, frozen=True, kw_only=True):
+    """Asks for `Counts`."""
+
+
+class RequestOutput(Message, frozen=True, kw_only=True):
+    """New tokens of one request; the last output, and only the last, has a `finish_reason`.
+
+    With "error", `error` is a sentence for the client.
+    """
+
+    request_id: int
+    tokens: list[int]
+    finish_reason: FinishReason | None
+    error: str | None
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    """What one step produced, for all its requests."""
+
+    outputs: list[RequestOutput]
+
+
+class EngineState(Message, frozen=True, kw_only=True):
+    """Where the engine stands; sent on every change. `detail` says which stage loads what, or why it failed."""
+
+    phase: EnginePhase
+    detail: str
+
+
+class Counts(Message, frozen=True, kw_only=True):
+    """The engine's own books: after all requests ended, `waiting`, `running` and `steps_in_flight` are 0 and all
+    slots and blocks are free."""
+
+    waiting: int
+    running: int
+    steps_in_flight: int
+    free_slots: int
+    slots: int
+    free_blocks: int
+    blocks: int
+
+
+ToEngine = AddRequest | AbortRequest | GetCounts
+FromEngine = Outputs | EngineState | Counts

@@ -1,0 +1,62 @@
+"""What a stage is told beside its layers: where the weights are, in which dtype, and how large the KV cache is."""
+
+from typing import Literal
+
+import msgspec
+
+from stages.errors import PlanError
+
+Dtype = Literal["float32", "bfloat16"]
+LoadFormat = Literal["auto", "dummy"]
+
+TILE = 32
+"""Edge of a Wormhole tile; block sizes and prefill starts are multiples of it."""
+
+
+class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Size of the paged KV cache, the same on every stage of a pipeline.
+
+    `slots` requests run at once, spread over `pools` shards; each pool has `blocks` blocks of `block_size` tokens.
+    Slots are numbered so that `pool_of` needs no table.
+    """
+
+    slots: int
+    pools: int
+    blocks: int
+    block_size: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < TILE or self.block_size % TILE:
+            raise PlanError(f"Block size {self.block_size} is no multiple of {TILE}: choose {TILE}, {2 * TILE}, ...")
+        if self.slots < 1 or self.pools < 1 or self.slots % self.pools:
+            raise PlanError(f"{self.slots} slots cannot be shared evenly by {self.pools} pools.")
+        if self.blocks < self.blocks_per_slot:
+            raise PlanError(
+                f"{self.blocks} blocks of {self.block_size} tokens cannot hold one request of {self.max_model_len} "
+                f"tokens: give at least {self.blocks_per_slot} blocks or lower --max-model-len."
+            )
+
+    @property
+    def blocks_per_slot(self) -> int:
+        """Blocks that a request of the greatest length takes: the width of a page table."""
+        return -(-self.max_model_len // self.block_size)
+
+    def pool_of(self, slot: int) -> int:
+        """The pool whose blocks the slot uses; neighbouring slots lie in neighbouring pools."""
+        return slot % self.pools
+
+
+class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that all stages of a pipeline have in common.
+
+    `model_path` is a checkpoint directory; with `load_format` "dummy" only its config.json is read and the weights
+    are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
+    """
+
+    model_path: str
+    cache_dir: str
+    dtype: Dtype
+    load_format: LoadFormat
+    seed: int
+    cache: CacheOptions

@@ -1,0 +1,112 @@
+"""Layers to stages: a pure function of the model's size and the number of stages."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from stages.errors import PlanError
+from weights.model_config import ModelConfig
+
+
+class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One pipeline stage: the layers [first_layer, end_layer), the embedding at the front, the head at the end."""
+
+    index: int
+    stages: int
+    first_layer: int
+    end_layer: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage embeds token ids."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage holds the final norm, the head and the sampler."""
+        return self.index == self.stages - 1
+
+    @property
+    def layers(self) -> range:
+        """The decoder layers of this stage."""
+        return range(self.first_layer, self.end_layer)
+
+
+def plan_stages(config: ModelConfig, stages: int) -> list[StageSpec]:
+    """Splits the layers into contiguous ranges so that the dearest stage is as cheap as can be.
+
+    Cost is the number of weights that a decode step of one token reads: what bounds a small batch. Raises PlanError
+    unless 1 <= stages <= layers.
+    """
+    layers = config.num_hidden_layers
+    if not 1 <= stages <= layers:
+        raise PlanError(f"Cannot split {layers} layers into {stages} stages: choose between 1 and {layers} stages.")
+    costs = [layer_cost(config, layer) for layer in range(layers)]
+    costs[-1] += config.vocab_size * config.hidden_size
+    return _specs(balanced_split(costs, stages))
+
+
+def explicit_stages(config: ModelConfig, layers_per_stage: Sequence[int]) -> list[StageSpec]:
+    """One stage for each entry, of that many layers.
+
+    Raises PlanError unless every entry is positive and they add up to the model's layers.
+    """
+    total = sum(layers_per_stage)
+    if not layers_per_stage or min(layers_per_stage) < 1 or total != config.num_hidden_layers:
+        raise PlanError(
+            f"The split {','.join(map(str, layers_per_stage))} holds {total} layers; give every stage at least one, "
+            f"and {config.num_hidden_layers} in all."
+        )
+    return _specs(layers_per_stage)
+
+
+def layer_cost(config: ModelConfig, layer: int) -> int:
+    """Weights of a decoder layer that one token's decode reads."""
+    heads = config.num_attention_heads
+    attention = (
+        config.hidden_size * (config.q_lora_rank + config.kv_dim)
+        + config.q_lora_rank * heads * config.qk_head_dim
+        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        + heads * config.v_head_dim * config.hidden_size
+    )
+    if not config.is_moe(layer):
+        return attention + 3 * config.hidden_size * config.intermediate_size
+    experts = config.num_experts_per_tok + config.n_shared_experts
+    router = config.hidden_size * config.n_routed_experts
+    return attention + router + 3 * config.hidden_size * config.moe_intermediate_size * experts
+
+
+def balanced_split(costs: Sequence[int], parts: int) -> list[int]:
+    """Sizes of `parts` contiguous, non-empty runs of `costs` whose dearest run is the cheapest possible.
+
+    The linear partition problem by dynamic programming (Skiena, The Algorithm Design Manual, 8.5).
+    """
+    before = [0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    count = len(costs)
+    # worst[p][n]: the dearest run when the first n costs form p runs; cut[p][n]: where its last run begins.
+    worst = [[0] * (count + 1) for _ in range(parts + 1)]
+    cut = [[0] * (count + 1) for _ in range(parts + 1)]
+    worst[1] = list(before)
+    for part in range(2, parts + 1):
+        for end in range(part, count + 1):
+            worst[part][end], cut[part][end] = min(
+                (max(worst[part - 1][begin], before[end] - before[begin]), begin) for begin in range(part - 1, end)
+            )
+    sizes = []
+    end = count
+    for part in range(parts, 0, -1):
+        begin = cut[part][end]
+        sizes.append(end - begin)
+        end = begin
+    return sizes[::-1]
+
+
+def _specs(sizes: Sequence[int]) -> list[StageSpec]:
+    specs = []
+    first = 0
+    for index, size in enumerate(sizes):
+        specs.append(StageSpec(index=index, stages=len(sizes), first_layer=first, end_layer=first + size))
+        first += size
+    return specs

@@ -1,0 +1,225 @@
+"""The configuration of a DeepSeek-V3 model: the keys of its config.json that change what is computed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+
+from weights.errors import CheckpointError
+
+CONFIG_FILE_BYTES_MAX = 1 << 20
+
+
+@runtime_checkable
+class HuggingFaceConfig(Protocol):
+    """What we need of a transformers configuration object."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, as in config.json."""
+
+
+class Yarn(msgspec.Struct, frozen=True, kw_only=True):
+    """YaRN's parameters (arXiv:2309.00071), under the names of DeepSeek's config.json."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes and constants of one DeepSeek-V3 model, under the names of its config.json.
+
+    `yarn` is None where the rope is not scaled. Everything is checked on construction by `from_dict`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    n_shared_experts: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    first_k_dense_replace: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    yarn: Yarn | None
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Values a head compares: the part without and the part with rotary positions."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Values the latent KV cache keeps for each token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^-0.5, times mscale squared under YaRN (modeling_deepseek.py, DeepseekV3Attention)."""
+        scale = self.qk_head_dim**-0.5
+        if self.yarn is not None and self.yarn.mscale_all_dim:
+            scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
+        return scale
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is a mixture of experts."""
+        return layer >= self.first_k_dense_replace
+
+    @classmethod
+    def from_hf(cls, hf_config: "HuggingFaceConfig | ModelConfig") -> "ModelConfig":
+        """Takes a transformers DeepseekV3Config, or a ModelConfig as it is.
+
+        Raises CheckpointError as `from_dict` does.
+        """
+        if isinstance(hf_config, ModelConfig):
+            return hf_config
+        return cls.from_dict(hf_config.to_dict(), source="the given configuration")
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ModelConfig":
+        """Reads a config.json.
+
+        Raises CheckpointError where it cannot be read, is no JSON object, or is not DeepSeek-V3's.
+        """
+        try:
+            if path.stat().st_size > CONFIG_FILE_BYTES_MAX:
+                raise CheckpointError(f"{path} is larger than {CONFIG_FILE_BYTES_MAX} bytes: it is no model config.")
+            keys = json.loads(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+        if not isinstance(keys, dict):
+            raise CheckpointError(f"{path} holds no JSON object.")
+        return cls.from_dict(keys, source=str(path))
+
+    @classmethod
+    def from_dict(cls, keys: dict[str, Any], *, source: str) -> "ModelConfig":
+        """Takes config.json's keys, in DeepSeek's layout or in that of transformers 5.
+
+        `source` names the file in errors. Raises CheckpointError where the model is not a DeepSeek-V3, a key is
+        missing or of the wrong type, or the sizes contradict each other.
+        """
+        _refuse_other_models(keys, source)
+        values = {field: keys[field] for field in cls.__struct_fields__ if field in keys}
+        values.update(_rope(keys, source))
+        values["eos_token_ids"] = _token_ids(keys.get("eos_token_id"))
+        values.setdefault("bos_token_id", None)
+        values.setdefault("tie_word_embeddings", False)
+        values.setdefault("norm_topk_prob", True)
+        try:
+            config = msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{source}: {error}.") from error
+        _refuse_contradictions(config, source)
+        return config
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1 (YaRN, arXiv:2309.00071, equation 22, as DeepSeek scales it)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _refuse_other_models(keys: dict[str, Any], source: str) -> None:
+    if keys.get("model_type") != "deepseek_v3":
+        raise CheckpointError(
+            f"{source}: model_type is {keys.get('model_type')!r}; only 'deepseek_v3' checkpoints can be served."
+        )
+    fixed = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "rope_interleave": True,
+    }
+    for key, value in fixed.items():
+        if keys.get(key, value) != value:
+            raise CheckpointError(f"{source}: {key} is {keys[key]!r}; DeepSeek-V3 has {value!r}.")
+    if keys.get("q_lora_rank", 0) is None:
+        raise CheckpointError(f"{source}: q_lora_rank is null; only models with compressed queries can be served.")
+    heads = keys.get("num_attention_heads")
+    if keys.get("num_key_value_heads", heads) != heads:
+        raise CheckpointError(f"{source}: num_key_value_heads must equal num_attention_heads ({heads}).")
+
+
+def _rope(keys: dict[str, Any], source: str) -> dict[str, Any]:
+    """rope_theta and yarn, from `rope_scaling` (DeepSeek's layout) or `rope_parameters` (transformers 5)."""
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{source}: rope_scaling is no JSON object.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
+    if kind == "default":
+        return {"rope_theta": theta, "yarn": None}
+    if kind != "yarn":
+        raise CheckpointError(f"{source}: rope type {kind!r} is unknown; 'yarn' and 'default' are served.")
+    try:
+        return {"rope_theta": theta, "yarn": msgspec.convert(rope, Yarn)}
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{source}: rope_scaling: {error}.") from error
+
+
+def _token_ids(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _refuse_contradictions(config: ModelConfig, source: str) -> None:
+    counts = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        *(
+            "n_shared_experts",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "routed_scaling_factor",
+        ),
+    )
+    for name in counts:
+        if not getattr(config, name) > 0:
+            raise CheckpointError(f"{source}: {name} is {getattr(config, name)}; it must be positive.")
+    if config.first_k_dense_replace < 0:
+        raise CheckpointError(f"{source}: first_k_dense_replace is negative.")
+    if config.qk_rope_head_dim % 2:
+        raise CheckpointError(f"{source}: qk_rope_head_dim is {config.qk_rope_head_dim}; rotary positions need pairs.")
+    _refuse_impossible_routing(config, source)
+
+
+def _refuse_impossible_routing(config: ModelConfig, source: str) -> None:
+    if config.n_routed_experts % config.n_group:
+        raise CheckpointError(f"{source}: {config.n_routed_experts} experts cannot form {config.n_group} equal groups.")
+    group = config.n_routed_experts // config.n_group
+    if group < 2:
+        raise CheckpointError(f"{source}: groups of {group} expert; a group's score sums its best two.")
+    if config.topk_group > config.n_group:
+        raise CheckpointError(f"{source}: topk_group {config.topk_group} of only {config.n_group} groups.")
+    if config.num_experts_per_tok > config.topk_group * group:
+        raise CheckpointError(
+            f"{source}: {config.num_experts_per_tok} experts a token, but the {config.topk_group} groups chosen "
+            f"hold {config.topk_group * group}."
+        )
