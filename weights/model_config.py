@@ -77,7 +77,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times mscale squared under YaRN (modeling_deepseek.py, DeepseekV3Attention)."""
-        scale = self.qk_head_dim**-0.5
+        scale: float = self.qk_head_dim**-0.5
         if self.yarn is not None and self.yarn.mscale_all_dim:
             scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
         return scale
