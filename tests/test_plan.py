@@ -1,0 +1,89 @@
+"""Stage plans against brute force, and their invariants."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.errors import PlanError
+from stages.plan import StageSpec, balanced_split, explicit_stages, layer_cost, plan_stages
+from weights.model_config import ModelConfig
+
+R1 = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 163840,
+}
+CONFIG = ModelConfig.from_dict(R1, source="R1")
+
+
+def dearest(costs: list[int], sizes: list[int]) -> int:
+    ends = list(itertools.accumulate(sizes))
+    return max(sum(costs[end - size : end]) for size, end in zip(sizes, ends, strict=True))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
+def test_no_split_has_a_cheaper_dearest_stage(costs: list[int], data: st.DataObject) -> None:
+    parts = data.draw(st.integers(1, len(costs)))
+    sizes = balanced_split(costs, parts)
+    borders = itertools.combinations(range(1, len(costs)), parts - 1)
+    every = ([b - a for a, b in itertools.pairwise((0, *inner, len(costs)))] for inner in borders)
+    assert sum(sizes) == len(costs)
+    assert len(sizes) == parts
+    assert min(sizes) >= 1
+    assert dearest(costs, sizes) == min(dearest(costs, other) for other in every)
+
+
+@given(st.integers(1, 61))
+def test_stages_cover_every_layer_once_in_order(stages: int) -> None:
+    specs = plan_stages(CONFIG, stages)
+    assert [layer for spec in specs for layer in spec.layers] == list(range(61))
+    assert [spec.index for spec in specs] == list(range(stages))
+    assert [spec.is_first for spec in specs] == [True] + [False] * (stages - 1)
+    assert [spec.is_last for spec in specs] == [False] * (stages - 1) + [True]
+
+
+def test_an_active_token_of_r1_reads_37_billion_weights() -> None:
+    """DeepSeek-V3's technical report (arXiv:2412.19437) gives 37 B activated parameters, embeddings included."""
+    active = sum(layer_cost(CONFIG, layer) for layer in range(61)) + 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert active == pytest.approx(37.5e9, rel=0.01)
+
+
+@pytest.mark.parametrize("stages", [0, -1, 62])
+def test_an_impossible_number_of_stages_is_refused_with_the_numbers(stages: int) -> None:
+    with pytest.raises(PlanError, match=rf"61 layers into {stages} stages: choose between 1 and 61"):
+        plan_stages(CONFIG, stages)
+
+
+def test_an_explicit_split_is_taken_as_given() -> None:
+    assert explicit_stages(CONFIG, [10, 51]) == [
+        StageSpec(index=0, stages=2, first_layer=0, end_layer=10),
+        StageSpec(index=1, stages=2, first_layer=10, end_layer=61),
+    ]
+
+
+@pytest.mark.parametrize("split", [[], [61, 0], [60], [30, 32], [62, -1]])
+def test_an_explicit_split_that_does_not_fit_is_refused(split: list[int]) -> None:
+    with pytest.raises(PlanError, match="61 in all"):
+        explicit_stages(CONFIG, split)
