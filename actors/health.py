@@ -1,0 +1,39 @@
+"""What a stage says of itself: while it loads, and while it runs."""
+
+from typing import Literal
+
+import msgspec
+
+Phase = Literal["starting", "loading", "connecting", "ready"]
+State = Literal["loading", "ready", "running", "failed", "closed", "silent", "dead"]
+
+
+class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a stage has come in starting; `layers_done` of `layers` have their weights."""
+
+    stage: int
+    host: str
+    phase: Phase
+    layers_done: int
+    layers: int
+
+
+class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """How a stage fares.
+
+    "running" is within a step: `step_id`, for `step_seconds` so far; else `step_id` is None. "silent" did not answer
+    in time and "dead" has lost its process: only `stage`, `host` and `detail` mean something then. `busy_seconds` of
+    all steps done, together with the time between two reports, give the share of time that the stage computes.
+    """
+
+    stage: int
+    host: str
+    pid: int
+    state: State
+    step_id: int | None
+    step_seconds: float
+    steps_done: int
+    busy_seconds: float
+    layers_done: int
+    layers: int
+    detail: str

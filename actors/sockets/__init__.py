@@ -1,0 +1,1 @@
+"""How steps and hidden states get from stage to stage."""
