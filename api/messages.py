@@ -56,10 +56,15 @@ class Outputs(Message, frozen=True, kw_only=True):
 
 
 class EngineState(Message, frozen=True, kw_only=True):
-    """Where the engine stands; sent on every change. `detail` says which stage loads what, or why it failed."""
+    """Where the engine stands; sent on every change.
+
+    `detail` says which stage loads what, or why it failed. `error_kind` names the error's class when it failed, for
+    the table of exit codes, and is empty before.
+    """
 
     phase: EnginePhase
     detail: str
+    error_kind: str = ""
 
 
 class Counts(Message, frozen=True, kw_only=True):

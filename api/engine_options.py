@@ -1,0 +1,33 @@
+"""What the engine is told at its start, by the front end or the command line."""
+
+import msgspec
+
+from actors.options import PipelineOptions
+from api.scheduler_options import SchedulerOptions
+
+PIPELINE_START = "actors.pipeline:Pipeline.start"
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine process needs; it travels over the engine's socket, never through argv.
+
+    `microbatches` and `prefill_chunk` are the scheduler's (see `SchedulerOptions`). `pipeline_start` is the import
+    path "module:attribute" of an async function (PipelineOptions, on_progress) -> pipeline. `close_timeout_s` bounds
+    how long stages get to end before the engine leaves without them.
+    """
+
+    pipeline: PipelineOptions
+    prefill_chunk: int
+    microbatches: int | None = None
+    close_timeout_s: float = 30.0
+    pipeline_start: str = PIPELINE_START
+
+    @property
+    def scheduler(self) -> SchedulerOptions:
+        """The scheduler's part. Raises OptionError as SchedulerOptions does."""
+        return SchedulerOptions(
+            stages=len(self.pipeline.specs),
+            cache=self.pipeline.stage.cache,
+            prefill_chunk=self.prefill_chunk,
+            microbatches=self.microbatches,
+        )
