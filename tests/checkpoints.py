@@ -165,7 +165,7 @@ def reference_model(path: Path) -> DeepseekV3ForCausalLM:
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model: DeepseekV3ForCausalLM = DeepseekV3ForCausalLM(config)
-    model.float().eval()
+    torch.nn.Module.eval(model)
     stored = stored_tensors(path)
     inner = keys["moe_intermediate_size"]
     with torch.no_grad():

@@ -1,0 +1,140 @@
+"""A Hugging Face checkpoint of a DeepSeek-V3 model, read tensor by tensor."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import torch
+
+from weights.errors import CheckpointError
+from weights.fp8 import SCALE_SUFFIX, dequantise, scale_shape
+from weights.model_config import ModelConfig
+from weights.safetensors_directory import SafetensorsDirectory
+from weights.source import WeightSource
+from weights.tensor_shapes import EMBEDDING, HEAD, Shape
+
+FP8 = "F8_E4M3"
+FLOATS = ("F32", "BF16", "F16")
+HASH_THREADS_MAX = 8
+"""One core hashes about 1 GB a second, slower than a disk reads; more threads than this outrun any."""
+
+
+class Checkpoint(WeightSource):
+    """The weights of a checkpoint directory, memory-mapped; FP8 matrices become float32 when they are asked for.
+
+    Opens only the shards that hold tensors it is asked for. The multi-token-prediction layer is left aside.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, files: SafetensorsDirectory) -> None:
+        super().__init__(config, str(path))
+        self._files = files
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Reads config.json and the list of tensors.
+
+        Raises CheckpointError where `path` is not the directory of a DeepSeek-V3 checkpoint.
+        """
+        config = read_config(path)
+        return cls(path, config, SafetensorsDirectory(path))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether `name` is a tensor of the model and listed by the checkpoint."""
+        return name in self._shapes and self._stored_name(str(name)) in self._files
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor in mapped memory and its stored dtype, or, from FP8, newly made in float32.
+
+        Raises CheckpointError, naming file and tensor, where it is missing or not as the model needs it.
+        """
+        stored_name = self._stored_name(name)
+        dtype = self._check(name)
+        stored = self._files.tensor(stored_name)
+        if dtype != FP8:
+            return stored
+        scales = self._files.tensor(stored_name + SCALE_SUFFIX)
+        if not torch.isfinite(scales).all():
+            raise self._error(stored_name + SCALE_SUFFIX, "holds scales that are not finite")
+        return dequantise(stored, scales)
+
+    def validate(self, *prefixes: str) -> None:
+        """Checks presence, dtype, shape and scales of the tensors under `prefixes` by their files' headers.
+
+        Raises CheckpointError, naming file and tensor, for the first that will not do.
+        """
+        for name in self._required(prefixes):
+            self._check(name)
+
+    def fingerprint(self, *prefixes: str) -> str:
+        """A hexadecimal BLAKE2b hash of the config and of names, dtypes, shapes and bytes under `prefixes`.
+
+        Reads all those bytes once, without keeping them. Raises CheckpointError as `validate` does.
+        """
+        parts: list[str] = []
+        for name in self._required(prefixes):
+            parts.append(name)
+            if self._check(name) == FP8:
+                parts.append(name + SCALE_SUFFIX)
+        headers = [(name, *self._files.header(self._stored_name(name))) for name in parts]
+        digest = hashlib.blake2b(msgspec.json.encode(("checkpoint", self.config, headers)), digest_size=32)
+        with ThreadPoolExecutor(min(HASH_THREADS_MAX, os.cpu_count() or 1)) as threads:
+            tensors = (self._files.tensor(self._stored_name(name)) for name in parts)
+            for part in threads.map(_bytes_digest, tensors):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def _stored_name(self, name: str) -> str:
+        """The head of a model with tied embeddings is the embedding, unless it is stored on its own."""
+        if name == HEAD and self.config.tie_word_embeddings and HEAD not in self._files:
+            return EMBEDDING
+        return name
+
+    def _check(self, name: str) -> str:
+        """The stored dtype of a tensor of the model, once header and scales are found to be right."""
+        shape = self._shape(name)
+        stored_name = self._stored_name(name)
+        dtype, stored_shape = self._files.header(stored_name)
+        self._check_shape(stored_name, stored_shape, shape)
+        if dtype == FP8 and len(shape) == 2:
+            self._check_scales(stored_name + SCALE_SUFFIX, scale_shape(shape))
+        elif dtype not in FLOATS:
+            raise self._error(
+                stored_name, f"has dtype {dtype}; float32, bfloat16, float16 and, for matrices, block FP8 can be read"
+            )
+        return dtype
+
+    def _check_scales(self, name: str, shape: Shape) -> None:
+        dtype, stored_shape = self._files.header(name)
+        if dtype != "F32":
+            raise self._error(name, f"has dtype {dtype}; scales must be float32 (F32)")
+        self._check_shape(name, stored_shape, shape)
+
+    def _check_shape(self, name: str, stored: Shape, shape: Shape) -> None:
+        if stored != shape:
+            raise self._error(name, f"has shape {list(stored)}; config.json asks for {list(shape)}")
+
+    def _error(self, name: str, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self._files.path_of(name)}: {name!r} {fault}.")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The configuration of the model in the directory `path`.
+
+    Raises CheckpointError where there is no such directory, or its config.json is missing or not DeepSeek-V3's.
+    """
+    try:
+        if not path.exists():
+            raise CheckpointError(f"Model path does not exist: '{path}'.")
+        if not path.is_dir():
+            raise CheckpointError(f"Model path is not a directory: '{path}'.")
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"config.json not found in the model directory. Checked: '{path}'.")
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the model path '{path}': {error.strerror}.") from error
+    return ModelConfig.from_file(path / "config.json")
+
+
+def _bytes_digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.blake2b(tensor.view(torch.uint8).numpy().data, digest_size=32).digest()

@@ -1,0 +1,29 @@
+"""DeepSeek's FP8: float8_e4m3fn matrices with one float32 scale for each block of 128x128 values."""
+
+import torch
+
+BLOCK = 128
+"""Edge of the blocks that share a scale: `weight_block_size` of DeepSeek-V3's quantization_config."""
+
+SCALE_SUFFIX = "_scale_inv"
+"""Added to a weight's name to give that of its scales; despite the name they multiply."""
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of `shape`: blocks at the bottom and right edges may be smaller."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """A float32 matrix: each value of `weight` [rows, columns] times the scale of its block.
+
+    `scales` is float32 of `scale_shape(weight.shape)`. Every product is rounded once, to float32. Takes no more memory
+    than the result and one row of blocks.
+    """
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns, dtype=torch.float32)
+    for block, scale_row in enumerate(scales):
+        span = slice(block * BLOCK, (block + 1) * BLOCK)
+        values[span] = weight[span]
+        values[span] *= scale_row.repeat_interleave(BLOCK)[:columns]
+    return values

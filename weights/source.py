@@ -1,0 +1,100 @@
+"""What a stage knows of weights: tensors by name, wherever they come from."""
+
+import sys
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from weights.errors import CheckpointError
+from weights.model_config import ModelConfig
+from weights.tensor_shapes import Shape, tensor_shapes
+
+
+class WeightSource(ABC):
+    """The tensors of one model under the names of DeepSeek's checkpoints, each made or read when it is asked for."""
+
+    def __init__(self, config: ModelConfig, description: str) -> None:
+        """`description` names the source in errors."""
+        self.config = config
+        self._description = description
+        self._shapes = tensor_shapes(config)
+        self._sorted = sorted(self._shapes)
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether `name` is a tensor of the model and present."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor: float32 where it was quantised, else its stored dtype. Not to be written to.
+
+        Raises CheckpointError, naming file and tensor, where it is missing or not as the model needs it.
+        """
+
+    @abstractmethod
+    def validate(self, *prefixes: str) -> None:
+        """Checks all tensors of the model whose names begin with one of `prefixes`, without reading their values.
+
+        Raises CheckpointError, naming file and tensor, for the first that is missing or not as the model needs it.
+        """
+
+    @abstractmethod
+    def fingerprint(self, *prefixes: str) -> str:
+        """A hexadecimal hash of the config and of all tensors whose names begin with one of `prefixes`.
+
+        Equal exactly where the tensors are equal to the bit. Raises CheckpointError as `validate` does.
+        """
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The tensors of the model that are present and whose names begin with `prefix`, sorted."""
+        return [name for name in self._under(prefix) if name in self]
+
+    def scope(self, prefix: str) -> "Scope":
+        """The tensors whose names begin with `prefix`, under the rest of their names."""
+        return Scope(self, prefix)
+
+    def _shape(self, name: str) -> Shape:
+        try:
+            return self._shapes[name]
+        except KeyError:
+            raise CheckpointError(f"{self._description}: the model has no tensor {name!r}.") from None
+
+    def _required(self, prefixes: tuple[str, ...]) -> list[str]:
+        """Names of the model's tensors under the prefixes, each of which must begin at least one; sorted."""
+        names: set[str] = set()
+        for prefix in prefixes:
+            under = self._under(prefix)
+            if not under:
+                raise CheckpointError(f"{self._description}: no tensor of the model begins with {prefix!r}.")
+            names.update(under)
+        return sorted(names)
+
+    def _under(self, prefix: str) -> list[str]:
+        last_character = chr(sys.maxunicode)
+        begin, end = bisect_left(self._sorted, prefix), bisect_left(self._sorted, prefix + last_character)
+        return self._sorted[begin:end]
+
+
+class Scope(Mapping[str, torch.Tensor]):
+    """A lazy view of a source's tensors under a prefix; iteration gives the names that are present, sorted.
+
+    A tensor that is missing raises CheckpointError rather than KeyError, from `get` too.
+    """
+
+    def __init__(self, source: WeightSource, prefix: str) -> None:
+        self._source = source
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._source.tensor(self._prefix + name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._prefix + name in self._source
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._source.names(self._prefix))
+
+    def __len__(self) -> int:
+        return len(self._source.names(self._prefix))
