@@ -1,0 +1,80 @@
+"""The whole program, from HTTP to tokens and back, against Hugging Face's greedy text of the sample model."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.servers import Prompt, complete, sample_prompts, serving, stream
+from weights.sample import SAMPLE_DIR
+from weights.sample.margins import Reference
+
+PROMPTS = sample_prompts()
+LAYERS = 6
+CLIENTS = 64
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[str]:
+    """Hugging Face's text of every prompt."""
+    reference = Reference(SAMPLE_DIR)
+    completions = reference.complete([p.prompt for p in PROMPTS], [p.max_tokens for p in PROMPTS])
+    return [str(reference.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as opened:
+        yield opened
+
+
+async def test_the_first_answer(tmp_path: Path, client: httpx.AsyncClient) -> None:
+    """`galaxyline serve` with no options, and the request that it prints."""
+    with serving(tmp_path) as server:
+        [model] = (await client.get(f"{server.url}/v1/models")).json()["data"]
+        request = {"model": model["id"], "prompt": "San Francisco is a", "max_tokens": 32}
+        sampling = {"temperature": 0, "top_p": 0.9, "top_k": 10}
+        response = await client.post(server.completions, json={**request, **sampling})
+        pieces = await stream(client, server, Prompt("San Francisco is a", 32, True))
+        assert f"curl {server.completions}" in server.log.read_text()
+    answer = response.json()
+    text = answer["choices"][0]["text"]
+    assert text == "".join(pieces)
+    assert answer["usage"]["completion_tokens"] == 32
+    assert len(pieces) > 16
+    assert len(text.split()) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2, 3, LAYERS])
+async def test_greedy_text_is_the_same_on_any_number_of_stages(
+    stages: int, tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
+) -> None:
+    """Every prompt alone and streamed, then all of them at once among as many others as make 64 and more."""
+    with serving(tmp_path, "--stages", str(stages)) as server:
+        alone = ["".join(await stream(client, server, prompt)) for prompt in PROMPTS]
+        others = [Prompt(f"{number} boats on the sea", 24, False) for number in range(CLIENTS)]
+        crowd = await asyncio.gather(*(complete(client, server, prompt) for prompt in [*PROMPTS, *others]))
+    assert alone == expected
+    assert crowd[: len(PROMPTS)] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 32, 77, 160, 4096])
+async def test_greedy_text_is_the_same_with_any_prefill_chunk(
+    chunk: int, tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
+) -> None:
+    with serving(tmp_path, "--max-num-batched-tokens", str(chunk)) as server:
+        texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
+    assert texts == expected
+
+
+@pytest.mark.slow
+async def test_a_split_given_by_hand_gives_the_same_text(
+    tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
+) -> None:
+    with serving(tmp_path, "--layers-per-stage", "1,4,1") as server:
+        texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
+    assert texts == expected
