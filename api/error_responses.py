@@ -1,0 +1,64 @@
+"""From an error to the body and status a client gets."""
+
+import re
+from http import HTTPStatus
+
+from starlette.responses import Response
+
+from api.errors import NotReadyError, RequestError, http_status
+from api.responses import ErrorBody, ErrorDetail, encode
+from weights.errors import GalaxylineError
+
+MESSAGE_CHARACTERS_MAX = 500
+RETRY_AFTER_S = 2
+"""What a client is told to wait on 503: loading and recovery take seconds to minutes."""
+
+TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "PayloadTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+"""Names of error types, as vLLM gives them."""
+
+INTERNAL_ERROR = "The server failed on this request; its log says why."
+
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/'\"]+)+/?")
+_TENSOR_NAME = re.compile(r"\b(?:model|lm_head)\.[\w.]+")
+
+
+def error_body(error: GalaxylineError) -> ErrorBody:
+    """The body for one of our errors; those that are not the client's own say nothing of files and tensors."""
+    status = http_status(error)
+    message = str(error) if isinstance(error, RequestError) else public_text(str(error))
+    return status_body(status, message, error.param if isinstance(error, RequestError) else None)
+
+
+def status_body(status: int, message: str, param: str | None = None) -> ErrorBody:
+    """The body for an HTTP status."""
+    kind = TYPES.get(status) or HTTPStatus(status).phrase.replace(" ", "") + "Error"
+    return ErrorBody(error=ErrorDetail(message=message[:MESSAGE_CHARACTERS_MAX], type=kind, param=param, code=status))
+
+
+def error_response(body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
+    """The HTTP answer for a body, with Retry-After where trying again may help."""
+    headers = dict(headers or {})
+    if body.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    return Response(encode(body), body.error.code, headers, media_type="application/json")
+
+
+def public_text(text: str) -> str:
+    """The first line of `text` with absolute paths cut to their last part and tensors unnamed."""
+    line = text.strip().partition("\n")[0]
+    line = _ABSOLUTE_PATH.sub(lambda match: match.group().rstrip("/").rpartition("/")[2], line)
+    return _TENSOR_NAME.sub("a tensor", line)
+
+
+def not_ready(phase: str, detail: str) -> NotReadyError:
+    """The error for a request that comes while the engine loads or after it failed."""
+    if phase == "failed":
+        return NotReadyError(f"The engine failed: {detail}")
+    return NotReadyError(f"The model is still loading: {detail}" if detail else "The model is still loading.")
