@@ -1,0 +1,9 @@
+"""The sample model: a tiny checkpoint of DeepSeek-V3's architecture that comes with the project.
+
+`python -m weights.sample.train --seed 0 --out DIR` trains it anew from the text in `corpus/`.
+"""
+
+from pathlib import Path
+
+SAMPLE_DIR: Path = Path(__file__).parent / "checkpoint"
+"""The checkpoint's directory, in the layout of a Hugging Face snapshot."""

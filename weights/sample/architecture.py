@@ -1,0 +1,69 @@
+"""The sample model's shape, written as DeepSeek writes its own `config.json`.
+
+Every dimension splits over tensor-parallel meshes up to 4x8 in tiles of 32x32: heads by 8, experts by 32 chips,
+hidden size, dense FFN and vocabulary by 8 tiles, and the low ranks and head sizes are whole tiles.
+"""
+
+VOCABULARY = 1024
+"""Size of the vocabulary, special tokens included."""
+
+MAX_POSITIONS = 2048
+"""Longest text in tokens."""
+
+ROPE_SCALING = {
+    "type": "yarn",
+    "factor": 8,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""YaRN (arXiv:2309.00071) from 256 to 2048 positions; on from the first step of training."""
+
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 2,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "kv_lora_rank": 64,
+    "max_position_embeddings": MAX_POSITIONS,
+    "moe_intermediate_size": 32,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": ROPE_SCALING,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 32,
+    "vocab_size": VOCABULARY,
+}
+"""The contents of `config.json`."""
+
+GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
+"""The contents of `generation_config.json`: greedy, because the model knows its text by heart."""

@@ -1,0 +1,103 @@
+"""The sample model's tokenizer: byte-level BPE with DeepSeek's special tokens and chat format."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+
+CONTROL_TOKENS = (BOS, EOS, PAD)
+"""Tokens that `skip_special_tokens` drops; their ids are 0, 1 and 2, as in DeepSeek-V3."""
+
+FORMAT_TOKENS = (
+    USER,
+    ASSISTANT,
+    "<think>",
+    "</think>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+    "<｜tool▁sep｜>",
+)
+"""Tokens of their own that stay in decoded text, as DeepSeek marks them: a reader of the reasoning looks for them."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages if message['role'] == 'system' -%}{{ message['content'] }}{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ '<｜User｜>' + message['content'] }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1].lstrip('\\n') + eos_token }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '<｜Assistant｜>' }}{%- if thinking is defined and thinking -%}{{ '<think>\\n' }}{%- endif -%}"
+    "{%- endif -%}"
+)
+"""Jinja template: system text first, then the turns; thoughts of former turns are left out, as in DeepSeek-R1."""
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train a tokenizer of exactly `vocabulary` tokens on `texts`; encoding puts BOS first.
+
+    The alphabet holds all 256 bytes, so that any text can be encoded and decoded without loss.
+
+    Raises:
+        ValueError: the texts are too short to fill the vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*CONTROL_TOKENS, *FORMAT_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise ValueError(f"The corpus gives {tokenizer.get_vocab_size()} tokens; {vocabulary} are wanted: add text.")
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return _with_visible_format_tokens(tokenizer)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` into `directory`; `max_length` is in tokens."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "model_max_length": max_length,
+        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    text = json.dumps(config, ensure_ascii=False, indent=2)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _with_visible_format_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    # The trainer marks all tokens given to it as special; the library offers no way to change it but the file.
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] in CONTROL_TOKENS
+    return Tokenizer.from_str(json.dumps(state))
