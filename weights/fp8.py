@@ -2,8 +2,7 @@
 
 import torch
 
-BLOCK = 128
-"""Edge of the blocks that share a scale: `weight_block_size` of DeepSeek-V3's quantization_config."""
+from weights.model_config import FP8_BLOCK
 
 SCALE_SUFFIX = "_scale_inv"
 """Added to a weight's name to give that of its scales; despite the name they multiply."""
@@ -11,7 +10,7 @@ SCALE_SUFFIX = "_scale_inv"
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales of a matrix of `shape`: blocks at the bottom and right edges may be smaller."""
-    return tuple(-(-size // BLOCK) for size in shape)
+    return tuple(-(-size // FP8_BLOCK) for size in shape)
 
 
 def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -23,7 +22,7 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     rows, columns = weight.shape
     values = torch.empty(rows, columns, dtype=torch.float32)
     for block, scale_row in enumerate(scales):
-        span = slice(block * BLOCK, (block + 1) * BLOCK)
+        span = slice(block * FP8_BLOCK, (block + 1) * FP8_BLOCK)
         values[span] = weight[span]
-        values[span] *= scale_row.repeat_interleave(BLOCK)[:columns]
+        values[span] *= scale_row.repeat_interleave(FP8_BLOCK)[:columns]
     return values

@@ -11,6 +11,17 @@ from weights.errors import CheckpointError
 
 CONFIG_FILE_BYTES_MAX = 1 << 20
 
+FP8_BLOCK = 128
+"""Edge of the blocks of FP8 values that share a scale: `weight_block_size` in DeepSeek's quantization_config."""
+
+POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("moe_intermediate_size", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("max_position_embeddings", "rms_norm_eps", "rope_theta", "routed_scaling_factor"),
+)
+"""Sizes and constants of a config.json that must be above zero."""
+
 
 @runtime_checkable
 class HuggingFaceConfig(Protocol):
@@ -108,7 +119,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             keys = json.loads(path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
         if not isinstance(keys, dict):
             raise CheckpointError(f"{path} holds no JSON object.")
@@ -157,11 +168,23 @@ def _refuse_other_models(keys: dict[str, Any], source: str) -> None:
     for key, value in fixed.items():
         if keys.get(key, value) != value:
             raise CheckpointError(f"{source}: {key} is {keys[key]!r}; DeepSeek-V3 has {value!r}.")
+    _refuse_other_quantisation(keys.get("quantization_config"), source)
     if keys.get("q_lora_rank", 0) is None:
         raise CheckpointError(f"{source}: q_lora_rank is null; only models with compressed queries can be served.")
     heads = keys.get("num_attention_heads")
     if keys.get("num_key_value_heads", heads) != heads:
         raise CheckpointError(f"{source}: num_key_value_heads must equal num_attention_heads ({heads}).")
+
+
+def _refuse_other_quantisation(quantisation: Any, source: str) -> None:
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if method != "fp8":
+        raise CheckpointError(f"{source}: quantised with {method!r}; block FP8 ('fp8') and plain weights can be read.")
+    block, served = quantisation.get("weight_block_size"), [FP8_BLOCK, FP8_BLOCK]
+    if not isinstance(block, (list, tuple)) or list(block) != served:
+        raise CheckpointError(f"{source}: weight_block_size is {block!r}; FP8 scales must be per {served}.")
 
 
 def _rope(keys: dict[str, Any], source: str) -> dict[str, Any]:
@@ -188,25 +211,20 @@ def _token_ids(value: Any) -> list[Any]:
 
 
 def _refuse_contradictions(config: ModelConfig, source: str) -> None:
-    counts = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
-        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-        *(
-            "n_shared_experts",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "rope_theta",
-            "routed_scaling_factor",
-        ),
-    )
-    for name in counts:
-        if not getattr(config, name) > 0:
-            raise CheckpointError(f"{source}: {name} is {getattr(config, name)}; it must be positive.")
+    positive = {name: getattr(config, name) for name in POSITIVE}
+    if config.yarn is not None:
+        factors = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+        positive |= {f"rope_scaling.{name}": getattr(config.yarn, name) for name in factors}
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise CheckpointError(f"{source}: {name} is {value}; it must be positive.")
     if config.first_k_dense_replace < 0:
         raise CheckpointError(f"{source}: first_k_dense_replace is negative.")
     if config.qk_rope_head_dim % 2:
         raise CheckpointError(f"{source}: qk_rope_head_dim is {config.qk_rope_head_dim}; rotary positions need pairs.")
+    for token in config.eos_token_ids:
+        if not 0 <= token < config.vocab_size:
+            raise CheckpointError(f"{source}: eos_token_id {token} is not in the vocabulary of {config.vocab_size}.")
     _refuse_impossible_routing(config, source)
 
 

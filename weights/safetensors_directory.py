@@ -1,5 +1,6 @@
 """The safetensors files of a checkpoint directory: which file holds a tensor, opened when first asked for."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from weights.tensor_shapes import Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_PATTERN = re.compile(r"[^/\0]+\.safetensors")
 INDEX_BYTES_MAX = 1 << 26
 """Seven times the size of DeepSeek-R1's index: 92 thousand names make about 9 MB."""
 
@@ -100,6 +102,6 @@ def _read_index(path: Path) -> dict[str, str]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of shards: {error}.") from error
     for file in set(files.values()):
-        if file != Path(file).name:
-            raise CheckpointError(f"{index} names the shard {file!r}, which does not lie in its directory.")
+        if not SHARD_PATTERN.fullmatch(file):
+            raise CheckpointError(f"{index} names the shard {file!r}, which is no .safetensors file beside it.")
     return files
