@@ -1,0 +1,64 @@
+"""A request inside the scheduler: what it is, and its stay in a slot."""
+
+from dataclasses import dataclass
+
+from api.messages import AddRequest, FinishReason
+from stages.step import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens, prompt first: all that is needed to begin it anew.
+
+    `arrival` counts upward; `end` is the number of tokens at which the request has had its `max_tokens`.
+    """
+
+    request_id: int
+    arrival: int
+    tokens: list[int]
+    end: int
+    stop_token_ids: frozenset[int]
+    sampling: SamplingParams
+
+    @classmethod
+    def of(cls, request: AddRequest, arrival: int) -> "Sequence":
+        """A request that has no tokens beyond its prompt yet."""
+        return cls(
+            request_id=request.request_id,
+            arrival=arrival,
+            tokens=list(request.tokens),
+            end=len(request.tokens) + request.max_tokens,
+            stop_token_ids=frozenset(request.stop_token_ids),
+            sampling=request.sampling,
+        )
+
+    def append(self, token: int) -> FinishReason | None:
+        """Takes a sampled token; says whether the request ends with it."""
+        self.tokens.append(token)
+        if token in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self.tokens) == self.end else None
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A sequence's stay in a slot, from its admission until it ends or is preempted.
+
+    Steps in flight hold on to the run and not to the sequence: once it is no longer `active`, what they sampled is
+    dropped, even when the sequence is running again. `issued` tokens are in steps, and so in the cache of every later
+    step; the first `prefill_end` of them are the prompt and what had been sampled before this stay.
+    """
+
+    sequence: Sequence
+    slot: int
+    microbatch: int
+    pool: int
+    blocks: list[int]
+    prefill_end: int
+    issued: int = 0
+    active: bool = True
+
+    @property
+    def arrival(self) -> int:
+        """The sequence's."""
+        return self.sequence.arrival
