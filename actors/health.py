@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 Phase = Literal["starting", "loading", "connecting", "ready"]
-State = Literal["loading", "ready", "running", "failed", "closed", "silent", "dead"]
+State = Literal["loading", "ready", "running", "blocked", "failed", "closed", "silent", "dead"]
 
 
 class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +21,8 @@ class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
 class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
     """How a stage fares.
 
-    "running" is within a step: `step_id`, for `step_seconds` so far; else `step_id` is None. "silent" did not answer
+    "running" is within a step, `step_id`, since `step_seconds`; "blocked" has done it and waits for the next stage to
+    take it; else `step_id` is None. "silent" did not answer
     in time and "dead" has lost its process: only `stage`, `host` and `detail` mean something then. `busy_seconds` of
     all steps done, together with the time between two reports, give the share of time that the stage computes.
     """

@@ -1,0 +1,44 @@
+"""Which cores a stage computes on, so that stages of one host do not get into each other's way."""
+
+import itertools
+import os
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class CoreShare(msgspec.Struct, frozen=True):
+    """What one stage gets: so many threads, bound to these cores, or to none."""
+
+    threads: int
+    cores: tuple[int, ...] | None
+
+
+def share_cores(cores: Sequence[int], stages: int) -> list[CoreShare]:
+    """Divides a host's cores among its stages.
+
+    Enough cores: each stage has its own run of neighbouring ones, of even size, the later ones getting what is left
+    over, as the last stage also holds the head. Too few: one thread each, and the kernel shares them out.
+    """
+    if stages > len(cores):
+        return [CoreShare(1, None)] * stages
+    ordered = sorted(cores)
+    bounds = [len(ordered) * stage // stages for stage in range(stages + 1)]
+    runs = [tuple(ordered[begin:end]) for begin, end in itertools.pairwise(bounds)]
+    return [CoreShare(len(run), run) for run in runs]
+
+
+def apply_share(share: CoreShare, environment: MutableMapping[str, str]) -> None:
+    """Binds every thread of this process and sets its thread counts; has to come before torch is imported."""
+    for variable in THREAD_VARIABLES:
+        environment[variable] = str(share.threads)
+    if share.cores is None:
+        return
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(task.name), share.cores)
+        except ProcessLookupError:
+            continue  # The thread ended while we went through the list.

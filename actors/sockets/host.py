@@ -1,0 +1,200 @@
+"""Links over host sockets: unix within a host, TCP between hosts; the same code for both.
+
+The side that connects sends, the side that listens receives and gives credits. Both say hello first: version, secret,
+epoch, names and the size of hidden states have to agree, or the connection is refused and nothing else changes. The
+secret keeps out strangers and leftovers of other pipelines; it travels in the clear, so the network between the hosts
+of a cluster has to be trusted, as Ray's own is.
+"""
+
+import asyncio
+import hmac
+import socket
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from actors.errors import LinkError, ProtocolError
+from actors.sockets.buffers import BufferPool
+from actors.sockets.credits import CreditReturns, Credits
+from actors.sockets.frames import Credit, Frame, FrameReader, Hello, Message, encode
+from actors.sockets.link import Arrival, LinkEvents
+from actors.sockets.writer import FrameWriter
+
+HANDSHAKE_SECONDS = 5.0
+
+_log = structlog.get_logger()
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What both ends of a link must agree on: `name` is this end, `peer` the other one."""
+
+    epoch: int
+    secret: bytes
+    name: str
+    peer: str
+    dtype: str
+    bytes_per_token: int
+
+
+class HostLink(asyncio.BufferedProtocol):
+    """One end of a connection; made by `connect` and `HostListener`. It is a `Link`."""
+
+    def __init__(self, terms: Terms, events: LinkEvents, connected: socket.socket, *, credits_given: int) -> None:
+        self.peer = terms.peer
+        self._terms = terms
+        self._events = events
+        self._credits_given = credits_given
+        self._loop = asyncio.get_running_loop()
+        self._reader = FrameReader(terms.bytes_per_token, BufferPool())
+        self._writer = FrameWriter(self._loop, connected, self._broken)
+        self._credits = Credits()
+        self._returns = CreditReturns(credits_given, self._return_credits)
+        self._transport: asyncio.Transport | None = None
+        self._is_closed = False
+        self._joined: asyncio.Future[None] = self._loop.create_future()
+
+    async def joined(self) -> None:
+        """Waits until both sides have said hello. Raises LinkError or ProtocolError."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self._joined), HANDSHAKE_SECONDS)
+        except asyncio.TimeoutError:
+            self.close()
+            raise LinkError(f"{self.peer} did not say hello within {HANDSHAKE_SECONDS:g} s.") from None
+
+    def say_hello(self) -> None:
+        """Sends this side's hello: at once from the side that connects, as an answer from the other."""
+        terms = self._terms
+        hello = Hello(
+            secret=terms.secret,
+            sender=terms.name,
+            receiver=terms.peer,
+            dtype=terms.dtype,
+            bytes_per_token=terms.bytes_per_token,
+            credits=self._credits_given,
+        )
+        self._writer.write([memoryview(encode(hello, terms.epoch))], _nothing)
+
+    # Link
+
+    def send_from_thread(self, message: Message, payload: memoryview, sent: Callable[[], None]) -> None:
+        """See `Link`."""
+        try:
+            self._credits.take()
+        except LinkError:
+            sent()
+            raise
+        body = payload.cast("B") if payload.nbytes else memoryview(b"")
+        head = memoryview(encode(message, message.epoch, body.nbytes))
+        self._writer.write([head, body], sent)
+
+    async def send(self, message: Message) -> None:
+        """See `Link`."""
+        await self._credits.take_soon()
+        self._writer.write([memoryview(encode(message, message.epoch))], _nothing)
+
+    def post(self, message: Message) -> None:
+        """See `Link`."""
+        self._writer.write([memoryview(encode(message, message.epoch))], _nothing)
+
+    def close(self) -> None:
+        """See `Link`."""
+        self._end(LinkError(f"The link with {self.peer} is closed."))
+
+    # asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        if isinstance(transport, asyncio.Transport):
+            self._transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Called by the loop before each read."""
+        return self._reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Called by the loop after each read."""
+        try:
+            for frame in self._reader.received(nbytes):
+                self._take(frame)
+        except ProtocolError as error:
+            _log.warning("link refused", link=self._terms.name, peer=self.peer, cause=str(error))
+            self._lose(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop at end of file, on a reset, or after our own close."""
+        self._lose(self._loss(str(exc or "it closed the connection")))
+
+    def _broken(self, error: OSError) -> None:
+        self._lose(self._loss(str(error.strerror)))
+
+    def _loss(self, cause: str) -> LinkError:
+        return LinkError(f"lost the link {'from' if self._credits_given else 'to'} {self.peer}: {cause}")
+
+    def _take(self, frame: Frame) -> None:
+        control = frame.control
+        if isinstance(control, Hello):
+            self._check_hello(control, frame.epoch)
+            if self._credits_given:
+                self.say_hello()
+            self._reader.established()
+            self._credits.grant(control.credits)
+            self._joined.set_result(None)
+        elif isinstance(control, Credit):
+            self._credits.grant(control.count)
+        elif frame.epoch != self._terms.epoch or control.epoch != frame.epoch:
+            frame.lease.release()
+            self._returns.arrived(control)
+            self._returns.released(control)
+        else:
+            self._returns.arrived(control)
+            self._events.arrived(self._arrival(control, frame))
+
+    def _arrival(self, message: Message, frame: Frame) -> Arrival:
+        def release() -> None:
+            frame.lease.release()
+            self._returns.released(message)
+
+        return Arrival(message, frame.lease.view, release)
+
+    def _check_hello(self, hello: Hello, epoch: int) -> None:
+        terms = self._terms
+        if not hmac.compare_digest(hello.secret, terms.secret):
+            raise ProtocolError("The peer does not know this pipeline's secret.")
+        told = (epoch, hello.sender, hello.receiver, hello.dtype, hello.bytes_per_token)
+        expected = (terms.epoch, terms.peer, terms.name, terms.dtype, terms.bytes_per_token)
+        if told != expected:
+            raise ProtocolError(
+                f"The hello (epoch, sender, receiver, dtype, bytes per token) was {told} where {expected} belongs."
+            )
+
+    def _return_credits(self, count: int) -> None:
+        self._writer.write([memoryview(encode(Credit(count=count), self._terms.epoch))], _nothing)
+
+    def _lose(self, error: LinkError | ProtocolError) -> None:
+        if self._is_closed:
+            return
+        had_joined = self._joined.done()
+        lost = error if isinstance(error, LinkError) else LinkError(f"ended the link with {self.peer}: {error}")
+        if not had_joined:
+            self._joined.set_exception(error)
+            self._joined.exception()
+        self._end(lost)
+        if had_joined:
+            self._events.lost(lost)
+
+    def _end(self, error: LinkError) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self._joined.done():
+            self._joined.set_exception(error)
+            self._joined.exception()
+        self._credits.end(error)
+        self._writer.close()
+        if self._transport is not None:
+            self._transport.close()
+
+
+def _nothing() -> None:
+    """For frames whose memory nobody waits for."""

@@ -1,0 +1,256 @@
+"""A stage at work: one thread that moves bytes, one that computes, and answers about both at any time."""
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import structlog
+
+from actors.errors import LinkError
+from actors.health import StageHealth, State
+from actors.io_thread import IoThread
+from actors.runner import OnProgress, StageRunner
+from actors.sockets.address import Address
+from actors.sockets.host import HostLink
+from actors.sockets.link import Arrival
+from actors.sockets.listener import HostListener, connect
+from actors.stage_identity import StageIdentity, stage_name
+from stages.errors import StepError
+from stages.step import StageFailure, Step, StepResult
+
+FAILED_BETWEEN_STEPS = -1
+CLOSE_SECONDS = 2.0
+
+
+class StageServer:
+    """Runs one stage between its two links. Its methods may be called from any thread; none of them computes.
+
+    Steps pass from the I/O thread to the compute thread by a queue; what a step yields is written to the socket by
+    the compute thread itself, and only what the socket does not take at once is left to the I/O thread. The first
+    failure is final: it is told downstream, where the engine is, and later steps are dropped.
+    """
+
+    def __init__(self, identity: StageIdentity) -> None:
+        self._identity = identity
+        self._log = structlog.get_logger().bind(stage=identity.index)
+        self._io = IoThread(stage_name(identity.index))
+        self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._compute: threading.Thread | None = None
+        self._listener: HostListener | None = None
+        self._downstream: HostLink | None = None
+        self._upstream: HostLink | None = None
+        self._state: State = "loading"
+        self._failing = threading.Lock()
+        self._detail = ""
+        self._current: tuple[int, float] | None = None
+        self._steps_done = 0
+        self._busy_seconds = 0.0
+        self._progress = (0, 0)
+
+    def load(self, make_runner: Callable[[OnProgress], StageRunner]) -> "Future[None]":
+        """Starts the compute thread, which makes the runner and keeps it; done when steps can be computed."""
+        loaded: Future[None] = Future()
+        compute = threading.Thread(target=self._compute_steps, args=(make_runner, loaded), name="compute", daemon=True)
+        compute.start()
+        self._compute = compute
+        return loaded
+
+    def listen(self, address: Address) -> "Future[Address]":
+        """Opens the address for the stage before this one, or the engine; gives the address it was bound to."""
+        return self._io.run(self._listen(address))
+
+    def connect(self, address: Address) -> "Future[None]":
+        """Joins the next stage, or the engine. Ends in LinkError or ProtocolError if that fails."""
+        return self._io.run(self._connect(address))
+
+    def health(self) -> StageHealth:
+        """What the stage is doing at this moment."""
+        current = self._current
+        return StageHealth(
+            stage=self._identity.index,
+            host=self._identity.host,
+            pid=os.getpid(),
+            state=self._state,
+            step_id=None if current is None else current[0],
+            step_seconds=0.0 if current is None else time.monotonic() - current[1],
+            steps_done=self._steps_done,
+            busy_seconds=self._busy_seconds,
+            layers_done=self._progress[0],
+            layers=self._progress[1],
+            detail=self._detail,
+        )
+
+    def close(self) -> None:
+        """Ends links and threads; a step in progress is waited for only for a moment."""
+        with self._failing:
+            if self._state == "closed":
+                return
+            self._state = "closed"
+        self._io.run(self._close_links()).result(CLOSE_SECONDS)
+        self._arrivals.put(None)
+        if self._compute is not None:
+            self._compute.join(CLOSE_SECONDS)
+        self._io.stop()
+
+    # The compute thread
+
+    def _compute_steps(self, make_runner: Callable[[OnProgress], StageRunner], loaded: "Future[None]") -> None:
+        try:
+            runner = make_runner(self._note_progress)
+        except Exception as error:
+            self._log.exception("loading failed")
+            self._state = "failed"
+            self._detail = str(error)
+            loaded.set_exception(error)
+            return
+        self._state = "ready"
+        loaded.set_result(None)
+        try:
+            while (arrival := self._arrivals.get()) is not None:
+                if self._state == "ready" and isinstance(arrival.message, Step):
+                    self._run(runner, arrival, arrival.message)
+                else:
+                    arrival.release()
+        finally:
+            runner.close()
+
+    def _run(self, runner: StageRunner, arrival: Arrival, step: Step) -> None:
+        began = time.monotonic()
+        self._current = (step.step_id, began)
+        self._turn("ready", "running")
+        try:
+            output = runner.step(step, arrival.payload)
+            self._check_output(output)
+        except Exception as error:
+            self._log.exception("step failed", step_id=step.step_id)
+            arrival.release()
+            self._fail(step.step_id, f"{type(error).__name__}: {error}")
+            return
+        self._busy_seconds += time.monotonic() - began
+        self._steps_done += 1
+        self._turn("running", "blocked")
+        self._send_on(arrival, step, output)
+        self._current = None
+        self._turn("blocked", "ready")
+
+    def _check_output(self, output: memoryview | StepResult) -> None:
+        if isinstance(output, StepResult) is not self._identity.is_last:
+            raise StepError(f"The runner returned {type(output).__name__}; only the last stage returns a StepResult.")
+
+    def _send_on(self, arrival: Arrival, step: Step, output: memoryview | StepResult) -> None:
+        downstream = self._downstream
+        if downstream is None:
+            arrival.release()
+            self._fail(step.step_id, "a step came before the next stage was joined")
+            return
+        try:
+            if isinstance(output, StepResult):
+                arrival.release()
+                downstream.send_from_thread(output, memoryview(b""), _nothing)
+            else:
+                downstream.send_from_thread(step, output, arrival.release)
+        except LinkError:
+            # The loop was told of it as well, and tells the engine (`_Downstream.lost`).
+            self._log.warning("step not passed on", step_id=step.step_id)
+
+    def _note_progress(self, layers_done: int, layers: int) -> None:
+        self._progress = (layers_done, layers)
+
+    # The I/O thread
+
+    async def _listen(self, address: Address) -> Address:
+        self._listener = HostListener.open(address, self._identity.upstream_terms(), _Upstream(self))
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+        return self._listener.address
+
+    async def _accept(self, listener: HostListener) -> None:
+        self._upstream = await listener.accepted()
+
+    async def _connect(self, address: Address) -> None:
+        self._downstream = await connect(address, self._identity.downstream_terms(), _Downstream(self))
+
+    async def _close_links(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for link in (self._upstream, self._downstream):
+            if link is not None:
+                link.close()
+
+    def take(self, arrival: Arrival) -> None:
+        """A message came from upstream: steps are for the compute thread, failures for the engine."""
+        if isinstance(arrival.message, Step):
+            self._arrivals.put(arrival)
+            return
+        arrival.release()
+        if isinstance(arrival.message, StageFailure) and self._downstream is not None:
+            self._downstream.post(arrival.message)
+
+    def lose_upstream(self, error: LinkError) -> None:
+        """Nothing more will come: tells the engine, if that is not the one that left."""
+        current = self._current
+        self._fail(FAILED_BETWEEN_STEPS if current is None else current[0], str(error))
+
+    def lose_downstream(self, error: LinkError) -> None:
+        """Nothing can be told downstream any more, so the loss itself goes upstream, to the engine."""
+        current = self._current
+        self._fail(FAILED_BETWEEN_STEPS if current is None else current[0], str(error))
+        if self._listener is not None:
+            self._listener.close()
+        if self._upstream is not None:
+            self._upstream.close()
+
+    # Either thread
+
+    def _turn(self, before: State, after: State) -> None:
+        with self._failing:
+            if self._state == before:
+                self._state = after
+
+    def _fail(self, step_id: int, cause: str) -> None:
+        with self._failing:
+            if self._state in {"failed", "closed"}:
+                return
+            self._state = "failed"
+            self._detail = cause
+        self._log.error("stage failed", step_id=step_id, cause=cause)
+        if self._downstream is not None:
+            identity = self._identity
+            self._downstream.post(
+                StageFailure(
+                    epoch=identity.epoch, stage=identity.index, host=identity.host, step_id=step_id, cause=cause
+                )
+            )
+
+
+class _Upstream:
+    """What the upstream link calls."""
+
+    def __init__(self, server: StageServer) -> None:
+        self._server = server
+
+    def arrived(self, arrival: Arrival) -> None:
+        self._server.take(arrival)
+
+    def lost(self, error: LinkError) -> None:
+        self._server.lose_upstream(error)
+
+
+class _Downstream:
+    """What the downstream link calls: nothing but credits comes back by it."""
+
+    def __init__(self, server: StageServer) -> None:
+        self._server = server
+
+    def arrived(self, arrival: Arrival) -> None:
+        arrival.release()
+
+    def lost(self, error: LinkError) -> None:
+        self._server.lose_downstream(error)
+
+
+def _nothing() -> None:
+    """For messages whose memory nobody waits for."""

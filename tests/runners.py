@@ -1,0 +1,96 @@
+"""Stage runners without a model: they do what a pipeline has to cope with."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from actors.runner import OnProgress, StageRunner
+from stages.options import StageOptions
+from stages.plan import StageSpec
+from stages.step import Step, StepResult
+from weights.errors import CheckpointError
+
+HIDDEN_SIZE = 64
+BYTES_PER_TOKEN = 4 * HIDDEN_SIZE
+
+
+class EchoRunner:
+    """Adds 1 (modulo 256) to every byte of the hidden states; the first stage begins with each token's low byte.
+
+    The last stage samples one token for each segment that asks for it: the last hidden byte of the segment.
+    """
+
+    def __init__(self, spec: StageSpec) -> None:
+        self.spec = spec
+
+    def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+        if self.spec.is_first:
+            tokens = [token for segment in step.segments for token in segment.tokens]
+            hidden = memoryview(bytearray(b"".join(bytes([token % 256]) * BYTES_PER_TOKEN for token in tokens)))
+        output = bytes(hidden).translate(INCREMENT)
+        if not self.spec.is_last:
+            return memoryview(output)
+        return StepResult(epoch=step.epoch, step_id=step.step_id, tokens=sampled(step, output))
+
+    def close(self) -> None:
+        return None
+
+
+INCREMENT = bytes((value + 1) % 256 for value in range(256))
+
+
+def sampled(step: Step, hidden: bytes) -> list[int]:
+    """The last hidden byte of every segment with `sample`."""
+    tokens = []
+    end = 0
+    for segment in step.segments:
+        end += len(segment.tokens) * BYTES_PER_TOKEN
+        if segment.sample:
+            tokens.append(hidden[end - 1])
+    return tokens
+
+
+class ActingRunner(EchoRunner):
+    """An echo that first does something at the steps whose id is in `model_path`: "act:stage:step"."""
+
+    def __init__(self, spec: StageSpec, options: StageOptions, act: Callable[[], None]) -> None:
+        super().__init__(spec)
+        _, stage, step = options.model_path.split(":")
+        self._at = int(step) if int(stage) == spec.index else None
+        self._act = act
+
+    def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+        if step.step_id == self._at:
+            self._act()
+        return super().step(step, hidden)
+
+
+def echo(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
+    """Loads one layer after the other."""
+    for done in range(len(spec.layers) + 1):
+        on_progress(done, len(spec.layers))
+    return EchoRunner(spec)
+
+
+def acting(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
+    """`options.model_path` says what happens: "raise", "sleep" or "kill", then the stage and the step."""
+    acts = {"raise": _raise, "sleep": lambda: time.sleep(30), "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+    return ActingRunner(spec, options, acts[options.model_path.partition(":")[0]])
+
+
+def unloadable(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
+    """Stage 1 cannot load: `options.model_path` says whether its files, the code, the process or the clock fail."""
+    if spec.index == 1:
+        if options.model_path == "files":
+            raise CheckpointError("model.safetensors has no tensor model.layers.1.mlp.gate.weight.")
+        if options.model_path == "code":
+            raise ValueError("no such thing")
+        if options.model_path == "process":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
+    return EchoRunner(spec)
+
+
+def _raise() -> None:
+    raise ZeroDivisionError("one by nought")
