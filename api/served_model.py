@@ -1,9 +1,13 @@
 """The model as clients see it: its name, its limits and its text."""
 
+import time
+
 import msgspec
 
 from api.generation_config import GenerationConfig
+from api.model_source import ModelSource
 from api.tokenizer import TextTokenizer
+from weights.model_config import ModelConfig
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,3 +25,25 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TextTokenizer
     generation: GenerationConfig
     created: int
+
+    @classmethod
+    def load(cls, source: ModelSource, config: ModelConfig, max_model_len: int) -> "ServedModel":
+        """Reads the tokenizer and the generation config.
+
+        A token that any of the model's files calls EOS ends a completion. Raises CheckpointError.
+        """
+        text = TextTokenizer.load(source.tokenizer or source.path)
+        generation = GenerationConfig.load(source.path)
+        eos = {*config.eos_token_ids, *generation.eos_token_ids}
+        if text.eos_token_id is not None:
+            eos.add(text.eos_token_id)
+        return cls(
+            name=source.name,
+            root=source.root,
+            max_model_len=max_model_len,
+            vocab_size=config.vocab_size,
+            eos_token_ids=sorted(eos),
+            tokenizer=text,
+            generation=generation,
+            created=int(time.time()),
+        )

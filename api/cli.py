@@ -1,0 +1,122 @@
+"""The command line: `galaxyline serve` and `galaxyline demo`."""
+
+import asyncio
+import os
+import sys
+
+import click
+import msgspec
+import uvloop
+
+from actors.log import configure_logging
+from api.cli_options import COUNT, SECONDS, engine_options, model_options, num_scheduler_steps
+from api.demo import DemoSettings, run_demo
+from api.errors import OptionError, exit_code
+from api.model_source import ModelSource, resolve_model
+from api.serve import ServeSettings, serve
+from api.settings import EngineSettings
+from weights.errors import GalaxylineError
+
+INTERRUPTED = 130
+"""Exit code of a demo that a signal ended: 128 + SIGINT, as shells count."""
+
+
+class CommandGroup(click.Group):
+    """Shows our errors as a sentence on stderr, without a traceback, and exits with the code of their class."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except GalaxylineError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(exit_code(error))
+
+
+@click.group(
+    cls=CommandGroup,
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
+)
+@click.version_option(package_name="galaxyline", prog_name="galaxyline")
+def main() -> None:
+    """DeepSeek-V3/R1 over a pipeline of stages. Options may be spelt with - or _."""
+    configure_logging()
+
+
+@main.command("serve")
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
+@click.option(
+    "--shutdown-timeout",
+    type=SECONDS,
+    default=5.0,
+    show_default=True,
+    help="Seconds that open requests have to end after SIGINT or SIGTERM.",
+)
+@num_scheduler_steps
+@engine_options
+def serve_command(source: ModelSource, engine: EngineSettings, host: str, port: int, shutdown_timeout: float) -> None:
+    """Serve MODEL, a directory or a hub id, over HTTP; without one, the sample model."""
+    settings = ServeSettings(engine=engine, source=source, host=host, port=port, shutdown_timeout_s=shutdown_timeout)
+    uvloop.run(serve(settings))
+
+
+@main.command("demo")
+@click.argument("prompts", nargs=-1)
+@click.option("--model-path", help="As --model of serve.  [default: $DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample]")
+@click.option("--max-new-tokens", type=COUNT, default=32, show_default=True, help="Tokens of each completion.")
+@click.option(
+    "--generator",
+    type=click.Choice(["bp", "pp"]),
+    default="bp",
+    show_default=True,
+    help="bp: one stage that owns all rows; pp: a pipeline of --stages.",
+)
+@click.option("--early_print_first_user", is_flag=True, help="Print the first prompt's tokens as they come.")
+@engine_options
+def demo_command(
+    prompts: tuple[str, ...],
+    model_path: str | None,
+    max_new_tokens: int,
+    generator: str,
+    early_print_first_user: bool,
+    engine: EngineSettings,
+) -> None:
+    """Complete PROMPTS greedily and print the completions."""
+    if not prompts:
+        raise OptionError('A prompt is required: galaxyline demo "San Francisco is a".')
+    settings = DemoSettings(
+        engine=_generator_settings(engine, generator),
+        source=resolve_model(model_path, os.environ),
+        max_new_tokens=max_new_tokens,
+    )
+    try:
+        generations = uvloop.run(run_demo(settings, prompts, _print_piece if early_print_first_user else None))
+    except asyncio.CancelledError:
+        sys.exit(INTERRUPTED)
+    if early_print_first_user:
+        click.echo()
+    click.echo("\n===== Generated =====\n")
+    for place, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
+        click.echo(f"Prompt[{place}]: {prompt}\nGeneration[{place}]: {generation.text}\n")
+
+
+def _generator_settings(engine: EngineSettings, generator: str) -> EngineSettings:
+    if generator == "pp":
+        return engine
+    if engine.stages not in {None, 1} or engine.layers_per_stage is not None:
+        raise OptionError("--generator bp is a single stage: add --generator pp for more.")
+    return msgspec.structs.replace(engine, stages=1)
+
+
+def _print_piece(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="galaxyline")

@@ -1,0 +1,206 @@
+"""The options that `serve` and `demo` have in common, and the types they are read with."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import structlog
+
+from api.environment import CACHE_VARIABLE, note_environment
+from api.errors import OptionError
+from api.model_source import resolve_model
+from api.settings import EngineSettings
+
+COUNT = click.IntRange(min=1)
+SECONDS = click.FloatRange(min=0, min_open=True)
+
+log = structlog.get_logger()
+
+
+class LayerSplit(click.ParamType[list[int]]):
+    """Numbers of layers with commas between, like "2,4"."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """The numbers. Raises click.BadParameter unless all are positive."""
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is no list of layer counts: write it like 2,4.", param, ctx)
+        return [int(part) for part in parts]
+
+
+class JsonObject(click.ParamType[dict[str, object]]):
+    """A JSON object on the command line."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, object]:
+        """The object. Raises click.BadParameter for anything else."""
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not valid JSON: {error}.", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object.", param, ctx)
+        return parsed
+
+
+class DeviceName(click.ParamType[str]):
+    """A device this program can run on."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name. Raises click.BadParameter for a device that there is no support for."""
+        if value != "embedded":
+            self.fail(f"{value!r} is not supported yet: this version runs on the embedded device only.", param, ctx)
+        return str(value)
+
+
+def _note_tt_config(_: click.Context, __: click.Parameter, value: dict[str, object] | None) -> None:
+    if value:
+        log.info("--override-tt-config has no effect on the embedded device", keys=sorted(value))
+
+
+def _note_scheduler_steps(_: click.Context, __: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        log.info("--num-scheduler-steps has no effect: each token is scheduled when its step returns", steps=value)
+
+
+_ENGINE_OPTIONS = [
+    click.option(
+        "--stages",
+        "--pipeline-parallel-size",
+        type=COUNT,
+        help="Pipeline stages; the layers are shared out so that they are equally fast.",
+    ),
+    click.option("--layers-per-stage", type=LayerSplit(), help="An explicit split, like 2,4, in place of --stages."),
+    click.option(
+        "--microbatches", type=COUNT, help="Steps in flight at once.  [default: one more than stages, or 1 for 1]"
+    ),
+    click.option("--max-model-len", type=COUNT, help="Tokens of prompt and completion.  [default: the model's]"),
+    click.option("--block-size", type=COUNT, default=32, show_default=True, help="Tokens of a KV cache block."),
+    click.option("--max-num-seqs", type=COUNT, help="Requests that run at once.  [default: 32 per microbatch]"),
+    click.option(
+        "--max-num-batched-tokens",
+        "--prefill-chunk",
+        "prefill_chunk",
+        type=COUNT,
+        help="Prompt tokens of one step, rounded up to whole blocks.  [default: 256]",
+    ),
+    click.option(
+        "--num-blocks", type=COUNT, help="KV cache blocks.  [default: enough for --max-num-seqs, bounded by memory]"
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: float32 for the sample model, else bfloat16.",
+    ),
+    click.option(
+        "--load-format",
+        type=click.Choice(["auto", "dummy"]),
+        default="auto",
+        show_default=True,
+        help="dummy: random weights; only config.json and the tokenizer are read.",
+    ),
+    click.option("--device", type=DeviceName(), default="embedded", show_default=True, help="What computes."),
+    click.option(
+        "--cache-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar=CACHE_VARIABLE,
+        show_envvar=True,
+        default=Path("generated/deepseek_v3"),
+        show_default=True,
+        help="Where converted weights are kept.",
+    ),
+    click.option("--seed", type=int, help="Of dummy weights, and of the requests that bring none.  [default: random]"),
+    click.option("--ray-address", help="A running Ray cluster.  [default: $RAY_ADDRESS, else one of our own]"),
+    click.option(
+        "--start-timeout",
+        "start_timeout_s",
+        type=SECONDS,
+        default=600.0,
+        show_default=True,
+        help="Seconds until all stages are ready.",
+    ),
+    click.option(
+        "--step-timeout",
+        "step_timeout_s",
+        type=SECONDS,
+        default=60.0,
+        show_default=True,
+        help="Seconds that one step may take.",
+    ),
+    click.option(
+        "--override-tt-config",
+        type=JsonObject(),
+        callback=_note_tt_config,
+        expose_value=False,
+        help="Settings of chips; none applies to the embedded device.",
+    ),
+]
+
+
+_SERVE_MODEL_OPTIONS = [
+    click.argument("model_argument", metavar="[MODEL]", required=False),
+    click.option("--model", help="Directory or hub id.  [default: $DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample]"),
+    click.option("--tokenizer", help="Directory or hub id of the tokenizer.  [default: the model's]"),
+    click.option("--served-model-name", help="What requests call the model.  [default: the hub id or directory name]"),
+]
+
+num_scheduler_steps = click.option(
+    "--num-scheduler-steps",
+    type=COUNT,
+    callback=_note_scheduler_steps,
+    expose_value=False,
+    help="An option of vLLM's TT server; without effect here.",
+)
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the engine's options to a command, which gets them as `engine`, an EngineSettings."""
+
+    @functools.wraps(command)
+    def with_settings(**options: Any) -> None:
+        given = {name: options.pop(name) for name in EngineSettings.__struct_fields__}
+        note_environment(os.environ)
+        command(engine=EngineSettings(**given), **options)
+
+    return _with_options(with_settings, _ENGINE_OPTIONS)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds vLLM's ways to name a model to a command, which gets it as `source`, a ModelSource."""
+
+    @functools.wraps(command)
+    def with_source(
+        model_argument: str | None,
+        model: str | None,
+        tokenizer: str | None,
+        served_model_name: str | None,
+        **options: Any,
+    ) -> None:
+        if model is not None and model_argument not in {None, model}:
+            raise OptionError(f"Two models are given, {model_argument!r} and --model {model!r}: leave one out.")
+        source = resolve_model(model or model_argument, os.environ)
+        if tokenizer is not None:
+            source = msgspec.structs.replace(source, tokenizer=resolve_model(tokenizer, {}).path)
+        command(source=msgspec.structs.replace(source, name=served_model_name or source.name), **options)
+
+    return _with_options(with_source, _SERVE_MODEL_OPTIONS)
+
+
+def _with_options(
+    command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
+) -> Callable[..., None]:
+    for option in reversed(options):
+        command = option(command)
+    return command

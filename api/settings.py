@@ -1,0 +1,152 @@
+"""The options that shape the engine, as the command line has them, and what follows from them for a given model."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import structlog
+
+from actors.options import Device, PipelineOptions
+from api.engine_options import EngineOptions
+from api.errors import OptionError
+from api.model_source import ModelSource
+from stages.options import CacheOptions, Dtype, LoadFormat, StageOptions
+from stages.plan import StageSpec, explicit_stages, plan_stages
+from weights.model_config import ModelConfig
+
+DEFAULT_STAGES = 2
+DEFAULT_PREFILL_CHUNK = 256
+SEQUENCES_PER_MICROBATCH = 32
+"""Users of a Galaxy row in one microbatch, as tt-metal's demo has them."""
+
+CACHE_MEMORY_SHARE = 0.25
+"""Part of this host's memory that the KV cache of all stages may take unless --num-blocks says otherwise."""
+
+ENGINE_MARGIN_S = 30.0
+"""What the engine process gets beyond the stages' own deadline, to start and to say what went wrong."""
+
+ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+
+log = structlog.get_logger()
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's options, None where the model decides. Counts are positive; times are in seconds.
+
+    `seed` is that of dummy weights, 0 by default. `max_model_len`, `block_size` and `prefill_chunk` are in tokens,
+    `num_blocks` in blocks of `block_size`.
+    """
+
+    cache_dir: Path
+    stages: int | None = None
+    layers_per_stage: list[int] | None = None
+    microbatches: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 32
+    max_num_seqs: int | None = None
+    prefill_chunk: int | None = None
+    num_blocks: int | None = None
+    dtype: Dtype | Literal["auto"] = "auto"
+    load_format: LoadFormat = "auto"
+    seed: int | None = None
+    device: Device = "embedded"
+    ray_address: str | None = None
+    start_timeout_s: float = 600.0
+    step_timeout_s: float = 60.0
+
+    def engine_options(self, source: ModelSource, config: ModelConfig) -> EngineOptions:
+        """What the engine is told. Logs every option that is not followed to the letter.
+
+        Raises OptionError or PlanError where the options do not fit the model, each other, or this host's memory.
+        """
+        specs = self._specs(config)
+        dtype = self._dtype(source)
+        return EngineOptions(
+            pipeline=PipelineOptions(
+                hidden_size=config.hidden_size,
+                specs=specs,
+                stage=StageOptions(
+                    model_path=str(source.path),
+                    cache_dir=str(self.cache_dir.expanduser().absolute()),
+                    dtype=dtype,
+                    load_format=self.load_format,
+                    seed=self.seed or 0,
+                    cache=self._cache(config, dtype, self._microbatches(len(specs))),
+                ),
+                device=self.device,
+                rows_per_stage=1,
+                ray_address=self.ray_address,
+                start_timeout_s=self.start_timeout_s,
+                step_timeout_s=self.step_timeout_s,
+            ),
+            prefill_chunk=self._prefill_chunk(),
+            microbatches=self.microbatches,
+        )
+
+    def _specs(self, config: ModelConfig) -> list[StageSpec]:
+        if self.layers_per_stage is None:
+            stages = min(DEFAULT_STAGES, config.num_hidden_layers) if self.stages is None else self.stages
+            return plan_stages(config, stages)
+        if self.stages not in {None, len(self.layers_per_stage)}:
+            raise OptionError(
+                f"--layers-per-stage names {len(self.layers_per_stage)} stages and --stages {self.stages}: "
+                "leave one of them out."
+            )
+        return explicit_stages(config, self.layers_per_stage)
+
+    def _dtype(self, source: ModelSource) -> Dtype:
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if source.is_sample else "bfloat16"
+
+    def _microbatches(self, stages: int) -> int:
+        return self.microbatches or (stages + 1 if stages > 1 else 1)
+
+    def _prefill_chunk(self) -> int:
+        asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
+        chunk = _rounded_up(asked, self.block_size)
+        if self.prefill_chunk is not None and chunk != asked:
+            log.info("--max-num-batched-tokens was rounded up to whole blocks", asked=asked, tokens=chunk)
+        return chunk
+
+    def _cache(self, config: ModelConfig, dtype: Dtype, microbatches: int) -> CacheOptions:
+        asked = self.max_num_seqs or SEQUENCES_PER_MICROBATCH * microbatches
+        slots = _rounded_up(asked, microbatches)
+        if slots != asked:
+            log.info("--max-num-seqs was rounded up so that every microbatch has as many", asked=asked, slots=slots)
+        max_model_len = self.max_model_len or config.max_position_embeddings
+        if max_model_len > config.max_position_embeddings:
+            raise OptionError(
+                f"--max-model-len {max_model_len} is more than the model's {config.max_position_embeddings} positions."
+            )
+        return CacheOptions(
+            slots=slots,
+            pools=1,
+            blocks=self.num_blocks or self._blocks(config, dtype, slots, max_model_len),
+            block_size=self.block_size,
+            max_model_len=max_model_len,
+        )
+
+    def _blocks(self, config: ModelConfig, dtype: Dtype, slots: int, max_model_len: int) -> int:
+        """Blocks for `slots` requests of the greatest length, or as many as memory allows."""
+        block_bytes = self.block_size * config.num_hidden_layers * config.kv_dim * ITEM_BYTES[dtype]
+        affordable = int(CACHE_MEMORY_SHARE * memory_bytes()) // block_bytes
+        needed = -(-max_model_len // self.block_size)
+        if affordable < needed:
+            raise OptionError(
+                f"The KV cache of one request of {max_model_len} tokens takes {needed * block_bytes >> 20} MiB, more "
+                f"than {CACHE_MEMORY_SHARE:.0%} of this host's memory: lower --max-model-len, or give --num-blocks."
+            )
+        if affordable < slots * needed:
+            log.info("memory bounds the KV cache", blocks=affordable, wanted=slots * needed)
+        return min(affordable, slots * needed)
+
+
+def memory_bytes() -> int:
+    """Physical memory of this host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
