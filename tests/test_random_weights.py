@@ -80,6 +80,12 @@ def test_weights_are_scaled_by_their_fan_in_and_norms_are_near_one(name: str, me
     assert tensor.double().std().item() == pytest.approx(std, rel=0.2 if tensor.dim() == 1 else 0.03)
 
 
+def test_values_lie_symmetrically_about_zero() -> None:
+    levels = set(RandomCheckpoint(CONFIG, seed=0).tensor("model.embed_tokens.weight").flatten().tolist())
+    assert len(levels) == 256
+    assert levels == {-level for level in levels}
+
+
 def test_the_router_has_a_correction_bias_in_float32() -> None:
     bias = RandomCheckpoint(CONFIG, seed=0).tensor(BIAS)
     assert bias.dtype == torch.float32
