@@ -59,7 +59,7 @@ async def run_demo(
             return await generate(engine, model, encoded, settings.max_new_tokens, on_first_user)
 
     running = asyncio.create_task(run())
-    with on_stop_signal(running.cancel):
+    with on_stop_signal(lambda _: running.cancel()):
         return await running
 
 
@@ -107,6 +107,9 @@ async def _complete(
                 text.append(piece)
                 if on_text is not None and piece:
                     on_text(piece)
+    text.append(decoder.flush())
+    if on_text is not None:
+        on_text(text[-1])
     return Generation(tokens=tokens, text="".join(text))
 
 

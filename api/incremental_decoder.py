@@ -3,6 +3,8 @@
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 CHARACTER_BYTES_MAX = 4
 """Bytes of the longest UTF-8 character (RFC 3629), hence the most tokens that one character can take."""
 
@@ -36,11 +38,24 @@ class IncrementalDecoder:
         self._held.append(token)
         return None if len(self._held) < HELD_TOKENS_MAX else self._release()
 
-    def _release(self) -> str:
+    def flush(self) -> str:
+        """What can be read of the tokens held back, when no more will come: all but an unfinished character."""
+        text = self._decode(self._held).rstrip(REPLACEMENT)
+        self._held.clear()
+        return text
+
+    def _release(self) -> str | None:
         # Without this, a model that repeats one byte would never show any text, and each step would cost more than
         # the one before: the stream decodes all tokens it holds.
-        kept = self._held[1 - CHARACTER_BYTES_MAX :]
-        text: str = self._tokenizer.decode(self._held[: 1 - CHARACTER_BYTES_MAX], skip_special_tokens=False)
-        self._held = kept
-        self._stream = DecodeStream(ids=kept, skip_special_tokens=False)
+        whole = self._decode(self._held)
+        for kept in range(CHARACTER_BYTES_MAX - 1, len(self._held)):
+            text = self._decode(self._held[:-kept])
+            if text + self._decode(self._held[-kept:]) == whole:
+                self._held = self._held[-kept:]
+                self._stream = DecodeStream(ids=self._held, skip_special_tokens=False)
+                return text
+        return None
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return text

@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 import msgspec
 
+from api.errors import EngineError
 from api.incremental_decoder import IncrementalDecoder
 from api.messages import RequestOutput
 from api.responses import CompletionFinish
@@ -34,25 +35,32 @@ class CompletionText:
         self._tokens = 0
 
     def add(self, output: RequestOutput) -> Iterator[Piece]:
-        """At most one piece for each token, fewer while text is held back; the last has the finish reason."""
-        finish: CompletionFinish | None = "length" if output.finish_reason == "length" else None
-        if output.finish_reason == "stop":
-            finish = "stop"
-        last = len(output.tokens) - 1
-        for place, token in enumerate(output.tokens):
-            self._tokens += 1
+        """At most one piece for each token, fewer while text is held back; the last has the finish reason.
+
+        Raises EngineError where the engine gave the request up.
+        """
+        finish = output.finish_reason
+        if finish in ("abort", "error"):
+            raise EngineError(output.error or "The engine dropped this request before it was complete.")
+        for token in output.tokens if finish is None else output.tokens[:-1]:
             text = self._decoder.add(token)
+            self._tokens += 1
             released = self._stops.add(text) if text else text
             if self._stops.matched:
                 yield self._piece(released or "", "stop")
                 return
-            if finish is not None and place == last:
-                yield self._piece((released or "") + self._stops.flush(), finish)
-                return
             if released or text == "":
                 yield self._piece(released or "", None)
         if finish is not None:
-            yield self._piece(self._stops.flush(), finish)
+            yield self._last(output.tokens[-1:], finish)
+
+    def _last(self, tokens: list[int], finish: CompletionFinish) -> Piece:
+        text = "".join(self._decoder.add(token) or "" for token in tokens) + self._decoder.flush()
+        self._tokens += len(tokens)
+        released = self._stops.add(text)
+        if self._stops.matched:
+            return self._piece(released, "stop")
+        return self._piece(released + self._stops.flush(), finish)
 
     def whole(self) -> Piece:
         """The only piece of a completion that has no tokens."""
@@ -104,6 +112,7 @@ async def _pieces(text: CompletionText, stream: TokenStream) -> AsyncGenerator[P
             yield piece
             if piece.finish_reason is not None:
                 return
+    raise EngineError("The engine's answer ended before this request was complete.")
 
 
 async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGenerator[Piece, None]:

@@ -48,7 +48,7 @@ async def serve(settings: ServeSettings) -> None:
     model = ServedModel.load(settings.source, config, options.pipeline.stage.cache.max_model_len)
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
         stop = asyncio.Event()
-        with on_stop_signal(stop.set):
+        with on_stop_signal(lambda _: stop.set()):
             await _serve(settings, options, model, listener, stop)
 
 

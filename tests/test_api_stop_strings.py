@@ -1,0 +1,48 @@
+"""Stop strings, against a plain reading of their definition, however the text is cut."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.stop_strings import StopStrings
+
+TEXT = st.text("abc", max_size=30)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
+
+
+def expected(text: str, stops: list[str], include_stop: bool) -> tuple[str, bool]:
+    """Reads character by character: the first moment at which the text ends in a stop string decides."""
+    for end in range(len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end if include_stop else end - max(map(len, ending))], True
+    return text, False
+
+
+@given(text=TEXT, stops=STOPS, include_stop=st.booleans(), data=st.data())
+def test_any_cut_of_a_text_stops_at_the_same_place(
+    text: str, stops: list[str], include_stop: bool, data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
+    checker = StopStrings(stops, include_stop)
+    released = ""
+    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        released += checker.add(text[begin:end])
+        if checker.matched:
+            break
+    else:
+        released += checker.flush()
+    assert (released, checker.matched) == expected(text, stops, include_stop)
+
+
+@given(text=TEXT, stops=STOPS)
+def test_just_what_may_become_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
+    checker = StopStrings(stops)
+    released = ""
+    for count, character in enumerate(text, start=1):
+        released += checker.add(character)
+        if checker.matched:
+            return
+        held = text[len(released) : count]
+        beginnings = [text[begin:count] for begin in range(count)]
+        possible = [start for start in beginnings if any(stop.startswith(start) for stop in stops)]
+        assert held == max(possible, key=len, default="")
