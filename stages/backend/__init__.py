@@ -1,0 +1,46 @@
+"""Binds the name `ttnn` once for the process: the embedded device, or the real package on a Galaxy.
+
+GALAXYLINE_DEVICE says which: "embedded" (the default) or "ttnn".
+"""
+
+import importlib
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.backend.embedded.dtype import set_float_dtype as _hold_floats_in
+from stages.errors import DeviceError
+
+DEVICE = os.environ.get("GALAXYLINE_DEVICE", "embedded")
+"""The device of this process."""
+
+
+def _bound(device: str) -> ModuleType:
+    if device == "embedded":
+        return importlib.import_module("stages.backend.embedded")
+    if device != "ttnn":
+        raise DeviceError(f"GALAXYLINE_DEVICE is {device!r}: choose 'embedded' or 'ttnn'.")
+    try:
+        return importlib.import_module("ttnn")
+    except ImportError as error:
+        raise DeviceError(
+            f"GALAXYLINE_DEVICE is 'ttnn', but that package cannot be imported ({error}): install galaxyline[galaxy] "
+            "under Python 3.10 or 3.12, or unset GALAXYLINE_DEVICE."
+        ) from error
+
+
+if TYPE_CHECKING:
+    from stages.backend import embedded as ttnn
+else:
+    ttnn = _bound(DEVICE)
+
+
+def set_float_dtype(dtype: torch.dtype) -> None:
+    """Sets the torch dtype that the embedded device holds floats narrower than float32 in.
+
+    On chips every tensor has the dtype it says, and this does nothing.
+    """
+    if DEVICE == "embedded":
+        _hold_floats_in(dtype)

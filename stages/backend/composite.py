@@ -1,0 +1,216 @@
+"""Ops that every device computes in its own way, under one signature, and collectives that vanish on an axis of one.
+
+Chips and the CPU choose experts and run them by different algorithms. The chips' algorithms are written in ttnn, so
+they run on the embedded device too, where tests hold them against the CPU's.
+"""
+
+from stages.backend import DEVICE, ttnn
+from stages.backend.embedded import experts
+
+TOKENS_AT_ONCE = 2048
+"""Tokens of one pass through a chip's experts: buffers in L1 grow with them, and 2048 is what fits."""
+
+FUSED_GATE = (256, 8, 4, 8)
+"""Experts, groups, groups chosen and experts chosen of DeepSeek-V3, for which chips have a fused gate."""
+
+LEFT_OUT = -1.0e4
+"""Added to the biased scores of groups that are left out: far below any score, and finite in bfloat16."""
+
+
+def all_gather(
+    x: ttnn.Tensor, dim: int, *, cluster_axis: int, memory_config: ttnn.MemoryConfig | None = None
+) -> ttnn.Tensor:
+    """`ttnn.all_gather`; `x` itself on an axis of one chip."""
+    if x.device().shape[cluster_axis] == 1:
+        return x
+    return ttnn.all_gather(x, dim, cluster_axis=cluster_axis, memory_config=memory_config)
+
+
+def reduce_scatter(
+    x: ttnn.Tensor, dim: int, *, cluster_axis: int, memory_config: ttnn.MemoryConfig | None = None
+) -> ttnn.Tensor:
+    """`ttnn.reduce_scatter`; `x` itself on an axis of one chip."""
+    if x.device().shape[cluster_axis] == 1:
+        return x
+    return ttnn.reduce_scatter(x, dim, cluster_axis=cluster_axis, memory_config=memory_config)
+
+
+def all_reduce(x: ttnn.Tensor, *, cluster_axis: int, memory_config: ttnn.MemoryConfig | None = None) -> ttnn.Tensor:
+    """`ttnn.all_reduce`; `x` itself on an axis of one chip."""
+    if x.device().shape[cluster_axis] == 1:
+        return x
+    return ttnn.all_reduce(x, cluster_axis=cluster_axis, memory_config=memory_config)
+
+
+def all_to_all(
+    x: ttnn.Tensor, *, in_dim: int, out_dim: int, cluster_axis: int, memory_config: ttnn.MemoryConfig | None = None
+) -> ttnn.Tensor:
+    """`ttnn.experimental.all_to_all_async_generic`; `x` itself on an axis of one chip.
+
+    Heads for users: with in_dim=2, out_dim=1 on 8 chips [1, users, heads / 8, d] becomes [1, users / 8, heads, d].
+    """
+    if x.device().shape[cluster_axis] == 1:
+        return x
+    return ttnn.experimental.all_to_all_async_generic(
+        x, in_dim=in_dim, out_dim=out_dim, cluster_axis=cluster_axis, memory_config=memory_config
+    )
+
+
+def mesh_partition(
+    x: ttnn.Tensor, dim: int, *, cluster_axis: int, memory_config: ttnn.MemoryConfig | None = None
+) -> ttnn.Tensor:
+    """`ttnn.mesh_partition`; `x` itself on an axis of one chip."""
+    if x.device().shape[cluster_axis] == 1:
+        return x
+    return ttnn.mesh_partition(x, dim, cluster_axis, memory_config=memory_config)
+
+
+def chip_moe_gate(
+    logits: ttnn.Tensor,
+    bias: ttnn.Tensor,
+    *,
+    n_groups: int,
+    topk_groups: int,
+    n_activated_experts: int,
+    route_scale: float,
+    norm_topk_prob: bool,
+) -> tuple[ttnn.Tensor, ttnn.Tensor]:
+    """`moe_gate` on chips: the fused gate for DeepSeek-V3's own numbers, else composed of smaller ops."""
+    tokens, n_experts = logits.shape[2], logits.shape[3]
+    logits = ttnn.typecast(logits, ttnn.bfloat16)
+    bias = ttnn.typecast(bias, ttnn.bfloat16)
+    if norm_topk_prob and (n_experts, n_groups, topk_groups, n_activated_experts) == FUSED_GATE:
+        weights, indices = ttnn.experimental.deepseek_grouped_gate(
+            logits,
+            ttnn.repeat(bias, (1, 1, tokens, 1)),
+            n_groups=n_groups,
+            summed_experts_per_group=2,
+            topk_groups=topk_groups,
+            n_activated_experts=n_activated_experts,
+            route_scale=route_scale,
+            epsilon=1e-20,
+        )
+        return weights, indices
+    scores = ttnn.sigmoid(logits)
+    biased = ttnn.add(scores, bias)
+    if topk_groups < n_groups:
+        biased = ttnn.add(biased, _penalty(biased, n_groups, topk_groups))
+    indices = ttnn.topk(biased, n_activated_experts, dim=-1)[1]
+    weights = ttnn.gather(scores, -1, index=indices)
+    if norm_topk_prob:
+        weights = ttnn.div(weights, ttnn.add(ttnn.sum(weights, dim=-1, keepdim=True), 1e-20))
+    return ttnn.mul(weights, route_scale), indices
+
+
+def _penalty(biased: ttnn.Tensor, n_groups: int, topk_groups: int) -> ttnn.Tensor:
+    """[1, 1, T, experts]: 0 for experts of the groups chosen, LEFT_OUT for the others."""
+    tokens, n_experts = biased.shape[2], biased.shape[3]
+    group = n_experts // n_groups
+    grouped = ttnn.reshape(biased, (1, tokens, n_groups, group))
+    best = ttnn.sum(ttnn.topk(grouped, 2, dim=-1)[0], dim=-1)
+    chosen = ttnn.topk(ttnn.reshape(best, (1, 1, tokens, n_groups)), topk_groups, dim=-1)[1]
+    penalty = ttnn.scatter(_constant(biased, n_groups, LEFT_OUT), -1, chosen, _constant(biased, topk_groups, 0.0))
+    by_expert = ttnn.repeat(ttnn.reshape(penalty, (1, tokens, n_groups, 1)), (1, 1, 1, group))
+    return ttnn.reshape(by_expert, (1, 1, tokens, n_experts))
+
+
+def _constant(like: ttnn.Tensor, width: int, value: float) -> ttnn.Tensor:
+    return ttnn.full(
+        (1, 1, like.shape[2], width), value, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=like.device()
+    )
+
+
+def chip_routed_experts(
+    x: ttnn.Tensor,
+    weights: ttnn.Tensor,
+    indices: ttnn.Tensor,
+    w1: ttnn.Tensor,
+    w3: ttnn.Tensor,
+    w2: ttnn.Tensor,
+    *,
+    select: ttnn.Tensor,
+    memory_config: ttnn.MemoryConfig | None = None,
+    compute_kernel_config: ttnn.WormholeComputeKernelConfig | None = None,
+) -> ttnn.Tensor:
+    """`routed_experts` on chips: every local expert on every token, weighted with 0 where it was not chosen."""
+    tokens = x.shape[2]
+    weights = ttnn.typecast(weights, ttnn.bfloat16)
+    parts = []
+    for first in range(0, tokens, TOKENS_AT_ONCE):
+        last = min(first + TOKENS_AT_ONCE, tokens)
+        some, some_weights, some_indices = (_rows(tensor, first, last) for tensor in (x, weights, indices))
+        dense = ttnn.scatter(_constant(some, select.shape[2], 0.0), -1, some_indices, some_weights)
+        local = ttnn.matmul(dense, select)
+        gate = ttnn.matmul(some, w1, memory_config=memory_config, compute_kernel_config=compute_kernel_config)
+        up = ttnn.matmul(some, w3, memory_config=memory_config, compute_kernel_config=compute_kernel_config)
+        hidden = ttnn.mul(gate, up, input_tensor_a_activations=[ttnn.UnaryOpType.SILU], memory_config=memory_config)
+        output = ttnn.matmul(hidden, w2, memory_config=memory_config, compute_kernel_config=compute_kernel_config)
+        weighted = ttnn.mul(output, ttnn.permute(local, (0, 3, 2, 1)), memory_config=memory_config)
+        parts.append(ttnn.experimental.fast_reduce_nc(weighted, dims=[1], memory_config=memory_config))
+    return parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=2)
+
+
+def _rows(tensor: ttnn.Tensor, first: int, last: int) -> ttnn.Tensor:
+    """Tokens [first, last) of [1, 1, T, width]."""
+    if (first, last) == (0, tensor.shape[2]):
+        return tensor
+    return ttnn.slice(tensor, [0, 0, first, 0], [1, 1, last, tensor.shape[3]])
+
+
+def moe_gate(
+    logits: ttnn.Tensor,
+    bias: ttnn.Tensor,
+    *,
+    n_groups: int,
+    topk_groups: int,
+    n_activated_experts: int,
+    route_scale: float,
+    norm_topk_prob: bool,
+) -> tuple[ttnn.Tensor, ttnn.Tensor]:
+    """Weights and indices, [1, 1, T, n_activated_experts], of the experts chosen for `logits` [1, 1, T, experts].
+
+    `bias` [1, 1, 1, experts] takes part in the choice only. `stages.backend.embedded.routing` gives the rule and its
+    source. For full precision keep logits and bias in float32; chips round them to bfloat16.
+    """
+    choose = experts.moe_gate if DEVICE == "embedded" else chip_moe_gate
+    return choose(
+        logits,
+        bias,
+        n_groups=n_groups,
+        topk_groups=topk_groups,
+        n_activated_experts=n_activated_experts,
+        route_scale=route_scale,
+        norm_topk_prob=norm_topk_prob,
+    )
+
+
+def routed_experts(
+    x: ttnn.Tensor,
+    weights: ttnn.Tensor,
+    indices: ttnn.Tensor,
+    w1: ttnn.Tensor,
+    w3: ttnn.Tensor,
+    w2: ttnn.Tensor,
+    *,
+    select: ttnn.Tensor,
+    memory_config: ttnn.MemoryConfig | None = None,
+    compute_kernel_config: ttnn.WormholeComputeKernelConfig | None = None,
+) -> ttnn.Tensor:
+    """Each chip's part of sum over a token's experts e of weight_e * w2_e(silu(w1_e(x)) * w3_e(x)): [1, 1, T, H].
+
+    Tokens `x` [1, 1, T, H], `weights` and `indices` [1, 1, T, k] are the same on all chips. Experts are shared out
+    over the chips row-major: w1, w3 [1, E / chips, H, I] and w2 [1, E / chips, I, H] a chip, and `select`
+    [1, 1, E, E / chips], the identity cut by columns (`ShardTensorToMesh(mesh, 3)`). Add the parts over both axes.
+    """
+    run = experts.routed_experts if DEVICE == "embedded" else chip_routed_experts
+    return run(
+        x,
+        weights,
+        indices,
+        w1,
+        w3,
+        w2,
+        select=select,
+        memory_config=memory_config,
+        compute_kernel_config=compute_kernel_config,
+    )

@@ -1,0 +1,70 @@
+"""Runs a torch function on every chip of a mesh, once for chips that hold the very same operands."""
+
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import torch
+
+from stages.backend.embedded.tensor import Tensor
+from stages.errors import DeviceError
+
+Result = TypeVar("Result")
+
+
+def unary(op: str, function: Callable[[torch.Tensor], torch.Tensor], x: Tensor) -> Tensor:
+    """`function` of each shard, as a tensor like `x`. Raises DeviceError where torch refuses."""
+    shards = x.shards
+    if len(shards) == 1:
+        try:
+            return Tensor([function(shards[0])], x.dtype, x.layout, x.mesh)
+        except (RuntimeError, IndexError) as error:
+            refuse_because(op, error, x)
+    return Tensor(on_chips(op, function, x), x.dtype, x.layout, x.mesh)
+
+
+def binary(op: str, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """`function` of each chip's shards, as a tensor like `x`. Raises DeviceError where torch refuses."""
+    shards = x.shards
+    if len(shards) == 1 and x.mesh is y.mesh and y.shards:
+        try:
+            return Tensor([function(shards[0], y.shards[0])], x.dtype, x.layout, x.mesh)
+        except (RuntimeError, IndexError) as error:
+            refuse_because(op, error, x, y)
+    return Tensor(on_chips(op, function, x, y), x.dtype, x.layout, x.mesh)
+
+
+def on_chips(op: str, function: Callable[..., Result], *operands: Tensor) -> list[Result]:
+    """`function` of each chip's shards of `operands`.
+
+    Chips whose shards are the very same objects share one call and its result. Raises DeviceError where the operands
+    are on different meshes or deallocated, or torch refuses.
+    """
+    mesh = operands[0].mesh
+    for operand in operands:
+        if operand.mesh is not mesh:
+            refuse(op, "its operands are on different meshes, or one is on the host", *operands)
+        if not operand.shards:
+            raise DeviceError(f"{op}: an operand was used after deallocate().")
+    results: dict[tuple[int, ...], Result] = {}
+    output = []
+    try:
+        for shards in zip(*[operand.shards for operand in operands], strict=True):
+            key = tuple(map(id, shards))
+            if key not in results:
+                results[key] = function(*shards)
+            output.append(results[key])
+    except (RuntimeError, IndexError) as error:
+        refuse_because(op, error, *operands)
+    return output
+
+
+def refuse(op: str, reason: str, *operands: Tensor) -> NoReturn:
+    """Raises DeviceError: op, reason and the operands' shapes in one sentence."""
+    shapes = " and ".join(str(list(operand.shape)) for operand in operands)
+    raise DeviceError(f"{op} refuses {shapes}: {reason}.")
+
+
+def refuse_because(op: str, error: Exception, *operands: Tensor) -> NoReturn:
+    """Raises DeviceError for what torch refused."""
+    shapes = " and ".join(str(list(operand.shape)) for operand in operands)
+    raise DeviceError(f"{op} refuses {shapes}: {str(error).splitlines()[0].rstrip('.')}.") from error

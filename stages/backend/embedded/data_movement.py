@@ -1,0 +1,130 @@
+"""Ops that move values without computing: most are views of the same memory."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's usual name
+
+from stages.backend.embedded.chips import on_chips, refuse, unary
+from stages.backend.embedded.dtype import DataType, Layout, uint16, uint32
+from stages.backend.embedded.eltwise import typecast
+from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.tensor import Tensor
+
+
+def reshape(input_tensor: Tensor, shape: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """The same values in row-major order under another shape; one dimension may be -1."""
+    return unary("reshape", lambda a: a.reshape(shape), input_tensor)
+
+
+def permute(input_tensor: Tensor, dims: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """Dimension i of the output is dimension `dims[i]` of the input."""
+    order = tuple(dims)
+    return unary("permute", lambda a: a.permute(order), input_tensor)
+
+
+def transpose(input_tensor: Tensor, dim1: int, dim2: int, *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """Swaps two dimensions."""
+    return unary("transpose", lambda a: a.transpose(dim1, dim2), input_tensor)
+
+
+def slice(
+    input_tensor: Tensor, starts: Sequence[int], ends: Sequence[int], *, memory_config: MemoryConfig | None = None
+) -> Tensor:
+    """From `starts[i]` up to `ends[i]` of every dimension i. Raises DeviceError where that is out of range."""
+    shape = input_tensor.shape
+    if not len(starts) == len(ends) == len(shape):
+        refuse("slice", f"{list(starts)} to {list(ends)} does not name each dimension once", input_tensor)
+    cuts = [
+        (dim, start, end - start)
+        for dim, (start, end, size) in enumerate(zip(starts, ends, shape, strict=True))
+        if start or end != size
+    ]
+    if any(start < 0 or length <= 0 or start + length > shape[dim] for dim, start, length in cuts):
+        refuse("slice", f"{list(starts)} to {list(ends)} is out of range", input_tensor)
+    if len(cuts) == 1:
+        dim, start, length = cuts[0]
+        return unary("slice", lambda a: a.narrow(dim, start, length), input_tensor)
+    return unary("slice", lambda a: _narrowed(a, cuts), input_tensor)
+
+
+def _narrowed(a: torch.Tensor, cuts: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    for dim, start, length in cuts:
+        a = a.narrow(dim, start, length)
+    return a
+
+
+def concat(tensors: Sequence[Tensor], dim: int = 0, *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """Joins tensors of one dtype along `dim`."""
+    first = tensors[0]
+    if any(tensor.dtype is not first.dtype for tensor in tensors):
+        refuse("concat", "the tensors have different dtypes", *tensors)
+    shards = on_chips("concat", lambda *parts: torch.cat(parts, dim), *tensors)
+    return Tensor(shards, first.dtype, first.layout, first.mesh)
+
+
+def split(
+    input_tensor: Tensor, split_size: int | Sequence[int], dim: int = 0, *, memory_config: MemoryConfig | None = None
+) -> list[Tensor]:
+    """Cuts `dim` into parts of `split_size`, or of the sizes given."""
+    x = input_tensor
+    parts = on_chips("split", lambda a: a.split(split_size, dim), x)
+    return [Tensor(list(shards), x.dtype, x.layout, x.mesh) for shards in zip(*parts, strict=True)]
+
+
+def repeat(input_tensor: Tensor, repeat_dims: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """Repeats each dimension i `repeat_dims[i]` times."""
+    return unary("repeat", lambda a: a.repeat(*repeat_dims), input_tensor)
+
+
+def pad(
+    input_tensor: Tensor,
+    padding: Sequence[tuple[int, int]],
+    value: float,
+    *,
+    memory_config: MemoryConfig | None = None,
+) -> Tensor:
+    """Adds `value` in front of and behind each dimension, as `padding` says for each."""
+    if len(padding) != len(input_tensor.shape):
+        refuse("pad", f"{list(padding)} does not name each dimension once", input_tensor)
+    flat = [amount for before_after in reversed(padding) for amount in before_after]
+    return unary("pad", lambda a: F.pad(a, flat, value=value), input_tensor)
+
+
+def to_layout(
+    tensor: Tensor, layout: Layout, dtype: DataType | None = None, *, memory_config: MemoryConfig | None = None
+) -> Tensor:
+    """The same values in another layout; shards are held alike in both."""
+    if dtype is not None:
+        tensor = typecast(tensor, dtype)
+    if tensor.layout is layout:
+        return tensor
+    return Tensor(tensor.shards, tensor.dtype, layout, tensor.mesh)
+
+
+def to_memory_config(tensor: Tensor, memory_config: MemoryConfig, dtype: DataType | None = None) -> Tensor:
+    """The tensor itself: a host has one kind of memory."""
+    return tensor if dtype is None else typecast(tensor, dtype)
+
+
+def gather(input: Tensor, dim: int, index: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """Takes along `dim` what `index` (uint16 or uint32) names."""
+    _refuse_other_indices("gather", input, index)
+    shards = on_chips("gather", lambda a, i: a.gather(dim, i), input, index)
+    return Tensor(shards, input.dtype, input.layout, input.mesh)
+
+
+def scatter(
+    input: Tensor, dim: int, index: Tensor, src: Tensor, *, memory_config: MemoryConfig | None = None
+) -> Tensor:
+    """A copy of `input` with `src` written along `dim` at the places that `index` (uint16 or uint32) names."""
+    _refuse_other_indices("scatter", input, index)
+    if input.dtype is not src.dtype:
+        refuse("scatter", f"it cannot write {src.dtype.name} into {input.dtype.name}", input, src)
+    shards = on_chips("scatter", lambda a, i, s: a.scatter(dim, i, s), input, index, src)
+    return Tensor(shards, input.dtype, input.layout, input.mesh)
+
+
+def _refuse_other_indices(op: str, x: Tensor, index: Tensor) -> None:
+    if index.dtype is not uint16 and index.dtype is not uint32:
+        refuse(op, f"indices must be uint16 or uint32, not {index.dtype.name}", x, index)

@@ -1,0 +1,182 @@
+"""ttnn.experimental: rotary positions, writes to paged caches, routing and reductions."""
+
+from collections.abc import Sequence
+
+import torch
+
+from stages.backend.embedded.chips import on_chips, refuse, unary
+from stages.backend.embedded.collectives import all_to_all_async_generic
+from stages.backend.embedded.dtype import TILE_LAYOUT, TILE_SIZE, bfloat16, float32, int32, uint16
+from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.paging import decode_pages, table_row, write_in_place
+from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
+from stages.backend.embedded.routing import choose_experts
+from stages.backend.embedded.tensor import Tensor
+
+__all__ = [
+    "all_to_all_async_generic",
+    "deepseek_grouped_gate",
+    "fast_reduce_nc",
+    "paged_fill_cache",
+    "paged_update_cache",
+    "rotary_embedding_llama",
+]
+
+GROUPED_GATE_EXPERTS = 256
+"""The only number of experts that the fused gate takes."""
+
+
+def rotary_embedding_llama(
+    input_tensor: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    trans_mat: Tensor,
+    *,
+    is_decode_mode: bool = False,
+    memory_config: MemoryConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Turns each pair of neighbours of x [1, heads, T, d] by its angle: x * cos + turned(x) * sin.
+
+    turned(x)[2i] = -x[2i + 1] and turned(x)[2i + 1] = x[2i], which a chip computes with `trans_mat` [1, 1, 32, 32].
+    cos and sin are [1, 1, T, d]. Raises DeviceError for other shapes.
+    """
+    x = input_tensor
+    shape = x.shape
+    if is_decode_mode:
+        refuse("rotary_embedding_llama", "the decode mode is not supported; put users on dimension 2", x)
+    if len(shape) != 4 or shape[0] != 1 or shape[3] % 2:
+        refuse("rotary_embedding_llama", "x must be [1, heads, T, d] with d even", x)
+    if cos_cache.shape != (1, 1, *shape[2:]) or sin_cache.shape != cos_cache.shape:
+        refuse("rotary_embedding_llama", "cos and sin must be [1, 1, T, d] with x's T and d", x, cos_cache, sin_cache)
+    if trans_mat.shape[-2:] != (TILE_SIZE, TILE_SIZE):
+        refuse("rotary_embedding_llama", "trans_mat must be one tile", x, trans_mat)
+    return Tensor(on_chips("rotary_embedding_llama", _rotated, x, cos_cache, sin_cache), x.dtype, x.layout, x.mesh)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def paged_update_cache(
+    cache_tensor: Tensor,
+    input_tensor: Tensor,
+    *,
+    update_idxs_tensor: Tensor,
+    page_table: Tensor,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Writes one vector a user, input [1, users, 1 (or a tile), width], at its position into the cache; returns it.
+
+    Positions [users] and page table [users, pages] are int32; position -1 skips the user. Raises DeviceError where
+    users, widths or the reach of the page table do not fit, or the input is in a block float dtype.
+    """
+    op = "paged_update_cache"
+    cache, x = cache_tensor, input_tensor
+    shape = x.shape
+    if len(shape) != 4 or shape[0] != 1 or shape[3] != cache.shape[-1] or shape[1] != update_idxs_tensor.shape[0]:
+        refuse(op, "the input must be [1, users, 1, width] with a position for each user", cache, x, update_idxs_tensor)
+    if x.dtype is not bfloat16 and x.dtype is not float32:
+        refuse(op, f"the input must be bfloat16 or float32, not {x.dtype.name}", cache, x)
+    pages = decode_pages(op, update_idxs_tensor, page_table, cache.shape[2])
+
+    def write(chip: int, blocks: torch.Tensor, values: torch.Tensor, *_: torch.Tensor) -> None:
+        own = pages[chip]
+        vectors = values[0, :, 0]
+        if own.active is not None:
+            vectors = vectors.index_select(0, own.active)
+        blocks.view(-1, shape[3]).index_copy_(0, own.rows, vectors.to(blocks.dtype))
+
+    write_in_place(op, write, cache, x, update_idxs_tensor, page_table)
+    return cache
+
+
+def paged_fill_cache(
+    cache_tensor: Tensor,
+    input_tensor: Tensor,
+    page_table: Tensor,
+    *,
+    batch_idx: int = 0,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Writes input [1, 1, T, width] into the blocks of row `batch_idx` of the page table; returns the cache.
+
+    The page table is int32 [users, pages]: its first block takes the first block_size tokens. Raises DeviceError
+    where widths or the reach of the page table do not fit, or the input is not in the cache's dtype.
+    """
+    op = "paged_fill_cache"
+    cache, x = cache_tensor, input_tensor
+    shape = x.shape
+    if len(shape) != 4 or shape[:2] != (1, 1) or shape[3] != cache.shape[-1]:
+        refuse(op, "the input must be [1, 1, T, width] with the cache's width", cache, x)
+    if x.dtype is not cache.dtype or page_table.dtype is not int32:
+        refuse(op, "the input must have the cache's dtype and the page table be int32", cache, x, page_table)
+    tokens, width, block_size = shape[2], shape[3], cache.shape[2]
+
+    def write(_: int, blocks: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> None:
+        own = table_row(op, table, batch_idx, tokens, block_size)
+        whole = tokens // block_size
+        vectors = values[0, 0]
+        blocks.view(-1, block_size * width).index_copy_(
+            0, own[:whole], vectors[: whole * block_size].reshape(whole, -1)
+        )
+        if rest := tokens % block_size:
+            blocks[own[whole], 0, :rest] = vectors[-rest:]
+
+    write_in_place(op, write, cache, x, page_table)
+    return cache
+
+
+def deepseek_grouped_gate(
+    scores: Tensor,
+    bias: Tensor,
+    *,
+    n_groups: int,
+    summed_experts_per_group: int,
+    topk_groups: int,
+    n_activated_experts: int,
+    route_scale: float = 1.0,
+    epsilon: float = 1e-20,
+    memory_config: MemoryConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weights and uint16 indices [1, 1, T, n_activated_experts] for logits [1, 1, T, 256] and a bias of their shape.
+
+    Raises DeviceError for another number of experts, another sum of a group than its best two, or a smaller bias.
+    """
+    op = "deepseek_grouped_gate"
+    if scores.shape[-1] != GROUPED_GATE_EXPERTS or bias.shape != scores.shape:
+        refuse(op, f"it takes logits of {GROUPED_GATE_EXPERTS} experts and a bias of the same shape", scores, bias)
+    if summed_experts_per_group != 2:
+        refuse(op, f"a group is rated by its best two experts, not {summed_experts_per_group}", scores, bias)
+
+    def choose(logits: torch.Tensor, correction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, indices = choose_experts(
+            logits,
+            correction,
+            n_groups=n_groups,
+            topk_groups=topk_groups,
+            n_activated_experts=n_activated_experts,
+            route_scale=route_scale,
+            norm_topk_prob=True,
+            epsilon=epsilon,
+        )
+        return weights.to(logits.dtype), indices
+
+    chosen = on_chips(op, choose, scores, bias)
+    weights = Tensor([pair[0] for pair in chosen], scores.dtype, TILE_LAYOUT, scores.mesh)
+    return weights, Tensor([pair[1] for pair in chosen], uint16, TILE_LAYOUT, scores.mesh)
+
+
+def fast_reduce_nc(
+    input_tensor: Tensor,
+    *,
+    dims: Sequence[int],
+    memory_config: MemoryConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Sums over `dims`, of which only 0 and 1 are allowed, and keeps them with size 1."""
+    if not dims or any(dim not in (0, 1) for dim in dims):
+        refuse("fast_reduce_nc", f"it sums over dimensions 0 and 1, not {list(dims)}", input_tensor)
+    return unary("fast_reduce_nc", lambda a: a.sum(tuple(dims), keepdim=True), input_tensor)

@@ -1,0 +1,145 @@
+"""Experts on a CPU: each runs on just the tokens that chose it."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's usual name
+
+from stages.backend.embedded.chips import on_chips, refuse, refuse_because
+from stages.backend.embedded.dtype import TILE_LAYOUT, uint16, uint32
+from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
+from stages.backend.embedded.routing import choose_experts
+from stages.backend.embedded.tensor import Tensor
+
+
+def moe_gate(
+    logits: Tensor,
+    bias: Tensor,
+    *,
+    n_groups: int,
+    topk_groups: int,
+    n_activated_experts: int,
+    route_scale: float,
+    norm_topk_prob: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weights in the logits' dtype and uint16 indices [1, 1, T, n_activated_experts]; see `choose_experts`."""
+    if bias.shape[-1] != logits.shape[-1]:
+        refuse("moe_gate", "the bias must have one value for each expert", logits, bias)
+    chosen = on_chips(
+        "moe_gate",
+        lambda own_logits, own_bias: choose_experts(
+            own_logits,
+            own_bias,
+            n_groups=n_groups,
+            topk_groups=topk_groups,
+            n_activated_experts=n_activated_experts,
+            route_scale=route_scale,
+            norm_topk_prob=norm_topk_prob,
+        ),
+        logits,
+        bias,
+    )
+    held = logits.shards[0].dtype
+    weights = Tensor([pair[0].to(held) for pair in chosen], logits.dtype, TILE_LAYOUT, logits.mesh)
+    return weights, Tensor([pair[1] for pair in chosen], uint16, TILE_LAYOUT, logits.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Tokens sorted by expert: `choices` orders the flattened [T, k] choices, `tokens` names the token of each.
+
+    Expert e has the choices from `ends[e - 1]` (or 0) up to `ends[e]`.
+    """
+
+    choices: torch.Tensor
+    tokens: torch.Tensor
+    ends: list[int]
+
+
+def routed_experts(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    *,
+    select: Tensor | None = None,
+    memory_config: MemoryConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Each chip's part of the experts' weighted sum, [1, 1, T, H]; `stages.backend.composite` says more.
+
+    `select` is for chips only. Raises DeviceError where the operands' shapes disagree, or an index is out of range.
+    """
+    _refuse_other_shapes(x, weights, indices, w1, w3, w2)
+    local = w1.shape[1]
+    assignments: dict[int, Assignment] = {}
+    shards = []
+    try:
+        for chip, chosen in enumerate(indices.shards):
+            if id(chosen) not in assignments:
+                assignments[id(chosen)] = _assign(chosen, local * x.mesh.size)
+            if len(assignments[id(chosen)].ends) > local * x.mesh.size:
+                refuse("routed_experts", f"an index is beyond the {local * x.mesh.size} experts", indices, w1)
+            own = assignments[id(chosen)]
+            matrices = [_matrices(tensor, chip) for tensor in (w1, w3, w2)]
+            shards.append(_run(x.shards[chip], weights.shards[chip], own, chip * local, *matrices))
+    except (RuntimeError, IndexError) as error:
+        refuse_because("routed_experts", error, x, indices, w1)
+    return Tensor(shards, x.dtype, x.layout, x.mesh)
+
+
+def _assign(indices: torch.Tensor, experts: int) -> Assignment:
+    flat = indices.reshape(-1)
+    choices = torch.argsort(flat, stable=True)
+    ends = torch.bincount(flat, minlength=experts).cumsum(0).tolist()
+    return Assignment(choices, choices // indices.shape[-1], ends)
+
+
+def _matrices(weight: Tensor, chip: int) -> list[torch.Tensor]:
+    """Each local expert's weight as [N, K], made once for a weight."""
+    if weight.derived is None:
+        weight.derived = [list(shard[0].transpose(1, 2)) for shard in weight.shards]
+    matrices: list[torch.Tensor] = weight.derived[chip]
+    return matrices
+
+
+def _run(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    assignment: Assignment,
+    first_expert: int,
+    w1: list[torch.Tensor],
+    w3: list[torch.Tensor],
+    w2: list[torch.Tensor],
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    start = assignment.ends[first_expert - 1] if first_expert else 0
+    end = assignment.ends[first_expert + len(w1) - 1]
+    tokens = assignment.tokens[start:end]
+    factors = weights.reshape(-1).index_select(0, assignment.choices[start:end]).float()
+    inputs = rows.index_select(0, tokens)
+    outputs = torch.empty_like(inputs)
+    begin = start
+    for gate, up, down, stop in zip(w1, w3, w2, assignment.ends[first_expert:], strict=False):
+        if stop > begin:
+            own = inputs[begin - start : stop - start]
+            outputs[begin - start : stop - start] = F.linear(F.silu(F.linear(own, gate)) * F.linear(own, up), down)
+            begin = stop
+    # Added up in float32, in the order of the experts, whatever else is in the batch.
+    total = torch.zeros(rows.shape, dtype=torch.float32)
+    total.index_add_(0, tokens, outputs.float() * factors[:, None])
+    return total.to(x.dtype).view(x.shape)
+
+
+def _refuse_other_shapes(x: Tensor, weights: Tensor, indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
+    op = "routed_experts"
+    if any(operand.mesh is not x.mesh for operand in (weights, indices, w1, w3, w2)):
+        refuse(op, "its operands are on different meshes, or one is on the host", x, weights, indices, w1, w3, w2)
+    if indices.dtype not in (uint16, uint32) or indices.shape != weights.shape or indices.shape[:-1] != x.shape[:-1]:
+        refuse(op, "weights and uint16 indices must be [1, 1, T, k] for x [1, 1, T, H]", x, weights, indices)
+    hidden, inner = w1.shape[2:]
+    if w3.shape != w1.shape or w2.shape != (1, w1.shape[1], inner, hidden) or x.shape[-1] != hidden:
+        refuse(op, "w1 and w3 must be [1, experts, H, I] and w2 [1, experts, I, H] for x [1, 1, T, H]", x, w1, w3, w2)

@@ -1,0 +1,143 @@
+"""Meshes of chips, and the mappers and composers between one torch tensor and a mesh."""
+
+from collections.abc import Sequence
+
+from stages.backend.embedded.memory import CoreCoord, CoreGrid
+from stages.errors import DeviceError
+
+WORKER_GRID = CoreCoord(8, 8)
+"""Worker cores of a Wormhole chip (x, y); program configs are sized by it."""
+
+
+class MeshShape(tuple[int, ...]):
+    """Rows and columns of a mesh: `MeshShape(4, 8)`."""
+
+    def __new__(cls, *dims: int) -> "MeshShape":
+        return super().__new__(cls, dims)
+
+    def mesh_size(self) -> int:
+        """Chips of the mesh."""
+        size = 1
+        for dim in self:
+            size *= dim
+        return size
+
+
+class Mesh:
+    """A grid of chips, numbered row-major. On its own it is the place of a tensor on the host."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        if len(shape) != 2 or min(shape) < 1:
+            raise DeviceError(f"A mesh has rows and columns; {tuple(shape)} is no shape of one.")
+        self.shape = MeshShape(*shape)
+        rows, columns = shape
+        self.size = rows * columns
+        self.groups = (
+            [[row * columns + column for row in range(rows)] for column in range(columns)],
+            [[row * columns + column for column in range(columns)] for row in range(rows)],
+        )
+        """For each axis, the chips that a collective along it joins."""
+
+
+class MeshDevice(Mesh):
+    """An open mesh of embedded chips."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__(shape)
+        self.is_open = True
+
+    def get_num_devices(self) -> int:
+        """Chips of the mesh."""
+        return self.size
+
+    def compute_with_storage_grid_size(self) -> CoreCoord:
+        """The worker grid of each chip."""
+        return WORKER_GRID
+
+    @property
+    def core_grid(self) -> CoreGrid:
+        """The worker grid of each chip."""
+        return CoreGrid(y=WORKER_GRID.y, x=WORKER_GRID.x)
+
+
+def open_mesh_device(
+    mesh_shape: MeshShape | None = None,
+    l1_small_size: int = 0,
+    trace_region_size: int = 0,
+    num_command_queues: int = 1,
+) -> MeshDevice:
+    """Opens a mesh; one chip where no shape is given. The sizes of memory regions have no meaning here."""
+    return MeshDevice(mesh_shape or MeshShape(1, 1))
+
+
+def close_mesh_device(mesh_device: MeshDevice) -> None:
+    """Closes a mesh: no tensor can be put on it any more."""
+    mesh_device.is_open = False
+
+
+def synchronize_device(device: MeshDevice) -> None:
+    """Returns at once: ops are done when they return."""
+
+
+class TensorToMesh:
+    """Shares a torch tensor out over a mesh.
+
+    `dims` names the dimension that each mesh axis splits (None replicates); `flat_dim` is split over all chips,
+    row-major, instead.
+    """
+
+    def __init__(
+        self, mesh_shape: Sequence[int], dims: tuple[int | None, int | None], flat_dim: int | None = None
+    ) -> None:
+        self.mesh_shape = MeshShape(*mesh_shape)
+        self.dims = dims
+        self.flat_dim = flat_dim
+
+
+class MeshToTensor:
+    """Joins the shards of a mesh into a torch tensor.
+
+    Columns are concatenated along `dims[1]`, then rows along `dims[0]`; with `flat_dim` all chips along that.
+    """
+
+    def __init__(self, mesh_shape: Sequence[int], dims: tuple[int, int], flat_dim: int | None = None) -> None:
+        self.mesh_shape = MeshShape(*mesh_shape)
+        self.dims = dims
+        self.flat_dim = flat_dim
+
+
+def ShardTensor2dMesh(  # noqa: N802 - ttnn's name
+    mesh_device: MeshDevice, mesh_shape: Sequence[int], dims: tuple[int | None, int | None]
+) -> TensorToMesh:
+    """Splits dimension `dims[0]` over the rows and `dims[1]` over the columns; None replicates."""
+    return TensorToMesh(_of(mesh_device, mesh_shape), dims)
+
+
+def ShardTensorToMesh(mesh_device: MeshDevice, dim: int) -> TensorToMesh:  # noqa: N802 - ttnn's name
+    """Splits `dim` over all chips, row-major."""
+    return TensorToMesh(mesh_device.shape, (None, None), flat_dim=dim)
+
+
+def ReplicateTensorToMesh(mesh_device: MeshDevice) -> TensorToMesh:  # noqa: N802 - ttnn's name
+    """Every chip gets the whole tensor; the shards alias it."""
+    return TensorToMesh(mesh_device.shape, (None, None))
+
+
+def ConcatMesh2dToTensor(  # noqa: N802 - ttnn's name
+    mesh_device: MeshDevice, mesh_shape: Sequence[int], dims: tuple[int, int]
+) -> MeshToTensor:
+    """Joins rows along `dims[0]` and columns along `dims[1]`, which must differ."""
+    if dims[0] == dims[1]:
+        raise DeviceError(f"ConcatMesh2dToTensor: rows and columns cannot both be joined along dimension {dims[0]}.")
+    return MeshToTensor(_of(mesh_device, mesh_shape), dims)
+
+
+def ConcatMeshToTensor(mesh_device: MeshDevice, dim: int) -> MeshToTensor:  # noqa: N802 - ttnn's name
+    """Joins all chips along `dim`, row-major."""
+    return MeshToTensor(mesh_device.shape, (0, 1), flat_dim=dim)
+
+
+def _of(mesh_device: MeshDevice, mesh_shape: Sequence[int]) -> Sequence[int]:
+    if tuple(mesh_shape) != tuple(mesh_device.shape):
+        raise DeviceError(f"A mapper for {tuple(mesh_shape)} cannot serve a mesh of {tuple(mesh_device.shape)}.")
+    return mesh_shape

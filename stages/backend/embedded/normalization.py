@@ -1,0 +1,97 @@
+"""RMS norm, whole on a chip or in two halves around a gather of its statistics."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's usual name
+
+from stages.backend.embedded.chips import on_chips, refuse
+from stages.backend.embedded.dtype import TILE_SIZE, DataType, bfloat16, held_in
+from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.program_configs import (
+    LayerNormShardedMultiCoreProgramConfig,
+    WormholeComputeKernelConfig,
+)
+from stages.backend.embedded.tensor import Tensor
+
+
+def rms_norm(
+    input_tensor: Tensor,
+    *,
+    epsilon: float = 1e-12,
+    weight: Tensor,
+    memory_config: MemoryConfig | None = None,
+    program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """x [..., W] / sqrt(mean(x^2) + epsilon) * weight [1, 1, 1, W] or [1, 1, W / 32, 32].
+
+    Computed in float32. Raises DeviceError for a weight of another form or width.
+    """
+    x = input_tensor
+    width = x.shape[-1]
+    _refuse_other_weight(x, weight, width)
+
+    def norm(a: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(a, (width,), gamma.view(-1).to(a.dtype), epsilon)
+
+    return Tensor(on_chips("rms_norm", norm, x, weight), x.dtype, x.layout, x.mesh)
+
+
+def rms_norm_pre_all_gather(
+    input_tensor: Tensor,
+    *,
+    dtype: DataType = bfloat16,
+    memory_config: MemoryConfig | None = None,
+    program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Statistics of this chip's part of the rows: [..., 32], the sum of squares in column 0, the rest zero."""
+    x = input_tensor
+    held = held_in(dtype)
+
+    def statistics(a: torch.Tensor) -> torch.Tensor:
+        squares = a.float().square().sum(-1, keepdim=True)
+        return F.pad(squares, (0, TILE_SIZE - 1)).to(held)
+
+    return Tensor(on_chips("rms_norm_pre_all_gather", statistics, x), dtype, x.layout, x.mesh)
+
+
+def rms_norm_post_all_gather(
+    input_tensor: Tensor,
+    stats: Tensor,
+    *,
+    epsilon: float = 1e-12,
+    weight: Tensor,
+    dtype: DataType | None = None,
+    memory_config: MemoryConfig | None = None,
+    program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Norms this chip's part with `stats` [..., 32 * chips], gathered over the chips that share the rows.
+
+    Raises DeviceError where the statistics are not those of all chips of a mesh axis.
+    """
+    x = input_tensor
+    width = x.shape[-1]
+    _refuse_other_weight(x, weight, width)
+    chips, rest = divmod(stats.shape[-1], TILE_SIZE)
+    rows, columns = x.mesh.shape
+    sharing = {rows, columns, x.mesh.size} - {1} or {1}
+    if rest or chips not in sharing or stats.shape[:-1] != x.shape[:-1]:
+        refuse(
+            "rms_norm_post_all_gather", f"the statistics must be {TILE_SIZE} wide for each chip of an axis", x, stats
+        )
+    output_dtype = dtype or x.dtype
+    held = held_in(output_dtype)
+
+    def norm(a: torch.Tensor, statistics: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        mean = statistics[..., ::TILE_SIZE].float().sum(-1, keepdim=True) / (chips * width)
+        return (a.float() * torch.rsqrt(mean + epsilon) * gamma.view(-1)).to(held)
+
+    shards = on_chips("rms_norm_post_all_gather", norm, x, stats, weight)
+    return Tensor(shards, output_dtype, x.layout, x.mesh)
+
+
+def _refuse_other_weight(x: Tensor, weight: Tensor, width: int) -> None:
+    shape = weight.shape
+    if len(shape) != 4 or shape.numel() != width or shape[-1] not in (width, TILE_SIZE):
+        refuse("rms_norm", "the weight must be [1, 1, 1, W] or [1, 1, W / 32, 32]", x, weight)

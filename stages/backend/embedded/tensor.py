@@ -1,0 +1,205 @@
+"""A tensor on a mesh: one torch tensor for each chip."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stages.backend.embedded.dtype import INTEGERS, ROW_MAJOR_LAYOUT, DataType, Layout, bfloat16, held_in
+from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.mesh import Mesh, MeshDevice, MeshToTensor, TensorToMesh
+from stages.errors import DeviceError
+
+HOST = Mesh((1, 1))
+"""Where a tensor is that no mesh holds and no mapper cut."""
+
+
+class Tensor:
+    """Shards of one shape, row-major over the mesh.
+
+    Replication is aliasing: chips that hold the same values hold the same torch tensor, so that what is computed from
+    it is computed once. Integer shards never change after they are made; `derived` keeps what ops computed from this
+    tensor for their next call, such as the pages of a step or a weight as a matrix.
+    """
+
+    __slots__ = ("derived", "dtype", "layout", "mesh", "shards")
+
+    def __init__(self, shards: list[torch.Tensor], dtype: DataType, layout: Layout, mesh: Mesh) -> None:
+        self.shards = shards
+        self.dtype = dtype
+        self.layout = layout
+        self.mesh = mesh
+        self.derived: Any = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape on each chip."""
+        if not self.shards:
+            raise DeviceError("A tensor was used after deallocate().")
+        return self.shards[0].shape
+
+    def device(self) -> MeshDevice:
+        """The mesh that holds the tensor. Raises DeviceError for a tensor on the host."""
+        if not isinstance(self.mesh, MeshDevice):
+            raise DeviceError("The tensor is on the host; move it with to_device().")
+        return self.mesh
+
+    def __repr__(self) -> str:
+        shape = list(self.shards[0].shape) if self.shards else "deallocated"
+        return f"Tensor({shape} on each of {self.mesh.size} chips, {self.dtype.name}, {self.layout.name})"
+
+
+def from_torch(
+    tensor: torch.Tensor,
+    dtype: DataType | None = None,
+    *,
+    layout: Layout | None = None,
+    device: MeshDevice | None = None,
+    memory_config: MemoryConfig | None = None,
+    mesh_mapper: TensorToMesh | None = None,
+) -> Tensor:
+    """Shares `tensor` out as `mesh_mapper` says, or replicates it; without `device` it stays on the host.
+
+    A float tensor that has the right dtype already is taken over, not copied; a matrix that is the transposed view of
+    a contiguous one keeps that storage, shard by shard. Without `dtype`, that of `tensor`. Raises DeviceError where
+    the shards would be uneven or the mapper is for another mesh.
+    """
+    dtype = dtype or _ttnn_dtype(tensor)
+    held = tensor.to(held_in(dtype), copy=dtype in INTEGERS)
+    place = _place(device, mesh_mapper)
+    shards = _cut(held, mesh_mapper) if mesh_mapper else [held] * place.size
+    return Tensor(shards, dtype, layout or ROW_MAJOR_LAYOUT, place)
+
+
+def _place(device: MeshDevice | None, mapper: TensorToMesh | None) -> Mesh:
+    if device is None:
+        return Mesh(mapper.mesh_shape) if mapper and mapper.mesh_shape.mesh_size() > 1 else HOST
+    if not device.is_open:
+        raise DeviceError("The mesh is closed: open it again before tensors are put on it.")
+    if mapper and mapper.mesh_shape != device.shape:
+        raise DeviceError(f"A mapper for {tuple(mapper.mesh_shape)} cannot serve a mesh of {tuple(device.shape)}.")
+    return device
+
+
+def _cut(tensor: torch.Tensor, mapper: TensorToMesh) -> list[torch.Tensor]:
+    if mapper.flat_dim is not None:
+        return _parts(tensor, mapper.mesh_shape.mesh_size(), mapper.flat_dim)
+    rows, columns = mapper.mesh_shape
+    by_row, by_column = mapper.dims
+    if by_row is None:
+        return _parts(tensor, columns, by_column) * rows
+    return [shard for row in _parts(tensor, rows, by_row) for shard in _parts(row, columns, by_column)]
+
+
+def _parts(tensor: torch.Tensor, count: int, dim: int | None) -> list[torch.Tensor]:
+    if dim is None or count == 1:
+        return [tensor] * count
+    if not -tensor.dim() <= dim < tensor.dim() or tensor.shape[dim] % count:
+        raise DeviceError(f"A tensor of {list(tensor.shape)} cannot be cut evenly into {count} along {dim}.")
+    return [dense(part) for part in tensor.chunk(count, dim)]
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without gaps: contiguous, or with its last two dimensions stored the other way round if they were.
+
+    [K, N] weights are stored as [N, K] because products with few rows read them faster on a CPU.
+    """
+    if tensor.dim() < 2 or tensor.stride(-1) == 1 or tensor.stride(-2) != 1:
+        return tensor.contiguous()
+    return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
+
+
+def _ttnn_dtype(tensor: torch.Tensor) -> DataType:
+    if tensor.is_floating_point():
+        return DataType.FLOAT32 if tensor.dtype == torch.float32 else bfloat16
+    return DataType.INT32
+
+
+def to_torch(tensor: Tensor, *, mesh_composer: MeshToTensor | None = None) -> torch.Tensor:
+    """The shards as one torch tensor; without a composer there must be one shard. It may alias the shard."""
+    shards = tensor.shards
+    if not shards:
+        raise DeviceError("A tensor was used after deallocate().")
+    if mesh_composer is None:
+        if len(shards) > 1:
+            raise DeviceError(f"to_torch needs a mesh_composer to join {len(shards)} shards.")
+        return shards[0]
+    if len(shards) != mesh_composer.mesh_shape.mesh_size():
+        raise DeviceError(f"A composer for {tuple(mesh_composer.mesh_shape)} cannot join {len(shards)} shards.")
+    if mesh_composer.flat_dim is not None:
+        return torch.cat(shards, mesh_composer.flat_dim)
+    rows, columns = mesh_composer.mesh_shape
+    down, across = mesh_composer.dims
+    return torch.cat([torch.cat(shards[row * columns : (row + 1) * columns], across) for row in range(rows)], down)
+
+
+def to_device(tensor: Tensor, device: MeshDevice, *, memory_config: MemoryConfig | None = None) -> Tensor:
+    """Puts a tensor on the host onto a mesh; one that is whole is replicated.
+
+    Raises DeviceError where it was cut for another mesh.
+    """
+    _place(device, None)
+    if tensor.mesh is HOST:
+        return Tensor(tensor.shards * device.size, tensor.dtype, tensor.layout, device)
+    if tensor.mesh.shape != device.shape:
+        raise DeviceError(
+            f"A tensor cut for a mesh of {tuple(tensor.mesh.shape)} cannot go onto one of {tuple(device.shape)}."
+        )
+    return Tensor(tensor.shards, tensor.dtype, tensor.layout, device)
+
+
+def from_device(tensor: Tensor) -> Tensor:
+    """The tensor on the host."""
+    place = Mesh(tensor.mesh.shape) if tensor.mesh.size > 1 else HOST
+    return Tensor(tensor.shards, tensor.dtype, tensor.layout, place)
+
+
+def full(
+    shape: Sequence[int],
+    fill_value: float,
+    *,
+    dtype: DataType = bfloat16,
+    layout: Layout = ROW_MAJOR_LAYOUT,
+    device: MeshDevice | None = None,
+    memory_config: MemoryConfig | None = None,
+) -> Tensor:
+    """`shape` on each chip, all of `fill_value`. The chips share one shard until an op writes into them apart."""
+    place = _place(device, None)
+    shard = torch.full(tuple(shape), fill_value, dtype=held_in(dtype))
+    return Tensor([shard] * place.size, dtype, layout, place)
+
+
+def zeros(
+    shape: Sequence[int],
+    *,
+    dtype: DataType = bfloat16,
+    layout: Layout = ROW_MAJOR_LAYOUT,
+    device: MeshDevice | None = None,
+    memory_config: MemoryConfig | None = None,
+) -> Tensor:
+    """`shape` on each chip, all zero; memory is taken when it is written."""
+    place = _place(device, None)
+    return Tensor([torch.zeros(tuple(shape), dtype=held_in(dtype))] * place.size, dtype, layout, place)
+
+
+def empty(
+    shape: Sequence[int],
+    *,
+    dtype: DataType = bfloat16,
+    layout: Layout = ROW_MAJOR_LAYOUT,
+    device: MeshDevice | None = None,
+    memory_config: MemoryConfig | None = None,
+) -> Tensor:
+    """As `zeros`: what is not yet written is never NaN, which a masked product would pass on."""
+    return zeros(shape, dtype=dtype, layout=layout, device=device, memory_config=memory_config)
+
+
+def get_device_tensors(tensor: Tensor) -> list[Tensor]:
+    """Each chip's shard as a tensor of its own, on the host."""
+    return [Tensor([shard], tensor.dtype, tensor.layout, HOST) for shard in tensor.shards]
+
+
+def deallocate(tensor: Tensor, force: bool = True) -> None:
+    """Lets go of the shards; the tensor cannot be used any more. What was computed from it stays."""
+    tensor.shards = []
+    tensor.derived = None

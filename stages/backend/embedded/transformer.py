@@ -1,0 +1,142 @@
+"""ttnn.transformer: attention on the paged latent cache of MLA, in which keys and values share one vector.
+
+A cache is [blocks, 1, block_size, width]; a key is the whole vector of `width`, a value its first `head_dim_v`.
+Scores are scaled and softened in float32.
+"""
+
+import torch
+
+from stages.backend.embedded.chips import refuse, refuse_because
+from stages.backend.embedded.dtype import TILE_SIZE, int32
+from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.paging import DecodePages, decode_pages, table_row
+from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
+from stages.backend.embedded.tensor import Tensor
+
+SCORES_AT_ONCE = 1 << 22
+"""Attention scores a prefill keeps at a time: 16 MiB in float32, however long the context."""
+
+
+def paged_flash_multi_latent_attention_decode(
+    input_tensor_q: Tensor,
+    input_tensor_k: Tensor,
+    input_tensor_v: None = None,
+    *,
+    head_dim_v: int,
+    page_table_tensor: Tensor,
+    cur_pos_tensor: Tensor,
+    scale: float | None = None,
+    memory_config: MemoryConfig | None = None,
+    program_config: SDPAProgramConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """One query a user, [1, users, heads, width], over positions 0 to its own: [1, users, heads, head_dim_v].
+
+    Positions [users] and page table [users, pages] are int32; a user at position -1 gets zeros. `scale` is
+    width^-0.5 unless said. Raises DeviceError where users, widths or the reach of the page table do not fit.
+    """
+    op = "paged_flash_multi_latent_attention_decode"
+    q, cache = input_tensor_q, input_tensor_k
+    _refuse_other_width(op, q, cache, head_dim_v)
+    if q.shape[0] != 1 or q.shape[1] != cur_pos_tensor.shape[0]:
+        refuse(op, "q must be [1, users, heads, width] with a position for each user", q, cur_pos_tensor)
+    if q.mesh is not cache.mesh or q.mesh is not cur_pos_tensor.mesh:
+        refuse(op, "its operands are on different meshes, or one is on the host", q, cache, cur_pos_tensor)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    pages = decode_pages(op, cur_pos_tensor, page_table_tensor, cache.shape[2])
+    done: dict[tuple[int, int, int], torch.Tensor] = {}
+    shards = []
+    for query, latents, own in zip(q.shards, cache.shards, pages, strict=True):
+        key = (id(query), id(latents), id(own))
+        if key not in done:
+            try:
+                done[key] = _attend_decode(query, latents, own, head_dim_v, factor)
+            except (RuntimeError, IndexError) as error:
+                refuse_because(op, error, q, cache)
+        shards.append(done[key])
+    return Tensor(shards, q.dtype, q.layout, q.mesh)
+
+
+def _attend_decode(
+    q: torch.Tensor, cache: torch.Tensor, pages: DecodePages, head_dim_v: int, scale: float
+) -> torch.Tensor:
+    users, width = q.shape[1], q.shape[3]
+    latents = cache.view(cache.shape[0], -1).index_select(0, pages.blocks).view(users, -1, width)
+    latents = latents[:, : pages.longest]
+    scores = torch.bmm(q[0], latents.transpose(1, 2)).float().mul_(scale)
+    if pages.hidden is not None:
+        scores.masked_fill_(pages.hidden, -torch.inf)
+    if pages.idle is not None:
+        scores[pages.idle] = 0.0
+    output = torch.bmm(torch.softmax(scores, -1).to(q.dtype), latents[..., :head_dim_v])
+    if pages.idle is not None:
+        output[pages.idle] = 0.0
+    return output[None]
+
+
+def chunked_flash_mla_prefill(
+    input_tensor_q: Tensor,
+    input_tensor_k: Tensor,
+    head_dim_v: int,
+    page_table_tensor: Tensor,
+    chunk_start_idx: int,
+    *,
+    scale: float | None = None,
+    memory_config: MemoryConfig | None = None,
+    program_config: SDPAProgramConfig | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+) -> Tensor:
+    """Queries [1, heads, T, width] at positions chunk_start_idx + t over the cache up to theirs.
+
+    Returns [1, heads, T, head_dim_v]. The page table is int32 [1, pages]. `scale` is width^-0.5 unless said. Raises
+    DeviceError where widths or the reach of the page table do not fit, or the start is no multiple of 32.
+    """
+    op = "chunked_flash_mla_prefill"
+    q, cache, table = input_tensor_q, input_tensor_k, page_table_tensor
+    _refuse_other_width(op, q, cache, head_dim_v)
+    if chunk_start_idx < 0 or chunk_start_idx % TILE_SIZE:
+        refuse(op, f"chunk start {chunk_start_idx} is no multiple of {TILE_SIZE}", q, cache)
+    if table.dtype is not int32 or len(table.shape) != 2 or table.shape[0] != q.shape[0] or q.shape[0] != 1:
+        refuse(op, "it takes q [1, heads, T, width] and an int32 page table [1, pages]", q, table)
+    if q.mesh is not cache.mesh or q.mesh is not table.mesh:
+        refuse(op, "its operands are on different meshes, or one is on the host", q, cache, table)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    done: dict[tuple[int, int, int], torch.Tensor] = {}
+    shards = []
+    for query, latents, pages in zip(q.shards, cache.shards, table.shards, strict=True):
+        key = (id(query), id(latents), id(pages))
+        if key not in done:
+            blocks = table_row(op, pages, 0, chunk_start_idx + q.shape[2], cache.shape[2])
+            try:
+                done[key] = _attend_prefill(query[0], latents, blocks, chunk_start_idx, head_dim_v, factor)
+            except (RuntimeError, IndexError) as error:
+                refuse_because(op, error, q, cache, table)
+        shards.append(done[key])
+    return Tensor(shards, q.dtype, q.layout, q.mesh)
+
+
+def _attend_prefill(
+    q: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, start: int, head_dim_v: int, scale: float
+) -> torch.Tensor:
+    heads, tokens, width = q.shape
+    latents = cache.view(cache.shape[0], -1).index_select(0, blocks).view(-1, width)
+    output = q.new_empty(1, heads, tokens, head_dim_v)
+    rows = max(1, SCORES_AT_ONCE // (heads * (start + tokens)))
+    for first in range(0, tokens, rows):
+        last = min(first + rows, tokens)
+        seen = latents[: start + last]
+        queries = q[:, first:last].reshape(-1, width)
+        scores = torch.mm(queries, seen.t()).float().mul_(scale).view(heads, last - first, -1)
+        own = scores[..., start + first :]
+        own.masked_fill_(torch.ones(own.shape[1:], dtype=torch.bool).triu_(1), -torch.inf)
+        weights = torch.softmax(scores, -1).to(q.dtype).view(len(queries), -1)
+        output[0, :, first:last] = torch.mm(weights, seen[:, :head_dim_v]).view(heads, last - first, -1)
+    return output
+
+
+def _refuse_other_width(op: str, q: Tensor, cache: Tensor, head_dim_v: int) -> None:
+    width = cache.shape[-1]
+    if len(q.shape) != 4 or len(cache.shape) != 4 or cache.shape[1] != 1 or q.shape[-1] != width:
+        refuse(op, "it takes q [..., width] and a cache [blocks, 1, block_size, width]", q, cache)
+    if not 0 < head_dim_v <= width or head_dim_v % TILE_SIZE:
+        refuse(op, f"head_dim_v {head_dim_v} is no multiple of {TILE_SIZE} up to the cache's width", q, cache)
