@@ -1,29 +1,46 @@
 """The front end's side of the engine: starts the process, hands it requests, spreads its outputs over them."""
 
+import asyncio
+import itertools
+import os
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+
+import msgspec
 
 from api.engine_options import EngineOptions
-from api.messages import AddRequest, Counts, EngineState, RequestOutput
+from api.engine_state import error_of, failed_state
+from api.errors import EngineError, NotReadyError
+from api.framing import Framing
+from api.messages import AbortRequest, AddRequest, Counts, EngineState, FromEngine, GetCounts, Outputs, RequestOutput
+from api.request_stream import RequestStream
+from api.scheduler import check_request
 
-
-class RequestStream(AsyncIterator[RequestOutput]):
-    """The outputs of one request, in order, up to and with the one that has a `finish_reason`.
-
-    Never yields an "error" output: raises EngineError with its sentence instead, as when the engine dies. Closing it,
-    or cancelling the task that waits on it, before the last output aborts the request: use `contextlib.aclosing`.
-    """
-
-    async def __anext__(self) -> RequestOutput:
-        raise NotImplementedError
-
-    async def aclose(self) -> None:
-        """Aborts the request unless it has ended. May be repeated."""
-        raise NotImplementedError
+EXIT_MARGIN_S = 5.0
+"""What the engine gets beyond its stages' deadline before it is killed, and its connection after its own end."""
 
 
 class EngineClient:
     """One engine process and the requests in it. Belongs to the event loop that started it."""
+
+    def __init__(self, options: EngineOptions, on_state: Callable[[EngineState], None] | None = None) -> None:
+        """Not started yet: see `start`. Raises OptionError when the scheduler's options do not fit together."""
+        self._options = options
+        self._cache = options.scheduler.cache
+        self._on_state = on_state
+        self._state = EngineState(phase="loading", detail="The engine process starts.")
+        self._state_changed = asyncio.Event()
+        self._request_ids = itertools.count()
+        self._streams: dict[int, RequestStream] = {}
+        self._counts: deque[asyncio.Future[Counts]] = deque()
+        self._messages: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._framing = Framing(self._take)
+        self._process: Process | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     @classmethod
     @asynccontextmanager
@@ -34,12 +51,24 @@ class EngineClient:
 
         Does not wait for the pipeline: see `wait_ready`. `on_state` is called on the loop with every new state.
         """
-        yield cls()
+        engine = cls(options, on_state)
+        try:
+            await engine._launch()
+            yield engine
+        finally:
+            await engine.close()
 
     @property
     def state(self) -> EngineState:
         """Where the engine stands now; "failed" once its process is gone."""
-        raise NotImplementedError
+        return self._state
+
+    @property
+    def pid(self) -> int:
+        """The engine's process id. Raises EngineError before it was started."""
+        if self._process is None:
+            raise EngineError("The engine process was not started.")
+        return self._process.pid
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Returns when the pipeline is ready.
@@ -47,23 +76,136 @@ class EngineClient:
         Raises the error that it failed with (a class of api.errors' tables, so that `exit_code` holds), or EngineError
         after `timeout_s` seconds, with what was being done.
         """
-        raise NotImplementedError
+        try:
+            await asyncio.wait_for(self._left_loading(), timeout_s)
+        except asyncio.TimeoutError:
+            raise EngineError(
+                f"The engine was not ready within {timeout_s:g} s. Last it said: {self._state.detail}"
+            ) from None
+        if self._state.phase == "failed":
+            raise error_of(self._state)
 
     def next_request_id(self) -> int:
         """An id for the next AddRequest."""
-        raise NotImplementedError
+        return next(self._request_ids)
 
     def generate(self, request: AddRequest) -> RequestStream:
         """Hands the request to the engine at once.
 
-        Raises RequestError if it can never fit the cache, NotReadyError while the engine is not ready.
+        Raises RequestError if it can never fit the cache, NotReadyError while the engine is not ready, and ValueError
+        for an id that is in use.
         """
-        raise NotImplementedError
+        check_request(request, self._cache)
+        if self._state.phase == "loading":
+            raise NotReadyError("The model is still loading: try again in a moment.")
+        if self._state.phase == "failed":
+            raise NotReadyError(f"The engine failed: {self._state.detail}")
+        if request.request_id in self._streams:
+            raise ValueError(f"Request {request.request_id} is running already.")
+        stream = RequestStream(request.request_id, self._abort)
+        self._streams[request.request_id] = stream
+        self._framing.send(request)
+        return stream
 
     async def counts(self, timeout_s: float = 5.0) -> Counts:
         """The engine's books. Raises EngineError if the engine is gone or does not answer in `timeout_s` seconds."""
-        raise NotImplementedError
+        if self._framing.lost.is_set():
+            raise EngineError("The engine is gone.")
+        answer: asyncio.Future[Counts] = asyncio.get_running_loop().create_future()
+        self._counts.append(answer)
+        self._framing.send(GetCounts())
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except asyncio.TimeoutError:
+            raise EngineError(f"The engine did not say its counts within {timeout_s:g} s.") from None
 
     async def close(self) -> None:
         """Ends the engine and its pipeline; kills it when it is not gone `close_timeout_s` later. May be repeated."""
-        raise NotImplementedError
+        self._end(EngineError("The engine was closed."))
+        self._framing.close()
+        if self._process is None or self._watching is None:
+            return
+        _, running = await asyncio.wait([self._watching], timeout=self._options.close_timeout_s + EXIT_MARGIN_S)
+        if running:
+            self._process.kill()
+        await self._watching
+
+    async def _launch(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *("-m", "api.engine", str(theirs.fileno())),
+                    pass_fds=[theirs.fileno()],
+                    stdin=DEVNULL,
+                    # The standard output is the command's own; the engine and what it starts only log.
+                    stdout=sys.__stderr__,
+                    # Ctrl-C is for the front end, which lets the open requests end before it ends the engine.
+                    start_new_session=True,
+                    # The working directory's modules are not ours (Python 3.11 and later).
+                    env={**os.environ, "PYTHONSAFEPATH": "1"},
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._watching = asyncio.create_task(self._watch(self._process))
+        await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
+        self._framing.send(self._options)
+
+    async def _watch(self, process: Process) -> None:
+        """Waits for the engine's end, and for its last words."""
+        code = await process.wait()
+        # A process that the engine left behind might hold the connection open.
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._framing.lost.wait(), EXIT_MARGIN_S)
+        self._framing.close()
+        self._end(EngineError(f"The engine process ended with exit code {code}; its log says why."))
+
+    async def _left_loading(self) -> None:
+        while self._state.phase == "loading":
+            await self._state_changed.wait()
+
+    def _take(self, frame: memoryview) -> None:
+        message = self._messages.decode(frame)
+        if isinstance(message, Outputs):
+            for output in message.outputs:
+                self._hand_on(output)
+        elif isinstance(message, EngineState):
+            self._set_state(message)
+        elif isinstance(message, Counts):
+            answer = self._counts.popleft()
+            if not answer.done():
+                answer.set_result(message)
+
+    def _hand_on(self, output: RequestOutput) -> None:
+        # What was on its way when a request was aborted has no stream any more.
+        stream = self._streams.get(output.request_id)
+        if stream is not None:
+            stream.push(output)
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+
+    def _abort(self, request_id: int) -> None:
+        del self._streams[request_id]
+        self._framing.send(AbortRequest(request_id=request_id))
+
+    def _set_state(self, state: EngineState) -> None:
+        self._state = state
+        self._state_changed.set()
+        self._state_changed = asyncio.Event()
+        if self._on_state is not None:
+            self._on_state(state)
+
+    def _end(self, error: EngineError) -> None:
+        """Nothing comes from the engine any more. The reason that it gave itself, if it failed, stays."""
+        if self._state.phase != "failed":
+            self._set_state(failed_state(error))
+        for request_id in list(self._streams):
+            self._hand_on(
+                RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=self._state.detail)
+            )
+        for answer in self._counts:
+            if not answer.done():
+                answer.set_exception(EngineError(self._state.detail))
+        self._counts.clear()

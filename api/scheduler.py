@@ -104,6 +104,16 @@ class Scheduler:
         else:
             self._leave(run)
 
+    def fail(self, error: str) -> list[RequestOutput]:
+        """Ends every request with this sentence, and forgets every step."""
+        failed = [
+            RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=error)
+            for request_id in self._sequences
+        ]
+        self._sequences.clear()
+        self.reset(self._epoch)
+        return failed
+
     def counts(self) -> Counts:
         """The books as they stand."""
         cache = self._options.cache

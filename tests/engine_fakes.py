@@ -5,11 +5,18 @@ keeps keys and values, refuses any step that would corrupt them, and reads its a
 block shared by two requests shows as a refusal, or as a wrong token.
 """
 
+import asyncio
+import math
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from stages.options import CacheOptions
+from actors.errors import PipelineError, PlacementError
+from actors.health import StageProgress
+from actors.options import PipelineOptions
+from api.engine_options import EngineOptions
+from stages.options import CacheOptions, StageOptions
+from stages.plan import StageSpec
 from stages.step import Segment, Step, StepResult
 
 VOCABULARY = 16
@@ -119,3 +126,106 @@ class FakeStage:
         pool = self._cache.pool_of(slot)
         stored = [token for block in self._tables[slot] for token in self._stored[pool, block]]
         return stored[: self._lengths[slot]]
+
+
+class FakePipeline:
+    """A pipeline around a FakeStage, which gives its results at once.
+
+    From step `break_at` on it fails; from step `stall_at` on it gives no results.
+    """
+
+    def __init__(self, options: PipelineOptions, break_at: float = math.inf, stall_at: float = math.inf) -> None:
+        self.epoch = 7
+        self.is_closed = False
+        self.steps: list[Step] = []
+        self._stage = FakeStage(options.stage.cache, prefill_chunk=1 << 20)
+        self._results: asyncio.Queue[StepResult] = asyncio.Queue()
+        self._break_at = break_at
+        self._stall_at = stall_at
+
+    async def submit(self, step: Step) -> None:
+        """Runs the step."""
+        demand(step.epoch == self.epoch, f"a step of epoch {step.epoch}")
+        if step.step_id >= self._break_at:
+            raise PipelineError(f"Stage 1 on fake-host died at step {step.step_id}: no cause.")
+        self.steps.append(step)
+        result = self._stage.run(step)
+        if step.step_id < self._stall_at:
+            self._results.put_nowait(result)
+
+    async def receive(self) -> StepResult:
+        """The next result."""
+        return await self._results.get()
+
+    async def close(self) -> None:
+        """Nothing to end."""
+        self.is_closed = True
+
+
+OnProgress = Callable[[StageProgress], None]
+
+
+def tell_progress(options: PipelineOptions, on_progress: OnProgress) -> None:
+    """Every stage loads its first layer."""
+    for spec in options.specs:
+        on_progress(
+            StageProgress(stage=spec.index, host="fake-host", phase="loading", layers_done=1, layers=len(spec.layers))
+        )
+
+
+async def start_sound(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that works."""
+    tell_progress(options, on_progress)
+    return FakePipeline(options)
+
+
+async def start_breaking(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that fails at step 5."""
+    tell_progress(options, on_progress)
+    return FakePipeline(options, break_at=5)
+
+
+async def start_stalling(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that gives nothing from step 5 on."""
+    tell_progress(options, on_progress)
+    return FakePipeline(options, stall_at=5)
+
+
+async def start_refused(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that cannot be placed."""
+    tell_progress(options, on_progress)
+    raise PlacementError("2 stages need 2 rows, the cluster has 1.")
+
+
+async def start_never(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that loads for ever."""
+    tell_progress(options, on_progress)
+    await asyncio.Event().wait()
+    return FakePipeline(options)
+
+
+def engine_options(start: str = "start_sound", *, slots: int = 12, blocks: int = 48) -> EngineOptions:
+    """Two stages of two layers; `start` is one of the functions above."""
+    specs = [
+        StageSpec(index=0, stages=2, first_layer=0, end_layer=2),
+        StageSpec(index=1, stages=2, first_layer=2, end_layer=4),
+    ]
+    cache = CacheOptions(slots=slots, pools=1, blocks=blocks, block_size=32, max_model_len=128)
+    stage = StageOptions(
+        model_path="absent", cache_dir="absent", dtype="float32", load_format="dummy", seed=0, cache=cache
+    )
+    return EngineOptions(
+        pipeline=PipelineOptions(
+            hidden_size=8,
+            specs=specs,
+            stage=stage,
+            device="embedded",
+            rows_per_stage=1,
+            ray_address=None,
+            start_timeout_s=10,
+            step_timeout_s=10,
+        ),
+        prefill_chunk=64,
+        close_timeout_s=10,
+        pipeline_start=f"tests.engine_fakes:{start}",
+    )
