@@ -8,10 +8,13 @@ import msgspec
 
 from api.errors import EngineError
 from api.incremental_decoder import IncrementalDecoder
-from api.messages import RequestOutput
+from api.messages import FinishReason, RequestOutput
 from api.responses import CompletionFinish
 from api.stop_strings import StopStrings
 from api.token_source import TokenStream
+
+FINISHES: dict[FinishReason, CompletionFinish] = {"stop": "stop", "length": "length"}
+"""The reasons that clients are told; with any other the engine gave the request up."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -39,8 +42,8 @@ class CompletionText:
 
         Raises EngineError where the engine gave the request up.
         """
-        finish = output.finish_reason
-        if finish in ("abort", "error"):
+        finish = None if output.finish_reason is None else FINISHES.get(output.finish_reason)
+        if output.finish_reason is not None and finish is None:
             raise EngineError(output.error or "The engine dropped this request before it was complete.")
         for token in output.tokens if finish is None else output.tokens[:-1]:
             text = self._decoder.add(token)

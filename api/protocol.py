@@ -63,12 +63,10 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _stops(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value or []
-    if (
-        not isinstance(stops, list)
-        or len(stops) > STOPS_MAX
-        or not all(isinstance(stop, str) and stop for stop in stops)
-    ):
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > STOPS_MAX:
+        raise ValueError(STOP_FORMS)
+    if not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(STOP_FORMS)
     return stops
 

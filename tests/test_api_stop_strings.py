@@ -1,6 +1,6 @@
 """Stop strings, against a plain reading of their definition, however the text is cut."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.stop_strings import StopStrings
@@ -18,6 +18,7 @@ def expected(text: str, stops: list[str], include_stop: bool) -> tuple[str, bool
     return text, False
 
 
+@settings(deadline=None)
 @given(text=TEXT, stops=STOPS, include_stop=st.booleans(), data=st.data())
 def test_any_cut_of_a_text_stops_at_the_same_place(
     text: str, stops: list[str], include_stop: bool, data: st.DataObject
@@ -34,6 +35,7 @@ def test_any_cut_of_a_text_stops_at_the_same_place(
     assert (released, checker.matched) == expected(text, stops, include_stop)
 
 
+@settings(deadline=None)
 @given(text=TEXT, stops=STOPS)
 def test_just_what_may_become_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     checker = StopStrings(stops)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -58,6 +58,7 @@ def test_a_directory_without_a_usable_tokenizer_is_named(tmp_path: Path) -> None
         TextTokenizer.load(tmp_path)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_comes_back_in_whole_characters(text: str) -> None:
     tokens = SMALL.encode(text, add_special_tokens=False)
@@ -67,6 +68,7 @@ def test_any_text_comes_back_in_whole_characters(text: str) -> None:
         assert all(REPLACEMENT not in part for part in parts)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, VOCABULARY + 3), max_size=60))
 @example([VOCABULARY - 1] * 50)
 def test_any_tokens_give_what_decoding_them_at_once_gives_but_for_an_unfinished_end(tokens: list[int]) -> None:
