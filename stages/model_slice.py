@@ -1,0 +1,153 @@
+"""The part of a model that one stage computes, loaded onto its mesh: run configs of its modules and their order."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Generic
+
+from stages.backend import ttnn
+from stages.batch import DecodeBatch, PrefillBatch
+from stages.converted_weights import ConvertedWeights
+from stages.deepseek_v3.decoder_block import (
+    BlockT,
+    DecoderBlock,
+    DenseBlock,
+    DenseBlockRunConfig,
+    MoEBlock,
+    MoEBlockRunConfig,
+)
+from stages.deepseek_v3.embedding import Embedding, EmbeddingRunConfig
+from stages.deepseek_v3.lm_head import LMHead, LMHeadRunConfig
+from stages.deepseek_v3.module import Module, RunConfigT
+from stages.options import CacheOptions
+from stages.plan import StageSpec
+from stages.run_config import WeightConfig
+from weights.model_config import ModelConfig
+
+OnProgress = Callable[[int, int], None]
+"""Called with (layers loaded, layers)."""
+
+EMBEDDING = "model.embed_tokens."
+HEAD = ("model.norm.", "lm_head.")
+
+Batch = PrefillBatch | DecodeBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfigs(Generic[RunConfigT]):
+    """A module's run configs for both modes; they share weights and state."""
+
+    prefill: RunConfigT
+    decode: RunConfigT
+
+    def of(self, batch: Batch) -> RunConfigT:
+        """The one that fits a batch."""
+        return self.prefill if isinstance(batch, PrefillBatch) else self.decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer(Generic[BlockT]):
+    """A decoder layer that is ready to run."""
+
+    block: type[DecoderBlock[BlockT]]
+    configs: RunConfigs[BlockT]
+
+    def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
+        """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
+        if isinstance(batch, PrefillBatch):
+            return self.block.forward_prefill(x, self.configs.prefill, batch)
+        return self.block.forward_decode(x, self.configs.decode, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSlice:
+    """A stage's modules; `embedding` is the first stage's alone, `head` the last one's."""
+
+    embedding: RunConfigs[EmbeddingRunConfig] | None
+    layers: list[Layer[DenseBlockRunConfig] | Layer[MoEBlockRunConfig]]
+    head: RunConfigs[LMHeadRunConfig] | None
+
+    @classmethod
+    def load(
+        cls, spec: StageSpec, weights: ConvertedWeights, cache: CacheOptions, on_progress: OnProgress
+    ) -> "ModelSlice":
+        """Loads what `spec` asks for, converting what the weight cache does not have.
+
+        Raises CheckpointError, before anything is converted, where a tensor is missing or has the wrong shape.
+        """
+        weights.source.validate(*_prefixes(spec))
+        config, mesh_device = weights.source.config, weights.mesh_device
+        on_progress(0, len(spec.layers))
+        embedding = _embedding(config, weights, mesh_device) if spec.is_first else None
+        layers: list[Layer[DenseBlockRunConfig] | Layer[MoEBlockRunConfig]] = []
+        for layer in spec.layers:
+            if config.is_moe(layer):
+                layers.append(_layer(MoEBlock, layer, config, weights, cache))
+            else:
+                layers.append(_layer(DenseBlock, layer, config, weights, cache))
+            on_progress(len(layers), len(spec.layers))
+        head = _head(config, weights, mesh_device) if spec.is_last else None
+        return cls(embedding, layers, head)
+
+    def embed(self, ids: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
+        """ids [1, tokens], uint32 -> [1, 1, tokens, hidden / columns] on each chip. First stage only."""
+        if self.embedding is None:
+            raise RuntimeError("only the first stage embeds tokens")
+        return Embedding.forward_prefill(ids, self.embedding.of(batch))
+
+    def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
+        """Hidden states through all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
+        for layer in self.layers:
+            x = layer.forward(x, batch)
+        return x
+
+    def logits(self, x: ttnn.Tensor, batch: Batch, picks: ttnn.Tensor | None) -> ttnn.Tensor:
+        """[1, 1, n, vocabulary / columns] for the tokens `picks` [1, n], or for all. Last stage only."""
+        if self.head is None:
+            raise RuntimeError("only the last stage has a head")
+        config = self.head.of(batch)
+        return LMHead.forward_prefill(x if picks is None else LMHead.pick(x, config, picks), config)
+
+
+def _prefixes(spec: StageSpec) -> list[str]:
+    first = [EMBEDDING] if spec.is_first else []
+    last = list(HEAD) if spec.is_last else []
+    return first + [_layer_prefix(layer) for layer in spec.layers] + last
+
+
+def _layer_prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
+
+
+def _embedding(
+    config: ModelConfig, weights: ConvertedWeights, mesh_device: ttnn.MeshDevice
+) -> RunConfigs[EmbeddingRunConfig]:
+    files = weights.part("embedding", [EMBEDDING], Embedding.convert_weights)
+    return _run_configs(Embedding, config, files, Embedding.create_state(config, mesh_device))
+
+
+def _head(config: ModelConfig, weights: ConvertedWeights, mesh_device: ttnn.MeshDevice) -> RunConfigs[LMHeadRunConfig]:
+    files = weights.part("head", HEAD, LMHead.convert_weights)
+    return _run_configs(LMHead, config, files, LMHead.create_state(config, mesh_device))
+
+
+def _layer(
+    block: type[DecoderBlock[BlockT]],
+    layer: int,
+    config: ModelConfig,
+    weights: ConvertedWeights,
+    cache: CacheOptions,
+) -> Layer[BlockT]:
+    files = weights.part(f"layer{layer}", [_layer_prefix(layer)], block.convert_weights)
+    state = block.create_state(config, weights.mesh_device, cache)
+    return Layer(block, _run_configs(block, config, files, state))
+
+
+def _run_configs(
+    module: type[Module[RunConfigT]], config: ModelConfig, files: WeightConfig, state: Mapping[str, Any]
+) -> RunConfigs[RunConfigT]:
+    mesh_device = state["mesh_device"]
+    loaded: dict[str, ttnn.Tensor] = {}
+    return RunConfigs(
+        prefill=module.run_config(module.prefill_model_config(config, mesh_device), files, state, loaded),
+        decode=module.run_config(module.decode_model_config(config, mesh_device), files, state, loaded),
+    )

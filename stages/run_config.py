@@ -1,0 +1,150 @@
+"""Joins what the three stages of a module made: op configs, weight files and state become one config to run with."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from stages.backend import ttnn
+from stages.errors import DeviceError
+from stages.op_configs import OpConfig, operand_names
+
+WeightConfig: TypeAlias = "dict[str, str | WeightConfig]"
+"""Operation name -> path of its weight file, or paths by operand; a submodule's name -> its own WeightConfig."""
+
+OperatorConfig: TypeAlias = "dict[str, OpConfig | OperatorConfig]"
+"""Operation name -> how to call it; a submodule's name -> its own OperatorConfig."""
+
+StateDict: TypeAlias = Mapping[str, torch.Tensor]
+"""Names of a module's tensors, relative to it, -> tensors as torch stores them."""
+
+SUFFIX = ".tensorbin"
+MANIFEST = "weight_config.json"
+
+
+def weight_path(directory: Path, operation: str, operand: str) -> Path:
+    """The file of a weight: its middle part names the operand of the op that it fills."""
+    return directory / f"{operation}.{operand}{SUFFIX}"
+
+
+def dump_weight(
+    path: Path,
+    weight: torch.Tensor,
+    *,
+    dtype: ttnn.DataType,
+    mesh_device: ttnn.MeshDevice,
+    dims: tuple[int | None, int | None] = (None, None),
+    layout: ttnn.Layout = ttnn.TILE_LAYOUT,
+    mapper: ttnn.TensorToMesh | None = None,
+) -> str:
+    """Writes one tensor for a mesh and returns its path.
+
+    `dims` says which dimension each mesh axis splits, None replicates; `mapper` replaces it where a dimension is
+    split over all chips. The file holds the shards of every chip.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mapper = mapper or ttnn.ShardTensor2dMesh(mesh_device, tuple(mesh_device.shape), dims)
+    ttnn.dump_tensor(str(path), ttnn.from_torch(weight, dtype=dtype, layout=layout, mesh_mapper=mapper))
+    return str(path)
+
+
+def merge_run_config(
+    operators: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    state: Mapping[str, Any],
+    loaded: dict[str, ttnn.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Op configs with their weights loaded onto the mesh, beside the state.
+
+    `state["mesh_device"]` is the mesh; `loaded` are tensors by file that are on it already, and is added to. Raises
+    DeviceError where a weight file fits no op, or a name is used twice.
+    """
+    mesh_device = state["mesh_device"]
+    tensors = {} if loaded is None else loaded
+
+    def load(path: str) -> ttnn.Tensor:
+        if path not in tensors:
+            tensors[path] = ttnn.load_tensor(path, device=mesh_device)
+        return tensors[path]
+
+    return _merge(operators, weights, state, load, name="")
+
+
+def _merge(
+    operators: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    state: Mapping[str, Any],
+    load: Callable[[str], ttnn.Tensor],
+    name: str,
+) -> dict[str, Any]:
+    stray = weights.keys() - operators.keys()
+    if stray:
+        raise DeviceError(
+            f"Weights without an operation to use them: {', '.join(name + key for key in sorted(stray))}."
+        )
+    merged: dict[str, Any] = {}
+    for key, operator in operators.items():
+        where = f"{name}{key}"
+        if isinstance(operator, OpConfig):
+            merged[key] = _filled(operator, weights[key], load, where) if key in weights else operator
+        else:
+            merged[key] = _merge(operator, weights.get(key, {}), state.get(key, {}), load, f"{where}.")
+    for key, value in state.items():
+        if key not in operators:
+            merged[key] = value
+        elif isinstance(operators[key], OpConfig):
+            raise DeviceError(f"{name}{key} names both an operation and a state.")
+    return merged
+
+
+def _filled(
+    operator: OpConfig, files: str | Mapping[str, str], load: Callable[[str], ttnn.Tensor], name: str
+) -> OpConfig:
+    operands: dict[str, Any] = {}
+    for path in [files] if isinstance(files, str) else files.values():
+        operand = Path(path).name.removesuffix(SUFFIX).rpartition(".")[2]
+        if operand not in operand_names(operator):
+            raise DeviceError(
+                f"{path}, a weight of {name}, names the operand {operand!r}, which {type(operator).__name__} does not "
+                "have."
+            )
+        operands[operand] = load(path)
+    return dataclasses.replace(operator, **operands)
+
+
+def save_weight_config(directory: Path, weights: WeightConfig) -> None:
+    """Writes `weights`, whose files lie under `directory`, so that another process can read it there."""
+    relative = _map_paths(weights, lambda path: str(Path(path).relative_to(directory)))
+    (directory / MANIFEST).write_text(json.dumps(relative, indent=1), encoding="utf-8")
+
+
+def load_weight_config(directory: Path) -> WeightConfig:
+    """The WeightConfig that `save_weight_config` wrote, wherever the directory now lies."""
+    relative = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    return _map_paths(relative, lambda path: str(directory / path))
+
+
+def _map_paths(weights: WeightConfig, change: Callable[[str], str]) -> WeightConfig:
+    return {
+        key: change(value) if isinstance(value, str) else _map_paths(value, change) for key, value in weights.items()
+    }
+
+
+class SubStateDict(Mapping[str, torch.Tensor]):
+    """The tensors under a prefix, read only when asked for."""
+
+    def __init__(self, state_dict: StateDict, prefix: str) -> None:
+        self._state_dict = state_dict
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._state_dict[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._state_dict if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

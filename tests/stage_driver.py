@@ -1,0 +1,147 @@
+"""Drives stages as a pipeline would, in one process: steps with shuffled blocks through one stage after the other."""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.options import CacheOptions, Dtype, StageOptions
+from stages.plan import StageSpec, plan_stages
+from stages.stage import Stage
+from stages.step import Admission, Mode, SamplingParams, Segment, Step
+from weights.model_config import ModelConfig
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+
+
+def cache_options(slots: int = 4, pools: int = 1, max_model_len: int = 256, block_size: int = 32) -> CacheOptions:
+    """A cache with room for every slot at its longest."""
+    blocks = -(-max_model_len // block_size) * (slots // pools)
+    return CacheOptions(slots=slots, pools=pools, blocks=blocks, block_size=block_size, max_model_len=max_model_len)
+
+
+def stage_options(
+    model: Path, cache_dir: Path, *, dtype: Dtype = "float32", cache: CacheOptions | None = None, **changes: Any
+) -> StageOptions:
+    """Options of a stage that serves the checkpoint `model`."""
+    options = {"load_format": "auto", "seed": 0, **changes}
+    return StageOptions(
+        model_path=str(model), cache_dir=str(cache_dir), dtype=dtype, cache=cache or cache_options(), **options
+    )
+
+
+class Driver:
+    """Slots and blocks of a pipeline of `stages`, as its scheduler would keep them."""
+
+    def __init__(self, stages: Sequence[Stage], cache: CacheOptions, seed: int = 0) -> None:
+        self.stages = stages
+        self.cache = cache
+        self.epoch = 1
+        self._step_id = 0
+        self._random = random.Random(seed)
+        self._free = [self._shuffled(cache.blocks) for _ in range(cache.pools)]
+        self._held: dict[int, list[int]] = {}
+        self._admissions: list[Admission] = []
+        self._ended: list[int] = []
+
+    @classmethod
+    def load(
+        cls, options: StageOptions, stages: int = 1, mesh_shape: tuple[int, int] | None = None, seed: int = 0
+    ) -> "Driver":
+        """Loads all stages of a model."""
+        config = ModelConfig.from_file(Path(options.model_path) / "config.json")
+        specs: list[StageSpec] = plan_stages(config, stages)
+        loaded = [Stage.load(spec, options, lambda _done, _of: None, mesh_shape) for spec in specs]
+        return cls(loaded, options.cache, seed)
+
+    def admit(self, slot: int, sampling: SamplingParams = GREEDY) -> None:
+        """The next step admits a request to `slot`."""
+        self._held[slot] = []
+        self._admissions.append(Admission(slot=slot, sampling=sampling))
+
+    def end(self, slot: int) -> None:
+        """The next step ends the request in `slot`; its blocks may be given away at once."""
+        self._free[self.cache.pool_of(slot)].extend(self._held.pop(slot))
+        self._ended.append(slot)
+
+    def segment(self, slot: int, start: int, tokens: Sequence[int], sample: bool = True) -> Segment:
+        """A run of tokens, with the blocks it needs beyond those the slot holds."""
+        held = self._held[slot]
+        missing = -(-(start + len(tokens)) // self.cache.block_size) - len(held)
+        new = [self._free[self.cache.pool_of(slot)].pop() for _ in range(max(missing, 0))]
+        held.extend(new)
+        return Segment(slot=slot, start=start, tokens=list(tokens), new_blocks=new, sample=sample)
+
+    def step(self, mode: Mode, segments: Sequence[Segment]) -> Step:
+        """A step of these segments, with the admissions and ends that are due."""
+        self._step_id += 1
+        step = Step(
+            epoch=self.epoch,
+            step_id=self._step_id,
+            mode=mode,
+            segments=list(segments),
+            admissions=self._admissions,
+            ended=self._ended,
+        )
+        self._admissions, self._ended = [], []
+        return step
+
+    def run(self, mode: Mode, segments: Sequence[Segment]) -> torch.Tensor:
+        """Logits of the segments that sample, through all stages."""
+        step = self.step(mode, segments)
+        hidden = None
+        for stage in self.stages:
+            hidden = stage.forward(step, hidden)
+        if hidden is None:
+            raise ValueError("no stages to run")
+        return hidden
+
+    def run_bytes(self, mode: Mode, segments: Sequence[Segment]) -> list[int]:
+        """Sampled tokens, with hidden states as bytes between stages."""
+        step = self.step(mode, segments)
+        hidden = memoryview(b"")
+        for stage in self.stages[:-1]:
+            output = stage.step(step, hidden)
+            assert isinstance(output, memoryview)
+            hidden = memoryview(bytearray(output))
+        result = self.stages[-1].step(step, hidden)
+        assert not isinstance(result, memoryview)
+        assert (result.epoch, result.step_id) == (step.epoch, step.step_id)
+        return result.tokens
+
+    def prefill(self, prompts: Mapping[int, Sequence[int]], chunk: int | None = None) -> torch.Tensor:
+        """Prefills a prompt a slot, in chunks of at most `chunk` tokens; logits after each prompt's last token."""
+        last: dict[int, torch.Tensor] = {}
+        longest = max(len(prompt) for prompt in prompts.values())
+        for start in range(0, longest, chunk or longest):
+            end = start + (chunk or longest)
+            parts = {slot: prompt for slot, prompt in prompts.items() if start < len(prompt)}
+            segments = [
+                self.segment(slot, start, prompt[start:end], sample=len(prompt) <= end)
+                for slot, prompt in parts.items()
+            ]
+            logits = self.run("prefill", segments)
+            sampled = [segment.slot for segment in segments if segment.sample]
+            last.update(zip(sampled, logits, strict=True))
+        return torch.stack([last[slot] for slot in prompts])
+
+    def decode(self, tokens: Mapping[int, tuple[int, int]]) -> torch.Tensor:
+        """One step of slot -> (position, token); logits in the order of `tokens`."""
+        return self.run("decode", [self.segment(slot, at, [token]) for slot, (at, token) in tokens.items()])
+
+    def close(self) -> None:
+        """Gives up the stages."""
+        for stage in self.stages:
+            stage.close()
+
+    def _shuffled(self, blocks: int) -> list[int]:
+        order = list(range(blocks))
+        self._random.shuffle(order)
+        return order
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """norm(actual - expected) / norm(expected)."""
+    return float((actual - expected).norm() / expected.norm())
