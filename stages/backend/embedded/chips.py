@@ -41,13 +41,13 @@ def on_chips(op: str, function: Callable[..., Result], *operands: Tensor) -> lis
     """
     mesh = operands[0].mesh
     for operand in operands:
-        if operand.mesh is not mesh:
-            refuse(op, "its operands are on different meshes, or one is on the host", *operands)
-        if not operand.shards:
-            raise DeviceError(f"{op}: an operand was used after deallocate().")
-    results: dict[tuple[int, ...], Result] = {}
-    output = []
+        if operand.mesh is not mesh or not operand.shards:
+            _refuse_misplaced(op, *operands)
     try:
+        if mesh.size == 1:
+            return [function(*[operand.shards[0] for operand in operands])]
+        results: dict[tuple[int, ...], Result] = {}
+        output = []
         for shards in zip(*[operand.shards for operand in operands], strict=True):
             key = tuple(map(id, shards))
             if key not in results:
@@ -56,6 +56,11 @@ def on_chips(op: str, function: Callable[..., Result], *operands: Tensor) -> lis
     except (RuntimeError, IndexError) as error:
         refuse_because(op, error, *operands)
     return output
+
+
+def _refuse_misplaced(op: str, *operands: Tensor) -> NoReturn:
+    # An operand without shards says so itself when it is asked for its shape.
+    refuse(op, "its operands are on different meshes, or one is on the host", *operands)
 
 
 def refuse(op: str, reason: str, *operands: Tensor) -> NoReturn:

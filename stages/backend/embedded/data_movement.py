@@ -35,23 +35,18 @@ def slice(
     shape = input_tensor.shape
     if not len(starts) == len(ends) == len(shape):
         refuse("slice", f"{list(starts)} to {list(ends)} does not name each dimension once", input_tensor)
-    cuts = [
-        (dim, start, end - start)
-        for dim, (start, end, size) in enumerate(zip(starts, ends, shape, strict=True))
-        if start or end != size
-    ]
-    if any(start < 0 or length <= 0 or start + length > shape[dim] for dim, start, length in cuts):
-        refuse("slice", f"{list(starts)} to {list(ends)} is out of range", input_tensor)
-    if len(cuts) == 1:
-        dim, start, length = cuts[0]
-        return unary("slice", lambda a: a.narrow(dim, start, length), input_tensor)
-    return unary("slice", lambda a: _narrowed(a, cuts), input_tensor)
 
+    def cut(a: torch.Tensor) -> torch.Tensor:
+        for dim, size in enumerate(shape):
+            start, end = starts[dim], ends[dim]
+            if start or end != size:
+                # torch refuses what is out of range, but counts a negative start from the end.
+                if not 0 <= start < end:
+                    refuse("slice", f"{list(starts)} to {list(ends)} is out of range", input_tensor)
+                a = a.narrow(dim, start, end - start)
+        return a
 
-def _narrowed(a: torch.Tensor, cuts: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-    for dim, start, length in cuts:
-        a = a.narrow(dim, start, length)
-    return a
+    return unary("slice", cut, input_tensor)
 
 
 def concat(tensors: Sequence[Tensor], dim: int = 0, *, memory_config: MemoryConfig | None = None) -> Tensor:

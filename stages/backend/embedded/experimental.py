@@ -1,5 +1,6 @@
 """ttnn.experimental: rotary positions, writes to paged caches, routing and reductions."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -51,13 +52,27 @@ def rotary_embedding_llama(
         refuse("rotary_embedding_llama", "cos and sin must be [1, 1, T, d] with x's T and d", x, cos_cache, sin_cache)
     if trans_mat.shape[-2:] != (TILE_SIZE, TILE_SIZE):
         refuse("rotary_embedding_llama", "trans_mat must be one tile", x, trans_mat)
-    return Tensor(on_chips("rotary_embedding_llama", _rotated, x, cos_cache, sin_cache), x.dtype, x.layout, x.mesh)
+    signed_sin = sin_cache.remember("signed", lambda: unary("rotary_embedding_llama", _signed, sin_cache))
+    neighbours = _neighbours(shape[3])
+
+    def rotate(a: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(a * cos, a.index_select(3, neighbours), sin)
+
+    shards = on_chips("rotary_embedding_llama", rotate, x, cos_cache, signed_sin)
+    return Tensor(shards, x.dtype, x.layout, x.mesh)
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+def _signed(sin: torch.Tensor) -> torch.Tensor:
+    """Carries the sign of turned(x), so that x's neighbours need no change of sign."""
+    signed = sin.clone()
+    signed[..., 0::2].neg_()
+    return signed
+
+
+@functools.cache
+def _neighbours(width: int) -> torch.Tensor:
+    """1, 0, 3, 2, ...: the other one of each pair."""
+    return torch.arange(width) ^ 1
 
 
 def paged_update_cache(
@@ -120,7 +135,7 @@ def paged_fill_cache(
         whole = tokens // block_size
         vectors = values[0, 0]
         blocks.view(-1, block_size * width).index_copy_(
-            0, own[:whole], vectors[: whole * block_size].reshape(whole, -1)
+            0, own[:whole], vectors[: whole * block_size].reshape(whole, block_size * width)
         )
         if rest := tokens % block_size:
             blocks[own[whole], 0, :rest] = vectors[-rest:]

@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
 from stages.backend.embedded.chips import on_chips, refuse, refuse_because
 from stages.backend.embedded.dtype import TILE_LAYOUT, uint16, uint32
+from stages.backend.embedded.matrix import Matrix
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
 from stages.backend.embedded.routing import choose_experts
@@ -98,12 +99,13 @@ def _assign(indices: torch.Tensor, experts: int) -> Assignment:
     return Assignment(choices, choices // indices.shape[-1], ends)
 
 
-def _matrices(weight: Tensor, chip: int) -> list[torch.Tensor]:
+def _matrices(weight: Tensor, chip: int) -> list[Matrix]:
     """Each local expert's weight as [N, K], made once for a weight."""
-    if weight.derived is None:
-        weight.derived = [list(shard[0].transpose(1, 2)) for shard in weight.shards]
-    matrices: list[torch.Tensor] = weight.derived[chip]
-    return matrices
+    return weight.remember("experts", lambda: [_split(shard) for shard in weight.shards])[chip]
+
+
+def _split(shard: torch.Tensor) -> list[Matrix]:
+    return [Matrix(expert) for expert in shard[0].transpose(1, 2)]
 
 
 def _run(
@@ -111,9 +113,9 @@ def _run(
     weights: torch.Tensor,
     assignment: Assignment,
     first_expert: int,
-    w1: list[torch.Tensor],
-    w3: list[torch.Tensor],
-    w2: list[torch.Tensor],
+    w1: list[Matrix],
+    w3: list[Matrix],
+    w2: list[Matrix],
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     start = assignment.ends[first_expert - 1] if first_expert else 0
@@ -126,7 +128,7 @@ def _run(
     for gate, up, down, stop in zip(w1, w3, w2, assignment.ends[first_expert:], strict=False):
         if stop > begin:
             own = inputs[begin - start : stop - start]
-            outputs[begin - start : stop - start] = F.linear(F.silu(F.linear(own, gate)) * F.linear(own, up), down)
+            outputs[begin - start : stop - start] = down.times(F.silu(gate.times(own)).mul_(up.times(own)))
             begin = stop
     # Added up in float32, in the order of the experts, whatever else is in the batch.
     total = torch.zeros(rows.shape, dtype=torch.float32)

@@ -1,24 +1,20 @@
 """Matrix products."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
 from stages.backend.embedded.chips import on_chips, refuse, refuse_because
 from stages.backend.embedded.dtype import TILE_LAYOUT, DataType, held_in
+from stages.backend.embedded.matrix import Matrix
 from stages.backend.embedded.memory import CoreGrid, MemoryConfig
 from stages.backend.embedded.program_configs import MatmulProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def linear(
     input_tensor_a: Tensor,
     input_tensor_b: Tensor,
     *,
-    bias: Tensor | None = None,
     memory_config: MemoryConfig | None = None,
     dtype: DataType | None = None,
     program_config: MatmulProgramConfig | None = None,
@@ -26,18 +22,22 @@ def linear(
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
     core_grid: CoreGrid | None = None,
 ) -> Tensor:
-    """x [..., T, K] times a weight [..., K, N], plus `bias` [..., 1, N], then `activation` ("silu").
+    """x [..., T, K] times a weight [..., K, N], then `activation` ("silu").
 
     In x's dtype unless `dtype` is said; computed in float32 where either operand is held in it. Raises DeviceError
     where K differs or an operand is not in TILE layout.
     """
-    output = matmul(input_tensor_a, input_tensor_b, dtype=dtype)
-    if bias is not None:
-        output = _plus(output, bias)
+    x, weight = input_tensor_a, input_tensor_b
+    if activation is not None and activation != "silu":
+        refuse("linear", f"activation {activation!r} is unknown", x, weight)
+    matrices = weight.remember("matrices", lambda: _matrices(weight))
+    if not matrices:
+        output = matmul(x, weight, dtype=dtype)
+    else:
+        _refuse_other_layout("linear", x, weight)
+        output = _converted(_by_matrices(x, weight, matrices), dtype)
     if activation is None:
         return output
-    if activation != "silu":
-        refuse("linear", f"activation {activation!r} is unknown", input_tensor_a, input_tensor_b)
     return Tensor(on_chips("linear", F.silu, output), output.dtype, output.layout, output.mesh)
 
 
@@ -52,32 +52,48 @@ def matmul(
     core_grid: CoreGrid | None = None,
 ) -> Tensor:
     """[..., T, K] times [..., K, N]; leading dimensions are equal or 1. Dtypes and errors as `linear`."""
-    x, weight = input_tensor_a, input_tensor_b
-    if x.layout is not TILE_LAYOUT or weight.layout is not TILE_LAYOUT:
-        refuse("matmul", "both operands must be in TILE layout", x, weight)
-    output_dtype = dtype or x.dtype
-    if len(x.shards) == 1 and x.mesh is weight.mesh and weight.shards:
-        try:
-            shards = [_product(x.shards[0], weight.shards[0])]
-        except RuntimeError as error:
-            refuse_because("matmul", error, x, weight)
-    else:
-        shards = on_chips("matmul", _product, x, weight)
-    output = Tensor(shards, output_dtype, TILE_LAYOUT, x.mesh)
-    held = held_in(output_dtype)
-    if shards[0].dtype != held:
-        output.shards = on_chips("matmul", lambda shard: shard.to(held), output)
+    x, y = input_tensor_a, input_tensor_b
+    _refuse_other_layout("matmul", x, y)
+    return _converted(Tensor(on_chips("matmul", _product, x, y), x.dtype, TILE_LAYOUT, x.mesh), dtype)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if x.dtype != y.dtype:
+        x, y = x.float(), y.float()
+    if y.dim() == 4 and y.shape[0] == y.shape[1] == 1:
+        return F.linear(x, y[0, 0].t())
+    return torch.matmul(x, y)
+
+
+def _matrices(weight: Tensor) -> list[Matrix]:
+    """One matrix a chip; none where the weight has a batch of them. Shards that alias share theirs."""
+    if weight.shape[:-2].numel() != 1:
+        return []
+    made = {id(shard): Matrix(shard.view(shard.shape[-2:]).t()) for shard in weight.shards}
+    return [made[id(shard)] for shard in weight.shards]
+
+
+def _by_matrices(x: Tensor, weight: Tensor, matrices: list[Matrix]) -> Tensor:
+    try:
+        if len(x.shards) == 1 and x.mesh is weight.mesh:
+            return Tensor([matrices[0].times(x.shards[0])], x.dtype, TILE_LAYOUT, x.mesh)
+        by_shard = {id(shard): matrix for shard, matrix in zip(weight.shards, matrices, strict=True)}
+        shards = on_chips("linear", lambda a, shard: by_shard[id(shard)].times(a), x, weight)
+    except RuntimeError as error:
+        refuse_because("linear", error, x, weight)
+    return Tensor(shards, x.dtype, TILE_LAYOUT, x.mesh)
+
+
+def _converted(output: Tensor, dtype: DataType | None) -> Tensor:
+    """In `dtype`, or in the one it says it has: a product with float32 comes out wider."""
+    if dtype is not None:
+        output.dtype = dtype
+    held = held_in(output.dtype)
+    if output.shards[0].dtype != held:
+        output.shards = on_chips("linear", lambda shard: shard.to(held), output)
     return output
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if x.dtype != weight.dtype:
-        x, weight = x.float(), weight.float()
-    if weight.dim() == 4 and weight.shape[0] == weight.shape[1] == 1:
-        return F.linear(x, weight[0, 0].t())
-    return torch.matmul(x, weight)
-
-
-def _plus(output: Tensor, bias: Tensor) -> Tensor:
-    shards = on_chips("linear", lambda a, b: (a + b).to(a.dtype), output, bias)
-    return Tensor(shards, output.dtype, output.layout, output.mesh)
+def _refuse_other_layout(op: str, x: Tensor, y: Tensor) -> None:
+    if x.layout is not TILE_LAYOUT or y.layout is not TILE_LAYOUT:
+        refuse(op, "both operands must be in TILE layout", x, y)

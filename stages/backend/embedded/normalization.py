@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
-from stages.backend.embedded.chips import on_chips, refuse
+from stages.backend.embedded.chips import binary, on_chips, refuse, unary
 from stages.backend.embedded.dtype import TILE_SIZE, DataType, bfloat16, held_in
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.program_configs import (
@@ -27,13 +27,8 @@ def rms_norm(
     Computed in float32. Raises DeviceError for a weight of another form or width.
     """
     x = input_tensor
-    width = x.shape[-1]
-    _refuse_other_weight(x, weight, width)
-
-    def norm(a: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(a, (width,), gamma.view(-1).to(a.dtype), epsilon)
-
-    return Tensor(on_chips("rms_norm", norm, x, weight), x.dtype, x.layout, x.mesh)
+    gamma = weight.remember("gamma", lambda: _flat(weight))
+    return binary("rms_norm", lambda a, flat: F.rms_norm(a, flat.shape, flat, epsilon), x, gamma)
 
 
 def rms_norm_pre_all_gather(
@@ -72,7 +67,7 @@ def rms_norm_post_all_gather(
     """
     x = input_tensor
     width = x.shape[-1]
-    _refuse_other_weight(x, weight, width)
+    gamma = weight.remember("gamma", lambda: _flat(weight))
     chips, rest = divmod(stats.shape[-1], TILE_SIZE)
     rows, columns = x.mesh.shape
     sharing = {rows, columns, x.mesh.size} - {1} or {1}
@@ -83,15 +78,16 @@ def rms_norm_post_all_gather(
     output_dtype = dtype or x.dtype
     held = held_in(output_dtype)
 
-    def norm(a: torch.Tensor, statistics: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    def norm(a: torch.Tensor, statistics: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         mean = statistics[..., ::TILE_SIZE].float().sum(-1, keepdim=True) / (chips * width)
-        return (a.float() * torch.rsqrt(mean + epsilon) * gamma.view(-1)).to(held)
+        return (a.float() * torch.rsqrt(mean + epsilon) * flat).to(held)
 
-    shards = on_chips("rms_norm_post_all_gather", norm, x, stats, weight)
+    shards = on_chips("rms_norm_post_all_gather", norm, x, stats, gamma)
     return Tensor(shards, output_dtype, x.layout, x.mesh)
 
 
-def _refuse_other_weight(x: Tensor, weight: Tensor, width: int) -> None:
+def _flat(weight: Tensor) -> Tensor:
     shape = weight.shape
-    if len(shape) != 4 or shape.numel() != width or shape[-1] not in (width, TILE_SIZE):
-        refuse("rms_norm", "the weight must be [1, 1, 1, W] or [1, 1, W / 32, 32]", x, weight)
+    if len(shape) != 4 or shape[:2] != (1, 1) or (shape[2] != 1 and shape[3] != TILE_SIZE):
+        refuse("rms_norm", "the weight must be [1, 1, 1, W] or [1, 1, W / 32, 32]", weight)
+    return unary("rms_norm", lambda shard: shard.reshape(-1).to(held_in(bfloat16)), weight)

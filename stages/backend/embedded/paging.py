@@ -35,16 +35,12 @@ def decode_pages(op: str, positions: Tensor, page_table: Tensor, block_size: int
     `positions` [users] and `page_table` [users, pages] are int32; position -1 skips a user. Raises DeviceError where
     the two disagree or a page table does not reach a position.
     """
-    if positions.derived is None:
-        positions.derived = {}
-    key = (id(page_table), block_size)
-    if key not in positions.derived:
+
+    def find() -> list[DecodePages]:
         _refuse_other_tables(op, positions, page_table)
-        pages = on_chips(op, lambda at, table: _pages_of(op, at, table, block_size), positions, page_table)
-        # With the table itself, so that its id stays its own.
-        positions.derived[key] = (pages, page_table)
-    pages_of_chips: list[DecodePages] = positions.derived[key][0]
-    return pages_of_chips
+        return on_chips(op, lambda at, table: _pages_of(op, at, table, block_size), positions, page_table)
+
+    return positions.remember((page_table, block_size), find)
 
 
 def _refuse_other_tables(op: str, positions: Tensor, page_table: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A tensor on a mesh: one torch tensor for each chip."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -9,6 +9,8 @@ from stages.backend.embedded.dtype import INTEGERS, ROW_MAJOR_LAYOUT, DataType, 
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.mesh import Mesh, MeshDevice, MeshToTensor, TensorToMesh
 from stages.errors import DeviceError
+
+Derived = TypeVar("Derived")
 
 HOST = Mesh((1, 1))
 """Where a tensor is that no mesh holds and no mapper cut."""
@@ -18,18 +20,18 @@ class Tensor:
     """Shards of one shape, row-major over the mesh.
 
     Replication is aliasing: chips that hold the same values hold the same torch tensor, so that what is computed from
-    it is computed once. Integer shards never change after they are made; `derived` keeps what ops computed from this
-    tensor for their next call, such as the pages of a step or a weight as a matrix.
+    it is computed once. Shards of integers and weights never change after they are made, so that ops may `remember`
+    what they derived from them.
     """
 
-    __slots__ = ("derived", "dtype", "layout", "mesh", "shards")
+    __slots__ = ("_derived", "dtype", "layout", "mesh", "shards")
 
     def __init__(self, shards: list[torch.Tensor], dtype: DataType, layout: Layout, mesh: Mesh) -> None:
         self.shards = shards
         self.dtype = dtype
         self.layout = layout
         self.mesh = mesh
-        self.derived: Any = None
+        self._derived: dict[Hashable, Any] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -43,6 +45,20 @@ class Tensor:
         if not isinstance(self.mesh, MeshDevice):
             raise DeviceError("The tensor is on the host; move it with to_device().")
         return self.mesh
+
+    def remember(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What `make` returned when it was first asked for `key`, such as a weight in the form a product wants."""
+        if self._derived is None:
+            self._derived = {}
+        derived: Derived | None = self._derived.get(key)
+        if derived is None:
+            derived = self._derived[key] = make()
+        return derived
+
+    def forget(self) -> None:
+        """Lets go of the shards and all that was derived from them."""
+        self.shards = []
+        self._derived = None
 
     def __repr__(self) -> str:
         shape = list(self.shards[0].shape) if self.shards else "deallocated"
@@ -201,5 +217,4 @@ def get_device_tensors(tensor: Tensor) -> list[Tensor]:
 
 def deallocate(tensor: Tensor, force: bool = True) -> None:
     """Lets go of the shards; the tensor cannot be used any more. What was computed from it stays."""
-    tensor.shards = []
-    tensor.derived = None
+    tensor.forget()
