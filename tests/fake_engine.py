@@ -15,7 +15,7 @@ class FakeStream:
 
     def __init__(self, request: AddRequest, tokens: Sequence[int], fail_after: int | None) -> None:
         self.request = request
-        self.outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self.outputs: asyncio.Queue[RequestOutput | EngineError] = asyncio.Queue()
         self.ended = False
         self.aborted = asyncio.Event()
         self._fail_after = fail_after
@@ -36,6 +36,9 @@ class FakeStream:
             self.ended = True
             raise EngineError("Stage 1 on 127.0.0.1 died at step 7: /srv/models/x.safetensors has no model.norm.weight")
         output = await self.outputs.get()
+        if isinstance(output, EngineError):
+            self.ended = True
+            raise output
         self._given += 1
         self.ended = output.finish_reason is not None
         return output
@@ -43,6 +46,10 @@ class FakeStream:
     async def aclose(self) -> None:
         if not self.ended:
             self.aborted.set()
+
+    def fail(self) -> None:
+        """Ends the request with an error, after what it has been given."""
+        self.outputs.put_nowait(EngineError("The engine was closed."))
 
     def _put(self, tokens: list[int], finish: FinishReason | None) -> None:
         self.outputs.put_nowait(
@@ -57,7 +64,7 @@ class FakeEngine:
         self.state = EngineState(phase="ready", detail="")
         self.streams: list[FakeStream] = []
         self.refusal: Exception | None = None
-        self._script = script
+        self.script = script
         self._fail_after = fail_after
         self._request_id = 0
 
@@ -68,6 +75,6 @@ class FakeEngine:
     def generate(self, request: AddRequest) -> TokenStream:
         if self.refusal is not None:
             raise self.refusal
-        stream = FakeStream(request, self._script(request), self._fail_after)
+        stream = FakeStream(request, self.script(request), self._fail_after)
         self.streams.append(stream)
         return stream
