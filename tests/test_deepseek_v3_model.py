@@ -61,8 +61,8 @@ def load(tmp_path: Path) -> Iterator[Load]:
     """Loads a checkpoint into stages, which are closed at the end."""
     drivers = []
 
-    def loaded(model: Path, stages: int = 1, **options: Any) -> Driver:
-        drivers.append(Driver.load(stage_options(model, tmp_path / "cache", **options), stages))
+    def loaded(model: Path, stages: int = 1, mesh_shape: tuple[int, int] | None = None, **options: Any) -> Driver:
+        drivers.append(Driver.load(stage_options(model, tmp_path / "cache", **options), stages, mesh_shape))
         return drivers[-1]
 
     yield loaded
@@ -152,6 +152,32 @@ def test_slots_are_reused(small: Path, small_reference: DeepseekV3ForCausalLM, l
             assert relative_error(driver.prefill({slot: text})[0], expected) < TOLERANCE
         for slot in (1, 2, 0):
             driver.end(slot)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (8, 1), (4, 8)])
+def test_meshes(mesh_shape: tuple[int, int], tmp_path: Path, load: Load) -> None:
+    pools = mesh_shape[0] * mesh_shape[1]
+    model = write_checkpoint(tmp_path / "model", overrides={**TINY, "n_routed_experts": 32, "num_attention_heads": 8})
+    reference = reference_model(model)
+    cache = cache_options(slots=2 * pools, pools=pools, max_model_len=128)
+    driver = load(model, cache=cache, mesh_shape=mesh_shape)
+    # Two slots of one pool, and others of other rows and columns; pools without a slot.
+    slots = sorted({0, 1, pools // 2, pools - 1, pools})
+    texts = dict(zip(slots, prompts(len(slots), TINY["vocab_size"]), strict=True))
+    expected = {slot: reference_logits(reference, text) for slot, text in texts.items()}
+    heads = {slot: max(len(text) - 3, 1) for slot, text in texts.items()}
+    for slot in slots:
+        driver.admit(slot)
+    logits = driver.prefill({slot: text[: heads[slot]] for slot, text in texts.items()}, chunk=32)
+    errors = [relative_error(row, expected[slot][heads[slot] - 1]) for row, slot in zip(logits, slots, strict=True)]
+    for step in range(3):
+        at = {slot: heads[slot] + step for slot in slots if heads[slot] + step < len(texts[slot])}
+        logits = driver.decode({slot: (position, texts[slot][position]) for slot, position in at.items()})
+        errors += [
+            relative_error(row, expected[slot][position])
+            for row, (slot, position) in zip(logits, at.items(), strict=True)
+        ]
+    assert max(errors) < TOLERANCE
 
 
 def test_bfloat16_is_near(tmp_path: Path, load: Load) -> None:
