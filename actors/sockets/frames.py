@@ -187,7 +187,7 @@ class FrameReader:
     def _decoded(kind: Kind, body: memoryview) -> Control:
         try:
             return _DECODERS[kind].decode(body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"The control of a {kind.name} frame cannot be read: {error}.") from error
 
     def _check_payload(self, control: Control, length: int) -> None:

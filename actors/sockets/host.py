@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import socket
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 import structlog
@@ -105,8 +106,8 @@ class HostLink(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
-        if isinstance(transport, asyncio.Transport):
-            self._transport = transport
+        # uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Called by the loop before each read."""

@@ -14,9 +14,10 @@ from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.link import LinkEvents
 
-CREDITS = 4
-"""Messages that may be on their way to or waiting at a stage: one computing, the next already there, and slack for
-the credit's way back. The microbatches in flight spread over all stages, so this bounds memory, not throughput."""
+CREDITS = 8
+"""Messages that may be on their way to or waiting at a stage. Two would keep it busy; as credits go back half a window
+at a time, more of them means fewer wake-ups of the sender for it. They bound memory: a buffer exists for each message
+that ever waited at the same time as others."""
 CONNECT_SECONDS = 5.0
 SOCKET_BUFFER_BYTES = 4 << 20
 GREETINGS_MAX = 16
@@ -58,7 +59,10 @@ class HostListener:
             greeting.cancel()
         self._listening.close()
         if isinstance(self.address, UnixAddress):
-            Path(self.address.path).unlink(missing_ok=True)
+            path = Path(self.address.path)
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # Others may still wait in it; the last one removes it.
         if not self._link.done():
             self._link.cancel()
 
@@ -151,6 +155,9 @@ def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
             listening.bind((address.host, address.port))
             bound = TcpAddress(address.host, listening.getsockname()[1])
         listening.listen(GREETINGS_MAX)
+    except LinkError:
+        listening.close()
+        raise
     except OSError as error:
         listening.close()
         raise LinkError(f"Cannot listen at {address}: {error.strerror}.") from error
