@@ -27,7 +27,7 @@ from api.token_source import TokenSource
 from weights.errors import GalaxylineError
 
 INLINE_BODY_BYTES_MAX = 4096
-"""Larger bodies are read and tokenised on a thread: this many bytes take about a millisecond, more would delay other streams."""
+"""Larger bodies are read and tokenised on a thread, so as not to delay streams: this many take about a millisecond."""
 
 REQUEST_ID_HEADER = "x-request-id"
 
