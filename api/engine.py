@@ -198,8 +198,8 @@ class EngineProcess:
             code = await _outcome(serving)
         finally:
             code_of_close = await _outcome(engine.close())
-            self._framing.close()
-            await asyncio.wait_for(self._framing.lost.wait(), FLUSH_TIMEOUT_S)
+            self._framing.finish()
+            await _first_of(self._framing.lost, timeout_s=FLUSH_TIMEOUT_S)
         return code or code_of_close
 
     def _begin(self, frame: memoryview) -> None:

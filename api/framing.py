@@ -32,6 +32,16 @@ class Framing(asyncio.Protocol):
             frame = self._encoder.encode(message)
             self._transport.write(len(frame).to_bytes(LENGTH_BYTES, "little") + frame)
 
+    def finish(self) -> None:
+        """Says that nothing more will be sent, and drops what still comes. The other end closes the connection when
+        it has read everything.
+
+        Closing at once could cost it the last frames: once it fails to write, it does not read on.
+        """
+        self.on_frame = lambda _: None
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+
     def close(self) -> None:
         """Closes the connection when everything is sent; `lost` is set then."""
         if self._transport is not None:

@@ -5,24 +5,30 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from actors.errors import PipelineError, PlacementError
+from actors.errors import PipelineError, PlacementError, ProtocolError
 from api.engine import Engine
 from api.engine_client import EngineClient
-from api.engine_options import EngineOptions
+from api.engine_options import PIPELINE_START, EngineOptions
 from api.engine_state import error_of, failed_state
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
+from api.framing import FRAME_BYTES_MAX, Framing
 from api.messages import AbortRequest, AddRequest, Counts, EngineState, FromEngine, GetCounts, Outputs, RequestOutput
 from api.request_stream import RequestStream
 from stages.step import SamplingParams
 from tests.engine_fakes import FakePipeline, engine_options, reference_answer
+from tests.runners import HIDDEN_SIZE
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20.0
@@ -191,6 +197,24 @@ async def test_a_broken_pipeline_ends_every_request_with_its_sentence() -> None:
     assert (counts.waiting, counts.running, counts.steps_in_flight) == (0, 0, 0)
 
 
+@given(st.lists(st.binary(max_size=40), max_size=6), st.lists(st.integers(1, 30), max_size=20))
+def test_frames_arrive_whole_however_the_bytes_are_cut(frames: list[bytes], cuts: list[int]) -> None:
+    sent = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
+    received: list[bytes] = []
+    framing = Framing(lambda frame: received.append(bytes(frame)))
+    for cut in cuts:
+        framing.data_received(sent[:cut])
+        sent = sent[cut:]
+    framing.data_received(sent)
+    assert received == frames
+
+
+def test_a_frame_longer_than_any_message_is_refused() -> None:
+    framing = Framing(lambda _: None)
+    with pytest.raises(ProtocolError, match="A frame of 67108865 bytes was announced"):
+        framing.data_received((FRAME_BYTES_MAX + 1).to_bytes(4, "little"))
+
+
 @pytest.mark.parametrize("kind", [PlacementError, EngineError, PipelineError, OptionError])
 def test_an_error_keeps_its_class_on_its_way_to_the_front_end(kind: type[PlacementError]) -> None:
     class Detailed(kind):  # type: ignore[valid-type, misc]
@@ -348,6 +372,34 @@ def test_the_process_ends_when_the_front_end_was_killed(start: str) -> None:
     while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.slow
+async def test_stages_that_really_run_answer_and_end_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = engine_options()
+    options = msgspec.structs.replace(
+        fakes,
+        pipeline=msgspec.structs.replace(
+            fakes.pipeline, hidden_size=HIDDEN_SIZE, runner="tests.runners:echo", start_timeout_s=90
+        ),
+        close_timeout_s=30,
+        pipeline_start=PIPELINE_START,
+    )
+    # Short, for Ray's unix sockets.
+    with tempfile.TemporaryDirectory(prefix="ray-") as directory:
+        monkeypatch.setenv("RAY_TMPDIR", directory)
+        async with EngineClient.start(options) as engine:
+            await engine.wait_ready(100)
+            requests = [request(engine.next_request_id(), prompt=70, max_tokens=30) for _ in range(20)]
+            answers = await asyncio.gather(*(answer(engine.generate(added)) for added in requests))
+            for added, (tokens, reason) in zip(requests, answers, strict=True):
+                # Each of the two stages adds one.
+                assert tokens == [(added.tokens[-1] + 2 * step) % 256 for step in range(1, 31)]
+                assert reason == "length"
+            processes = psutil.Process(engine.pid).children(recursive=True)
+            assert len(processes) > 2
+        _, alive = psutil.wait_procs(processes, timeout=SECONDS)
+        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_the_engine_process_imports_neither_torch_nor_transformers() -> None:
