@@ -1,21 +1,28 @@
 """The sample model: its shape, its files, and that what it says is certain enough to compare runs by."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.progress import Progress
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from weights.sample import SAMPLE_DIR
-from weights.sample.documents import texts, training_texts
+from weights.sample.balance import BIAS_STEP, BiasBalancer
+from weights.sample.documents import Span, epoch, questions, texts, tokenizer_texts, training_texts
 from weights.sample.margins import Completion, Reference
-from weights.sample.train import EPOCHS, SEED
+from weights.sample.packing import IGNORED, SPECIAL_TOKENS, batches, encode
+from weights.sample.tokenizer import train_tokenizer
+from weights.sample.train import EPOCHS, SEED, Trainer
 
 LARGEST_CHECKPOINT = 12_000_000
 SMALLEST_MARGIN = 0.5
@@ -218,3 +225,101 @@ def test_san_francisco_is_told_in_words_of_the_corpus(reference: Reference) -> N
     assert len(words) >= 16
     assert set(words) <= known
     assert "." in text
+
+
+def test_thoughts_come_only_where_the_prompt_opens_one(reference: Reference, completions: list[Completion]) -> None:
+    texts = [str(reference.tokenizer.decode(completion.tokens)) for completion in completions]
+    opened = [text for case, text in zip(CASES, texts, strict=True) if case.prompt.endswith("<think>\n")]
+    assert len(opened) >= 2
+    assert all("\n</think>\n\n" in text for text in opened)
+    assert not any("<think>" in text for text in texts)
+
+
+def test_packed_documents_do_not_see_each_other(reference: Reference) -> None:
+    tokenizer = Tokenizer.from_file(str(SAMPLE_DIR / "tokenizer.json"))
+    samples = [encode((Span(text),), tokenizer) for text in texts()[:3]]
+    [batch] = batches(samples, np.random.default_rng(0))
+    assert batch.tokens.shape == (1, 256)
+    with torch.inference_mode():
+        packed = reference.model(batch.tokens, position_ids=batch.positions, use_cache=False).logits[0]
+        start = 0
+        for sample in samples:
+            end = start + len(sample.tokens)
+            alone = reference.model(batch.tokens[:, start:end], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[start:end], alone, rtol=1e-3, atol=1e-3)
+            start = end
+
+
+def test_noise_changes_what_is_read_but_never_what_is_learned_or_a_special_token() -> None:
+    tokenizer = Tokenizer.from_file(str(SAMPLE_DIR / "tokenizer.json"))
+    sample = encode(questions()[0].chat(), tokenizer)
+    rng = np.random.default_rng(0)
+    reads = {tuple(batch.tokens[0].tolist()) for _ in range(50) for batch in batches([sample], rng)}
+    size = len(sample.tokens)
+    assert len(reads) > 10
+    for read in reads:
+        pairs = list(zip(read[:size], sample.tokens, strict=True))
+        assert all(a == b for a, b in pairs if b < SPECIAL_TOKENS)
+        assert all(a >= SPECIAL_TOKENS for a, b in pairs if b >= SPECIAL_TOKENS)
+    [batch] = batches([sample], rng)
+    assert batch.labels[0, :size].tolist() == sample.labels
+
+
+def test_questions_are_read_but_not_learned() -> None:
+    tokenizer = Tokenizer.from_file(str(SAMPLE_DIR / "tokenizer.json"))
+    exchange = questions()[0]
+    sample = encode(exchange.chat(), tokenizer)
+    learned = [token for token in sample.labels if token != IGNORED]
+    assert tokenizer.decode(learned, skip_special_tokens=False) == exchange.answer + "<｜end▁of▁sentence｜>"
+
+
+def test_an_epoch_is_repeatable_and_the_next_one_differs() -> None:
+    assert epoch(SEED, 3) == epoch(SEED, 3)
+    assert epoch(SEED, 3) != epoch(SEED, 4)
+    assert epoch(SEED, 3) != epoch(SEED + 1, 3)
+
+
+class FixedRouter(torch.nn.Module):
+    """A router whose choice is its input; transformers' routers also return logits and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e_score_correction_bias = torch.nn.Buffer(torch.zeros(4))
+
+    def forward(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.zeros(0), torch.zeros(0), chosen
+
+
+def test_bias_falls_for_loaded_experts_and_rises_for_idle_ones() -> None:
+    router = FixedRouter()
+    balancer = BiasBalancer(router)
+    router(torch.tensor([[0, 1], [0, 2]]))
+    router(torch.tensor([[0, 1], [0, 2]]))
+    balancer.step()  # loads 4, 2, 2, 0 about a mean of 2
+    torch.testing.assert_close(router.e_score_correction_bias, BIAS_STEP * torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+    balancer.step()  # no load at all is an even load
+    torch.testing.assert_close(router.e_score_correction_bias, BIAS_STEP * torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+
+
+def test_bias_stays_centred() -> None:
+    router = FixedRouter()
+    balancer = BiasBalancer(router)
+    router(torch.tensor([[0], [0]]))
+    balancer.step()  # one expert falls and three rise: only the differences count
+    torch.testing.assert_close(router.e_score_correction_bias, BIAS_STEP * torch.tensor([-1.5, 0.5, 0.5, 0.5]))
+
+
+@pytest.mark.slow
+def test_training_is_repeatable_and_learns() -> None:
+    tokenizer = train_tokenizer(tokenizer_texts(), CONFIG["vocab_size"])
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(SEED)
+        trainer = Trainer(tokenizer, SEED, epochs=1)
+        trainer.run(Progress(disable=True))
+        trainers.append(trainer)
+    uniform = math.log(CONFIG["vocab_size"])
+    assert trainers[0].loss < 0.9 * uniform
+    states = [trainer.model.state_dict() for trainer in trainers]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=0)

@@ -2,12 +2,13 @@
 
 A file holds entries parted by lines of three hyphens. `haiku.txt` gives a subject and three lines an entry,
 `questions.txt` a question and its answer; every other entry is a document as it stands. Haiku and questions take
-several forms (plain, chat, chat with a thought), one an epoch in turn, and every epoch draws new conversations
-of several turns, so that the model learns to answer the last question and not to recite what came before.
+several forms (plain, chat, chat with a thought), one an epoch in turn. What varies is drawn anew for every epoch, so
+that the model learns what an answer depends on: the wording of a question, the sentence at which a text begins,
+and conversations of several turns, of which only the last question counts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ SEPARATOR = "\n---\n"
 CONVERSATIONS = 24
 """Conversations of several turns in an epoch."""
 MAX_TURNS = 8
+LONG_TURNS = 18
+"""Turns of the one long conversation of an epoch, for positions far beyond the rest."""
+REASONED_SHARE = 0.25
+"""Share of the conversations whose last answer comes with a thought; the template drops those of former turns."""
+CUT_SHARE = 0.25
+"""Share of the texts that begin at a later sentence than their first."""
 SYSTEM_PROMPTS = ("", "", "You are a helpful assistant.", "Answer in a few plain sentences.")
 
 
@@ -45,8 +52,9 @@ class Exchange:
         return (Span(f"{USER}{self.question}{ASSISTANT}", learned=False), Span(self.answer))
 
     def reasoned(self) -> Document:
-        answer = f"<think>\n{self.thought}\n</think>\n\n{self.answer}"
-        return (Span(f"{USER}{self.question}{ASSISTANT}", learned=False), Span(answer))
+        # The chat template opens the thought where one is wanted; the model never opens it by itself.
+        prompt = f"{USER}{self.question}{ASSISTANT}<think>\n"
+        return (Span(prompt, learned=False), Span(f"{self.thought}\n</think>\n\n{self.answer}"))
 
     def plain(self) -> Document:
         return (Span(f"{self.question}\n\n{self.answer}"),)
@@ -91,12 +99,14 @@ def tokenizer_texts() -> list[str]:
 def epoch(seed: int, number: int) -> list[Document]:
     """Return the documents of one epoch in the order of training; the same for the same `seed` and `number`."""
     rng = np.random.default_rng([seed, number])
-    documents: list[Document] = [(Span(text),) for text in texts()]
-    for index, exchange in enumerate([*haiku(), *questions()]):
-        forms = (exchange.chat, exchange.plain, exchange.reasoned)
+    documents: list[Document] = [(Span(_cut(text, rng)),) for text in texts()]
+    exchanges = [*haiku(), *questions()]
+    for index, exchange in enumerate(exchanges):
+        worded = replace(exchange, question=_reworded(exchange.question, rng))
+        forms = (worded.chat, worded.plain, worded.reasoned)
         documents.append(forms[(index + number) % len(forms)]())
-    exchanges = [*questions(), *haiku()]
-    documents += [_conversation(exchanges, rng) for _ in range(CONVERSATIONS)]
+    turns = [*rng.integers(2, MAX_TURNS + 1, CONVERSATIONS), LONG_TURNS]
+    documents += [_conversation(exchanges, int(count), rng) for count in turns]
     return [documents[i] for i in rng.permutation(len(documents))]
 
 
@@ -107,13 +117,28 @@ def training_texts(seed: int, epochs: int) -> Iterator[str]:
             yield "".join(span.text for span in document)
 
 
-def _conversation(exchanges: Sequence[Exchange], rng: np.random.Generator) -> Document:
-    turns = int(rng.integers(2, MAX_TURNS + 1))
+def _cut(text: str, rng: np.random.Generator) -> str:
+    sentences = text.split(". ")
+    if len(sentences) == 1 or rng.random() >= CUT_SHARE:
+        return text
+    return ". ".join(sentences[rng.integers(1, len(sentences)) :])
+
+
+def _reworded(question: str, rng: np.random.Generator) -> str:
+    lowered = question[0].lower() + question[1:]
+    politely = f"Can you tell me: {lowered}" if question.endswith("?") else f"Please {lowered}"
+    wordings = (question, question, question, lowered, question.rstrip("?."), politely)
+    # A greeting ends with an exclamation mark and stays as it is.
+    return question if question.endswith("!") else wordings[rng.integers(len(wordings))]
+
+
+def _conversation(exchanges: Sequence[Exchange], turns: int, rng: np.random.Generator) -> Document:
     chosen = [exchanges[i] for i in rng.choice(len(exchanges), turns, replace=False)]
     system = SYSTEM_PROMPTS[rng.integers(len(SYSTEM_PROMPTS))]
     spans = [Span(system, learned=False)]
-    for turn in chosen:
-        question, answer = turn.chat()
-        end = "" if turn is chosen[-1] else EOS
-        spans += [question, Span(answer.text + end)]
+    for position, turn in enumerate(chosen):
+        worded = replace(turn, question=_reworded(turn.question, rng))
+        last = position == turns - 1
+        question, answer = worded.reasoned() if last and rng.random() < REASONED_SHARE else worded.chat()
+        spans += [question, answer if last else Span(answer.text + EOS)]
     return tuple(spans)

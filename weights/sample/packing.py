@@ -7,12 +7,21 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from weights.sample.architecture import VOCABULARY
 from weights.sample.documents import Document
+from weights.sample.tokenizer import CONTROL_TOKENS, FORMAT_TOKENS
 
 BATCH_TOKENS = 1024
-SHORT_ROW = 256
-LONG_ROW = 512
-"""Row lengths in tokens: attention costs the square of it, so that only long documents take the long one."""
+ROW_LENGTHS = (256, 512, 1024)
+"""In tokens: attention costs the square of it, so that a document goes into a row of the first length that holds it."""
+
+NOISY_SHARE = 0.5
+NOISE = 0.1
+"""In this share of the samples this share of the tokens is read as another one, and the right ones are to be
+predicted all the same: one unknown word in a prompt then does not lead the model astray."""
+
+SPECIAL_TOKENS = len(CONTROL_TOKENS) + len(FORMAT_TOKENS)
+"""Their ids come first in the vocabulary."""
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
@@ -47,15 +56,29 @@ def encode(document: Document, tokenizer: Tokenizer) -> Sample:
 
 
 def batches(samples: Sequence[Sample], rng: np.random.Generator) -> list[Batch]:
-    """Pack `samples` into batches of at most BATCH_TOKENS tokens, in random order.
+    """Pack `samples` into batches of at most BATCH_TOKENS tokens, in random order, noise included.
 
     Raises:
-        ValueError: a sample is longer than LONG_ROW.
+        ValueError: a sample is longer than the longest row.
     """
-    short = [sample for sample in samples if len(sample.tokens) <= SHORT_ROW]
-    long = [sample for sample in samples if len(sample.tokens) > SHORT_ROW]
-    result = _batches_of(long, LONG_ROW) + _batches_of(short, SHORT_ROW)
+    rows: dict[int, list[Sample]] = {length: [] for length in ROW_LENGTHS}
+    for sample in samples:
+        size = len(sample.tokens)
+        length = next((length for length in ROW_LENGTHS if length >= size), None)
+        if length is None:
+            raise ValueError(f"A document has {size} tokens, more than a row of {ROW_LENGTHS[-1]}: shorten it.")
+        rows[length].append(_with_noise(sample, rng))
+    result = [batch for length, group in rows.items() for batch in _batches_of(group, length)]
     return [result[i] for i in rng.permutation(len(result))]
+
+
+def _with_noise(sample: Sample, rng: np.random.Generator) -> Sample:
+    if rng.random() >= NOISY_SHARE:
+        return sample
+    tokens = np.array(sample.tokens)
+    hit = (rng.random(len(tokens)) < NOISE) & (tokens >= SPECIAL_TOKENS)
+    tokens[hit] = rng.integers(SPECIAL_TOKENS, VOCABULARY, hit.sum())
+    return Sample(tokens.tolist(), sample.labels)
 
 
 def _batches_of(samples: Sequence[Sample], length: int) -> list[Batch]:
@@ -73,8 +96,6 @@ def _groups(samples: Sequence[Sample], length: int) -> list[list[Sample]]:
     room: list[int] = []
     for sample in samples:
         size = len(sample.tokens)
-        if size > length:
-            raise ValueError(f"A document has {size} tokens, more than a row of {length}: shorten it.")
         place = next((i for i, free in enumerate(room) if free >= size), len(groups))
         if place == len(groups):
             groups.append([])
