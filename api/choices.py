@@ -9,14 +9,11 @@ from api.errors import RequestError, UnknownModelError
 from api.messages import AddRequest
 from api.protocol import CompletionRequest
 from api.served_model import ServedModel
-from stages.step import SamplingParams
+from stages.step import GREEDY_BELOW, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 1.0
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy: the sampler's own bound, which cannot be imported without torch."""
-
 
 Number = TypeVar("Number", int, float)
 

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stages.step import SamplingParams
-
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy, as in vLLM (its _SAMPLING_EPS)."""
+from stages.step import GREEDY_BELOW, SamplingParams
 
 WORD = (1 << 64) - 1
 

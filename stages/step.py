@@ -32,6 +32,10 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     choice: int
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy, as in vLLM (its _SAMPLING_EPS)."""
+
+
 class Admission(Message, frozen=True, kw_only=True):
     """A request takes a slot: the stage forgets whatever the slot held before."""
 

@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.app import create_app
-from api.choices import GREEDY_BELOW
 from api.errors import NotReadyError, RequestError
 from api.generation_config import GenerationConfig
 from api.messages import EngineState
 from api.served_model import ServedModel
-from stages import sampling
 from tests.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.fake_engine import FakeEngine
 from tests.small_tokenizer import BOS_ID, EOS, EOS_ID
@@ -343,7 +341,3 @@ async def test_special_tokens_may_be_left_out_of_the_prompt_and_kept_in_the_text
     answer = await complete(engine, add_special_tokens=False, skip_special_tokens=False, ignore_eos=True, max_tokens=2)
     assert engine.streams[0].request.tokens == TEXT_TOKENS[:1]
     assert answer["choices"][0]["text"] == f"{EOS}hello"
-
-
-def test_greedy_means_the_same_to_the_front_end_and_to_the_sampler() -> None:
-    assert GREEDY_BELOW == sampling.GREEDY_BELOW
