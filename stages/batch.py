@@ -114,20 +114,17 @@ class BatchBuilder:
         users = max(len(pool) for pool in pools)
         if not self._one_chip:
             users = _power_of_two(users)
-        tokens = torch.full((len(pools), users), PADDING)
-        slots = torch.full((len(pools), users), PADDING)
-        positions = torch.zeros(len(pools), users, dtype=torch.int32)
-        for pool, members in enumerate(pools):
-            for lane, index in enumerate(members):
-                segment = step.segments[index]
-                tokens[pool, lane], slots[pool, lane], positions[pool, lane] = index, segment.slot, segment.start
-        blocks = self._table_width(int(positions.max()) + 1)
-        pages = self._tables.rows(slots.flatten().tolist(), blocks)
+        lanes = [pool + [PADDING] * (users - len(pool)) for pool in pools]
+        tokens = torch.tensor(lanes)
+        slots = [PADDING if index == PADDING else step.segments[index].slot for lane in lanes for index in lane]
+        starts = [0 if index == PADDING else step.segments[index].start for lane in lanes for index in lane]
+        positions = torch.tensor(starts, dtype=torch.int32)
+        pages = self._tables.rows(slots, self._table_width(max(starts) + 1))
         return DecodeBatch(
             places=self._places(tokens.view(self._rows, -1)),
-            rope=self._look_up(positions.view(self._rows, -1)),
+            rope=self._look_up(positions),
             users=users,
-            positions=self._on_each_chip(positions.flatten()),
+            positions=self._on_each_chip(positions),
             pages=self._on_each_chip(pages),
             kv_memory_config=self._kv_memory_config(users),
         )

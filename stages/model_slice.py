@@ -39,10 +39,6 @@ class RunConfigs(Generic[RunConfigT]):
     prefill: RunConfigT
     decode: RunConfigT
 
-    def of(self, batch: Batch) -> RunConfigT:
-        """The one that fits a batch."""
-        return self.prefill if isinstance(batch, PrefillBatch) else self.decode
-
 
 @dataclasses.dataclass(frozen=True)
 class Layer(Generic[BlockT]):
@@ -92,7 +88,9 @@ class ModelSlice:
         """ids [1, tokens], uint32 -> [1, 1, tokens, hidden / columns] on each chip. First stage only."""
         if self.embedding is None:
             raise RuntimeError("only the first stage embeds tokens")
-        return Embedding.forward_prefill(ids, self.embedding.of(batch))
+        if isinstance(batch, PrefillBatch):
+            return Embedding.forward_prefill(ids, self.embedding.prefill)
+        return Embedding.forward_decode(ids, self.embedding.decode)
 
     def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """Hidden states through all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
@@ -104,8 +102,11 @@ class ModelSlice:
         """[1, 1, n, vocabulary / columns] for the tokens `picks` [1, n], or for all. Last stage only."""
         if self.head is None:
             raise RuntimeError("only the last stage has a head")
-        config = self.head.of(batch)
-        return LMHead.forward_prefill(x if picks is None else LMHead.pick(x, config, picks), config)
+        config = self.head.prefill if isinstance(batch, PrefillBatch) else self.head.decode
+        picked = x if picks is None else LMHead.pick(x, config, picks)
+        if isinstance(batch, PrefillBatch):
+            return LMHead.forward_prefill(picked, config)
+        return LMHead.forward_decode(picked, config)
 
 
 def _prefixes(spec: StageSpec) -> list[str]:
@@ -137,8 +138,9 @@ def _layer(
     weights: ConvertedWeights,
     cache: CacheOptions,
 ) -> Layer[BlockT]:
-    files = weights.part(f"layer{layer}", [_layer_prefix(layer)], block.convert_weights)
+    # The state first: what it refuses need not be converted.
     state = block.create_state(config, weights.mesh_device, cache)
+    files = weights.part(f"layer{layer}", [_layer_prefix(layer)], block.convert_weights)
     return Layer(block, _run_configs(block, config, files, state))
 
 

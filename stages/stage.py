@@ -68,6 +68,9 @@ class Stage:
             )
         source = open_weights(Path(options.model_path), load_format=options.load_format, seed=options.seed)
         set_float_dtype(TORCH_DTYPES[options.dtype])
+        if options.cache.pools > 1:
+            # Before the mesh is opened: collectives need the network between chips.
+            ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
         mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*shape))
         weights = ConvertedWeights(source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device)
         model = ModelSlice.load(spec, weights, options.cache, on_progress)
@@ -83,6 +86,8 @@ class Stage:
         """
         output = self._run(step, None if self._spec.is_first else self._from_bytes(step, hidden))
         if not self._spec.is_last:
+            if not output.numel():
+                return memoryview(b"")
             return output.contiguous().view(torch.uint8).numpy().data.cast("B")
         sampled = [segment for segment in step.segments if segment.sample]
         tokens = sample_tokens(

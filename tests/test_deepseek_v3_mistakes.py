@@ -15,7 +15,7 @@ from stages.deepseek_v3.lm_head import LMHead
 from stages.deepseek_v3.mlp import MLP
 from stages.kv_cache import PageTables
 from tests.checkpoints import config_keys, reference_model, write_checkpoint
-from tests.stage_driver import Driver, stage_options
+from tests.stage_driver import Driver, cache_options, stage_options
 from tests.test_deepseek_v3_model import TINY, TOLERANCE, worst_error
 from weights.model_config import ModelConfig
 
@@ -132,6 +132,34 @@ def logits_of_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def caches_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    def partition(x: ttnn.Tensor, dim: int, *, cluster_axis: int, **_: Any) -> ttnn.Tensor:
+        right = ttnn.mesh_partition(x, dim, cluster_axis)
+        return ttnn.Tensor(right.shards[::-1], right.dtype, right.layout, right.mesh)
+
+    monkeypatch.setattr(composite, "mesh_partition", partition)
+
+
+def heads_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_exchange = composite.all_to_all
+
+    def exchange(x: ttnn.Tensor, *, in_dim: int, out_dim: int, cluster_axis: int) -> ttnn.Tensor:
+        right = true_exchange(x, in_dim=in_dim, out_dim=out_dim, cluster_axis=cluster_axis)
+        return ttnn.Tensor(right.shards[::-1], right.dtype, right.layout, right.mesh) if in_dim == 1 else right
+
+    monkeypatch.setattr(composite, "all_to_all", exchange)
+
+
+def sums_of_one_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_sum = composite.reduce_scatter
+
+    def first_part(x: ttnn.Tensor, dim: int, **options: Any) -> ttnn.Tensor:
+        only_first = ttnn.Tensor([x.shards[0], torch.zeros_like(x.shards[1])], x.dtype, x.layout, x.mesh)
+        return true_sum(only_first, dim, **options) if options["cluster_axis"] == 1 else x
+
+    monkeypatch.setattr(composite, "reduce_scatter", first_part)
+
+
 MISTAKES: list[Plant] = [
     softmax_scale_without_mscale,
     tables_without_mscale,
@@ -154,6 +182,16 @@ def test_a_mistake_is_found(
 ) -> None:
     plant(monkeypatch)
     driver = Driver.load(stage_options(model, tmp_path))
+    assert worst_error(driver, reference, TINY["vocab_size"]) > 10 * TOLERANCE
+    driver.close()
+
+
+@pytest.mark.parametrize("plant", [caches_of_the_neighbour, heads_of_the_neighbour, sums_of_one_column])
+def test_a_mistake_on_a_mesh_is_found(
+    plant: Plant, model: Path, reference: DeepseekV3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    driver = Driver.load(stage_options(model, tmp_path, cache=cache_options(pools=2)), mesh_shape=(1, 2))
     assert worst_error(driver, reference, TINY["vocab_size"]) > 10 * TOLERANCE
     driver.close()
 

@@ -94,12 +94,16 @@ def test_progress_counts_layers(model: Path, weight_cache: Path) -> None:
 
 
 def test_a_step_without_segments_changes_slots_only(load: Callable[..., Driver]) -> None:
-    stage = load().stages[0]
+    first, last = load(2).stages
     step = Step(
         epoch=1, step_id=1, mode="decode", segments=[], admissions=[Admission(slot=0, sampling=GREEDY)], ended=[3]
     )
-    assert stage.step(step, memoryview(b"")) == StepResult(epoch=1, step_id=1, tokens=[])
-    assert isinstance(stage.step(one_step(a_segment(), admit=False), memoryview(b"")), StepResult)
+    hidden = first.step(step, memoryview(b""))
+    assert hidden == b""
+    assert last.step(step, memoryview(b"")) == StepResult(epoch=1, step_id=1, tokens=[])
+    admitted = first.step(one_step(a_segment(), admit=False), memoryview(b""))
+    assert isinstance(admitted, memoryview)
+    assert admitted.nbytes == 3 * TINY["hidden_size"] * 4
 
 
 def test_a_new_epoch_forgets_all_slots(load: Callable[..., Driver]) -> None:
@@ -179,6 +183,12 @@ def test_meshes_that_do_not_fit_are_refused(
     options = stage_options(model, tmp_path, cache=cache_options(slots=pools, pools=pools))
     with pytest.raises(PlanError, match=message):
         Driver.load(options, 1, mesh_shape)
+
+
+def test_a_latent_that_tiles_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", overrides={**TINY, "kv_lora_rank": 56})
+    with pytest.raises(PlanError, match="kv_lora_rank is 56; only multiples of 32"):
+        Driver.load(stage_options(path, tmp_path / "cache"))
 
 
 def test_a_missing_tensor_is_named_before_anything_is_converted(tmp_path: Path) -> None:

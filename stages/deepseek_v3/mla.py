@@ -14,6 +14,7 @@ from stages.deepseek_v3.mla_weights import convert_mla_weights
 from stages.deepseek_v3.module import COLUMNS, Module, columns, matmul_kernel
 from stages.deepseek_v3.rms_norm import LATENT_EPSILON
 from stages.deepseek_v3.rope import Rope
+from stages.errors import PlanError
 from stages.kv_cache import create_kv_cache
 from stages.op_configs import (
     AllReduceConfig,
@@ -27,7 +28,7 @@ from stages.op_configs import (
     RMSNormConfig,
     RotaryConfig,
 )
-from stages.options import CacheOptions
+from stages.options import TILE, CacheOptions
 from stages.run_config import OperatorConfig, StateDict, WeightConfig
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
@@ -141,8 +142,13 @@ class MLA(Module[MLARunConfig]):
     def create_state(
         cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice, cache: CacheOptions
     ) -> MLAState:
-        """An empty cache of the size that `cache` asks for."""
+        """An empty cache of the size that `cache` asks for.
+
+        Raises PlanError where kv_lora_rank is no multiple of a tile's width, which attention cannot split off.
+        """
         config = ModelConfig.from_hf(hf_config)
+        if config.kv_lora_rank % TILE:
+            raise PlanError(f"kv_lora_rank is {config.kv_lora_rank}; only multiples of {TILE} can be served.")
         return {
             "mesh_device": mesh_device,
             "kv_cache": create_kv_cache(config, cache, mesh_device),
