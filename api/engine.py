@@ -89,7 +89,8 @@ class Engine:
         elif isinstance(message, AbortRequest):
             self._scheduler.abort(message.request_id)
         elif isinstance(message, GetCounts):
-            self._send(self._scheduler.counts())
+            counts = self._scheduler.counts()
+            self._send(msgspec.structs.replace(counts, tasks=len(asyncio.all_tasks())))
 
     async def run(self) -> None:
         """Starts the pipeline and serves until it fails or the task is cancelled; `close` is to follow in any case.

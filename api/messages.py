@@ -68,8 +68,8 @@ class EngineState(Message, frozen=True, kw_only=True):
 
 
 class Counts(Message, frozen=True, kw_only=True):
-    """The engine's own books: after all requests ended, `waiting`, `running` and `steps_in_flight` are 0 and all
-    slots and blocks are free."""
+    """The engine's own books: after all requests ended, `waiting`, `running` and `steps_in_flight` are 0, all slots
+    and blocks are free, and the engine's loop has as many `tasks` as before the first one."""
 
     waiting: int
     running: int
@@ -78,6 +78,7 @@ class Counts(Message, frozen=True, kw_only=True):
     slots: int
     free_blocks: int
     blocks: int
+    tasks: int = 0
 
 
 ToEngine = AddRequest | AbortRequest | GetCounts

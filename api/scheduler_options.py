@@ -37,11 +37,15 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def steps_in_flight(self) -> int:
         """How many steps may be in flight: the number of microbatches."""
-        if self.microbatches is not None:
-            return self.microbatches
-        return self.stages + 1 if self.stages > 1 else 1
+        return default_microbatches(self.stages) if self.microbatches is None else self.microbatches
 
     @property
     def slots_per_microbatch(self) -> int:
         """Requests that run in one microbatch at most."""
         return self.cache.slots // self.steps_in_flight
+
+
+def default_microbatches(stages: int) -> int:
+    """One for every stage and one more, so that none waits for the way back; one where there is one stage, because
+    half the batch would cost it as much time as the whole."""
+    return stages + 1 if stages > 1 else 1

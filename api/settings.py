@@ -11,6 +11,7 @@ from actors.options import Device, PipelineOptions
 from api.engine_options import EngineOptions
 from api.errors import OptionError
 from api.model_source import ModelSource
+from api.scheduler_options import default_microbatches
 from stages.options import CacheOptions, Dtype, LoadFormat, StageOptions
 from stages.plan import StageSpec, explicit_stages, plan_stages
 from weights.model_config import ModelConfig
@@ -72,7 +73,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     dtype=dtype,
                     load_format=self.load_format,
                     seed=self.seed or 0,
-                    cache=self._cache(config, dtype, self._microbatches(len(specs))),
+                    cache=self._cache(config, dtype, self.microbatches or default_microbatches(len(specs))),
                 ),
                 device=self.device,
                 rows_per_stage=1,
@@ -99,9 +100,6 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.dtype != "auto":
             return self.dtype
         return "float32" if source.is_sample else "bfloat16"
-
-    def _microbatches(self, stages: int) -> int:
-        return self.microbatches or (stages + 1 if stages > 1 else 1)
 
     def _prefill_chunk(self) -> int:
         asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
