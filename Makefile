@@ -44,7 +44,7 @@ format: $(INSTALLED) ## Let ruff format the code and mend what it can
 	$(BIN)/ruff check --fix .
 
 sample: $(INSTALLED) ## Train the sample model again, from seed 0, into generated/sample
-	$(BIN)/python -m weights.sample.train --seed 0 --out generated/sample
+	OMP_WAIT_POLICY=passive $(BIN)/python -m weights.sample.train --seed 0 --out generated/sample
 
 clean: ## Remove what was generated, .venv included
 	rm -rf $(VENV) generated build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
