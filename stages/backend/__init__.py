@@ -17,7 +17,8 @@ DEVICE = os.environ.get("GALAXYLINE_DEVICE", "embedded")
 """The device of this process."""
 
 
-def _bound(device: str) -> ModuleType:
+def bind(device: str) -> ModuleType:
+    """The module that `ttnn` means on `device`. Raises DeviceError where there is no such device or package."""
     if device == "embedded":
         return importlib.import_module("stages.backend.embedded")
     if device != "ttnn":
@@ -34,7 +35,7 @@ def _bound(device: str) -> ModuleType:
 if TYPE_CHECKING:
     from stages.backend import embedded as ttnn
 else:
-    ttnn = _bound(DEVICE)
+    ttnn = bind(DEVICE)
 
 
 def set_float_dtype(dtype: torch.dtype) -> None:

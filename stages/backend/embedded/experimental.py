@@ -95,7 +95,7 @@ def paged_update_cache(
         refuse(op, "the input must be [1, users, 1, width] with a position for each user", cache, x, update_idxs_tensor)
     if x.dtype is not bfloat16 and x.dtype is not float32:
         refuse(op, f"the input must be bfloat16 or float32, not {x.dtype.name}", cache, x)
-    pages = decode_pages(op, update_idxs_tensor, page_table, cache.shape[2])
+    pages = decode_pages(op, update_idxs_tensor, page_table, cache)
 
     def write(chip: int, blocks: torch.Tensor, values: torch.Tensor, *_: torch.Tensor) -> None:
         own = pages[chip]

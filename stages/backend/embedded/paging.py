@@ -10,37 +10,51 @@ from stages.backend.embedded.dtype import int32
 from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
 
+LATENTS_AT_ONCE = 1 << 20
+"""Cache values that attention gathers at a time: they stay in a core's cache between the two products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Users of about one length, whose attention is computed together.
+
+    `users` are their numbers and `blocks` the blocks to read, as many for each as the longest needs; `hidden` marks,
+    [users, 1, longest], what lies behind a user's own position (None if all are equally long).
+    """
+
+    users: torch.Tensor
+    blocks: torch.Tensor
+    longest: int
+    hidden: torch.Tensor | None
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodePages:
     """Where the users of one chip write and read in a decode step.
 
     `active` lists the users whose position is not -1 (None if all are) and `rows` the row of the flattened cache that
-    each of them writes. `blocks` are the blocks to read, as many for each user as the longest needs; `hidden` marks,
-    [users, 1, longest], what lies behind a user's own position (None if all are equally long); `idle` lists the other
-    users (None if there are none).
+    each of them writes. They read in `buckets`.
     """
 
     active: torch.Tensor | None
-    idle: torch.Tensor | None
     rows: torch.Tensor
-    blocks: torch.Tensor
-    longest: int
-    hidden: torch.Tensor | None
+    buckets: list[Bucket]
 
 
-def decode_pages(op: str, positions: Tensor, page_table: Tensor, block_size: int) -> list[DecodePages]:
+def decode_pages(op: str, positions: Tensor, page_table: Tensor, cache: Tensor) -> list[DecodePages]:
     """The pages of each chip, kept with `positions`, as every layer of a step asks for the same ones.
 
     `positions` [users] and `page_table` [users, pages] are int32; position -1 skips a user. Raises DeviceError where
     the two disagree or a page table does not reach a position.
     """
 
+    block_size, width = cache.shape[2:]
+
     def find() -> list[DecodePages]:
         _refuse_other_tables(op, positions, page_table)
-        return on_chips(op, lambda at, table: _pages_of(op, at, table, block_size), positions, page_table)
+        return on_chips(op, lambda at, table: _pages_of(op, at, table, block_size, width), positions, page_table)
 
-    return positions.remember((page_table, block_size), find)
+    return positions.remember((page_table, block_size, width), find)
 
 
 def _refuse_other_tables(op: str, positions: Tensor, page_table: Tensor) -> None:
@@ -50,28 +64,43 @@ def _refuse_other_tables(op: str, positions: Tensor, page_table: Tensor) -> None
         refuse(op, "it takes positions [users] and a page table [users, pages]", positions, page_table)
 
 
-def _pages_of(op: str, positions: torch.Tensor, table: torch.Tensor, block_size: int) -> DecodePages:
-    longest = int(positions.max()) + 1
-    if longest > table.shape[1] * block_size:
+def _pages_of(op: str, positions: torch.Tensor, table: torch.Tensor, block_size: int, width: int) -> DecodePages:
+    lengths = [position + 1 for position in positions.tolist()]
+    if max(lengths) > table.shape[1] * block_size:
         raise DeviceError(
-            f"{op}: a page table of {table.shape[1]} blocks of {block_size} does not reach position {longest - 1}."
+            f"{op}: a page table of {table.shape[1]} blocks of {block_size} does not reach position {max(lengths) - 1}."
         )
-    skipped = positions < 0
-    some_skipped = bool(skipped.any())
-    active = (~skipped).nonzero().flatten() if some_skipped else None
+    users = [user for user, length in enumerate(lengths) if length > 0]
+    active = None if len(users) == len(lengths) else torch.tensor(users, dtype=torch.int64)
     at, own = (positions, table) if active is None else (positions[active], table[active])
     rows = own.gather(1, (at // block_size)[:, None]).flatten() * block_size + at % block_size
-    reached = torch.arange(-(-longest // block_size)) * block_size <= positions[:, None]
-    blocks = table[:, : reached.shape[1]].where(reached, torch.zeros_like(positions)[:, None]).flatten()
-    hidden = torch.arange(longest) > positions[:, None]
-    return DecodePages(
-        active=active,
-        idle=skipped.nonzero().flatten() if some_skipped else None,
-        rows=rows,
-        blocks=blocks,
-        longest=longest,
-        hidden=hidden[:, None] if bool(hidden.any()) else None,
-    )
+    buckets = [_bucket(group, positions, table, block_size) for group in _grouped(users, lengths, width)]
+    return DecodePages(active, rows, buckets)
+
+
+def _grouped(users: list[int], lengths: list[int], width: int) -> list[list[int]]:
+    """Users by falling length; a group ends where padding would pass a quarter, or the latents their bound."""
+    groups: list[list[int]] = []
+    for user in sorted(users, key=lambda user: -lengths[user]):
+        if groups:
+            group = groups[-1]
+            longest = lengths[group[0]]
+            if lengths[user] * 4 >= longest * 3 and (len(group) + 1) * longest * width <= LATENTS_AT_ONCE:
+                group.append(user)
+                continue
+        groups.append([user])
+    return groups
+
+
+def _bucket(group: list[int], positions: torch.Tensor, table: torch.Tensor, block_size: int) -> Bucket:
+    users = torch.tensor(group)
+    last = positions[users][:, None]
+    longest = int(last[0]) + 1
+    # What a shorter user's page table says beyond its own length means nothing: block 0 is read and hidden instead.
+    reached = torch.arange(0, longest, block_size) <= last
+    blocks = table[users, : reached.shape[1]].where(reached, 0)
+    hidden = torch.arange(longest) > last
+    return Bucket(users, blocks.flatten(), longest, hidden[:, None] if bool(hidden.any()) else None)
 
 
 def table_row(op: str, page_table: torch.Tensor, user: int, tokens: int, block_size: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from stages.backend.embedded.chips import refuse, refuse_because
 from stages.backend.embedded.dtype import TILE_SIZE, int32
 from stages.backend.embedded.memory import MemoryConfig
-from stages.backend.embedded.paging import DecodePages, decode_pages, table_row
+from stages.backend.embedded.paging import Bucket, DecodePages, decode_pages, table_row
 from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
 
@@ -43,7 +43,7 @@ def paged_flash_multi_latent_attention_decode(
     if q.mesh is not cache.mesh or q.mesh is not cur_pos_tensor.mesh:
         refuse(op, "its operands are on different meshes, or one is on the host", q, cache, cur_pos_tensor)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    pages = decode_pages(op, cur_pos_tensor, page_table_tensor, cache.shape[2])
+    pages = decode_pages(op, cur_pos_tensor, page_table_tensor, cache)
     done: dict[tuple[int, int, int], torch.Tensor] = {}
     shards = []
     for query, latents, own in zip(q.shards, cache.shards, pages, strict=True):
@@ -60,18 +60,24 @@ def paged_flash_multi_latent_attention_decode(
 def _attend_decode(
     q: torch.Tensor, cache: torch.Tensor, pages: DecodePages, head_dim_v: int, scale: float
 ) -> torch.Tensor:
-    users, width = q.shape[1], q.shape[3]
-    latents = cache.view(cache.shape[0], -1).index_select(0, pages.blocks).view(users, -1, width)
-    latents = latents[:, : pages.longest]
-    scores = torch.bmm(q[0], latents.transpose(1, 2)).float().mul_(scale)
-    if pages.hidden is not None:
-        scores.masked_fill_(pages.hidden, -torch.inf)
-    if pages.idle is not None:
-        scores[pages.idle] = 0.0
-    output = torch.bmm(torch.softmax(scores, -1).to(q.dtype), latents[..., :head_dim_v])
-    if pages.idle is not None:
-        output[pages.idle] = 0.0
+    users, heads, width = q.shape[1:]
+    blocks = cache.view(cache.shape[0], -1)
+    output = q.new_zeros(users, heads, head_dim_v)
+    for bucket in pages.buckets:
+        queries = q[0].index_select(0, bucket.users)
+        latents = blocks.index_select(0, bucket.blocks).view(len(bucket.users), -1, width)[:, : bucket.longest]
+        output.index_copy_(0, bucket.users, _attend(queries, latents, bucket, head_dim_v, scale))
     return output[None]
+
+
+def _attend(
+    queries: torch.Tensor, latents: torch.Tensor, bucket: Bucket, head_dim_v: int, scale: float
+) -> torch.Tensor:
+    """[users, heads, width] over [users, longest, width]."""
+    scores = torch.bmm(queries, latents.transpose(1, 2)).float().mul_(scale)
+    if bucket.hidden is not None:
+        scores.masked_fill_(bucket.hidden, -torch.inf)
+    return torch.bmm(torch.softmax(scores, -1).to(queries.dtype), latents[..., :head_dim_v])
 
 
 def chunked_flash_mla_prefill(
