@@ -1,0 +1,62 @@
+"""What the tests of the embedded device share: meshes, and tensors cut for them and joined again."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from stages.backend import set_float_dtype, ttnn
+from stages.backend.embedded.dtype import held_in
+
+SHAPES = [(1, 1), (1, 8), (2, 4)]
+
+
+@pytest.fixture
+def float32() -> Iterator[None]:
+    """Values are compared in float32; a fixed seed makes them the same in every run."""
+    before = held_in(ttnn.bfloat16)
+    set_float_dtype(torch.float32)
+    torch.manual_seed(0)
+    yield
+    set_float_dtype(before)
+
+
+def _open(shape: tuple[int, int]) -> ttnn.MeshDevice:
+    return ttnn.open_mesh_device(ttnn.MeshShape(*shape))
+
+
+on_meshes = pytest.mark.parametrize(
+    "mesh", [_open(shape) for shape in SHAPES], ids=[f"{rows}x{columns}" for rows, columns in SHAPES]
+)
+"""Runs a test on a mesh of each shape."""
+
+on_chip = pytest.mark.parametrize("mesh", [_open((1, 1))], ids=["1x1"])
+"""Runs a test on one chip."""
+
+
+def put(
+    mesh: ttnn.MeshDevice,
+    tensor: torch.Tensor,
+    dims: tuple[int | None, int | None] = (None, None),
+    dtype: ttnn.DataType = ttnn.bfloat16,
+    layout: ttnn.Layout = ttnn.TILE_LAYOUT,
+) -> ttnn.Tensor:
+    """`tensor` on the mesh, cut along `dims` by the mesh's axes."""
+    mapper = ttnn.ShardTensor2dMesh(mesh, tuple(mesh.shape), dims)
+    return ttnn.from_torch(tensor, dtype, layout=layout, device=mesh, mesh_mapper=mapper)
+
+
+def integers(mesh: ttnn.MeshDevice, tensor: torch.Tensor, dtype: ttnn.DataType = ttnn.int32) -> ttnn.Tensor:
+    """The same integers on every chip, in row-major layout."""
+    return put(mesh, tensor, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT)
+
+
+def shards(tensor: ttnn.Tensor) -> list[torch.Tensor]:
+    """Each chip's values."""
+    return [ttnn.to_torch(one) for one in ttnn.get_device_tensors(tensor)]
+
+
+def assert_everywhere(tensor: ttnn.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Every chip holds `expected`."""
+    for shard in shards(tensor):
+        torch.testing.assert_close(shard, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
