@@ -21,7 +21,7 @@ from weights.model_config import ModelConfig
 
 CLIENTS = 64
 SLOTS = 21
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 640
 START_S = 120.0
 ANSWER_S = 240.0
 QUIET_S = 20.0
