@@ -13,8 +13,12 @@ from stages.backend.embedded.paging import Bucket, DecodePages, decode_pages, ta
 from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
 
+QUERIES_AT_ONCE = 512
+"""Query vectors, heads times tokens, of one product: fewer repeat the reading of the latents, more compute scores that
+the causal mask throws away."""
+
 SCORES_AT_ONCE = 1 << 22
-"""Attention scores a prefill keeps at a time: 16 MiB in float32, however long the context."""
+"""Attention scores a prefill keeps at a time at most: 16 MiB in float32, however long the context."""
 
 
 def paged_flash_multi_latent_attention_decode(
@@ -127,7 +131,7 @@ def _attend_prefill(
     heads, tokens, width = q.shape
     latents = cache.view(cache.shape[0], -1).index_select(0, blocks).view(-1, width)
     output = q.new_empty(1, heads, tokens, head_dim_v)
-    rows = max(1, SCORES_AT_ONCE // (heads * (start + tokens)))
+    rows = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (start + tokens)) // heads)
     for first in range(0, tokens, rows):
         last = min(first + rows, tokens)
         seen = latents[: start + last]
