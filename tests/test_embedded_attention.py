@@ -94,6 +94,22 @@ def test_decode_in_many_buckets_and_with_the_usual_scale(
         torch.testing.assert_close(shards(attended)[0][0, user], expected, rtol=1e-5, atol=1e-5)
 
 
+@on_chip
+def test_buckets_pad_no_user_by_more_than_a_third_and_stay_small(mesh: ttnn.MeshDevice) -> None:
+    lengths = torch.randint(0, 1000, (64,))
+    positions, table = integers(mesh, lengths - 1), integers(mesh, shuffled_pages(64, 32))
+    cache = put(mesh, torch.zeros(8, 1, 32, 576))
+    buckets = paging.decode_pages("decode", positions, table, cache)[0].buckets
+    users = [user for bucket in buckets for user in bucket.users.tolist()]
+    assert sorted(users) == lengths.nonzero().flatten().tolist()
+    for bucket in buckets:
+        own = lengths[bucket.users]
+        assert int(own.max()) == bucket.longest
+        assert int(own.min()) * 4 >= bucket.longest * 3
+        assert len(own) == 1 or len(own) * bucket.longest * 576 <= paging.LATENTS_AT_ONCE
+    assert len(buckets) < len(users) / 2
+
+
 @on_meshes
 @pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 70), (64, 33), (96, 32)])
