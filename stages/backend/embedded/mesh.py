@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stages.backend.embedded.allocator import keep_freed_memory
 from stages.backend.embedded.memory import CoreCoord, CoreGrid
 from stages.errors import DeviceError
 
@@ -66,7 +67,11 @@ def open_mesh_device(
     trace_region_size: int = 0,
     num_command_queues: int = 1,
 ) -> MeshDevice:
-    """Opens a mesh; one chip where no shape is given. The sizes of memory regions have no meaning here."""
+    """Opens a mesh; one chip where no shape is given. The sizes of memory regions have no meaning here.
+
+    From then on the process keeps the memory that ops free, see `keep_freed_memory`.
+    """
+    keep_freed_memory()
     return MeshDevice(mesh_shape or MeshShape(1, 1))
 
 
