@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import msgspec
 import structlog
 
+from actors.clock import now_ns
 from actors.errors import LinkError
 from actors.health import StageHealth, State
 from actors.io_thread import IoThread
@@ -20,7 +22,7 @@ from actors.sockets.link import Arrival
 from actors.sockets.listener import HostListener, connect
 from actors.stage_identity import StageIdentity, stage_name
 from stages.errors import StepError
-from stages.step import StageFailure, Step, StepResult
+from stages.step import StageFailure, StageTiming, Step, StepResult
 
 FAILED_BETWEEN_STEPS = -1
 CLOSE_SECONDS = 2.0
@@ -38,7 +40,7 @@ class StageServer:
         self._identity = identity
         self._log = structlog.get_logger().bind(stage=identity.index)
         self._io = IoThread(stage_name(identity.index))
-        self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[tuple[Arrival, int] | None] = queue.SimpleQueue()
         self._compute: threading.Thread | None = None
         self._listener: HostListener | None = None
         self._downstream: HostLink | None = None
@@ -110,17 +112,18 @@ class StageServer:
         self._state = "ready"
         loaded.set_result(None)
         try:
-            while (arrival := self._arrivals.get()) is not None:
+            while (queued := self._arrivals.get()) is not None:
+                arrival, received_ns = queued
                 if self._state == "ready" and isinstance(arrival.message, Step):
-                    self._run(runner, arrival, arrival.message)
+                    self._run(runner, arrival, arrival.message, received_ns)
                 else:
                     arrival.release()
         finally:
             runner.close()
 
-    def _run(self, runner: StageRunner, arrival: Arrival, step: Step) -> None:
-        began = time.monotonic()
-        self._current = (step.step_id, began)
+    def _run(self, runner: StageRunner, arrival: Arrival, step: Step, received_ns: int) -> None:
+        began_ns = now_ns()
+        self._current = (step.step_id, time.monotonic())
         self._turn("ready", "running")
         try:
             output = runner.step(step, arrival.payload)
@@ -130,10 +133,11 @@ class StageServer:
             arrival.release()
             self._fail(step.step_id, f"{type(error).__name__}: {error}")
             return
-        self._busy_seconds += time.monotonic() - began
+        timing = StageTiming(received_ns=received_ns, began_ns=began_ns, ended_ns=now_ns())
+        self._busy_seconds += (timing.ended_ns - began_ns) * 1e-9
         self._steps_done += 1
         self._turn("running", "blocked")
-        self._send_on(arrival, step, output)
+        self._send_on(arrival, step, output, [*step.timings, timing])
         self._current = None
         self._turn("blocked", "ready")
 
@@ -141,7 +145,9 @@ class StageServer:
         if isinstance(output, StepResult) is not self._identity.is_last:
             raise StepError(f"The runner returned {type(output).__name__}; only the last stage returns a StepResult.")
 
-    def _send_on(self, arrival: Arrival, step: Step, output: memoryview | StepResult) -> None:
+    def _send_on(
+        self, arrival: Arrival, step: Step, output: memoryview | StepResult, timings: list[StageTiming]
+    ) -> None:
         downstream = self._downstream
         if downstream is None:
             arrival.release()
@@ -150,9 +156,10 @@ class StageServer:
         try:
             if isinstance(output, StepResult):
                 arrival.release()
-                downstream.send_from_thread(output, memoryview(b""), _nothing)
+                result = msgspec.structs.replace(output, timings=timings)
+                downstream.send_from_thread(result, memoryview(b""), _nothing)
             else:
-                downstream.send_from_thread(step, output, arrival.release)
+                downstream.send_from_thread(msgspec.structs.replace(step, timings=timings), output, arrival.release)
         except LinkError:
             # The loop was told of it as well, and tells the engine (`_Downstream.lost`).
             self._log.warning("step not passed on", step_id=step.step_id)
@@ -183,7 +190,7 @@ class StageServer:
     def take(self, arrival: Arrival) -> None:
         """A message came from upstream: steps are for the compute thread, failures for the engine."""
         if isinstance(arrival.message, Step):
-            self._arrivals.put(arrival)
+            self._arrivals.put((arrival, now_ns()))
             return
         arrival.release()
         if isinstance(arrival.message, StageFailure) and self._downstream is not None:

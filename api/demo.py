@@ -101,7 +101,7 @@ async def _complete(
     text: list[str] = []
     async with aclosing(engine.generate(request)) as outputs:
         async for output in outputs:
-            for token in output.tokens:
+            for token in output.tokens if output.finish_reason != "stop" else output.tokens[:-1]:
                 tokens.append(token)
                 piece = decoder.add(token) or ""
                 text.append(piece)

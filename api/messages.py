@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from stages.step import SamplingParams
+from stages.step import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 EnginePhase = Literal["loading", "ready", "failed"]
@@ -15,7 +15,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=Tr
 
 
 class AddRequest(Message, frozen=True, kw_only=True):
-    """One sequence to complete. `stop_token_ids` end it with "stop" and are not handed out, unless it ignores eos.
+    """One sequence to complete. A token of `stop_token_ids` ends it with "stop", and is the last one handed out.
 
     `request_id` counts upward for the life of the front end; an `n` of 4 is four requests.
     """
@@ -40,13 +40,17 @@ class GetCounts(Message, frozen=True, kw_only=True):
 class RequestOutput(Message, frozen=True, kw_only=True):
     """New tokens of one request; the last output, and only the last, has a `finish_reason`.
 
-    With "error", `error` is a sentence for the client.
+    With "error", `error` is a sentence for the client. `logprobs` has an entry for each token where the request asked
+    for them, else none. `prompt_logprobs` are the next entries of the prompt's tokens, from its second one on: they
+    come chunk by chunk, before the first token or with it, and each once.
     """
 
     request_id: int
     tokens: list[int]
     finish_reason: FinishReason | None
     error: str | None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Outputs(Message, frozen=True, kw_only=True):

@@ -58,7 +58,9 @@ class CompletionText:
             yield self._last(output.tokens[-1:], finish)
 
     def _last(self, tokens: list[int], finish: CompletionFinish) -> Piece:
-        text = "".join(self._decoder.add(token) or "" for token in tokens) + self._decoder.flush()
+        # The token that a completion stops at has no text of its own.
+        shown = tokens if finish == "length" else []
+        text = "".join(self._decoder.add(token) or "" for token in shown) + self._decoder.flush()
         self._tokens += len(tokens)
         released = self._stops.add(text)
         if self._stops.matched:

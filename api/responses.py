@@ -12,7 +12,7 @@ _ENCODER = msgspec.json.Encoder()
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts. Completion tokens are those whose text was handed out: the one that ended it (EOS) is not."""
+    """Token counts. Completion tokens are all that were sampled, with the one that a completion stopped at (EOS)."""
 
     prompt_tokens: int
     total_tokens: int

@@ -16,22 +16,29 @@ from actors.errors import ProtocolError
 from api.block_pool import BlockPool
 from api.errors import RequestError
 from api.messages import AddRequest, Counts, RequestOutput
+from api.prefill_pace import PrefillPace
 from api.scheduler_options import SchedulerOptions
 from api.sequence import Run, Sequence
 from api.slots import Slots
 from stages.options import CacheOptions
-from stages.step import Admission, Mode, Segment, Step, StepResult
+from stages.step import Admission, Mode, Segment, Step, StepResult, TokenLogprobs
 
 BY_ARRIVAL = attrgetter("arrival")
 
 
 @dataclass(slots=True)
 class StepInFlight:
-    """A step whose result is awaited. `runs` are those it samples for; `microbatch` is None for a prefill step."""
+    """A step whose result is awaited.
+
+    `runs` are those it samples for; `scored` are those whose prompt it scores, each with its segment's start.
+    `microbatch` is None for a prefill step.
+    """
 
     step_id: int
     microbatch: int | None
+    token_count: int
     runs: list[Run]
+    scored: list[tuple[Run, int]]
 
 
 def check_request(request: AddRequest, cache: CacheOptions) -> None:
@@ -53,7 +60,10 @@ def check_request(request: AddRequest, cache: CacheOptions) -> None:
 
 
 class Scheduler:
-    """Requests in, steps out; results in, outputs out. A request is waiting, or it runs in a slot."""
+    """Requests in, steps out; results in, outputs out. A request is waiting, or it runs in a slot.
+
+    `preemptions` counts how often a request had to give way since the start.
+    """
 
     def __init__(self, options: SchedulerOptions, epoch: int) -> None:
         self._options = options
@@ -63,6 +73,8 @@ class Scheduler:
         self._step_id = 0
         self._last_decode = [0] * options.steps_in_flight
         self._prefill_next = True
+        self.preemptions = 0
+        self._pace = PrefillPace(options)
         self.reset(epoch)
 
     def reset(self, epoch: int) -> None:
@@ -75,6 +87,7 @@ class Scheduler:
         self._epoch = epoch
         self._waiting = deque(self._sequences.values())
         self._runs: dict[int, Run] = {}
+        self._by_slot: dict[int, Run] = {}
         self._prefilling: Run | None = None
         self._decodable: list[list[Run]] = [[] for _ in range(microbatches)]
         self._decoding = [False] * microbatches
@@ -127,6 +140,10 @@ class Scheduler:
             blocks=cache.blocks * cache.pools,
         )
 
+    def requests_in(self, step: Step) -> list[int]:
+        """The ids of the requests whose tokens a step holds, in the order of its segments. Ask at once."""
+        return [self._by_slot[segment.slot].sequence.request_id for segment in step.segments]
+
     def next_step(self) -> Step | None:
         """The next step to submit, in this order; None until a result or a request comes in."""
         if len(self._in_flight) >= self._options.steps_in_flight:
@@ -139,18 +156,42 @@ class Scheduler:
         """Takes the tokens of the oldest step in flight. Raises ProtocolError when the result is not that step's."""
         if result.epoch != self._epoch:
             return []
+        awaited = self._awaited(result)
+        self._in_flight.popleft()
+        if awaited.microbatch is not None:
+            self._decoding[awaited.microbatch] = False
+        self._pace.note(awaited.microbatch is None, awaited.token_count, result.timings)
+        scores = {
+            run: run.sequence.unscored(start, entries)
+            for (run, start), entries in zip(awaited.scored, result.prompt_logprobs, strict=True)
+            if run.active
+        }
+        logprobs = result.logprobs or [None] * len(result.tokens)
+        outputs = [
+            self._advance(run, token, logprob, scores.pop(run, []))
+            for run, token, logprob in zip(awaited.runs, result.tokens, logprobs, strict=True)
+            if run.active
+        ]
+        return outputs + [_scored(run, entries) for run, entries in scores.items() if entries]
+
+    def _awaited(self, result: StepResult) -> StepInFlight:
         awaited = self._in_flight[0] if self._in_flight else None
         if awaited is None or (awaited.step_id, len(awaited.runs)) != (result.step_id, len(result.tokens)):
             raise ProtocolError(
                 f"The last stage sent {len(result.tokens)} tokens for step {result.step_id}; awaited was "
                 + (f"step {awaited.step_id} with {len(awaited.runs)}." if awaited else "no step.")
             )
-        self._in_flight.popleft()
-        if awaited.microbatch is not None:
-            self._decoding[awaited.microbatch] = False
-        return [self._advance(run, token) for run, token in zip(awaited.runs, result.tokens, strict=True) if run.active]
+        if len(result.logprobs) not in {0, len(result.tokens)} or len(result.prompt_logprobs) != len(awaited.scored):
+            raise ProtocolError(
+                f"The last stage sent log-probabilities of {len(result.logprobs)} tokens and "
+                f"{len(result.prompt_logprobs)} prompts for step {result.step_id}, which has {len(result.tokens)} and "
+                f"{len(awaited.scored)}."
+            )
+        return awaited
 
-    def _advance(self, run: Run, token: int) -> RequestOutput:
+    def _advance(
+        self, run: Run, token: int, logprob: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
+    ) -> RequestOutput:
         sequence = run.sequence
         reason = sequence.append(token)
         if reason is None:
@@ -160,9 +201,11 @@ class Scheduler:
             self._leave(run)
         return RequestOutput(
             request_id=sequence.request_id,
-            tokens=[] if reason == "stop" else [token],
+            tokens=[token],
             finish_reason=reason,
             error=None,
+            logprobs=[] if logprob is None else [logprob],
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _decode_step(self) -> Step | None:
@@ -179,7 +222,9 @@ class Scheduler:
                     decoded.append(run)
             if segments:
                 self._decoding[microbatch] = True
-                step = self._issue("decode", segments, [], StepInFlight(self._step_id, microbatch, decoded))
+                step = self._issue(
+                    "decode", segments, [], StepInFlight(self._step_id, microbatch, len(segments), decoded, [])
+                )
                 self._last_decode[microbatch] = step.step_id
                 return step
         return None
@@ -202,9 +247,12 @@ class Scheduler:
         segments: list[Segment] = []
         admissions: list[Admission] = []
         sampled: list[Run] = []
-        budget = self._options.prefill_chunk
+        scored: list[tuple[Run, int]] = []
+        most = budget = self._prefill_budget()
         while run := self._next_to_prefill(budget, admissions):
             count = self._chunk(run.prefill_end - run.issued, budget)
+            if run.sequence.sampling.prompt_logprobs is not None:
+                scored.append((run, run.issued))
             segments.append(self._segment(run, count, [] if run.issued else run.blocks.copy()))
             budget -= count
             if run.issued == run.prefill_end:
@@ -212,7 +260,14 @@ class Scheduler:
                 self._prefilling = None
         if not segments:
             return None
-        return self._issue("prefill", segments, admissions, StepInFlight(self._step_id, None, sampled))
+        in_flight = StepInFlight(self._step_id, None, most - budget, sampled, scored)
+        return self._issue("prefill", segments, admissions, in_flight)
+
+    def _prefill_budget(self) -> int:
+        """Tokens that the next prefill step may hold: as many as may be where it holds up nobody."""
+        if any(self._decodable) or any(self._decoding):
+            return self._pace.tokens
+        return self._options.prefill_chunk
 
     def _next_to_prefill(self, budget: int, admissions: list[Admission]) -> Run | None:
         """The run whose chunk comes next: the one that has begun, or else the first that waits, if it finds room."""
@@ -224,7 +279,7 @@ class Scheduler:
         run = self._prefilling = self._admit(self._waiting[0])
         if run is not None:
             self._waiting.popleft()
-            admissions.append(Admission(slot=run.slot, sampling=run.sequence.sampling))
+            admissions.append(run.admission())
         return run
 
     def _chunk(self, remaining: int, budget: int) -> int:
@@ -248,6 +303,7 @@ class Scheduler:
             prefill_end=length,
         )
         self._runs[sequence.request_id] = run
+        self._by_slot[slot] = run
         return run
 
     def _segment(self, run: Run, count: int, new_blocks: list[int]) -> Segment:
@@ -280,6 +336,7 @@ class Scheduler:
     def _preempt(self, run: Run) -> None:
         """Gives up the run's slot and blocks; its sequence waits again, before all that arrived later."""
         self._leave(run)
+        self.preemptions += 1
         place = 0
         while place < len(self._waiting) and self._waiting[place].arrival < run.arrival:
             place += 1
@@ -289,7 +346,15 @@ class Scheduler:
         run.active = False
         del self._runs[run.sequence.request_id]
         self._pools[run.pool].give_back(run.blocks)
+        del self._by_slot[run.slot]
         self._slots.give_back(run.slot)
         self._ended.append(run.slot)
         if self._prefilling is run:
             self._prefilling = None
+
+
+def _scored(run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
+    """The output of a chunk that scores a prompt and samples nothing."""
+    return RequestOutput(
+        request_id=run.sequence.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries
+    )

@@ -3,22 +3,26 @@
 from dataclasses import dataclass
 
 from api.messages import AddRequest, FinishReason
-from stages.step import SamplingParams
+from stages.step import Admission, SamplingParams, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request's tokens, prompt first: all that is needed to begin it anew.
 
-    `arrival` counts upward; `end` is the number of tokens at which the request has had its `max_tokens`.
+    `arrival` counts upward; the first `prompt_tokens` are the prompt, and `end` is the number of tokens at which the
+    request has had its `max_tokens`. Log-probabilities of the prompt's tokens at positions 1 to `scored` have been
+    handed out.
     """
 
     request_id: int
     arrival: int
     tokens: list[int]
+    prompt_tokens: int
     end: int
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
+    scored: int = 0
 
     @classmethod
     def of(cls, request: AddRequest, arrival: int) -> "Sequence":
@@ -27,6 +31,7 @@ class Sequence:
             request_id=request.request_id,
             arrival=arrival,
             tokens=list(request.tokens),
+            prompt_tokens=len(request.tokens),
             end=len(request.tokens) + request.max_tokens,
             stop_token_ids=frozenset(request.stop_token_ids),
             sampling=request.sampling,
@@ -38,6 +43,12 @@ class Sequence:
         if token in self.stop_token_ids:
             return "stop"
         return "length" if len(self.tokens) == self.end else None
+
+    def unscored(self, start: int, entries: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those of a chunk's `entries`, for positions from `start` + 1 on, that no former stay has handed out."""
+        fresh = entries[max(self.scored - start, 0) :]
+        self.scored += len(fresh)
+        return fresh
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +68,16 @@ class Run:
     prefill_end: int
     issued: int = 0
     active: bool = True
+
+    def admission(self) -> Admission:
+        """What the stages are told of the request."""
+        sequence = self.sequence
+        return Admission(
+            slot=self.slot,
+            sampling=sequence.sampling,
+            tokens=sequence.tokens.copy() if sequence.sampling.reads_tokens else [],
+            prompt_tokens=sequence.prompt_tokens,
+        )
 
     @property
     def arrival(self) -> int:

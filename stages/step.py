@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Mode = Literal["prefill", "decode"]
 
@@ -19,10 +19,18 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=Tr
 
 
 class SamplingParams(Message, frozen=True, kw_only=True):
-    """How to choose the tokens of one request: a function of the request alone.
+    """How to choose the tokens of one request: a function of the request alone. Defaults change nothing.
 
     `temperature` 0 is greedy; `top_k` 0 means all; `top_p` in (0, 1]. Random numbers are keyed by (`seed`, `choice`,
     position), where `choice` counts the `n` answers of one request.
+
+    `min_p` is a share of the best token's probability. The penalties are vLLM's: repetition divides or multiplies the
+    logits of tokens in prompt or answer, presence and frequency are subtracted for those of the answer.
+    `logit_bias` is added by token id. Only `allowed_token_ids` are drawn, unless empty; none that would complete one of
+    `bad_words`, each a sequence of token ids; and before the answer has `min_tokens`, none of `stop_token_ids`.
+
+    `logprobs` asks for the log-probability of each sampled token and of so many best ones (0: of the token alone),
+    `prompt_logprobs` for those of the prompt's tokens; None asks for none, and VOCABULARY for all tokens.
     """
 
     temperature: float
@@ -30,6 +38,32 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     top_k: int
     seed: int
     choice: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the last stage needs the request's tokens, and not only its logits."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or bool(self.bad_words)
+            or self.prompt_logprobs is not None
+        )
+
+
+VOCABULARY = -1
+"""As `logprobs` or `prompt_logprobs`: the log-probabilities of all tokens."""
 
 
 GREEDY_BELOW = 1e-5
@@ -37,10 +71,16 @@ GREEDY_BELOW = 1e-5
 
 
 class Admission(Message, frozen=True, kw_only=True):
-    """A request takes a slot: the stage forgets whatever the slot held before."""
+    """A request takes a slot: the stage forgets whatever the slot held before.
+
+    `tokens` are all that the request has so far, and empty unless its sampling reads them; the first `prompt_tokens` of
+    a request's tokens are its prompt, the others its answer from before it was preempted or replayed.
+    """
 
     slot: int
     sampling: SamplingParams
+    tokens: list[int] = []
+    prompt_tokens: int = 0
 
 
 class Segment(Message, frozen=True, kw_only=True):
@@ -58,11 +98,20 @@ class Segment(Message, frozen=True, kw_only=True):
     sample: bool
 
 
+class StageTiming(Message, frozen=True, kw_only=True):
+    """When a step came to one stage, was begun and was done: nanoseconds since 1970, of `actors.clock.now_ns`."""
+
+    received_ns: int
+    began_ns: int
+    ended_ns: int
+
+
 class Step(Message, frozen=True, kw_only=True):
     """One pass of one microbatch through all stages. `epoch` marks the pipeline's life: older ones are dropped.
 
     `ended` lists slots whose requests ended or were aborted since the last step; it is applied before `admissions`.
-    Hidden states travel beside a step as [tokens, hidden_size], in the order of `segments`.
+    Hidden states travel beside a step as [tokens, hidden_size], in the order of `segments`. Every stage that is done
+    with a step adds its timing.
     """
 
     epoch: int
@@ -71,6 +120,7 @@ class Step(Message, frozen=True, kw_only=True):
     segments: list[Segment]
     admissions: list[Admission]
     ended: list[int]
+    timings: list[StageTiming] = []
 
     @property
     def token_count(self) -> int:
@@ -78,12 +128,34 @@ class Step(Message, frozen=True, kw_only=True):
         return sum(len(segment.tokens) for segment in self.segments)
 
 
+class TokenLogprobs(Message, frozen=True, kw_only=True):
+    """Natural log-probabilities at one position, from the model's logits before any sampling option changes them.
+
+    `logprob` is that of the token that stands there, `rank` its place among all tokens (1 is the best). `top_logprobs`
+    are those of `top_tokens`, the best first, as many as were asked for; equal ones rank by token id.
+    """
+
+    logprob: float
+    rank: int
+    top_tokens: list[int]
+    top_logprobs: list[float]
+
+
 class StepResult(Message, frozen=True, kw_only=True):
-    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments."""
+    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments.
+
+    `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
+    `prompt_logprobs` has a list for each segment whose request asks for them, in the order of segments: entries for the
+    prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes. `timings` has an entry for
+    each stage.
+    """
 
     epoch: int
     step_id: int
     tokens: list[int]
+    logprobs: list[TokenLogprobs | None] = []
+    prompt_logprobs: list[list[TokenLogprobs]] = []
+    timings: list[StageTiming] = []
 
 
 class StageFailure(Message, frozen=True, kw_only=True):

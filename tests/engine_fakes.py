@@ -31,10 +31,9 @@ def reference_answer(prompt: Sequence[int], max_tokens: int, stop_token_ids: Seq
     """What a request gets when nothing else runs: its tokens and why it ended."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        token = next_token(tokens)
-        if token in stop_token_ids:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stop_token_ids:
             return tokens[len(prompt) :], "stop"
-        tokens.append(token)
     return tokens[len(prompt) :], "length"
 
 

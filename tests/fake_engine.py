@@ -22,7 +22,7 @@ class FakeStream:
         self._given = 0
         for count, token in enumerate(tokens[: request.max_tokens], start=1):
             if token in request.stop_token_ids:
-                self._put([], finish="stop")
+                self._put([token], finish="stop")
                 return
             self._put([token], finish="length" if count == request.max_tokens else None)
 

@@ -213,14 +213,14 @@ def test_one_stage_has_one_step_in_flight_by_default() -> None:
     assert line.submit() is None
 
 
-def test_max_tokens_ends_with_length_and_a_stop_token_is_kept_back() -> None:
+def test_max_tokens_ends_with_length_and_a_stop_token_is_the_last() -> None:
     line = FakeLine(scheduler_options())
     answer, _ = reference_answer(request(0, 9, 1).tokens, 100, [])
     stop = next(token for token in answer if token != answer[0])
     line.scheduler.add(request(0, 9, 100, [stop]))
     line.scheduler.add(request(1, 9, 1))
     ended = line.drain()
-    assert ended[0] == (answer[: answer.index(stop)], "stop")
+    assert ended[0] == (answer[: answer.index(stop) + 1], "stop")
     assert ended[1] == reference_answer(request(1, 9, 1).tokens, 1, [])
     assert ended[1][1] == "length"
     assert line.scheduler.counts() == nothing_in_use(line.options)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
+from actors.clock import now_ns
 from actors.health import StageHealth
 from actors.runner import StageRunner
 from actors.sockets.address import UnixAddress
@@ -17,7 +18,7 @@ from actors.sockets.listener import CREDITS, HostListener, connect
 from actors.stage_identity import ENGINE, StageIdentity, stage_name
 from actors.stage_server import FAILED_BETWEEN_STEPS, StageServer
 from stages.plan import StageSpec
-from stages.step import Segment, StageFailure, Step, StepResult
+from stages.step import Segment, StageFailure, StageTiming, Step, StepResult
 from tests.loops import on_uvloop
 from tests.runners import BYTES_PER_TOKEN, EchoRunner
 from tests.test_host_link import Ear
@@ -126,6 +127,14 @@ def step(step_id: int, tokens: int = 1, epoch: int = 4) -> Step:
     return Step(epoch=epoch, step_id=step_id, mode="decode", segments=[segment], admissions=[], ended=[])
 
 
+def untimed(message: object) -> Step | StepResult:
+    """The message without the timing that the server added, which has to make sense."""
+    assert isinstance(message, Step | StepResult)
+    (timing,) = message.timings
+    assert 0 < timing.received_ns <= timing.began_ns <= timing.ended_ns <= now_ns()
+    return msgspec.structs.replace(message, timings=[])
+
+
 def spec(identity: StageIdentity) -> StageSpec:
     return StageSpec(index=identity.index, stages=identity.stages, first_layer=0, end_layer=1)
 
@@ -143,7 +152,7 @@ async def test_hidden_states_pass_through_in_order() -> None:
         for step_id in range(3 * CREDITS):
             await around.send(step_id, tokens=1 + step_id % 5, fill=step_id)
             arrival = await around.outlet_ear.next()
-            assert arrival.message == step(step_id, 1 + step_id % 5)
+            assert untimed(arrival.message) == step(step_id, 1 + step_id % 5)
             assert set(arrival.payload) == {step_id + 1}
             arrival.release()
         assert around.server.health().steps_done == 3 * CREDITS
@@ -165,9 +174,21 @@ async def test_a_runner_may_send_on_the_memory_it_was_given() -> None:
 async def test_the_last_stage_gives_results() -> None:
     async with bench(LAST, EchoRunner(spec(LAST))) as around:
         await around.send(5, tokens=3, fill=41)
-        assert (await around.outlet_ear.next()).message == StepResult(epoch=4, step_id=5, tokens=[42])
+        assert untimed((await around.outlet_ear.next()).message) == StepResult(epoch=4, step_id=5, tokens=[42])
         assert around.outlet.peer == "stage 2"
         assert LAST.downstream_terms().peer == ENGINE
+
+
+@on_uvloop
+async def test_every_stage_adds_its_own_timing() -> None:
+    earlier = StageTiming(received_ns=1, began_ns=2, ended_ns=3)
+    async with bench(IDENTITY, EchoRunner(spec(IDENTITY))) as around:
+        timed = msgspec.structs.replace(step(1), timings=[earlier])
+        await asyncio.to_thread(around.inlet.send_from_thread, timed, memoryview(bytes(BYTES_PER_TOKEN)), lambda: None)
+        message = (await around.outlet_ear.next()).message
+        assert isinstance(message, Step)
+        assert message.timings[0] == earlier
+        assert len(message.timings) == 2
 
 
 @on_uvloop
@@ -175,7 +196,7 @@ async def test_a_runner_that_raises_is_told_downstream_and_takes_no_further_step
     async with bench(IDENTITY, Raising(spec(IDENTITY))) as around:
         for step_id in (1, 2, 3):
             await around.send(step_id)
-        assert (await around.outlet_ear.next()).message == step(1)
+        assert untimed((await around.outlet_ear.next()).message) == step(1)
         assert await around.failure() == StageFailure(
             epoch=4, stage=1, host="host-a", step_id=2, cause="ZeroDivisionError: one by nought"
         )
@@ -216,7 +237,7 @@ async def test_a_stage_whose_neighbour_takes_nothing_is_blocked_not_busy() -> No
         assert (health.step_id, health.steps_done) == (CREDITS, CREDITS + 1)
         for _ in range(CREDITS):
             (await around.outlet_ear.next()).release()
-        assert (await around.outlet_ear.next()).message == step(CREDITS)
+        assert untimed((await around.outlet_ear.next()).message) == step(CREDITS)
 
 
 async def test_a_lost_upstream_is_told_downstream(waiting: Waiting) -> None:
@@ -261,7 +282,7 @@ async def test_steps_of_another_epoch_are_dropped() -> None:
         for step_id in range(2 * CREDITS):
             await around.send(step_id, epoch=3)
         await around.send(77)
-        assert (await around.outlet_ear.next()).message == step(77)
+        assert untimed((await around.outlet_ear.next()).message) == step(77)
         assert around.server.health().steps_done == 1
 
 
