@@ -14,6 +14,7 @@ import structlog
 from api.environment import CACHE_VARIABLE, note_environment
 from api.errors import OptionError
 from api.model_source import resolve_model
+from api.scheduler_options import DEFAULT_PREFILL_WAIT
 from api.settings import EngineSettings
 
 COUNT = click.IntRange(min=1)
@@ -92,7 +93,15 @@ _ENGINE_OPTIONS = [
         "--prefill-chunk",
         "prefill_chunk",
         type=COUNT,
-        help="Prompt tokens of one step, rounded up to whole blocks.  [default: 256]",
+        help="Prompt tokens of one step at most, rounded up to whole blocks.  [default: 256]",
+    ),
+    click.option(
+        "--prefill-wait",
+        type=click.FloatRange(min=0, min_open=True),
+        default=DEFAULT_PREFILL_WAIT,
+        show_default=True,
+        help="Decode steps that a step of prompt tokens may take as long as where others wait for it; it holds as many "
+        "tokens as measurements allow, and a block at least.",
     ),
     click.option(
         "--num-blocks", type=COUNT, help="KV cache blocks.  [default: enough for --max-num-seqs, bounded by memory]"

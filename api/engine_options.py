@@ -3,7 +3,7 @@
 import msgspec
 
 from actors.options import PipelineOptions
-from api.scheduler_options import SchedulerOptions
+from api.scheduler_options import DEFAULT_PREFILL_WAIT, SchedulerOptions
 
 PIPELINE_START = "actors.pipeline:Pipeline.start"
 
@@ -11,14 +11,15 @@ PIPELINE_START = "actors.pipeline:Pipeline.start"
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine process needs; it travels over the engine's socket, never through argv.
 
-    `microbatches` and `prefill_chunk` are the scheduler's (see `SchedulerOptions`). `pipeline_start` is the import
-    path "module:attribute" of an async function (PipelineOptions, on_progress) -> pipeline. `close_timeout_s` bounds
-    how long stages get to end before the engine leaves without them.
+    `microbatches`, `prefill_chunk` and `prefill_wait` are the scheduler's (see `SchedulerOptions`). `pipeline_start`
+    is the import path "module:attribute" of an async function (PipelineOptions, on_progress) -> pipeline.
+    `close_timeout_s` bounds how long stages get to end before the engine leaves without them.
     """
 
     pipeline: PipelineOptions
     prefill_chunk: int
     microbatches: int | None = None
+    prefill_wait: float = DEFAULT_PREFILL_WAIT
     close_timeout_s: float = 30.0
     pipeline_start: str = PIPELINE_START
 
@@ -30,4 +31,5 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             cache=self.pipeline.stage.cache,
             prefill_chunk=self.prefill_chunk,
             microbatches=self.microbatches,
+            prefill_wait=self.prefill_wait,
         )

@@ -11,7 +11,7 @@ from actors.options import Device, PipelineOptions
 from api.engine_options import EngineOptions
 from api.errors import OptionError
 from api.model_source import ModelSource
-from api.scheduler_options import default_microbatches
+from api.scheduler_options import DEFAULT_PREFILL_WAIT, default_microbatches
 from stages.options import CacheOptions, Dtype, LoadFormat, StageOptions
 from stages.plan import StageSpec, explicit_stages, plan_stages
 from weights.model_config import ModelConfig
@@ -36,7 +36,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's options, None where the model decides. Counts are positive; times are in seconds.
 
     `seed` is that of dummy weights, 0 by default. `max_model_len`, `block_size` and `prefill_chunk` are in tokens,
-    `num_blocks` in blocks of `block_size`.
+    `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps.
     """
 
     cache_dir: Path
@@ -47,6 +47,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 32
     max_num_seqs: int | None = None
     prefill_chunk: int | None = None
+    prefill_wait: float = DEFAULT_PREFILL_WAIT
     num_blocks: int | None = None
     dtype: Dtype | Literal["auto"] = "auto"
     load_format: LoadFormat = "auto"
@@ -83,6 +84,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             ),
             prefill_chunk=self._prefill_chunk(),
             microbatches=self.microbatches,
+            prefill_wait=self.prefill_wait,
         )
 
     def _specs(self, config: ModelConfig) -> list[StageSpec]:

@@ -17,7 +17,7 @@ from actors.options import PipelineOptions
 from api.engine_options import EngineOptions
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
-from stages.step import Segment, Step, StepResult
+from stages.step import Admission, Segment, StageTiming, Step, StepResult, TokenLogprobs
 
 VOCABULARY = 16
 
@@ -47,12 +47,26 @@ def demand(condition: bool, message: str) -> None:
         raise CorruptStepError(message)
 
 
+def scores(tokens: Sequence[int], start: int, end: int) -> list[TokenLogprobs]:
+    """What the model says of the tokens at positions start + 1 to end, as far as there are so many."""
+    return [
+        TokenLogprobs(logprob=-float(token), rank=1 + position, top_tokens=[], top_logprobs=[])
+        for position, token in enumerate(tokens[start + 1 : end + 1], start + 1)
+    ]
+
+
+def step_seconds(step: Step) -> float:
+    """How long the fake stage takes: a decode step as long as 20 prompt tokens, and each step a little by itself."""
+    return 1.0 + 20.0 if step.mode == "decode" else 1.0 + step.token_count
+
+
 class FakeStage:
     """All stages of a pipeline in one: they see the same steps in the same order."""
 
     def __init__(self, cache: CacheOptions, prefill_chunk: int) -> None:
         self._cache = cache
         self._prefill_chunk = prefill_chunk
+        self._admitted: dict[int, Admission] = {}
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._owner: dict[tuple[int, int], int] = {}
@@ -82,13 +96,36 @@ class FakeStage:
         demand(step.mode == "decode" or step.token_count <= self._prefill_chunk, "a prefill step over its budget")
         for segment in step.segments:
             self._store(segment, step.mode == "decode")
-        sampled = [next_token(self._read(segment.slot)) for segment in step.segments if segment.sample]
-        return StepResult(epoch=step.epoch, step_id=step.step_id, tokens=sampled)
+        sampled = [segment.slot for segment in step.segments if segment.sample]
+        wanted = [self._admitted[slot].sampling.logprobs is not None for slot in sampled]
+        tokens = [next_token(self._read(slot)) for slot in sampled]
+        return StepResult(
+            epoch=step.epoch,
+            step_id=step.step_id,
+            tokens=tokens,
+            logprobs=[scores([0, token], 0, 1)[0] if asks else None for token, asks in zip(tokens, wanted, strict=True)]
+            if any(wanted)
+            else [],
+            prompt_logprobs=[
+                self._score(self._admitted[segment.slot], segment)
+                for segment in step.segments
+                if step.mode == "prefill" and self._admitted[segment.slot].sampling.prompt_logprobs is not None
+            ],
+            timings=[StageTiming(received_ns=0, began_ns=0, ended_ns=int(step_seconds(step) * 1e9))],
+        )
+
+    def _score(self, admission: Admission, segment: Segment) -> list[TokenLogprobs]:
+        end = segment.start + len(segment.tokens)
+        demand(
+            segment.tokens == admission.tokens[segment.start : end], "other tokens than the request was admitted with"
+        )
+        return scores(admission.tokens[: admission.prompt_tokens], segment.start, end)
 
     def _admit(self, step: Step) -> None:
         admitted = [admission.slot for admission in step.admissions]
         demand(len(set(admitted)) == len(admitted), "a slot admitted twice")
         demand(set(admitted) <= {segment.slot for segment in step.segments}, "an admission without a segment")
+        self._admitted.update((admission.slot, admission) for admission in step.admissions)
         for slot in admitted:
             demand(slot not in self._tables, f"slot {slot} admitted while it is taken")
             demand(0 <= slot < self._cache.slots, f"slot {slot} does not exist")

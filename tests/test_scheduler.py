@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,13 +12,14 @@ from actors.errors import ProtocolError
 from api.errors import OptionError, RequestError
 from api.messages import AddRequest, Counts, RequestOutput
 from api.scheduler import Scheduler
-from api.scheduler_options import SchedulerOptions
+from api.scheduler_options import DEFAULT_PREFILL_WAIT, SchedulerOptions
 from stages.options import CacheOptions
-from stages.step import SamplingParams, Step, StepResult
-from tests.engine_fakes import VOCABULARY, FakeStage, reference_answer
+from stages.step import SamplingParams, Step, StepResult, TokenLogprobs
+from tests.engine_fakes import VOCABULARY, FakeStage, reference_answer, scores, step_seconds
 
 BLOCK = 32
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+SCORED = msgspec.structs.replace(GREEDY, logprobs=0, prompt_logprobs=0)
 
 
 def scheduler_options(
@@ -29,13 +31,24 @@ def scheduler_options(
     max_model_len: int = 128,
     prefill_chunk: int = 64,
     microbatches: int | None = None,
+    prefill_wait: float = DEFAULT_PREFILL_WAIT,
 ) -> SchedulerOptions:
     cache = CacheOptions(slots=slots, pools=pools, blocks=blocks, block_size=BLOCK, max_model_len=max_model_len)
-    return SchedulerOptions(stages=stages, cache=cache, prefill_chunk=prefill_chunk, microbatches=microbatches)
+    return SchedulerOptions(
+        stages=stages,
+        cache=cache,
+        prefill_chunk=prefill_chunk,
+        microbatches=microbatches,
+        prefill_wait=prefill_wait,
+    )
 
 
 def request(
-    request_id: int, prompt: int | list[int], max_tokens: int, stop_token_ids: list[int] | None = None
+    request_id: int,
+    prompt: int | list[int],
+    max_tokens: int,
+    stop_token_ids: list[int] | None = None,
+    sampling: SamplingParams = GREEDY,
 ) -> AddRequest:
     """A request for a prompt, or for one of that many tokens that no other id has."""
     tokens = [(7 * request_id + 3 * i) % 5000 for i in range(prompt)] if isinstance(prompt, int) else prompt
@@ -44,7 +57,7 @@ def request(
         tokens=tokens,
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids or [],
-        sampling=GREEDY,
+        sampling=sampling,
     )
 
 
@@ -333,6 +346,66 @@ def test_options_that_do_not_fit_together_are_refused(changes: dict[str, int], m
         scheduler_options(**changes)
 
 
+def test_prompt_logprobs_come_chunk_by_chunk_and_once_in_spite_of_preemption() -> None:
+    line = FakeLine(scheduler_options(stages=1, slots=4, blocks=7))
+    requests = [request(request_id, 70, 50, sampling=SCORED) for request_id in range(3)]
+    for added in requests:
+        line.scheduler.add(added)
+    told: dict[int, list[list[TokenLogprobs]]] = {added.request_id: [] for added in requests}
+    while line.scheduler.counts().running + line.scheduler.counts().waiting:
+        line.submit()
+        for output in line.deliver():
+            if output.prompt_logprobs:
+                told[output.request_id].append(output.prompt_logprobs)
+    assert line.scheduler.preemptions > 0
+    for added in requests:
+        assert [entry for chunk in told[added.request_id] for entry in chunk] == scores(added.tokens, 0, 70)
+    # The first chunk ends at position 63, whose logits score the token at 64.
+    assert [len(chunk) for chunk in told[0]] == [64, 5]
+
+
+def test_log_probabilities_of_another_number_than_asked_for_are_refused() -> None:
+    line = FakeLine(scheduler_options())
+    line.scheduler.add(request(0, 5, 5, sampling=SCORED))
+    line.submit()
+    result = line.results.popleft()
+    for broken in (
+        msgspec.structs.replace(result, prompt_logprobs=[]),
+        msgspec.structs.replace(result, logprobs=result.logprobs * 2),
+    ):
+        with pytest.raises(ProtocolError, match=r"log-probabilities of . tokens and . prompts for step 0"):
+            line.scheduler.on_result(broken)
+
+
+def test_a_prefill_step_takes_no_longer_than_so_many_decode_steps_where_others_wait_for_it() -> None:
+    line = FakeLine(scheduler_options(slots=30, blocks=300, max_model_len=2048, prefill_chunk=1024, prefill_wait=6.0))
+    line.scheduler.add(request(0, 40, 2000))
+    for _ in range(4):
+        line.submit()
+        line.deliver()
+    for request_id in range(1, 5):
+        line.scheduler.add(request(request_id, 1500, 8))
+    for _ in range(200):
+        while line.submit():
+            pass
+        line.deliver()
+    lengths = [step.token_count for step in line.steps if step.mode == "prefill"]
+    decode = max(step_seconds(step) for step in line.steps if step.mode == "decode")
+    assert all(step_seconds(step) <= 6.0 * decode for step in line.steps if step.mode == "prefill")
+    assert lengths[0] == 40
+    assert sum(lengths) == 40 + 4 * 1500
+    assert max(lengths) == 96  # 6 * 21 / (1 + 1 / 96) is 124: three blocks, and the fourth would be too long.
+
+
+def test_a_prompt_that_nobody_waits_for_is_prefilled_in_the_largest_chunks() -> None:
+    line = FakeLine(scheduler_options(slots=30, blocks=300, max_model_len=2048, prefill_chunk=1024, prefill_wait=1.0))
+    line.scheduler.add(request(0, 40, 4))
+    line.drain()
+    line.scheduler.add(request(1, 2000, 4))
+    line.drain()
+    assert [step.token_count for step in line.steps if step.mode == "prefill"] == [40, 1024, 976]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals, ends, aborts, shortage, preemption and restarts in any order."""
 
@@ -343,9 +416,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         pools=st.integers(1, 2),
         blocks=st.integers(4, 7),
         prefill_chunk=st.sampled_from([32, 64, 128]),
+        prefill_wait=st.sampled_from([0.1, 3.0, 50.0]),
     )
     def begin(
-        self, stages: int, microbatches: int | None, lanes: int, pools: int, blocks: int, prefill_chunk: int
+        self,
+        stages: int,
+        microbatches: int | None,
+        lanes: int,
+        pools: int,
+        blocks: int,
+        prefill_chunk: int,
+        prefill_wait: float,
     ) -> None:
         steps_in_flight = microbatches or (stages + 1 if stages > 1 else 1)
         self.line = FakeLine(
@@ -356,12 +437,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 pools=pools,
                 blocks=blocks,
                 prefill_chunk=prefill_chunk,
+                prefill_wait=prefill_wait,
             )
         )
         self.steps_in_flight = steps_in_flight
         self.scheduler = self.line.scheduler
         self.live: dict[int, AddRequest] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.scores: dict[int, list[TokenLogprobs]] = {}
         self.stale: list[StepResult] = []
         self.must_end: set[int] = set()
         self.prefills_waited = [0] * steps_in_flight
@@ -372,10 +455,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.sampled_from([1, 20, 31, 32, 33, 63, 64, 65, 95]),
         max_tokens=st.integers(1, 33),
         stop=st.lists(st.integers(0, VOCABULARY - 1), max_size=1),
+        sampling=st.sampled_from([GREEDY, SCORED]),
     )
-    def add(self, count: int, prompt: int, max_tokens: int, stop: list[int]) -> None:
+    def add(self, count: int, prompt: int, max_tokens: int, stop: list[int], sampling: SamplingParams) -> None:
         for _ in range(count):
-            added = request(len(self.tokens), prompt, max_tokens, stop)
+            added = request(len(self.tokens), prompt, max_tokens, stop, sampling)
+            self.scores[added.request_id] = []
             self.scheduler.add(added)
             self.live[added.request_id] = added
             self.tokens[added.request_id] = []
@@ -432,8 +517,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             asked = self.live[output.request_id]
             assert output.error is None
             self.tokens[output.request_id] += output.tokens
+            self.scores[output.request_id] += output.prompt_logprobs
+            is_scored = asked.sampling.logprobs is not None
+            assert [entry.logprob for entry in output.logprobs] == [-float(t) for t in output.tokens if is_scored]
+            if output.tokens:
+                prompt = asked.tokens if is_scored else []
+                assert self.scores[output.request_id] == scores(prompt, 0, len(prompt))
             if output.finish_reason is None:
-                assert len(output.tokens) == 1
+                assert len(output.tokens) == 1 or output.prompt_logprobs
                 continue
             del self.live[output.request_id]
             answer = reference_answer(asked.tokens, asked.max_tokens, asked.stop_token_ids)
@@ -491,7 +582,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """The oldest running request gets on within a bounded number of results, and so everything ends."""
-        chunks = -(-128 // self.line.options.prefill_chunk)
+        chunks = 128 // self.line.options.cache.block_size  # A chunk may be as short as a block.
         bound = 2 * chunks + 4 * self.steps_in_flight
         stalled, last = 0, (-1, -1)
         while self.live:
