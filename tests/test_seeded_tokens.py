@@ -1,4 +1,4 @@
-"""A request's random tokens depend on the request alone: not on its company, its stages or what became of it between."""
+"""A request's random tokens depend on it alone: not on its company, its stages or what became of it between."""
 
 import asyncio
 from collections.abc import AsyncIterator
