@@ -9,10 +9,14 @@ State = Literal["loading", "ready", "running", "blocked", "failed", "closed", "s
 
 
 class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a stage has come in starting; `layers_done` of `layers` have their weights."""
+    """How far a stage has come in starting; `layers_done` of `layers` have their weights.
+
+    It has `rows` of its host's Galaxy rows.
+    """
 
     stage: int
     host: str
+    rows: list[int]
     phase: Phase
     layers_done: int
     layers: int
@@ -22,9 +26,9 @@ class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
     """How a stage fares.
 
     "running" is within a step, `step_id`, since `step_seconds`; "blocked" has done it and waits for the next stage to
-    take it; else `step_id` is None. "silent" did not answer
-    in time and "dead" has lost its process: only `stage`, `host` and `detail` mean something then. `busy_seconds` of
-    all steps done, together with the time between two reports, give the share of time that the stage computes.
+    take it; else `step_id` is None. "silent" did not answer in time and "dead" has lost its process: only `stage`,
+    `host`, `pid` and `detail` mean something then. `busy_seconds` of all steps done, together with the time between
+    two reports, give the share of time that the stage computes. `resident_bytes` is its process's memory.
     """
 
     stage: int
@@ -37,4 +41,5 @@ class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
     busy_seconds: float
     layers_done: int
     layers: int
+    resident_bytes: int
     detail: str

@@ -68,7 +68,14 @@ class Launch:
         for seat, spec in zip(placement.seats, options.specs, strict=True):
             layers = len(spec.layers)
             self._on_progress(
-                StageProgress(stage=spec.index, host=seat.host.name, phase="ready", layers_done=layers, layers=layers)
+                StageProgress(
+                    stage=spec.index,
+                    host=seat.host.name,
+                    rows=seat.rows,
+                    phase="ready",
+                    layers_done=layers,
+                    layers=layers,
+                )
             )
         return inlet
 

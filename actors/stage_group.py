@@ -126,6 +126,7 @@ class StageGroup:
             busy_seconds=0.0,
             layers_done=0,
             layers=0,
+            resident_bytes=0,
             detail=detail,
         )
 
@@ -147,7 +148,14 @@ class StageGroup:
             self._pids[health.stage] = health.pid
 
     def _progress(self, index: int, phase: Phase, done: int, layers: int) -> StageProgress:
-        return StageProgress(stage=index, host=self._host(index), phase=phase, layers_done=done, layers=layers)
+        return StageProgress(
+            stage=index,
+            host=self._host(index),
+            rows=self._setups[index].rows,
+            phase=phase,
+            layers_done=done,
+            layers=layers,
+        )
 
     def _host(self, index: int) -> str:
         return self._setups[index].identity.host

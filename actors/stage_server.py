@@ -15,6 +15,7 @@ from actors.clock import now_ns
 from actors.errors import LinkError
 from actors.health import StageHealth, State
 from actors.io_thread import IoThread
+from actors.memory import resident_bytes
 from actors.runner import OnProgress, StageRunner
 from actors.sockets.address import Address
 from actors.sockets.host import HostLink
@@ -83,6 +84,7 @@ class StageServer:
             busy_seconds=self._busy_seconds,
             layers_done=self._progress[0],
             layers=self._progress[1],
+            resident_bytes=resident_bytes(),
             detail=self._detail,
         )
 

@@ -149,6 +149,11 @@ _ENGINE_OPTIONS = [
         help="Seconds that one step may take.",
     ),
     click.option(
+        "--timeline",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="A file for a trace of all steps, one track a stage; Perfetto (ui.perfetto.dev) opens it.",
+    ),
+    click.option(
         "--override-tt-config",
         type=JsonObject(),
         callback=_note_tt_config,

@@ -11,15 +11,18 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import structlog
 import uvloop
 
-from actors.health import StageProgress
+from actors.clock import now_ns
+from actors.health import StageHealth, StageProgress
 from actors.log import configure_logging
 from actors.options import PipelineOptions
+from api.engine_metrics import EngineMeters
 from api.engine_options import EngineOptions
 from api.engine_state import failed_state
 from api.errors import EngineError, RequestError, exit_code
@@ -30,12 +33,17 @@ from api.messages import (
     EngineState,
     FromEngine,
     GetCounts,
+    GetMetrics,
+    GetPipelineReport,
     Outputs,
     RequestOutput,
     ToEngine,
 )
+from api.pipeline_reports import PipelineReports
 from api.scheduler import Scheduler
 from api.signals import on_stop_signal
+from api.step_watch import StepWatch
+from api.timeline import Timeline, open_timeline
 from stages.step import Step, StepResult
 from weights.errors import GalaxylineError
 
@@ -57,6 +65,9 @@ class StartedPipeline(Protocol):
     async def receive(self) -> StepResult:
         """The next result, in the order of submission. Raises PipelineError."""
 
+    async def health(self) -> list[StageHealth]:
+        """What every stage says of itself, in order; returns within about a second."""
+
     async def close(self) -> None:
         """Ends all stages."""
 
@@ -74,6 +85,9 @@ class Engine:
         self._start_pipeline = start_pipeline
         self._send = send
         self._scheduler = Scheduler(options.scheduler, epoch=0)
+        self._meters = EngineMeters(len(options.pipeline.specs))
+        self._watch = StepWatch(self._scheduler, self._meters)
+        self._reports = PipelineReports(options, self._scheduler, self._meters, send)
         self._changed = asyncio.Event()
         self._pipeline: StartedPipeline | None = None
 
@@ -88,9 +102,15 @@ class Engine:
             self._add(message)
         elif isinstance(message, AbortRequest):
             self._scheduler.abort(message.request_id)
+            self._watch.request_aborted(message.request_id)
         elif isinstance(message, GetCounts):
             counts = self._scheduler.counts()
             self._send(msgspec.structs.replace(counts, tasks=len(asyncio.all_tasks())))
+        elif isinstance(message, GetMetrics):
+            counts, preemptions = self._scheduler.counts(), self._scheduler.preemptions
+            self._send(self._meters.metrics(counts, preemptions, self._reports.roster.hosts))
+        elif isinstance(message, GetPipelineReport):
+            self._reports.ask(self._pipeline)
 
     async def run(self) -> None:
         """Starts the pipeline and serves until it fails or the task is cancelled; `close` is to follow in any case.
@@ -100,9 +120,13 @@ class Engine:
         """
         self._send(EngineState(phase="loading", detail="The stages are being placed."))
         try:
+            if self._options.timeline is not None:
+                self._watch.timeline = Timeline(open_timeline(Path(self._options.timeline)))
             self._pipeline = await self._start_pipeline(self._options.pipeline, self._tell_progress)
             # A new pipeline knows no request: those that wait for it, or ran on a former one, begin anew.
             self._scheduler.reset(self._pipeline.epoch)
+            if self._watch.timeline is not None:
+                self._watch.timeline.name_stages(self._reports.roster.hosts)
             self._send(EngineState(phase="ready", detail=""))
             await self._serve(self._pipeline)
         except asyncio.CancelledError:
@@ -114,6 +138,9 @@ class Engine:
 
     async def close(self) -> None:
         """Ends the stages. Raises EngineError when they do not end in their time."""
+        if self._watch.timeline is not None:
+            self._watch.timeline.close()
+        self._reports.close()
         if self._pipeline is None:
             return
         closing = asyncio.ensure_future(self._pipeline.close())
@@ -139,14 +166,18 @@ class Engine:
             await self._changed.wait()
             self._changed.clear()
             while step := self._scheduler.next_step():
+                self._watch.step_issued(step)
                 await pipeline.submit(step)
 
     async def _collect(self, pipeline: StartedPipeline) -> None:
         while True:
-            outputs = self._scheduler.on_result(await pipeline.receive())
+            result = await pipeline.receive()
+            returned_ns = now_ns()
+            outputs = self._scheduler.on_result(result)
             self._changed.set()
             if outputs:
                 self._send(Outputs(outputs=outputs))
+            self._watch.step_returned(result, outputs, returned_ns)
 
     def _add(self, request: AddRequest) -> None:
         try:
@@ -155,9 +186,11 @@ class Engine:
             refusal = RequestOutput(request_id=request.request_id, tokens=[], finish_reason="error", error=str(error))
             self._send(Outputs(outputs=[refusal]))
         else:
+            self._watch.request_came(request.request_id)
             self._changed.set()
 
     def _tell_progress(self, progress: StageProgress) -> None:
+        self._reports.roster.note(progress)
         detail = f"Stage {progress.stage} on {progress.host}: {progress.phase}"
         if progress.phase == "loading":
             detail += f", {progress.layers_done} of {progress.layers} layers"
@@ -165,7 +198,10 @@ class Engine:
 
     def _fail(self, error: GalaxylineError) -> None:
         self._send(failed_state(error))
-        self._send(Outputs(outputs=self._scheduler.fail(str(error))))
+        outputs = self._scheduler.fail(str(error))
+        self._send(Outputs(outputs=outputs))
+        self._watch.pipeline_lost()
+        self._watch.requests_ended(outputs)
 
 
 class EngineProcess:

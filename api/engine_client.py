@@ -6,9 +6,9 @@ import os
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 import msgspec
 
@@ -16,27 +16,54 @@ from api.engine_options import EngineOptions
 from api.engine_state import error_of, failed_state
 from api.errors import EngineError, NotReadyError
 from api.framing import Framing
-from api.messages import AbortRequest, AddRequest, Counts, EngineState, FromEngine, GetCounts, Outputs, RequestOutput
+from api.messages import (
+    AbortRequest,
+    AddRequest,
+    Counts,
+    EngineMetrics,
+    EngineState,
+    FinishReason,
+    FromEngine,
+    GetCounts,
+    GetMetrics,
+    GetPipelineReport,
+    Outputs,
+    PipelineReport,
+    RequestOutput,
+)
+from api.questions import Questions
+from api.request_metrics import RequestMetrics
 from api.request_stream import RequestStream
 from api.scheduler import check_request
 
 EXIT_MARGIN_S = 5.0
 """What the engine gets beyond its stages' deadline before it is killed, and its connection after its own end."""
 
+ANSWER_TIMEOUT_S = 5.0
+"""The engine answers at once, or within the second that it gives its stages; only its own start takes longer."""
+
+Answer = TypeVar("Answer")
+
 
 class EngineClient:
-    """One engine process and the requests in it. Belongs to the event loop that started it."""
+    """One engine process and the requests in it. Belongs to the event loop that started it.
+
+    `requests` measures every request from here on.
+    """
 
     def __init__(self, options: EngineOptions, on_state: Callable[[EngineState], None] | None = None) -> None:
         """Not started yet: see `start`. Raises OptionError when the scheduler's options do not fit together."""
         self._options = options
         self._cache = options.scheduler.cache
+        self.requests = RequestMetrics(self._cache.max_model_len)
         self._on_state = on_state
         self._state = EngineState(phase="loading", detail="The engine process starts.")
         self._state_changed = asyncio.Event()
         self._request_ids = itertools.count()
         self._streams: dict[int, RequestStream] = {}
-        self._counts: deque[asyncio.Future[Counts]] = deque()
+        self._counts: Questions[Counts] = Questions()
+        self._metrics: Questions[EngineMetrics] = Questions()
+        self._reports: Questions[PipelineReport] = Questions()
         self._messages: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._framing = Framing(self._take)
         self._process: Process | None = None
@@ -104,20 +131,21 @@ class EngineClient:
             raise ValueError(f"Request {request.request_id} is running already.")
         stream = RequestStream(request.request_id, self._abort)
         self._streams[request.request_id] = stream
+        self.requests.began(request)
         self._framing.send(request)
         return stream
 
-    async def counts(self, timeout_s: float = 5.0) -> Counts:
+    async def counts(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Counts:
         """The engine's books. Raises EngineError if the engine is gone or does not answer in `timeout_s` seconds."""
-        if self._framing.lost.is_set():
-            raise EngineError("The engine is gone.")
-        answer: asyncio.Future[Counts] = asyncio.get_running_loop().create_future()
-        self._counts.append(answer)
-        self._framing.send(GetCounts())
-        try:
-            return await asyncio.wait_for(answer, timeout_s)
-        except asyncio.TimeoutError:
-            raise EngineError(f"The engine did not say its counts within {timeout_s:g} s.") from None
+        return await self._answer(self._counts, GetCounts(), timeout_s)
+
+    async def metrics(self, timeout_s: float = ANSWER_TIMEOUT_S) -> EngineMetrics:
+        """What the engine has measured. Raises EngineError as `counts` does."""
+        return await self._answer(self._metrics, GetMetrics(), timeout_s)
+
+    async def report(self, timeout_s: float = ANSWER_TIMEOUT_S) -> PipelineReport:
+        """What the engine and its stages do now. Raises EngineError as `counts` does."""
+        return await self._answer(self._reports, GetPipelineReport(), timeout_s)
 
     async def close(self) -> None:
         """Ends the engine and its pipeline; kills it when it is not gone `close_timeout_s` later. May be repeated."""
@@ -129,6 +157,18 @@ class EngineClient:
         if running:
             self._process.kill()
         await self._watching
+
+    async def _answer(
+        self, questions: Questions[Answer], question: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
+    ) -> Answer:
+        if self._framing.lost.is_set():
+            raise EngineError("The engine is gone.")
+        answer = questions.ask()
+        self._framing.send(question)
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except asyncio.TimeoutError:
+            raise EngineError(f"The engine did not answer within {timeout_s:g} s.") from None
 
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -169,25 +209,29 @@ class EngineClient:
     def _take(self, frame: memoryview) -> None:
         message = self._messages.decode(frame)
         if isinstance(message, Outputs):
-            for output in message.outputs:
-                self._hand_on(output)
+            self._hand_on(message.outputs)
         elif isinstance(message, EngineState):
             self._set_state(message)
         elif isinstance(message, Counts):
-            answer = self._counts.popleft()
-            if not answer.done():
-                answer.set_result(message)
+            self._counts.answer(message)
+        elif isinstance(message, EngineMetrics):
+            self._metrics.answer(message)
+        elif isinstance(message, PipelineReport):
+            self._reports.answer(message)
 
-    def _hand_on(self, output: RequestOutput) -> None:
-        # What was on its way when a request was aborted has no stream any more.
-        stream = self._streams.get(output.request_id)
-        if stream is not None:
-            stream.push(output)
-            if output.finish_reason is not None:
-                del self._streams[output.request_id]
+    def _hand_on(self, outputs: list[RequestOutput]) -> None:
+        self.requests.received(outputs)
+        for output in outputs:
+            # What was on its way when a request was aborted has no stream any more.
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.push(output)
+                if output.finish_reason is not None:
+                    del self._streams[output.request_id]
 
-    def _abort(self, request_id: int) -> None:
+    def _abort(self, request_id: int, reason: FinishReason) -> None:
         del self._streams[request_id]
+        self.requests.ended_here(request_id, reason)
         self._framing.send(AbortRequest(request_id=request_id))
 
     def _set_state(self, state: EngineState) -> None:
@@ -201,11 +245,12 @@ class EngineClient:
         """Nothing comes from the engine any more. The reason that it gave itself, if it failed, stays."""
         if self._state.phase != "failed":
             self._set_state(failed_state(error))
-        for request_id in list(self._streams):
-            self._hand_on(
-                RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=self._state.detail)
-            )
-        for answer in self._counts:
-            if not answer.done():
-                answer.set_exception(EngineError(self._state.detail))
-        self._counts.clear()
+        sentence = self._state.detail
+        self._hand_on(
+            [
+                RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=sentence)
+                for request_id in self._streams
+            ]
+        )
+        for questions in (self._counts, self._metrics, self._reports):
+            questions.fail(EngineError(sentence))

@@ -13,7 +13,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `microbatches`, `prefill_chunk` and `prefill_wait` are the scheduler's (see `SchedulerOptions`). `pipeline_start`
     is the import path "module:attribute" of an async function (PipelineOptions, on_progress) -> pipeline.
-    `close_timeout_s` bounds how long stages get to end before the engine leaves without them.
+    `close_timeout_s` bounds how long stages get to end before the engine leaves without them. `timeline` is the file
+    that a trace of all steps is written to.
     """
 
     pipeline: PipelineOptions
@@ -22,6 +23,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill_wait: float = DEFAULT_PREFILL_WAIT
     close_timeout_s: float = 30.0
     pipeline_start: str = PIPELINE_START
+    timeline: str | None = None
 
     @property
     def scheduler(self) -> SchedulerOptions:

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from api.histogram import Histogram
+from api.pipeline_view import StageView
 from stages.step import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -35,6 +37,14 @@ class AbortRequest(Message, frozen=True, kw_only=True):
 
 class GetCounts(Message, frozen=True, kw_only=True):
     """Asks for `Counts`."""
+
+
+class GetMetrics(Message, frozen=True, kw_only=True):
+    """Asks for `EngineMetrics`."""
+
+
+class GetPipelineReport(Message, frozen=True, kw_only=True):
+    """Asks for a `PipelineReport`."""
 
 
 class RequestOutput(Message, frozen=True, kw_only=True):
@@ -85,5 +95,45 @@ class Counts(Message, frozen=True, kw_only=True):
     tasks: int = 0
 
 
-ToEngine = AddRequest | AbortRequest | GetCounts
-FromEngine = Outputs | EngineState | Counts
+class StageMetrics(Message, frozen=True, kw_only=True):
+    """What was measured of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md."""
+
+    stage: int
+    host: str
+    busy_seconds: float
+    busy_share: float
+    bubble_seconds: float
+    prefill_steps: Histogram
+    decode_steps: Histogram
+    hops: Histogram
+    queues: Histogram
+
+
+class EngineMetrics(Message, frozen=True, kw_only=True):
+    """What the engine has measured since it began, in seconds. `stages` is empty before a first pipeline is ready.
+
+    `queue_times` are those of requests until they got a slot, `step_times` those of steps from their submission to
+    their result, and `result_hops` the last stretch of these, from the last stage to the engine.
+    """
+
+    counts: Counts
+    preemptions: int
+    queue_times: Histogram
+    prefill_steps: Histogram
+    decode_steps: Histogram
+    result_hops: Histogram
+    stages: list[StageMetrics]
+
+
+class PipelineReport(Message, frozen=True, kw_only=True):
+    """What the engine and its stages do at this moment. `epoch` is None while there is no pipeline."""
+
+    epoch: int | None
+    microbatches: int
+    counts: Counts
+    preemptions: int
+    stages: list[StageView]
+
+
+ToEngine = AddRequest | AbortRequest | GetCounts | GetMetrics | GetPipelineReport
+FromEngine = Outputs | EngineState | Counts | EngineMetrics | PipelineReport

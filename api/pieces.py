@@ -113,7 +113,7 @@ async def _pieces(text: CompletionText, stream: TokenStream) -> AsyncGenerator[P
     async for output in stream:
         for piece in text.add(output):
             if piece.finish_reason is not None:
-                await stream.aclose()
+                await stream.aclose("stop")
             yield piece
             if piece.finish_reason is not None:
                 return

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from api.errors import EngineError
-from api.messages import RequestOutput
+from api.messages import FinishReason, RequestOutput
 
 
 class RequestStream(AsyncIterator[RequestOutput]):
@@ -14,8 +14,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
     or cancelling the task that waits on it, before the last output aborts the request: use `contextlib.aclosing`.
     """
 
-    def __init__(self, request_id: int, abort: Callable[[int], None]) -> None:
-        """`abort` is called once at most, and never after the last output was pushed."""
+    def __init__(self, request_id: int, abort: Callable[[int, FinishReason], None]) -> None:
+        """`abort` is called once at most, with why, and never after the last output was pushed."""
         self._request_id = request_id
         self._abort = abort
         self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
@@ -40,9 +40,9 @@ class RequestStream(AsyncIterator[RequestOutput]):
             raise EngineError(output.error or "The engine gave no reason.")
         return output
 
-    async def aclose(self) -> None:
-        """Aborts the request unless it has ended. May be repeated."""
+    async def aclose(self, reason: FinishReason = "abort") -> None:
+        """Aborts the request unless it has ended: "stop" where its text is complete. May be repeated."""
         self._is_over = True
         if not self._is_complete:
             self._is_complete = True
-            self._abort(self._request_id)
+            self._abort(self._request_id, reason)

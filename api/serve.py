@@ -16,6 +16,7 @@ from api.engine_client import EngineClient
 from api.engine_options import EngineOptions
 from api.listener import listen, url
 from api.model_source import ModelSource, check_model_files
+from api.monitoring import add_monitoring_routes
 from api.served_model import ServedModel
 from api.settings import ENGINE_MARGIN_S, EngineSettings
 from api.signals import on_stop_signal
@@ -57,9 +58,11 @@ async def _serve(
 ) -> None:
     progress = StartProgress(Console(stderr=True))
     async with EngineClient.start(options, progress.update) as engine:
+        app = create_app(model, engine, settings.engine.seed)
+        add_monitoring_routes(app, model.name, engine)
         server = _Server(
             uvicorn.Config(
-                create_app(model, engine, settings.engine.seed),
+                app,
                 http="httptools",
                 ws="none",
                 lifespan="on",

@@ -12,6 +12,7 @@ from api.engine_options import EngineOptions
 from api.errors import OptionError
 from api.model_source import ModelSource
 from api.scheduler_options import DEFAULT_PREFILL_WAIT, default_microbatches
+from api.timeline import open_timeline
 from stages.options import CacheOptions, Dtype, LoadFormat, StageOptions
 from stages.plan import StageSpec, explicit_stages, plan_stages
 from weights.model_config import ModelConfig
@@ -37,6 +38,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `seed` is that of dummy weights, 0 by default. `max_model_len`, `block_size` and `prefill_chunk` are in tokens,
     `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps.
+    `num_blocks` in blocks of `block_size`. A trace of all steps is written to `timeline`.
     """
 
     cache_dir: Path
@@ -56,12 +58,16 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     ray_address: str | None = None
     start_timeout_s: float = 600.0
     step_timeout_s: float = 60.0
+    timeline: Path | None = None
 
     def engine_options(self, source: ModelSource, config: ModelConfig) -> EngineOptions:
         """What the engine is told. Logs every option that is not followed to the letter.
 
-        Raises OptionError or PlanError where the options do not fit the model, each other, or this host's memory.
+        Raises OptionError or PlanError where the options do not fit the model, each other, or this host's memory, and
+        OptionError where `timeline` cannot be written.
         """
+        if self.timeline is not None:
+            open_timeline(self.timeline).close()
         specs = self._specs(config)
         dtype = self._dtype(source)
         return EngineOptions(
@@ -85,6 +91,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             prefill_chunk=self._prefill_chunk(),
             microbatches=self.microbatches,
             prefill_wait=self.prefill_wait,
+            timeline=None if self.timeline is None else str(self.timeline.absolute()),
         )
 
     def _specs(self, config: ModelConfig) -> list[StageSpec]:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from api.messages import AddRequest, EngineState, RequestOutput
+from api.messages import AddRequest, EngineState, FinishReason, RequestOutput
 
 
 class TokenStream(Protocol):
@@ -12,8 +12,8 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         """Itself."""
 
-    async def aclose(self) -> None:
-        """Aborts the request unless it has ended. May be repeated."""
+    async def aclose(self, reason: FinishReason = "abort") -> None:
+        """Aborts the request unless it has ended: "stop" where its text is complete. May be repeated."""
 
 
 class TokenSource(Protocol):

@@ -11,8 +11,11 @@ import zlib
 from array import array
 from collections.abc import Callable, Sequence
 
+import msgspec
+
+from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError
-from actors.health import StageProgress
+from actors.health import StageHealth, StageProgress
 from actors.options import PipelineOptions
 from api.engine_options import EngineOptions
 from stages.options import CacheOptions, StageOptions
@@ -164,16 +167,23 @@ class FakeStage:
         return stored[: self._lengths[slot]]
 
 
+HOP_NS, QUEUE_NS, STEP_NS = 1_000, 2_000, 5_000
+"""What every stage of a FakePipeline says that it took."""
+
+
 class FakePipeline:
     """A pipeline around a FakeStage, which gives its results at once.
 
-    From step `break_at` on it fails; from step `stall_at` on it gives no results.
+    From step `break_at` on it fails; from step `stall_at` on it gives no results. Stages claim the times above, one
+    after the other from the submission on.
     """
 
     def __init__(self, options: PipelineOptions, break_at: float = math.inf, stall_at: float = math.inf) -> None:
         self.epoch = 7
         self.is_closed = False
         self.steps: list[Step] = []
+        self.timings: list[list[StageTiming]] = []
+        self.healths = [fake_health(spec.index) for spec in options.specs]
         self._stage = FakeStage(options.stage.cache, prefill_chunk=1 << 20)
         self._results: asyncio.Queue[StepResult] = asyncio.Queue()
         self._break_at = break_at
@@ -185,7 +195,8 @@ class FakePipeline:
         if step.step_id >= self._break_at:
             raise PipelineError(f"Stage 1 on fake-host died at step {step.step_id}: no cause.")
         self.steps.append(step)
-        result = self._stage.run(step)
+        self.timings.append(fake_timings(now_ns(), len(self.healths)))
+        result = msgspec.structs.replace(self._stage.run(step), timings=self.timings[-1])
         if step.step_id < self._stall_at:
             self._results.put_nowait(result)
 
@@ -193,9 +204,41 @@ class FakePipeline:
         """The next result."""
         return await self._results.get()
 
+    async def health(self) -> list[StageHealth]:
+        """What the test wants."""
+        return self.healths
+
     async def close(self) -> None:
         """Nothing to end."""
         self.is_closed = True
+
+
+def fake_timings(submitted_ns: int, stages: int) -> list[StageTiming]:
+    """What the stages say of a step that is submitted now."""
+    timings: list[StageTiming] = []
+    for stage in range(stages):
+        received_ns = submitted_ns + stage * (HOP_NS + QUEUE_NS + STEP_NS) + HOP_NS
+        began_ns = received_ns + QUEUE_NS
+        timings.append(StageTiming(received_ns=received_ns, began_ns=began_ns, ended_ns=began_ns + STEP_NS))
+    return timings
+
+
+def fake_health(stage: int) -> StageHealth:
+    """A stage between two steps."""
+    return StageHealth(
+        stage=stage,
+        host="fake-host",
+        pid=1000 + stage,
+        state="ready",
+        step_id=None,
+        step_seconds=0.0,
+        steps_done=7,
+        busy_seconds=0.0,
+        layers_done=2,
+        layers=2,
+        resident_bytes=3 << 20,
+        detail="",
+    )
 
 
 OnProgress = Callable[[StageProgress], None]
@@ -205,7 +248,14 @@ def tell_progress(options: PipelineOptions, on_progress: OnProgress) -> None:
     """Every stage loads its first layer."""
     for spec in options.specs:
         on_progress(
-            StageProgress(stage=spec.index, host="fake-host", phase="loading", layers_done=1, layers=len(spec.layers))
+            StageProgress(
+                stage=spec.index,
+                host="fake-host",
+                rows=[spec.index],
+                phase="loading",
+                layers_done=1,
+                layers=len(spec.layers),
+            )
         )
 
 

@@ -43,7 +43,7 @@ class FakeStream:
         self.ended = output.finish_reason is not None
         return output
 
-    async def aclose(self) -> None:
+    async def aclose(self, reason: FinishReason = "abort") -> None:
         if not self.ended:
             self.aborted.set()
 

@@ -293,6 +293,7 @@ def health(stage: int, state: State, detail: str = "", seconds: float = 0.0) -> 
         busy_seconds=0.0,
         layers_done=0,
         layers=0,
+        resident_bytes=0,
         detail=detail,
     )
 

@@ -1,0 +1,128 @@
+"""The pipeline as `GET /pipeline` and `galaxyline status` show it."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from actors.health import Phase, StageHealth, StageProgress, State
+from stages.plan import StageSpec
+
+StageState = Literal["placing", Phase, State]
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage: where it is, what it holds, and what it does.
+
+    `host`, `rows` and `pid` are None until they are known. It holds the layers [first_layer, end_layer), of which
+    `layers_done` are loaded. `state` is that of `StageProgress` until the pipeline is ready and that of `StageHealth`
+    from then on, "placing" before either. `step_id` is the step it works on, since `step_seconds`. `busy_share` is the
+    share of the last ten seconds that it computed in. `resident_bytes` is the memory of its process.
+    """
+
+    stage: int
+    host: str | None
+    rows: list[int] | None
+    pid: int | None
+    first_layer: int
+    end_layer: int
+    layers_done: int
+    state: StageState
+    detail: str
+    step_id: int | None
+    step_seconds: float
+    steps_done: int
+    busy_share: float
+    restarts: int
+    resident_bytes: int | None
+    kv_cache_blocks_used: int
+
+
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's books: see `Counts`. `epoch` is None while there is no pipeline."""
+
+    pid: int
+    epoch: int | None
+    microbatches: int
+    steps_in_flight: int
+    requests_running: int
+    requests_waiting: int
+    preemptions: int
+    slots: int
+    slots_used: int
+    kv_cache_blocks: int
+    kv_cache_blocks_used: int
+
+
+class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `GET /pipeline`. `detail` says what is loaded, or why the engine failed.
+
+    Once it has failed and is gone, `engine` is None and there are no `stages`.
+    """
+
+    model: str
+    phase: Literal["loading", "ready", "failed"]
+    detail: str
+    engine: EngineView | None
+    stages: list[StageView]
+
+
+class StageRoster:
+    """What is known of every stage from its start: where it was placed, how far it has loaded, how often it began."""
+
+    def __init__(self, specs: Sequence[StageSpec]) -> None:
+        self._specs = specs
+        self._last: dict[int, StageProgress] = {}
+        self._starts: Counter[int] = Counter()
+
+    def note(self, progress: StageProgress) -> None:
+        """A stage has come further in starting."""
+        self._last[progress.stage] = progress
+        if progress.phase == "starting":
+            self._starts[progress.stage] += 1
+
+    @property
+    def hosts(self) -> list[str]:
+        """Where each stage is; empty names before they were placed."""
+        places = [self._last.get(spec.index) for spec in self._specs]
+        return ["" if progress is None else progress.host for progress in places]
+
+    def views(
+        self, healths: Sequence[StageHealth], busy_share: Callable[[int], float], kv_cache_blocks_used: int
+    ) -> list[StageView]:
+        """All stages in order. `healths` is empty while the pipeline starts, else has one entry for each stage."""
+        by_stage = {health.stage: health for health in healths}
+        return [
+            self._view(spec, by_stage.get(spec.index), busy_share(spec.index), kv_cache_blocks_used)
+            for spec in self._specs
+        ]
+
+    def _view(
+        self, spec: StageSpec, health: StageHealth | None, busy_share: float, kv_cache_blocks_used: int
+    ) -> StageView:
+        progress = self._last.get(spec.index)
+        return StageView(
+            stage=spec.index,
+            host=None if progress is None else progress.host,
+            rows=None if progress is None else progress.rows,
+            pid=None if health is None else health.pid or None,
+            first_layer=spec.first_layer,
+            end_layer=spec.end_layer,
+            layers_done=0 if progress is None else progress.layers_done,
+            state=_state(progress, health),
+            detail="" if health is None else health.detail,
+            step_id=None if health is None else health.step_id,
+            step_seconds=0.0 if health is None else health.step_seconds,
+            steps_done=0 if health is None else health.steps_done,
+            busy_share=busy_share,
+            restarts=max(self._starts[spec.index] - 1, 0),
+            resident_bytes=None if health is None else health.resident_bytes or None,
+            kv_cache_blocks_used=kv_cache_blocks_used,
+        )
+
+
+def _state(progress: StageProgress | None, health: StageHealth | None) -> StageState:
+    if health is not None:
+        return health.state
+    return "placing" if progress is None else progress.phase
