@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 import msgspec
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from actors.clock import now_ns
 from actors.errors import LinkError
@@ -103,6 +104,8 @@ class StageServer:
     # The compute thread
 
     def _compute_steps(self, make_runner: Callable[[OnProgress], StageRunner], loaded: "Future[None]") -> None:
+        # Whatever the runner logs says of which stage, and of which step, it is.
+        bind_contextvars(stage=self._identity.index)
         try:
             runner = make_runner(self._note_progress)
         except Exception as error:
@@ -127,6 +130,7 @@ class StageServer:
         began_ns = now_ns()
         self._current = (step.step_id, time.monotonic())
         self._turn("ready", "running")
+        bind_contextvars(step_id=step.step_id)
         try:
             output = runner.step(step, arrival.payload)
             self._check_output(output)

@@ -1,4 +1,4 @@
-"""The command line: `galaxyline serve` and `galaxyline demo`."""
+"""The command line: `galaxyline serve`, `galaxyline demo` and `galaxyline status`."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ import sys
 import click
 import msgspec
 import uvloop
+from rich.console import Console
 
 from actors.log import configure_logging
 from api.cli_options import COUNT, SECONDS, engine_options, model_options, num_scheduler_steps
@@ -15,7 +16,11 @@ from api.errors import OptionError, exit_code
 from api.model_source import ModelSource, resolve_model
 from api.serve import ServeSettings, serve
 from api.settings import EngineSettings
+from api.status import follow, read_view, render
 from weights.errors import GalaxylineError
+
+PLAIN_COLUMNS = 120
+"""Of a table that goes to no terminal."""
 
 INTERRUPTED = 130
 """Exit code of a demo that a signal ended: 128 + SIGINT, as shells count."""
@@ -104,6 +109,21 @@ def demo_command(
     click.echo("\n===== Generated =====\n")
     for place, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
         click.echo(f"Prompt[{place}]: {prompt}\nGeneration[{place}]: {generation.text}\n")
+
+
+@main.command("status")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server's address.")
+@click.option("--once", is_flag=True, help="Print one look and end; so it is where the output is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Print one look as JSON.")
+def status_command(url: str, once: bool, as_json: bool) -> None:
+    """Show what the stages of a running server do, until Ctrl-C."""
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_COLUMNS)
+    if as_json:
+        click.echo(msgspec.json.encode(read_view(url)))
+    elif once or not console.is_terminal:
+        console.print(render(read_view(url)))
+    else:
+        follow(console, lambda: read_view(url))
 
 
 def _generator_settings(engine: EngineSettings, generator: str) -> EngineSettings:

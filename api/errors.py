@@ -29,6 +29,10 @@ class EngineError(GalaxylineError):
     """The engine process ended or did not answer within its deadline."""
 
 
+class NoServerError(GalaxylineError):
+    """No server of ours answers at an address."""
+
+
 HTTP_STATUS: dict[type[GalaxylineError], int] = {
     UnknownModelError: 404,
     RequestError: 400,

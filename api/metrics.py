@@ -38,22 +38,27 @@ class MetricsText:
             ProcessCollector(namespace=ENGINE_PREFIX, pid=engine_pid, registry=None),
         ]
 
-    def encode(self, requests: RequestMetrics, engine: EngineMetrics | None, accept: str) -> tuple[bytes, str]:
-        """The text and its content type, for a client that takes `accept`; `engine` is None where it did not answer."""
+    def families(self, requests: RequestMetrics, engine: EngineMetrics | None) -> list[Metric]:
+        """What has been measured so far; `engine` is None where it did not answer."""
+        up = _gauge("galaxyline:engine_up", "1 where the engine answers, else 0.", {(): engine is not None})
+        families = [up, *_request_families((self._model_name,), requests)]
+        if engine is not None:
+            families += _scheduler_families((self._model_name,), engine)
+            families += _step_families(engine)
+            families += _stage_families(engine.stages)
+        return families
+
+    def encode(self, families: Sequence[Metric], accept: str) -> tuple[bytes, str]:
+        """The text, processes included, and its content type, for a client that takes `accept`.
+
+        It takes milliseconds, most of the time that a scrape does: call it from any thread.
+        """
         registry = CollectorRegistry()
-        registry.register(_Families(list(self._families(requests, engine))))
+        registry.register(_Families(families))
         for process in self._processes:
             registry.register(process)
         encoder, content_type = choose_encoder(accept)
         return encoder(registry), content_type
-
-    def _families(self, requests: RequestMetrics, engine: EngineMetrics | None) -> Iterator[Metric]:
-        yield _gauge("galaxyline:engine_up", "1 where the engine answers, else 0.", {(): engine is not None})
-        yield from _request_families((self._model_name,), requests)
-        if engine is not None:
-            yield from _scheduler_families((self._model_name,), engine)
-            yield from _step_families(engine)
-            yield from _stage_families(engine.stages)
 
 
 class _Families(Collector):

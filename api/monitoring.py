@@ -1,5 +1,6 @@
 """GET /metrics and GET /pipeline: what operators look at, and their tools."""
 
+import asyncio
 from typing import Protocol
 
 import msgspec
@@ -44,7 +45,9 @@ def add_monitoring_routes(app: FastAPI, model_name: str, engine: MonitoredEngine
             measured = await engine.metrics()
         except EngineError:
             measured = None
-        body, content_type = text.encode(engine.requests, measured, request.headers.get("accept", ""))
+        families = text.families(engine.requests, measured)
+        # Not on the loop, where the tokens of open streams pass.
+        body, content_type = await asyncio.to_thread(text.encode, families, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     @app.get("/pipeline", response_model=None)
