@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -48,8 +47,8 @@ class MetricsText:
             families += _stage_families(engine.stages)
         return families
 
-    def encode(self, families: Sequence[Metric], accept: str) -> tuple[bytes, str]:
-        """The text, processes included, and its content type, for a client that takes `accept`.
+    def encode(self, families: Sequence[Metric]) -> bytes:
+        """The text, processes included.
 
         It takes milliseconds, most of the time that a scrape does: call it from any thread.
         """
@@ -57,8 +56,7 @@ class MetricsText:
         registry.register(_Families(families))
         for process in self._processes:
             registry.register(process)
-        encoder, content_type = choose_encoder(accept)
-        return encoder(registry), content_type
+        return generate_latest(registry)
 
 
 class _Families(Collector):

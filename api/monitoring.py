@@ -4,7 +4,8 @@ import asyncio
 from typing import Protocol
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api.error_responses import public_text
 from api.errors import EngineError
@@ -40,15 +41,16 @@ def add_monitoring_routes(app: FastAPI, model_name: str, engine: MonitoredEngine
     text = MetricsText(model_name, lambda: engine.pid)
 
     @app.get("/metrics", response_model=None)
-    async def metrics(request: Request) -> Response:
+    async def metrics() -> Response:
         try:
             measured = await engine.metrics()
         except EngineError:
             measured = None
         families = text.families(engine.requests, measured)
         # Not on the loop, where the tokens of open streams pass.
-        body, content_type = await asyncio.to_thread(text.encode, families, request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
+        body = await asyncio.to_thread(text.encode, families)
+        # Every scraper takes it, and the library's OpenMetrics would spell the colons in vLLM's names as underscores.
+        return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
     @app.get("/pipeline", response_model=None)
     async def pipeline() -> Response:

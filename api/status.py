@@ -33,7 +33,7 @@ def read_view(url: str) -> PipelineView:
     Raises OptionError where `url` is no HTTP address, NoServerError where no galaxyline server answers there, and
     EngineError with the server's sentence where it answers with an error.
     """
-    if urlsplit(url).scheme not in {"http", "https"}:
+    if not _is_http(url):
         raise OptionError(f"--url {url!r} is no HTTP address: write it like http://127.0.0.1:8000.")
     # A proxy for the web is none for a server that is named by its address.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -42,18 +42,30 @@ def read_view(url: str) -> PipelineView:
             return msgspec.json.decode(response.read(), type=PipelineView)
     except urllib.error.HTTPError as error:
         raise _refusal(url, error) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NoServerError(
-            f"No galaxyline server answers at {url}: start one, or give its address with --url."
-        ) from error
+    except msgspec.DecodeError as error:
+        raise _stranger(url) from error
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise NoServerError(f"No server answers at {url}: start one, or give its address with --url.") from error
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> EngineError | NoServerError:
     try:
         body = msgspec.json.decode(error.read(), type=ErrorBody)
     except msgspec.DecodeError:
-        return NoServerError(f"What answers at {url} is no galaxyline server: it said {error.code} to /pipeline.")
+        return _stranger(url)
     return EngineError(f"The server at {url} says: {body.error.message}")
+
+
+def _stranger(url: str) -> NoServerError:
+    return NoServerError(f"What answers at {url} is no galaxyline server: give the address of one with --url.")
 
 
 def follow(console: Console, read: Callable[[], PipelineView], sleep: Callable[[float], None] = time.sleep) -> None:

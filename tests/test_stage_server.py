@@ -7,7 +7,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import msgspec
+import psutil
 import pytest
+import structlog
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from actors.clock import now_ns
 from actors.health import StageHealth
@@ -208,6 +212,22 @@ async def test_a_runner_that_raises_is_told_downstream_and_takes_no_further_step
 
 
 @on_uvloop
+async def test_what_a_runner_logs_names_stage_and_step() -> None:
+    class Logging(EchoRunner):
+        def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+            structlog.get_logger().info("computing")
+            return super().step(step, hidden)
+
+    with capture_logs(processors=[merge_contextvars]) as logs:
+        async with bench(IDENTITY, Logging(spec(IDENTITY))) as around:
+            for step_id in (5, 6):
+                await around.send(step_id)
+                (await around.outlet_ear.next()).release()
+    said = [(log["stage"], log["step_id"]) for log in logs if log["event"] == "computing"]
+    assert said == [(1, 5), (1, 6)]
+
+
+@on_uvloop
 async def test_a_runner_that_returns_the_wrong_thing_is_a_failure() -> None:
     async with bench(IDENTITY, Confused(spec(IDENTITY))) as around:
         await around.send(1)
@@ -221,6 +241,7 @@ async def test_health_is_answered_during_a_step(waiting: Waiting) -> None:
         assert await asyncio.to_thread(waiting.began.wait, SECONDS)
         before, after = around.server.health(), around.server.health()
         assert (before.state, before.step_id, before.steps_done) == ("running", 8, 0)
+        assert before.resident_bytes == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
         assert 0 < before.step_seconds <= after.step_seconds
         waiting.go_on.set()
         done = await around.health_when(lambda health: health.state == "ready")

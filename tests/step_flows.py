@@ -1,0 +1,59 @@
+"""Steps on their way through a pipeline whose times hypothesis chooses, in whole nanoseconds."""
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from api.step_record import StepRecord
+from stages.step import Mode, Segment, StageTiming, Step, StepResult
+
+EPOCH = 3
+
+
+@dataclass(frozen=True)
+class Flow:
+    """All steps of a run, in order: each with its result and the time that the result came at."""
+
+    stages: int
+    passages: list[tuple[StepRecord, StepResult, int]]
+
+    @property
+    def events(self) -> list[tuple[int, int, bool]]:
+        """(time, place in `passages`, whether the step comes back), as the engine sees them happen."""
+        sent = [(record.submitted_ns, place, False) for place, (record, _, _) in enumerate(self.passages)]
+        returned = [(returned_ns, place, True) for place, (_, _, returned_ns) in enumerate(self.passages)]
+        # A step that comes back makes room for the next one, so it comes first where the times are the same.
+        return sorted(sent + returned, key=lambda event: (event[0], not event[2], event[1]))
+
+
+def step_of(step_id: int, mode: Mode, tokens: int) -> Step:
+    """A step with one segment for every token."""
+    segments = [Segment(slot=slot, start=0, tokens=[1], new_blocks=[], sample=True) for slot in range(tokens)]
+    return Step(epoch=EPOCH, step_id=step_id, mode=mode, segments=segments, admissions=[], ended=[])
+
+
+@st.composite
+def flows(draw: st.DrawFn) -> Flow:
+    """Stages run one step at a time, in order; results come in order; so many steps are in flight at most."""
+    stages = draw(st.integers(1, 4))
+    microbatches = draw(st.integers(1, 4))
+    duration = st.integers(0, 30)
+    free_ns = [0] * stages
+    submitted_ns = 100
+    passages: list[tuple[StepRecord, StepResult, int]] = []
+    for step_id in range(draw(st.integers(1, 12))):
+        submitted_ns += draw(duration)
+        if step_id >= microbatches:
+            submitted_ns = max(submitted_ns, passages[step_id - microbatches][2])
+        sent_ns = submitted_ns
+        timings = []
+        for stage in range(stages):
+            received_ns = sent_ns + draw(duration)
+            began_ns = max(received_ns, free_ns[stage])
+            sent_ns = free_ns[stage] = began_ns + draw(st.integers(1, 30))
+            timings.append(StageTiming(received_ns=received_ns, began_ns=began_ns, ended_ns=sent_ns))
+        returned_ns = max(sent_ns + draw(duration), passages[-1][2] if passages else 0)
+        step = step_of(step_id, draw(st.sampled_from(["prefill", "decode"])), draw(st.integers(1, 3)))
+        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=timings)
+        passages.append((StepRecord(step, submitted_ns, [step_id]), result, returned_ns))
+    return Flow(stages, passages)
