@@ -37,8 +37,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's options, None where the model decides. Counts are positive; times are in seconds.
 
     `seed` is that of dummy weights, 0 by default. `max_model_len`, `block_size` and `prefill_chunk` are in tokens,
-    `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps.
-    `num_blocks` in blocks of `block_size`. A trace of all steps is written to `timeline`.
+    `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps. A trace of all steps is written to
+    `timeline`.
     """
 
     cache_dir: Path
