@@ -11,11 +11,12 @@ from starlette.exceptions import HTTPException
 
 from api.completions import Completions
 from api.error_responses import INTERNAL_ERROR, error_body, error_response, not_ready, status_body
-from api.errors import UnknownModelError
+from api.prompts import refuse_other_model
 from api.protocol import CompletionRequest
 from api.responses import ModelCard, ModelList, encode
 from api.served_model import ServedModel
 from api.token_source import TokenSource
+from api.tokenization import Tokenization
 from weights.errors import GalaxylineError
 
 TOKENIZER_THREADS = 2
@@ -43,6 +44,7 @@ def create_app(model: ServedModel, engine: TokenSource, seed: int | None = None)
         response_model=None,
         openapi_extra={"requestBody": {"required": True, "content": body}},
     )
+    Tokenization(model, tokenizer_threads).add_routes(app)
     _add_model_routes(app, model)
     _add_health_routes(app, engine)
     app.add_exception_handler(GalaxylineError, _galaxyline_error)
@@ -65,8 +67,7 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def model_card(name: str) -> Response:
-        if name != model.name:
-            raise UnknownModelError(f"This server has no model of that name: it serves '{model.name}'.", "model")
+        refuse_other_model(name, model)
         return _json(encode(card))
 
 

@@ -13,8 +13,10 @@ from actors.log import configure_logging
 from api.cli_options import COUNT, SECONDS, engine_options, model_options, num_scheduler_steps
 from api.demo import DemoSettings, run_demo
 from api.errors import OptionError, exit_code
+from api.generation_config import MODELS_OWN, NO_ADVICE
 from api.model_source import ModelSource, resolve_model
 from api.serve import ServeSettings, serve
+from api.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
 from api.settings import EngineSettings
 from api.status import follow, read_view, render
 from weights.errors import GalaxylineError
@@ -63,11 +65,41 @@ def main() -> None:
     show_default=True,
     help="Seconds that open requests have to end after SIGINT or SIGTERM.",
 )
+@click.option(
+    "--max-logprobs",
+    type=click.IntRange(min=WHOLE_VOCABULARY),
+    default=DEFAULT_MAX_LOGPROBS,
+    show_default=True,
+    help="Log-probabilities that a request may ask for at each position; -1: as many as the vocabulary has tokens.",
+)
+@click.option(
+    "--generation-config",
+    default=MODELS_OWN,
+    show_default=True,
+    help=f"Where defaults of requests come from: {MODELS_OWN}: the model's generation_config.json; {NO_ADVICE}: vLLM's "
+    "own; or a directory with such a file.",
+)
 @num_scheduler_steps
 @engine_options
-def serve_command(source: ModelSource, engine: EngineSettings, host: str, port: int, shutdown_timeout: float) -> None:
+def serve_command(
+    source: ModelSource,
+    engine: EngineSettings,
+    host: str,
+    port: int,
+    shutdown_timeout: float,
+    max_logprobs: int,
+    generation_config: str,
+) -> None:
     """Serve MODEL, a directory or a hub id, over HTTP; without one, the sample model."""
-    settings = ServeSettings(engine=engine, source=source, host=host, port=port, shutdown_timeout_s=shutdown_timeout)
+    settings = ServeSettings(
+        engine=engine,
+        source=source,
+        host=host,
+        port=port,
+        shutdown_timeout_s=shutdown_timeout,
+        max_logprobs=max_logprobs,
+        generation_config=generation_config,
+    )
     uvloop.run(serve(settings))
 
 

@@ -2,22 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from weights.errors import CheckpointError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
+
+MODELS_OWN = "auto"
+NO_ADVICE = "vllm"
+"""Words for --generation-config that are no directory: the file beside the model, or none, hence vLLM's defaults."""
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The keys that change what is generated, under their names in the file; None where it does not say."""
 
     eos_token_id: int | list[int] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_new_tokens: int | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -27,10 +35,24 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     @classmethod
+    def named(cls, name: str, model: Path) -> "GenerationConfig":
+        """What --generation-config `name` stands for, with a model in the directory `model`.
+
+        Raises CheckpointError where a directory that is named has no such file, or as `load` does.
+        """
+        if name == NO_ADVICE:
+            return cls()
+        if name == MODELS_OWN:
+            return cls.load(model)
+        if not (Path(name) / GENERATION_CONFIG_FILE).is_file():
+            raise CheckpointError(f"--generation-config: there is no {GENERATION_CONFIG_FILE} in {name}.")
+        return cls.load(Path(name))
+
+    @classmethod
     def load(cls, directory: Path) -> "GenerationConfig":
         """Reads the file in a model's directory; without one, nothing is advised.
 
-        Raises CheckpointError where the file cannot be read, is no JSON, or a key has the wrong type.
+        Raises CheckpointError where the file cannot be read, is no JSON, or a key has the wrong type or range.
         """
         path = directory / GENERATION_CONFIG_FILE
         try:

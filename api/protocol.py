@@ -1,39 +1,36 @@
 """What a client may send: the fields of a completion request, their types and ranges."""
 
-from typing import Annotated, Any
+import math
+from typing import Annotated, Any, Literal
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from api.errors import RequestError
+from api.validation import parse_body
 
 PROMPTS_MAX = 4096
 CHOICES_MAX = 128
 STOPS_MAX = 4
-MESSAGE_CHARACTERS_MAX = 300
-"""Bound of a validation message: it never echoes more of a request than this."""
+LOGIT_BIAS_MAX = 100.0
+"""Larger biases are cut to this, smaller ones to its negative, as vLLM does."""
 
 PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
 STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, none of them empty"
+TOKEN_IDS_FORM = "a list of token ids"  # noqa: S105  # no secret
+WORDS_FORM = "a list of strings, none of them empty"
+BIASES_FORM = 'an object of numbers by token id, like {"42": -1.5}'
+
 Prompt = str | list[str] | list[int] | list[list[int]]
-Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 NOT_SERVED: dict[str, tuple[object, ...]] = {
-    "logprobs": (),
-    "prompt_logprobs": (),
     "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
     "use_beam_search": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "truncate_prompt_tokens": (),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
+    "priority": (0,),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),
+    "watermarking": (False,),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -43,6 +40,7 @@ NOT_SERVED: dict[str, tuple[object, ...]] = {
 """Fields that would change the answer and that this server does not follow, with the values that change nothing."""
 
 
+# The lists below are not left to pydantic: it would collect an error for every element of a long one.
 def _is_prompt(value: object) -> bool:
     if isinstance(value, str):
         return True
@@ -55,7 +53,6 @@ def _is_prompt(value: object) -> bool:
 
 
 def _prompt(value: Any) -> Prompt:
-    # Not left to pydantic: its union of lists would collect an error for every element of a long list.
     if not _is_prompt(value):
         raise ValueError(PROMPT_FORMS)
     prompt: Prompt = value
@@ -64,11 +61,51 @@ def _prompt(value: Any) -> Prompt:
 
 def _stops(value: Any) -> list[str]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > STOPS_MAX:
+    if not _are_words(stops) or len(stops) > STOPS_MAX:
         raise ValueError(STOP_FORMS)
-    if not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError(STOP_FORMS)
-    return stops
+    return list(stops)
+
+
+def _words(value: Any) -> list[str]:
+    words = [] if value is None else value
+    if not _are_words(words):
+        raise ValueError(WORDS_FORM)
+    return list(words)
+
+
+def _are_words(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+
+
+def token_ids(value: object) -> list[int] | None:
+    """A field's value, which must be a list of ids or None. Raises ValueError with what it must be."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise ValueError(TOKEN_IDS_FORM)
+    return value
+
+
+def _biases(value: Any) -> dict[int, float]:
+    biases = {} if value is None else value
+    if not isinstance(biases, dict) or not set(map(type, biases.values())) <= {int, float}:
+        raise ValueError(BIASES_FORM)
+    if not all(map(math.isfinite, filter(lambda bias: isinstance(bias, float), biases.values()))):
+        raise ValueError(BIASES_FORM)
+    try:
+        return {int(token): float(_clipped(bias)) for token, bias in biases.items()}
+    except ValueError:
+        raise ValueError(BIASES_FORM) from None
+
+
+def _clipped(bias: float) -> float:
+    return min(max(bias, -LOGIT_BIAS_MAX), LOGIT_BIAS_MAX)
+
+
+TokenIds = Annotated[list[int] | None, PlainValidator(token_ids, json_schema_input_type=list[int] | None)]
+Words = Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str] | None)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogprobCount = Annotated[int, Field(ge=-1)]
 
 
 class StreamOptions(BaseModel):
@@ -81,45 +118,61 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """POST /v1/completions, OpenAI's fields and those of vLLM's that are followed. None is as good as absent."""
+    """POST /v1/completions: the fields of OpenAI and vLLM. None is as good as absent; docs/api.md has their meaning."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = None
     prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    seed: Seed | None = None
-    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)] = []
-    stop_token_ids: Annotated[list[StrictInt], Field(max_length=1024)] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    add_special_tokens: bool | None = None
-    skip_special_tokens: bool | None = None
+    request_id: str | None = None
 
-    logprobs: Any = None
-    prompt_logprobs: Any = None
-    suffix: Any = None
-    logit_bias: Any = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float] | None)
+    ] = {}
+    allowed_token_ids: TokenIds = None
+    bad_words: Words = []
+
+    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)] = []
+    stop_token_ids: TokenIds = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    logprobs: LogprobCount | None = None
+    prompt_logprobs: LogprobCount | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    suffix: Any = None
     use_beam_search: Any = None
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    truncate_prompt_tokens: Any = None
     prompt_embeds: Any = None
-    response_format: Any = None
+    priority: Any = None
+    logprob_token_ids: Any = None
+    repetition_detection: Any = None
+    thinking_token_budget: Any = None
+    watermarking: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
@@ -130,6 +183,11 @@ class CompletionRequest(BaseModel):
     def choice_count(self) -> int:
         """Completions of each prompt."""
         return self.n or 1
+
+    @property
+    def completion_count(self) -> int:
+        """Completions of all prompts."""
+        return len(self.prompts()) * self.choice_count
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, whichever of the four forms they came in."""
@@ -144,41 +202,30 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
 
     Raises RequestError naming the field at fault, in a message of bounded length.
     """
-    try:
-        request = CompletionRequest.model_validate_json(body)
-    except pydantic.ValidationError as error:
-        raise _request_error(error) from None
+    request = parse_body(CompletionRequest, body)
     _refuse_not_served(request)
     _refuse_contradictions(request)
     return request
-
-
-def _request_error(error: pydantic.ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    location = [str(part) for part in first["loc"]]
-    if not location:
-        return RequestError(f"The body is no completion request: {first['msg']}."[:MESSAGE_CHARACTERS_MAX])
-    param = location[0]
-    forms = {"prompt": PROMPT_FORMS, "stop": STOP_FORMS}
-    if param in forms:
-        return RequestError(f"{param} must be {forms[param]}.", param)
-    return RequestError(f"{param}: {first['msg']}."[:MESSAGE_CHARACTERS_MAX], param[:MESSAGE_CHARACTERS_MAX])
 
 
 def _refuse_not_served(request: CompletionRequest) -> None:
     for param, neutral in NOT_SERVED.items():
         value = getattr(request, param)
         if value is not None and value not in neutral:
-            raise RequestError(f"{param} is not served yet: leave it out.", param)
-    if request.best_of is not None and request.best_of != request.choice_count:
-        raise RequestError("best_of other than n is not served yet: leave it out.", "best_of")
+            raise RequestError(f"{param} is not served: leave it out.", param)
+    if request.best_of not in {None, request.choice_count}:
+        raise RequestError("best_of other than n is not served: leave it out.", "best_of")
+    if request.response_format is not None and request.response_format.get("type") != "text":
+        raise RequestError(
+            'response_format other than {"type": "text"} is not served: leave it out.', "response_format"
+        )
 
 
 def _refuse_contradictions(request: CompletionRequest) -> None:
     prompts = request.prompts()
     if not prompts:
         raise RequestError("prompt is empty: give at least one prompt.", "prompt")
-    if len(prompts) * request.choice_count > PROMPTS_MAX:
+    if request.completion_count > PROMPTS_MAX:
         raise RequestError(
             f"{len(prompts)} prompts times n = {request.choice_count} are more than {PROMPTS_MAX} completions: "
             "send several requests.",
@@ -188,3 +235,11 @@ def _refuse_contradictions(request: CompletionRequest) -> None:
         raise RequestError("max_tokens must be at least 1, except with echo.", "max_tokens")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only allowed with stream.", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError(
+            "prompt_logprobs is not allowed with stream: use echo with logprobs, or no stream.", "prompt_logprobs"
+        )
+    if request.allowed_token_ids == []:
+        raise RequestError(
+            "allowed_token_ids is empty: allow at least one token, or leave it out.", "allowed_token_ids"
+        )

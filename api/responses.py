@@ -28,13 +28,46 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities in the form of OpenAI's completions: four lists with an entry for each token.
+
+    `text_offset` counts characters of the answer's text before the token. `top_logprobs` are by text, the token's own
+    among them; of tokens with the same text the best is given. The prompt's first token has no log-probabilities.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's entry for one token at one position of a prompt; `rank` 1 is the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""For each token of a prompt the entries by token id, its own first; None for the first token."""
+
+
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One completion, or in a stream its next piece; only the last piece has a `finish_reason`."""
+    """One completion, or in a stream its next piece; only the last piece has a `finish_reason`.
+
+    `stop_reason` is the stop string or the id of the stop token that ended it, None for EOS. `token_ids` are those of
+    the completion alone; `prompt_token_ids` are in a choice's first piece.
+    """
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: CompletionFinish | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +98,21 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /tokenize; `token_strs` spells them as the vocabulary does."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizedText(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /detokenize."""
+
+    prompt: str
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):

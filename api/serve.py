@@ -14,10 +14,11 @@ from rich.console import Console
 from api.app import create_app
 from api.engine_client import EngineClient
 from api.engine_options import EngineOptions
+from api.generation_config import MODELS_OWN
 from api.listener import listen, url
 from api.model_source import ModelSource, check_model_files
 from api.monitoring import add_monitoring_routes
-from api.served_model import ServedModel
+from api.served_model import DEFAULT_MAX_LOGPROBS, ServedModel
 from api.settings import ENGINE_MARGIN_S, EngineSettings
 from api.signals import on_stop_signal
 from api.start_progress import StartProgress
@@ -29,13 +30,15 @@ CLOSE_MARGIN_S = 5
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of `serve`; port 0 takes any free one. With the engine's seed, requests that bring none get the same
-    ones in every run."""
+    ones in every run. `max_logprobs` and `generation_config` are ServedModel's."""
 
     engine: EngineSettings
     source: ModelSource
     host: str
     port: int
     shutdown_timeout_s: float
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    generation_config: str = MODELS_OWN
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -46,7 +49,13 @@ async def serve(settings: ServeSettings) -> None:
     check_model_files(settings.source, needs_weights=settings.engine.load_format == "auto")
     config = ModelConfig.from_file(settings.source.path / "config.json")
     options = settings.engine.engine_options(settings.source, config)
-    model = ServedModel.load(settings.source, config, options.pipeline.stage.cache.max_model_len)
+    model = ServedModel.load(
+        settings.source,
+        config,
+        options.pipeline.stage.cache.max_model_len,
+        settings.max_logprobs,
+        settings.generation_config,
+    )
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
         stop = asyncio.Event()
         with on_stop_signal(lambda _: stop.set()):

@@ -7,7 +7,7 @@ class StopStrings:
     """Releases text up to the first stop string, holding back whatever may yet become one.
 
     The first is the one whose last character comes first, and of those the longest, so that the outcome does not
-    depend on how the text was cut into pieces.
+    depend on how the text was cut into pieces. `matched` is that string, None before.
     """
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
@@ -16,18 +16,21 @@ class StopStrings:
         self._include_stop = include_stop
         self._longest = max(map(len, stops), default=0)
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
 
-    def add(self, text: str) -> str:
-        """The text that can now be released. Once `matched`, nothing more may be added."""
+    def add(self, text: str, may_stop: bool = True) -> str:
+        """The text that can now be released. Once there is a match, nothing more may be added.
+
+        A stop string that ends in a text added without `may_stop` is none.
+        """
         if not self._stops:
             return text
+        begin_of_new = len(self._held)
         held = self._held + text
-        match = self._first_match(held)
+        match = self._first_match(held, begin_of_new) if may_stop else None
         if match is not None:
-            self.matched = True
+            end, begin, self.matched = match
             self._held = ""
-            begin, end = match
             return held[: end if self._include_stop else begin]
         kept = self._possible_beginning(held)
         self._held = held[len(held) - kept :]
@@ -38,10 +41,14 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> tuple[int, int] | None:
-        found = ((begin + len(stop), begin) for stop in self._stops if (begin := text.find(stop)) >= 0)
-        first = min(found, default=None)
-        return None if first is None else (first[1], first[0])
+    def _first_match(self, text: str, after: int) -> tuple[int, int, str] | None:
+        """End, begin and string of the first match that ends beyond `after` characters."""
+        found: list[tuple[int, int, str]] = []
+        for stop in self._stops:
+            begin = text.find(stop, max(after + 1 - len(stop), 0))
+            if begin >= 0:
+                found.append((begin + len(stop), begin, stop))
+        return min(found, default=None)
 
     def _possible_beginning(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""

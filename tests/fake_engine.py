@@ -1,17 +1,49 @@
 """An engine without a model: it completes requests with tokens that the test chose."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
+
+import numpy as np
 
 from api.errors import EngineError
 from api.messages import AddRequest, EngineState, FinishReason, RequestOutput
 from api.token_source import TokenStream
+from stages.step import VOCABULARY, TokenLogprobs
 
 Script = Callable[[AddRequest], Sequence[int]]
 
+VOCABULARY_SIZE = 300
+PROMPT_CHUNK = 3
+"""Positions of a prompt that are scored at once."""
+
+
+def log_softmax_after(tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of the whole vocabulary after `tokens`, drawn from them; the least one is minus infinity."""
+    logits = np.random.default_rng([len(tokens), *tokens]).normal(size=VOCABULARY_SIZE)
+    logprobs: list[float] = (logits - np.log(np.exp(logits).sum())).tolist()
+    logprobs[logprobs.index(min(logprobs))] = -math.inf
+    return logprobs
+
+
+def scored(before: Sequence[int], token: int, count: int) -> TokenLogprobs:
+    """What a last stage says of `token` after the tokens `before`, with `count` best ones."""
+    logprobs = log_softmax_after(before)
+    best = sorted(range(len(logprobs)), key=lambda one: (-logprobs[one], one))
+    top = best if count == VOCABULARY else best[:count]
+    return TokenLogprobs(
+        logprob=logprobs[token],
+        rank=best.index(token) + 1,
+        top_tokens=top,
+        top_logprobs=[logprobs[one] for one in top],
+    )
+
 
 class FakeStream:
-    """One request: its script's tokens, one per output, until `max_tokens` or one of its stop tokens."""
+    """One request: its script's tokens, one per output, until `max_tokens` or one of its stop tokens.
+
+    A prompt is scored in chunks before the first token, the last of them together with it.
+    """
 
     def __init__(self, request: AddRequest, tokens: Sequence[int], fail_after: int | None) -> None:
         self.request = request
@@ -20,6 +52,10 @@ class FakeStream:
         self.aborted = asyncio.Event()
         self._fail_after = fail_after
         self._given = 0
+        self._tokens = list(request.tokens)
+        self._prompt_logprobs = self._scored_prompt()
+        while len(self._prompt_logprobs) > PROMPT_CHUNK:
+            self._put([])
         for count, token in enumerate(tokens[: request.max_tokens], start=1):
             if token in request.stop_token_ids:
                 self._put([token], finish="stop")
@@ -51,9 +87,26 @@ class FakeStream:
         """Ends the request with an error, after what it has been given."""
         self.outputs.put_nowait(EngineError("The engine was closed."))
 
-    def _put(self, tokens: list[int], finish: FinishReason | None) -> None:
+    def _scored_prompt(self) -> list[TokenLogprobs]:
+        count = self.request.sampling.prompt_logprobs
+        tokens = self.request.tokens
+        return [] if count is None else [scored(tokens[:end], tokens[end], count) for end in range(1, len(tokens))]
+
+    def _put(self, tokens: list[int], finish: FinishReason | None = None) -> None:
+        prompt_logprobs = self._prompt_logprobs[:PROMPT_CHUNK]
+        del self._prompt_logprobs[:PROMPT_CHUNK]
+        count = self.request.sampling.logprobs
+        logprobs = [] if count is None else [scored(self._tokens, token, count) for token in tokens]
+        self._tokens += tokens
         self.outputs.put_nowait(
-            RequestOutput(request_id=self.request.request_id, tokens=tokens, finish_reason=finish, error=None)
+            RequestOutput(
+                request_id=self.request.request_id,
+                tokens=tokens,
+                finish_reason=finish,
+                error=None,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
         )
 
 

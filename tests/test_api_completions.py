@@ -2,60 +2,23 @@
 
 import asyncio
 import json
+from collections.abc import MutableMapping
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
-from api.app import create_app
 from api.errors import NotReadyError, RequestError
 from api.generation_config import GenerationConfig
-from api.messages import EngineState
-from api.served_model import ServedModel
+from api.messages import AddRequest, EngineState
+from tests.api_client import Events, client, complete, error_of, post, stream
 from tests.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.fake_engine import FakeEngine
 from tests.small_tokenizer import BOS_ID, EOS, EOS_ID
-
-Events = list[dict[str, Any]]
-
-
-def client(engine: FakeEngine, model: ServedModel = MODEL, seed: int | None = None) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(model, engine, seed), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-async def post(engine: FakeEngine, served: ServedModel = MODEL, /, **fields: Any) -> httpx.Response:
-    async with client(engine, served) as opened:
-        return await opened.post("/v1/completions", json={"prompt": "hello", **fields})
-
-
-async def complete(engine: FakeEngine, served: ServedModel = MODEL, /, **fields: Any) -> dict[str, Any]:
-    response = await post(engine, served, **fields)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-async def stream(engine: FakeEngine, **fields: Any) -> Events:
-    """The events of a stream, which must be framed as the standard says and end in [DONE]."""
-    response = await post(engine, stream=True, **fields)
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    parts = response.text.split("\n\n")
-    assert parts[-2:] == ["data: [DONE]", ""]
-    assert all(part.startswith("data: ") and "\n" not in part for part in parts[:-1])
-    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
-    return error
 
 
 def text_of(count: int) -> str:
@@ -70,7 +33,7 @@ async def test_a_completion_in_one_answer() -> None:
     assert answer == {
         "object": "text_completion",
         "model": "small",
-        "choices": [{"index": 0, "text": text_of(9), "logprobs": None, "finish_reason": "length"}],
+        "choices": [{"index": 0, "text": text_of(9), "logprobs": None, "finish_reason": "length", "stop_reason": None}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11},
     }
     [sent] = engine.streams
@@ -155,6 +118,45 @@ async def test_a_stop_string_ends_the_completion_and_the_work_on_it() -> None:
     assert choice["text"] == "hello wörld"
 
 
+async def test_what_a_completion_stopped_at_is_said() -> None:
+    """EOS is no reason of its own, as in vLLM; any other stop token is named, and shown only on request."""
+    tokens = [*TEXT_TOKENS[:3], EOS_ID]
+
+    async def stopped(**fields: Any) -> tuple[str, str, object]:
+        engine = FakeEngine(lambda _: [*tokens, *TEXT_TOKENS, *TEXT_TOKENS])
+        [choice] = (await complete(engine, max_tokens=30, **fields))["choices"]
+        [*_, last] = await stream(engine, max_tokens=30, **fields)
+        assert [last["choices"][0][name] for name in ("finish_reason", "stop_reason")] == [
+            choice["finish_reason"],
+            choice["stop_reason"],
+        ]
+        return choice["text"], choice["finish_reason"], choice["stop_reason"]
+
+    stop_id = {"stop_token_ids": tokens[2:3]}
+    assert await stopped() == (text_of(3), "stop", None)
+    assert await stopped(**stop_id) == (text_of(2), "stop", tokens[2])
+    assert await stopped(**stop_id, include_stop_str_in_output=True) == (text_of(3), "stop", tokens[2])
+    assert await stopped(include_stop_str_in_output=True) == (text_of(3), "stop", None)
+    shown = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    assert await stopped(**shown) == (text_of(3) + EOS, "stop", None)
+    assert await stopped(skip_special_tokens=False) == (text_of(3), "stop", None)
+    assert await stopped(stop_token_ids=[EOS_ID], ignore_eos=True) == (text_of(3), "stop", EOS_ID)
+    assert await stopped(stop="w") == ("hello ", "stop", "w")
+    assert (await stopped(ignore_eos=True))[1:] == ("length", None)
+
+
+async def test_a_stop_string_counts_only_after_the_least_number_of_tokens() -> None:
+    """One that begins before it and ends after it counts, as in vLLM."""
+
+    async def text(least: int) -> str:
+        answer = await complete(FakeEngine(endless_text), stop=["hello", "o w"], min_tokens=least, max_tokens=40)
+        return str(answer["choices"][0]["text"])
+
+    assert await text(0) == ""
+    assert await text(1) == "hell"
+    assert await text(2) == TEXT
+
+
 async def test_echo_puts_the_prompt_before_every_choice() -> None:
     engine = FakeEngine(endless_text)
     answer = await complete(engine, prompt=["hello", "x"], echo=True, max_tokens=2, stop="hello")
@@ -172,9 +174,9 @@ async def test_echo_puts_the_prompt_before_every_choice() -> None:
 async def test_a_stream_has_one_token_in_each_chunk() -> None:
     events = await stream(FakeEngine(endless_text), max_tokens=3)
     assert [event["choices"] for event in events] == [
-        [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": None}],
-        [{"index": 0, "text": " w", "logprobs": None, "finish_reason": None}],
-        [{"index": 0, "text": "ö", "logprobs": None, "finish_reason": "length"}],
+        [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": None, "stop_reason": None}],
+        [{"index": 0, "text": " w", "logprobs": None, "finish_reason": None, "stop_reason": None}],
+        [{"index": 0, "text": "ö", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
     ]
     assert {event["object"] for event in events} == {"text_completion"}
     assert len({event["id"] for event in events}) == 1
@@ -255,7 +257,18 @@ def test_a_stream_says_what_one_answer_says(data: st.DataObject) -> None:
         ({"prompt": [5] * 256}, "prompt", "maximum context length"),
         ({"prompt": "a" * 100000}, "prompt", "100000 characters cannot fit"),
         ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"logprobs": 1}, "logprobs", "not served yet"),
+        ({"suffix": "end"}, "suffix", "not served"),
+        ({"logprobs": 21}, "logprobs", "asks for 21, but this server gives at most 20"),
+        ({"logprobs": -1}, "logprobs", "asks for all"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
+        ({"logit_bias": {"300": 1}}, "logit_bias", "outside the vocabulary"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids", "outside the vocabulary"),
+        ({"allowed_token_ids": list(range(300)), "n": 40, "prompt": ["a"] * 100}, "allowed_token_ids", "too many"),
+        ({"bad_words": [" "]}, "bad_words", "without tokens"),
+        ({"min_tokens": 17}, "min_tokens", "more than the 16 of max_tokens"),
+        ({"truncate_prompt_tokens": 241}, "truncate_prompt_tokens", "more than the 240 tokens"),
+        ({"truncate_prompt_tokens": 0}, "prompt", "no tokens"),
+        ({"prompt": [5] * 256, "echo": True, "logprobs": 0, "max_tokens": 0}, "prompt", "maximum context length"),
     ],
 )
 async def test_a_request_that_does_not_fit_gets_400(fields: dict[str, Any], param: str, message: str) -> None:
@@ -334,6 +347,71 @@ async def test_a_request_id_is_kept_if_it_can_be(given_id: str, is_kept: bool) -
             )
             assert (response.headers["x-request-id"] == given_id) is is_kept
             assert f'"id":"cmpl-{response.headers["x-request-id"]}"' in response.text
+
+
+async def test_a_request_may_bring_its_id_as_a_field() -> None:
+    async with client(FakeEngine(endless_text)) as opened:
+        body = {"prompt": "a", "request_id": "mine"}
+        response = await opened.post("/v1/completions", json=body)
+        assert (response.headers["x-request-id"], response.json()["id"]) == ("mine", "cmpl-mine")
+        response = await opened.post("/v1/completions", json=body, headers={"x-request-id": "first"})
+        assert (response.headers["x-request-id"], response.json()["id"]) == ("first", "cmpl-first")
+        response = await opened.post("/v1/completions", json={**body, "request_id": "no header\n"})
+        assert "cmpl-" + response.headers["x-request-id"] == response.json()["id"]
+        response = await opened.post("/v1/completions", json={"prompt": 1}, headers={"x-request-id": "first"})
+        error_of(response, 400)
+        assert response.headers["x-request-id"] == "first"
+
+
+async def test_every_request_ends_in_one_line_of_the_log() -> None:
+    engine = FakeEngine(lambda request: [*TEXT_TOKENS[: request.sampling.choice], EOS_ID])
+    with capture_logs() as logs:
+        await post(engine, n=3, prompt=["a", "b"], request_id="mine")
+        await stream(FakeEngine(endless_text), max_tokens=3, request_id="streamed")
+        await stream(FakeEngine(endless_text, fail_after=2), request_id="broken")
+        await post(FakeEngine(endless_text, fail_after=2), request_id="failed")
+    whole, streamed, broken, failed = logs
+    assert 0 <= whole.pop("seconds") < 60
+    assert whole == {
+        "event": "completion ended",
+        "log_level": "info",
+        "id": "cmpl-mine",
+        "engine_requests": "1-6",
+        "prompt_tokens": 4,
+        "completion_tokens": 12,
+        "finish_reasons": {"stop": 6},
+    }
+    assert (streamed["id"], streamed["engine_requests"], streamed["finish_reasons"]) == (
+        "cmpl-streamed",
+        "1",
+        {"length": 1},
+    )
+    for line, answer_id in ((broken, "cmpl-broken"), (failed, "cmpl-failed")):
+        assert (line["log_level"], line["event"], line["id"]) == ("warning", "completion failed", answer_id)
+        assert "died at step 7" in line["error"]
+        assert (line["completion_tokens"], line["finish_reasons"]) == (2, {"abort": 1})
+
+
+async def test_whatever_is_logged_within_a_request_says_its_id() -> None:
+    def logging_script(_: AddRequest) -> list[int]:
+        structlog.get_logger().info("within")
+        return TEXT_TOKENS
+
+    output: list[MutableMapping[str, Any]] = []
+
+    def record(_: object, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        output.append(dict(fields))
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, record])
+    try:
+        await post(FakeEngine(logging_script), request_id="mine")
+    finally:
+        structlog.reset_defaults()
+    assert [(line["event"], line["request_id"]) for line in output] == [
+        ("within", "mine"),
+        ("completion ended", "mine"),
+    ]
 
 
 async def test_special_tokens_may_be_left_out_of_the_prompt_and_kept_in_the_text() -> None:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.errors import RequestError
-from api.protocol import MESSAGE_CHARACTERS_MAX, CompletionRequest, parse_completion_request
+from api.protocol import CompletionRequest, parse_completion_request
+from api.validation import MESSAGE_CHARACTERS_MAX
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -53,12 +54,24 @@ def test_any_other_prompt_is_refused(prompt: object) -> None:
         ("seed", [0, -(2**63), 2**63 - 1, None], [2**63, 0.5]),
         ("n", [1, 128, None], [0, -1, 129]),
         ("stop", [None, [], "a", ["a", "b", "c", "d"]], ["", [""], ["a", ""], list("abcde"), 1, [1], {}, False]),
-        ("stop_token_ids", [None, [], [1, 2]], [[True], ["a"], 1]),
-        ("min_p", [0, None], [-0.1, 1.1]),
-        ("presence_penalty", [0, 0.0, None], [-2.1, 2.1]),
-        ("frequency_penalty", [0, 0.0, None], [-2.1, 2.1]),
-        ("repetition_penalty", [1, 1.0, None], [0, -1]),
-        ("min_tokens", [0, None], [-1]),
+        ("stop_token_ids", [None, [], [1, 2]], [[True], ["a"], 1, {}]),
+        ("min_p", [0, 0.5, 1, None], [-0.1, 1.1]),
+        ("presence_penalty", [-2, 0.5, 2, None], [-2.1, 2.1]),
+        ("frequency_penalty", [-2, 0.5, 2, None], [-2.1, 2.1]),
+        ("repetition_penalty", [0.1, 1, 5, None], [0, -1]),
+        ("min_tokens", [0, 3, None], [-1, 1.5]),
+        ("logprobs", [0, 1, 20, -1, None], [-2, 1.5, "many", []]),
+        ("prompt_logprobs", [0, 1, 20, -1, None], [-2, 1.5, "many", []]),
+        ("logit_bias", [None, {}, {"1": 5, "2": -0.5}], [[], {"a": 1}, {"1": "x"}, {"1": True}, {"1": None}, 1]),
+        ("allowed_token_ids", [None, [1, 2]], [[], [True], ["a"], 1, {}]),
+        ("bad_words", [None, [], ["a", " b"]], [[""], ["a", 1], "a", 1, {}]),
+        ("truncate_prompt_tokens", [-1, 0, 7, None], [-2, 1.5]),
+        ("truncation_side", ["left", "right", None], ["up", 1]),
+        ("response_format", [{"type": "text"}, {"type": "text", "json_schema": None}, None], [{}, "text"]),
+        ("return_token_ids", [True, False, None], ["perhaps"]),
+        ("return_tokens_as_token_ids", [True, False, None], ["perhaps"]),
+        ("spaces_between_special_tokens", [True, False, None], ["perhaps"]),
+        ("request_id", ["mine", None], [7]),
         ("stream", [True, False, None], ["perhaps", 3]),
         ("echo", [True, False, None], ["perhaps"]),
         ("ignore_eos", [True, False, None], [[]]),
@@ -81,24 +94,28 @@ def test_numbers_must_be_finite(number: bytes) -> None:
     with pytest.raises(RequestError, match="finite") as caught:
         parse_completion_request(b'{"prompt": "a", "temperature": %s}' % number)
     assert caught.value.param == "temperature"
+    with pytest.raises(RequestError, match="numbers by token id") as caught:
+        parse_completion_request(b'{"prompt": "a", "logit_bias": {"1": %s}}' % number)
+    assert caught.value.param == "logit_bias"
+
+
+def test_biases_are_cut_to_vllms_range() -> None:
+    assert parse(logit_bias={"1": 1e300, "2": -(10**400), "03": 2}).logit_bias == {1: 100.0, 2: -100.0, 3: 2.0}
 
 
 @pytest.mark.parametrize(
     ("field", "neutral", "other"),
     [
-        ("logprobs", None, 0),
-        ("prompt_logprobs", None, 1),
         ("suffix", "", "end"),
-        ("logit_bias", {}, {"1": 5}),
-        ("presence_penalty", 0, 1),
-        ("frequency_penalty", 0, 1),
-        ("repetition_penalty", 1, 1.1),
-        ("min_p", 0, 0.1),
-        ("min_tokens", 0, 1),
         ("best_of", 1, 2),
         ("use_beam_search", False, True),
-        ("bad_words", [], ["a"]),
+        ("prompt_embeds", None, "AAAA"),
+        ("priority", 0, 1),
+        ("logprob_token_ids", None, [1]),
+        ("thinking_token_budget", -1, 5),
+        ("repetition_detection", None, {"max_pattern_size": 2}),
         ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("structured_outputs", None, {"regex": "a*"}),
         ("guided_regex", None, "a*"),
     ],
 )
@@ -106,7 +123,7 @@ def test_a_field_that_is_not_served_is_refused_unless_it_changes_nothing(
     field: str, neutral: object, other: object
 ) -> None:
     parse(**{field: neutral})
-    with pytest.raises(RequestError, match=f"{field} .*is not served yet") as caught:
+    with pytest.raises(RequestError, match=f"{field} .*is not served: leave it out") as caught:
         parse(**{field: other})
     assert caught.value.param == field
 
@@ -118,6 +135,8 @@ def test_what_contradicts_itself_is_refused() -> None:
         parse(prompt=[])
     with pytest.raises(RequestError, match="more than 4096 completions"):
         parse(prompt=["a"] * 100, n=100)
+    with pytest.raises(RequestError, match="prompt_logprobs is not allowed with stream"):
+        parse(prompt_logprobs=0, stream=True)
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -142,7 +161,13 @@ def test_whatever_comes_the_answer_is_a_request_or_one_bounded_sentence(fields: 
 
 
 def test_messages_do_not_grow_with_the_request() -> None:
-    for fields in ({"prompt": ["a", 1] * 50000}, {"stop_token_ids": ["x" * 1000] * 1000}, {"model": ["y" * 100000]}):
+    for fields in (
+        {"prompt": ["a", 1] * 50000},
+        {"stop_token_ids": ["x" * 1000] * 1000},
+        {"model": ["y" * 100000]},
+        {"logit_bias": {f"{'z' * 100}{number}": 1 for number in range(1000)}},
+        {"bad_words": [1] * 100000},
+    ):
         with pytest.raises(RequestError) as caught:
             parse(**fields)
         assert len(str(caught.value)) <= MESSAGE_CHARACTERS_MAX

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from api.errors import NotReadyError
 from api.request_body import BODY_BYTES_MAX
 from tests.api_server import DEADLINE_S, TEXT_TOKENS, TOKENIZER, endless_text, never_ending, serving_app
 from tests.fake_engine import FakeEngine
@@ -45,11 +46,56 @@ def test_openais_client_completes_and_streams() -> None:
         )
         assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
         assert chunks[-1].usage == answer.usage
+
+
+def test_openais_client_reads_log_probabilities_echoes_and_several_choices() -> None:
+    with serving_app(FakeEngine(endless_text)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+        fields: dict[str, Any] = {
+            "model": "small",
+            "prompt": "hello",
+            "max_tokens": 3,
+            "n": 2,
+            "echo": True,
+            "logprobs": 2,
+        }
+        answer = client.completions.create(**fields)
+        assert [choice.text for choice in answer.choices] == ["hellohello wö"] * 2
+        logprobs = answer.choices[1].logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        assert logprobs.tokens[1:] == ["hello", "hello", " w", "ö"]
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        for logprob, top in zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True):
+            assert logprob in top.values()
+        streamed: list[str] = []
+        for chunk in client.completions.create(**fields, stream=True):
+            [choice] = chunk.choices
+            assert choice.logprobs is not None
+            streamed += choice.logprobs.tokens or [] if choice.index == 1 else []
+        assert streamed == logprobs.tokens
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 6)
+
+
+def test_openais_client_tells_errors_apart() -> None:
+    engine = FakeEngine(endless_text)
+    with (
+        serving_app(engine) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client,
+    ):
         with pytest.raises(openai.NotFoundError, match="'small'"):
             client.completions.create(model="other", prompt="hello")
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model=model.id, prompt="hello", temperature=9)
-        assert (caught.value.param, caught.value.type) == ("temperature", "BadRequestError")
+        refused: list[dict[str, Any]] = [{"temperature": 9}, {"logprobs": 21}, {"suffix": "end"}]
+        for fields in (*refused, {"extra_body": {"min_p": 2}}):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.completions.create(model="small", prompt="hello", **fields)
+            [param] = fields.get("extra_body", fields)
+            assert (caught.value.param, caught.value.type) == (param, "BadRequestError")
+        engine.refusal = NotReadyError("Stage 1 is starting again.")
+        with pytest.raises(openai.InternalServerError, match="Stage 1") as unready:
+            client.completions.create(model="small", prompt="hello")
+        assert unready.value.status_code == 503
 
 
 def test_openais_client_raises_on_a_failure_in_mid_stream() -> None:

@@ -74,6 +74,7 @@ def test_serve_without_options(served: list[ServeSettings]) -> None:
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.source.name == "galaxyline-sample"
     assert settings.engine.stages is None
+    assert (settings.max_logprobs, settings.generation_config) == (20, "auto")
     assert settings.engine.cache_dir == Path("generated/deepseek_v3")
 
 
@@ -91,6 +92,8 @@ def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSe
         "--served-model-name": "mine",
         "--load-format": "dummy",
         "--ray-address": "10.0.0.1:6379",
+        "--max-logprobs": "-1",
+        "--generation-config": "vllm",
     }
     arguments = [part for name, value in spelt.items() for part in ("--" + name[2:].replace("-", separator), value)]
     with capture_logs() as logs:
@@ -102,6 +105,7 @@ def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSe
     assert (engine.layers_per_stage, engine.start_timeout_s) == ([2, 4], 7.5)
     assert (engine.load_format, engine.ray_address) == ("dummy", "10.0.0.1:6379")
     assert settings.source.name == "mine"
+    assert (settings.max_logprobs, settings.generation_config) == (-1, "vllm")
     said = " ".join(log["event"] for log in logs)
     assert "--num-scheduler-steps has no effect" in said
     assert "--override-tt-config has no effect" in said
