@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-slow test-all lint format sample clean
+.PHONY: help install serve demo test test-slow test-all lint format bench sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ lint: $(INSTALLED) ## ruff, mypy --strict and the import contract
 format: $(INSTALLED) ## Let ruff format the code and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## Hops, overhead and tokens a second, beside others; ARGS=--short only shows that it runs
+	$(BIN)/python -m benchmarks $(ARGS)
 
 sample: $(INSTALLED) ## Train the sample model again, from seed 0, into generated/sample
 	OMP_WAIT_POLICY=passive $(BIN)/python -m weights.sample.train --seed 0 --out generated/sample

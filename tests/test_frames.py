@@ -1,7 +1,7 @@
 """Frames against streams cut anywhere, cut short, and full of rubbish."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import ProtocolError
@@ -99,6 +99,7 @@ reads = st.lists(st.integers(1, 5) | st.integers(1, 3 * STAGING_BYTES), min_size
 controls = st.lists(steps | results | failures | credit, max_size=6)
 
 
+@settings(deadline=None)
 @given(controls, reads)
 def test_frames_arrive_as_sent_wherever_the_stream_is_cut(sent: list[Control], lengths: list[int]) -> None:
     frames = feed(open_reader(), b"".join(map(on_the_wire, sent)), lengths)
@@ -106,6 +107,7 @@ def test_frames_arrive_as_sent_wherever_the_stream_is_cut(sent: list[Control], l
     assert [bytes(frame.lease.view) for frame in frames] == [payload_of(control) for control in sent]
 
 
+@settings(deadline=None)
 @given(steps | results | failures | credit, st.data())
 def test_a_truncated_stream_yields_only_its_whole_frames(last: Control, data: st.DataObject) -> None:
     stream = on_the_wire(last)
@@ -114,6 +116,7 @@ def test_a_truncated_stream_yields_only_its_whole_frames(last: Control, data: st
     assert [frame.control for frame in frames] == [Credit(count=3)]
 
 
+@settings(deadline=None)
 @given(controls)
 def test_released_buffers_are_used_again(sent: list[Control]) -> None:
     reader = open_reader()
@@ -135,6 +138,7 @@ def test_two_leases_never_share_memory_and_a_double_release_changes_nothing() ->
     assert bytes(second.view) == b"a" * 100
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=HEADER.size, max_size=200))
 def test_garbage_is_refused_at_the_first_header(garbage: bytes) -> None:
     if not garbage.startswith(MAGIC):
@@ -142,6 +146,7 @@ def test_garbage_is_refused_at_the_first_header(garbage: bytes) -> None:
             feed(open_reader(), garbage, [7])
 
 
+@settings(deadline=None)
 @given(controls.filter(bool), st.data())
 def test_a_flipped_byte_is_either_refused_or_an_ordinary_frame(sent: list[Control], data: st.DataObject) -> None:
     stream = bytearray(b"".join(map(on_the_wire, sent)))
@@ -172,6 +177,7 @@ def test_absurd_lengths_are_refused_before_memory_is_set_aside(control_length: i
         feed(reader, header, [HEADER.size])
 
 
+@settings(deadline=None)
 @given(steps, st.integers(0, PAYLOAD_BYTES_MAX))
 def test_hidden_states_have_to_fit_the_tokens_of_their_step(step: Step, length: int) -> None:
     if length == step.token_count * BYTES_PER_TOKEN:

@@ -7,8 +7,8 @@ as its tokens call for. Every length is checked before memory is set aside for i
 """
 
 import struct
-from collections.abc import Generator
 from enum import IntEnum
+from typing import NamedTuple
 
 import msgspec
 
@@ -68,7 +68,11 @@ _KINDS: dict[type[Control], Kind] = {
     StepResult: Kind.RESULT,
     StageFailure: Kind.FAILURE,
 }
-_DECODERS = {kind: msgspec.msgpack.Decoder(control) for control, kind in _KINDS.items()}
+# By number: what an enumeration costs to look up is a good part of what reading a frame costs.
+_DECODERS: dict[int, msgspec.msgpack.Decoder[Control]] = {
+    kind.value: msgspec.msgpack.Decoder(control) for control, kind in _KINDS.items()
+}
+_HELLO = Kind.HELLO.value
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -92,6 +96,15 @@ class Frame(msgspec.Struct, frozen=True):
     lease: Lease
 
 
+class Header(NamedTuple):
+    """What a frame begins with, checked."""
+
+    kind: int
+    epoch: int
+    control_length: int
+    payload_length: int
+
+
 class FrameReader:
     """Takes a byte stream in pieces of any size and gives frames.
 
@@ -104,13 +117,14 @@ class FrameReader:
         self._pool = pool
         self._is_established = False
         self._staging = memoryview(bytearray(STAGING_BYTES))
-        self._staged_from = 0
-        self._staged_to = 0
-        self._direct: memoryview | None = None
-        self._received = 0
-        self._frames: list[Frame] = []
-        self._parser = self._parse()
-        next(self._parser)
+        self._begin = 0
+        self._end = 0
+        # Of the frame that has begun: what is known of it, and where its next bytes belong if not in the staging.
+        self._header: Header | None = None
+        self._control: Control | None = None
+        self._lease: Lease | None = None
+        self._large: memoryview | None = None
+        self._filled = 0
 
     def established(self) -> None:
         """The handshake is done: from here on everything but a `Hello` may come."""
@@ -118,62 +132,60 @@ class FrameReader:
 
     def buffer(self) -> memoryview:
         """Where the next bytes of the stream belong; never empty."""
-        return self._staging if self._direct is None else self._direct
+        if self._large is not None and len(self._large) - self._filled >= DIRECT_BYTES_MIN:
+            return self._large[self._filled :]
+        return self._staging[self._end :]
 
     def received(self, count: int) -> list[Frame]:
         """Takes note of `count` bytes written to `buffer()`; returns the frames that are now complete.
 
         Raises ProtocolError where the bytes are no frame; the stream is of no use after that.
         """
-        self._received = count
-        next(self._parser)
-        frames, self._frames = self._frames, []
+        if self._large is not None and len(self._large) - self._filled >= DIRECT_BYTES_MIN:
+            self._filled += count
+        else:
+            self._end += count
+        frames = []
+        while (frame := self._next()) is not None:
+            frames.append(frame)
+        if self._begin:
+            rest = self._end - self._begin
+            self._staging[:rest] = self._staging[self._begin : self._end]
+            self._begin, self._end = 0, rest
         return frames
 
-    def _parse(self) -> Generator[None, None, None]:
-        header = memoryview(bytearray(HEADER.size))
-        while True:
-            yield from self._fill(header)
-            kind, epoch, control_length, payload_length = self._checked(header)
-            body = memoryview(bytearray(control_length))
-            yield from self._fill(body)
-            control = self._decoded(kind, body)
-            self._check_payload(control, payload_length)
-            lease = self._pool.lease(payload_length)
-            yield from self._fill(lease.view)
-            self._frames.append(Frame(epoch, control, lease))
+    def _next(self) -> Frame | None:
+        """The next frame, if all of it is there; else takes what there is of it."""
+        header = self._header
+        if header is None:
+            if self._end - self._begin < HEADER.size:
+                return None
+            header = self._header = self._checked()
+        if self._control is None:
+            body = self._part(header.control_length)
+            if body is None:
+                return None
+            self._control = _decoded(header.kind, body)
+            self._check_payload(self._control, header.payload_length)
+            self._lease = self._pool.lease(header.payload_length)
+        control, lease = self._control, self._lease
+        if lease is None or not self._fill(lease.view):
+            return None
+        self._header = self._control = self._lease = None
+        return Frame(header.epoch, control, lease)
 
-    def _fill(self, target: memoryview) -> Generator[None, None, None]:
-        """Fills `target` from what is staged, then from the stream: directly where much of it is missing."""
-        filled = 0
-        while True:
-            count = min(len(target) - filled, self._staged_to - self._staged_from)
-            target[filled : filled + count] = self._staging[self._staged_from : self._staged_from + count]
-            self._staged_from += count
-            filled += count
-            if filled == len(target):
-                return
-            if len(target) - filled >= DIRECT_BYTES_MIN:
-                self._direct = target[filled:]
-                yield
-                self._direct = None
-                filled += self._received
-            else:
-                yield
-                self._staged_from, self._staged_to = 0, self._received
-
-    def _checked(self, header: memoryview) -> tuple[Kind, int, int, int]:
-        magic, version, number, epoch, control_length, payload_length = HEADER.unpack(header)
+    def _checked(self) -> Header:
+        magic, version, kind, epoch, control_length, payload_length = HEADER.unpack_from(self._staging, self._begin)
+        self._begin += HEADER.size
         if magic != MAGIC:
             raise ProtocolError(f"A frame began with {magic!r} where {MAGIC!r} belongs.")
         if version != PROTOCOL_VERSION:
             raise ProtocolError(f"A peer speaks protocol version {version}; this is version {PROTOCOL_VERSION}.")
-        if number not in _DECODERS:
-            raise ProtocolError(f"A frame is of the unknown kind {number}.")
-        kind = Kind(number)
-        if (kind is Kind.HELLO) is self._is_established:
+        if kind not in _DECODERS:
+            raise ProtocolError(f"A frame is of the unknown kind {kind}.")
+        if (kind == _HELLO) is self._is_established:
             raise ProtocolError(
-                f"A frame of kind {kind.name} came {'after' if kind is Kind.HELLO else 'before'} the handshake."
+                f"A frame of kind {Kind(kind).name} came {'after' if kind == _HELLO else 'before'} the handshake."
             )
         control_max = CONTROL_BYTES_MAX if self._is_established else HELLO_BYTES_MAX
         if control_length > control_max or payload_length > PAYLOAD_BYTES_MAX:
@@ -181,14 +193,7 @@ class FrameReader:
                 f"A frame claims {control_length} bytes of control and {payload_length} of hidden states; at most "
                 f"{control_max} and {PAYLOAD_BYTES_MAX} are allowed."
             )
-        return kind, epoch, control_length, payload_length
-
-    @staticmethod
-    def _decoded(kind: Kind, body: memoryview) -> Control:
-        try:
-            return _DECODERS[kind].decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"The control of a {kind.name} frame cannot be read: {error}.") from error
+        return Header(kind, epoch, control_length, payload_length)
 
     def _check_payload(self, control: Control, length: int) -> None:
         tokens = control.token_count if isinstance(control, Step) else 0
@@ -197,3 +202,33 @@ class FrameReader:
                 f"A {type(control).__name__} of {tokens} tokens came with {length} bytes of hidden states instead of "
                 f"{tokens * self._bytes_per_token}."
             )
+
+    def _part(self, length: int) -> memoryview | None:
+        """The next `length` bytes, once they are there: where they lie if they fit the staging, else in one piece."""
+        if length <= STAGING_BYTES:
+            if self._end - self._begin < length:
+                return None
+            self._begin += length
+            return self._staging[self._begin - length : self._begin]
+        part = memoryview(bytearray(length)) if self._large is None else self._large
+        return part if self._fill(part) else None
+
+    def _fill(self, target: memoryview) -> bool:
+        """Moves what is staged to `target`; whether that is full now. Else its next bytes may come to it directly."""
+        count = min(len(target) - self._filled, self._end - self._begin)
+        target[self._filled : self._filled + count] = self._staging[self._begin : self._begin + count]
+        self._begin += count
+        self._filled += count
+        if self._filled < len(target):
+            self._large = target
+            return False
+        self._large = None
+        self._filled = 0
+        return True
+
+
+def _decoded(kind: int, body: memoryview) -> Control:
+    try:
+        return _DECODERS[kind].decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"The control of a {Kind(kind).name} frame cannot be read: {error}.") from error

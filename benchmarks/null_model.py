@@ -1,0 +1,22 @@
+"""A model directory without weights: all that a server of null stages reads of a model."""
+
+import json
+import shutil
+from pathlib import Path
+
+from weights.sample import SAMPLE_DIR
+
+HIDDEN_SIZE = 7168
+"""DeepSeek-V3's: with it the sockets carry what they would in earnest."""
+
+LAYERS = 8
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def write_null_model(directory: Path) -> None:
+    """The sample model's configuration with LAYERS layers of HIDDEN_SIZE, and its tokenizer."""
+    config = json.loads((SAMPLE_DIR / "config.json").read_bytes())
+    config |= {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN_SIZE}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(SAMPLE_DIR / name, directory / name)

@@ -1,0 +1,54 @@
+"""The command that every benchmark is, and the options that all of them have."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actors.log import LEVEL_VARIABLE, configure_logging
+from api.cli_options import DeviceName
+from api.errors import exit_code
+from weights.errors import GalaxylineError
+
+DEFAULT_OUT = Path("generated/bench")
+
+_OPTIONS = [
+    click.option("--short", is_flag=True, help="Run for seconds, to show that it runs; the figures mean little."),
+    click.option("--device", type=DeviceName(), default="embedded", show_default=True, help="What the stages run on."),
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=DEFAULT_OUT,
+        show_default=True,
+        help="Where the figures are written, as BENCHMARK.DEVICE.json.",
+    ),
+]
+
+
+class BenchmarkCommand(click.Command):
+    """Shows the program's own errors as a sentence, as `galaxyline` does, and exits with their code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command."""
+        # The tables are what is wanted, not every request and every stage that starts.
+        os.environ.setdefault(LEVEL_VARIABLE, "warning")
+        configure_logging()
+        try:
+            return super().invoke(ctx)
+        except GalaxylineError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(exit_code(error))
+
+
+def benchmark_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a function the command `python -m benchmarks.NAME`, with --short, --device and --out."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        for option in reversed(_OPTIONS):
+            function = option(function)
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+        return click.command(name, cls=BenchmarkCommand, context_settings=settings)(function)
+
+    return decorate
