@@ -7,7 +7,7 @@ import torch
 from stages.backend import ttnn
 from stages.errors import StepError
 from stages.options import CacheOptions
-from stages.step import Admission, SamplingParams, Segment, Step
+from stages.step import Admission, Segment, Step
 from weights.model_config import ModelConfig
 
 
@@ -22,10 +22,9 @@ def create_kv_cache(config: ModelConfig, options: CacheOptions, mesh_device: ttn
 
 
 class Slot:
-    """One request: its sampling parameters, the blocks it holds in order, and the tokens cached in them."""
+    """One request: the blocks it holds in order, and the tokens cached in them."""
 
-    def __init__(self, sampling: SamplingParams) -> None:
-        self.sampling = sampling
+    def __init__(self) -> None:
         self.blocks: list[int] = []
         self.tokens = 0
 
@@ -67,10 +66,6 @@ class PageTables:
         for segment in step.segments:
             self._extend(segment, step)
 
-    def sampling(self, number: int) -> SamplingParams:
-        """How the request in a slot is sampled. Raises StepError where there is none."""
-        return self._held(number).sampling
-
     def rows(self, numbers: Sequence[int], width: int) -> torch.Tensor:
         """The first `width` blocks of each slot, int32 [slots, width]; a number of -1 gives scratch blocks."""
         index = torch.tensor(numbers, dtype=torch.long)
@@ -84,7 +79,7 @@ class PageTables:
     def _admit(self, admission: Admission) -> None:
         self._check_number(admission.slot)
         self._release(admission.slot)
-        self._slots[admission.slot] = Slot(admission.sampling)
+        self._slots[admission.slot] = Slot()
 
     def _release(self, number: int) -> None:
         slot = self._slots.pop(number, None)

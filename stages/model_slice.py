@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
@@ -30,6 +30,13 @@ EMBEDDING = "model.embed_tokens."
 HEAD = ("model.norm.", "lm_head.")
 
 Batch = PrefillBatch | DecodeBatch
+
+
+class HiddenStates(NamedTuple):
+    """What a stage's layers give for a step: `x` [1, 1, tokens, hidden / columns] on each chip of the mesh."""
+
+    x: ttnn.Tensor
+    batch: Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,13 @@ import torch
 from stages.backend import set_float_dtype, ttnn
 from stages.batch import BatchBuilder
 from stages.converted_weights import ConvertedWeights
-from stages.deepseek_v3.lm_head import LMHead
 from stages.deepseek_v3.rope import RopeTables
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
-from stages.model_slice import Batch, ModelSlice, OnProgress
+from stages.last_stage import LastStage
+from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.options import StageOptions
 from stages.plan import StageSpec
-from stages.sampling import sample_tokens
 from stages.step import Step, StepResult
 from weights.cache import WeightCache
 from weights.load import open_weights
@@ -49,6 +48,7 @@ class Stage:
         self._tables = PageTables(cache)
         rope = RopeTables.create(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope)
+        self._last = LastStage(config, mesh_device, model, self._batches) if spec.is_last else None
 
     @classmethod
     @torch.inference_mode()
@@ -81,21 +81,16 @@ class Stage:
         """Runs one step on bytes.
 
         `hidden` holds [step.token_count, hidden_size] in the stage's dtype, and nothing on the first stage. Returns
-        the same for the next stage, in memory of its own, or on the last stage the sampled tokens. Raises StepError
+        the same for the next stage, in memory of its own, or on the last stage what was sampled. Raises StepError
         where the step contradicts the stage's state.
         """
-        output = self._run(step, None if self._spec.is_first else self._from_bytes(step, hidden))
-        if not self._spec.is_last:
-            if not output.numel():
-                return memoryview(b"")
-            return output.contiguous().view(torch.uint8).numpy().data.cast("B")
-        sampled = [segment for segment in step.segments if segment.sample]
-        tokens = sample_tokens(
-            output,
-            [self._tables.sampling(segment.slot) for segment in sampled],
-            [segment.start + len(segment.tokens) for segment in sampled],
-        )
-        return StepResult(epoch=step.epoch, step_id=step.step_id, tokens=tokens)
+        states = self._run(step, None if self._spec.is_first else self._from_bytes(step, hidden))
+        if self._last is not None:
+            return self._last.result(step, states)
+        output = self._to_torch(states)
+        if not output.numel():
+            return memoryview(b"")
+        return output.contiguous().view(torch.uint8).numpy().data.cast("B")
 
     @torch.inference_mode()
     def forward(self, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -104,26 +99,31 @@ class Stage:
         `hidden` [step.token_count, hidden_size] in the stage's dtype, None on the first stage. Returns the same for
         the next stage, or on the last stage float32 logits [segments that sample, vocabulary]. Raises as `step` does.
         """
-        return self._run(step, hidden)
+        states = self._run(step, hidden)
+        return self._to_torch(states) if self._last is None else self._last.logits(step, states)
 
     def close(self) -> None:
         """Gives up the mesh."""
         ttnn.close_mesh_device(self._mesh_device)
 
-    def _run(self, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
+    def _run(self, step: Step, hidden: torch.Tensor | None) -> HiddenStates | None:
+        """None for a step without segments, which changes slots only."""
         self._enter_epoch(step)
         self._tables.apply(step)
+        if self._last is not None:
+            self._last.apply(step)
         if not step.segments:
-            return torch.empty(0, self._config.vocab_size if self._spec.is_last else self._config.hidden_size)
+            return None
         batch = self._batches.prefill(step) if step.mode == "prefill" else self._batches.decode(step)
-        x = self._model.forward(self._input(step, hidden, batch), batch)
-        return self._logits(x, step, batch) if self._spec.is_last else self._batches.hidden_to_torch(batch.places, x)
+        return HiddenStates(self._model.forward(self._input(step, hidden, batch), batch), batch)
 
     def _enter_epoch(self, step: Step) -> None:
         if step.epoch < self._epoch:
             raise StepError(f"Step {step.step_id} is of epoch {step.epoch}, but epoch {self._epoch} has begun.")
         if step.epoch > self._epoch:
             self._tables.clear()
+            if self._last is not None:
+                self._last.clear()
             self._epoch = step.epoch
 
     def _input(self, step: Step, hidden: torch.Tensor | None, batch: Batch) -> ttnn.Tensor:
@@ -142,18 +142,11 @@ class Stage:
             if min(segment.tokens) < 0 or max(segment.tokens) >= self._config.vocab_size:
                 raise StepError(f"Slot {segment.slot} has a token outside the vocabulary of {self._config.vocab_size}.")
 
-    def _logits(self, x: ttnn.Tensor, step: Step, batch: Batch) -> torch.Tensor:
-        last, ends = [], 0
-        for segment in step.segments:
-            ends += len(segment.tokens)
-            if segment.sample:
-                last.append(ends - 1)
-        if not last:
-            return torch.empty(0, self._config.vocab_size)
-        if batch.places.tokens is None and len(last) == ends:
-            return LMHead.to_torch(self._model.logits(x, batch, None), self._config, self._mesh_device)
-        picks, chosen = self._batches.picks(batch.places, last)
-        return LMHead.to_torch(self._model.logits(x, batch, picks), self._config, self._mesh_device)[chosen]
+    def _to_torch(self, states: HiddenStates | None) -> torch.Tensor:
+        """[tokens, hidden_size] of the step."""
+        if states is None:
+            return torch.empty(0, self._config.hidden_size)
+        return self._batches.hidden_to_torch(states.batch.places, states.x)
 
     def _from_bytes(self, step: Step, hidden: memoryview) -> torch.Tensor:
         size = step.token_count * self._config.hidden_size * self._dtype.itemsize

@@ -27,7 +27,8 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     `min_p` is a share of the best token's probability. The penalties are vLLM's: repetition divides or multiplies the
     logits of tokens in prompt or answer, presence and frequency are subtracted for those of the answer.
     `logit_bias` is added by token id. Only `allowed_token_ids` are drawn, unless empty; none that would complete one of
-    `bad_words`, each a sequence of token ids; and before the answer has `min_tokens`, none of `stop_token_ids`.
+    `bad_words`, each a sequence of token ids, within the answer; and before the answer has `min_tokens`, none of
+    `stop_token_ids`. Ids outside the vocabulary change nothing.
 
     `logprobs` asks for the log-probability of each sampled token and of so many best ones (0: of the token alone),
     `prompt_logprobs` for those of the prompt's tokens; None asks for none, and VOCABULARY for all tokens.
@@ -145,9 +146,9 @@ class StepResult(Message, frozen=True, kw_only=True):
     """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments.
 
     `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
-    `prompt_logprobs` has a list for each segment whose request asks for them, in the order of segments: entries for the
-    prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes. `timings` has an entry for
-    each stage.
+    `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of
+    segments: entries for the prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes.
+    `timings` has an entry for each stage.
     """
 
     epoch: int

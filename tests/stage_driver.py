@@ -10,7 +10,7 @@ import torch
 from stages.options import CacheOptions, Dtype, StageOptions
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
-from stages.step import Admission, Mode, SamplingParams, Segment, Step
+from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
 from weights.model_config import ModelConfig
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
@@ -56,10 +56,17 @@ class Driver:
         loaded = [Stage.load(spec, options, lambda _done, _of: None, mesh_shape) for spec in specs]
         return cls(loaded, options.cache, seed)
 
-    def admit(self, slot: int, sampling: SamplingParams = GREEDY) -> None:
-        """The next step admits a request to `slot`."""
+    def admit(
+        self,
+        slot: int,
+        sampling: SamplingParams = GREEDY,
+        tokens: Sequence[int] = (),
+        prompt_tokens: int | None = None,
+    ) -> None:
+        """The next step admits a request to `slot`; without `prompt_tokens`, all its `tokens` are its prompt."""
         self._held[slot] = []
-        self._admissions.append(Admission(slot=slot, sampling=sampling))
+        prompt = len(tokens) if prompt_tokens is None else prompt_tokens
+        self._admissions.append(Admission(slot=slot, sampling=sampling, tokens=list(tokens), prompt_tokens=prompt))
 
     def end(self, slot: int) -> None:
         """The next step ends the request in `slot`; its blocks may be given away at once."""
@@ -98,8 +105,8 @@ class Driver:
             raise ValueError("no stages to run")
         return hidden
 
-    def run_bytes(self, mode: Mode, segments: Sequence[Segment]) -> list[int]:
-        """Sampled tokens, with hidden states as bytes between stages."""
+    def run_bytes(self, mode: Mode, segments: Sequence[Segment]) -> StepResult:
+        """What the last stage sampled, with hidden states as bytes between stages."""
         step = self.step(mode, segments)
         hidden = memoryview(b"")
         for stage in self.stages[:-1]:
@@ -109,7 +116,7 @@ class Driver:
         result = self.stages[-1].step(step, hidden)
         assert not isinstance(result, memoryview)
         assert (result.epoch, result.step_id) == (step.epoch, step.step_id)
-        return result.tokens
+        return result
 
     def prefill(self, prompts: Mapping[int, Sequence[int]], chunk: int | None = None) -> torch.Tensor:
         """Prefills a prompt a slot, in chunks of at most `chunk` tokens; logits after each prompt's last token."""

@@ -62,11 +62,11 @@ def test_bytes_give_the_same_tokens_however_the_model_is_split(dtype: str, load:
         for slot in range(3):
             driver.admit(slot)
         segments = [driver.segment(slot, 0, text, sample=slot != 1) for slot, text in enumerate(texts)]
-        sampled = [driver.run_bytes("prefill", segments)]
+        sampled = [driver.run_bytes("prefill", segments).tokens]
         at = {slot: (len(texts[slot]), token) for slot, token in zip((0, 2), sampled[0], strict=True)}
         for _ in range(3):
             decode = [driver.segment(slot, position, [token]) for slot, (position, token) in at.items()]
-            sampled.append(driver.run_bytes("decode", decode))
+            sampled.append(driver.run_bytes("decode", decode).tokens)
             at = {slot: (at[slot][0] + 1, token) for slot, token in zip(at, sampled[-1], strict=True)}
         return sampled
 
@@ -81,7 +81,8 @@ def test_sampling_parameters_are_those_of_the_slot(load: Callable[..., Driver]) 
     text = prompts(1, VOCABULARY)[0]
     for slot, params in ((0, GREEDY), (1, hot), (2, hot)):
         driver.admit(slot, params)
-    greedy, first, second = driver.run_bytes("prefill", [driver.segment(slot, 0, text) for slot in range(3)])
+    segments = [driver.segment(slot, 0, text) for slot in range(3)]
+    greedy, first, second = driver.run_bytes("prefill", segments).tokens
     assert first == second != greedy
 
 

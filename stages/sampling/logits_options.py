@@ -1,0 +1,78 @@
+"""The options that change a request's logits before a token is chosen, greedily or not."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stages.sampling.arrays import Floats, to_floats, token_ids
+from stages.sampling.penalties import Penalties
+from stages.step import SamplingParams
+
+
+class LogitsOptions:
+    """Allowed tokens, bad words, least answer, bias and penalties, in this order; see vLLM's Sampler.
+
+    Banned tokens get minus infinity, which neither bias nor penalties change. Where bad words and the least answer
+    would leave no token at all, they give way, and so do allowed tokens that are none of the vocabulary: vLLM leaves
+    this open.
+    """
+
+    def __init__(self, sampling: SamplingParams, vocabulary: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """`prompt` and `answer` are the request's tokens so far, empty where its sampling reads none."""
+        self._allowed = token_ids(sampling.allowed_token_ids, vocabulary)
+        self._bad_words = [word for word in sampling.bad_words if word and 0 <= word[-1] < vocabulary]
+        self._min_tokens = sampling.min_tokens
+        self._stops = token_ids(sampling.stop_token_ids, vocabulary).tolist()
+        self._biased = token_ids(sampling.logit_bias, vocabulary)
+        self._bias = np.array([sampling.logit_bias[token] for token in self._biased.tolist()])
+        self._penalties = Penalties(sampling, prompt, answer) if Penalties.asked_for(sampling) else None
+
+    def note(self, token: int) -> None:
+        """The answer has one more token."""
+        if self._penalties is not None:
+            self._penalties.note(token)
+
+    def apply(self, logits: Floats, answer: Sequence[int], answered: int) -> Floats:
+        """`logits` [vocabulary] as they are where nothing changes them, else a changed copy.
+
+        `answered` tokens have been sampled; `answer` are these tokens, where bad words read them.
+        """
+        banned = self._banned(answer, answered)
+        if not (banned or len(self._allowed) or len(self._biased) or self._penalties):
+            return logits
+        changed = self._restricted(logits)
+        _ban(changed, banned)
+        if len(self._biased):
+            changed[self._biased] = to_floats(changed[self._biased] + self._bias)
+        if self._penalties is not None:
+            self._penalties.apply(changed)
+        return changed
+
+    def _banned(self, answer: Sequence[int], answered: int) -> list[int]:
+        """The last token of each bad word whose others the answer ends with, and what may not stop it yet.
+
+        As vLLM does, only the answer is looked at: a word that begins in the prompt may be completed.
+        """
+        stops = self._stops if answered < self._min_tokens else []
+        return stops + [word[-1] for word in self._bad_words if _ends_with(answer, word[:-1])]
+
+    def _restricted(self, logits: Floats) -> Floats:
+        if not len(self._allowed):
+            return np.array(logits)
+        restricted = np.full(len(logits), -np.inf, dtype=np.float32)
+        restricted[self._allowed] = logits[self._allowed]
+        return restricted
+
+
+def _ban(logits: Floats, tokens: list[int]) -> None:
+    if not tokens:
+        return
+    before = logits[tokens]
+    logits[tokens] = -np.inf
+    if np.isneginf(logits.max()):
+        logits[tokens] = before
+
+
+def _ends_with(answer: Sequence[int], tokens: list[int]) -> bool:
+    begin = len(answer) - len(tokens)
+    return begin >= 0 and list(answer[begin:]) == tokens
