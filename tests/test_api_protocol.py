@@ -1,6 +1,7 @@
 """What of a request's body is accepted, and what the client is told of the rest."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +148,11 @@ def test_unknown_fields_are_ignored() -> None:
 def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError):
         parse_completion_request(body)
+
+
+def test_every_field_is_in_the_docs() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [field for field in CompletionRequest.model_fields if f"`{field}`" not in docs] == []
 
 
 @settings(deadline=None)
