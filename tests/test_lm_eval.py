@@ -95,7 +95,8 @@ def evaluate(folder: Path, server: Server, task: str, documents: list[dict[str, 
 def greedy(reference: Reference, prompt: str, max_tokens: int) -> str:
     """The text that follows; lm-eval sends prompts without BOS."""
     tokens = reference.tokenizer.encode(prompt, add_special_tokens=False)
-    whole = reference.model.generate(torch.tensor([tokens]), max_new_tokens=max_tokens, do_sample=False)
+    model: Any = reference.model  # transformers' own annotation of `generate` does not admit the model itself
+    whole = model.generate(torch.tensor([tokens]), max_new_tokens=max_tokens, do_sample=False)
     return str(reference.tokenizer.decode(whole[0, len(tokens) :], skip_special_tokens=True))
 
 
