@@ -7,6 +7,7 @@ from stages.backend.embedded.chips import on_chips, refuse, refuse_because
 from stages.backend.embedded.dtype import TILE_LAYOUT, DataType, held_in
 from stages.backend.embedded.matrix import Matrix
 from stages.backend.embedded.memory import CoreGrid, MemoryConfig
+from stages.backend.embedded.processor import widened
 from stages.backend.embedded.program_configs import MatmulProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
 
@@ -60,9 +61,11 @@ def matmul(
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.dtype != y.dtype:
         x, y = x.float(), y.float()
+    held = x.dtype
+    x, y = widened(x), widened(y)
     if y.dim() == 4 and y.shape[0] == y.shape[1] == 1:
-        return F.linear(x, y[0, 0].t())
-    return torch.matmul(x, y)
+        return F.linear(x, y[0, 0].t()).to(held)
+    return torch.matmul(x, y).to(held)
 
 
 def _matrices(weight: Tensor) -> list[Matrix]:

@@ -10,6 +10,7 @@ from stages.backend.embedded.chips import refuse, refuse_because
 from stages.backend.embedded.dtype import TILE_SIZE, int32
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.paging import Bucket, DecodePages, decode_pages, table_row
+from stages.backend.embedded.processor import widened
 from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
 
@@ -68,9 +69,10 @@ def _attend_decode(
     blocks = cache.view(cache.shape[0], -1)
     output = q.new_zeros(users, heads, head_dim_v)
     for bucket in pages.buckets:
-        queries = q[0].index_select(0, bucket.users)
-        latents = blocks.index_select(0, bucket.blocks).view(len(bucket.users), -1, width)[:, : bucket.longest]
-        output.index_copy_(0, bucket.users, _attend(queries, latents, bucket, head_dim_v, scale))
+        queries = widened(q[0].index_select(0, bucket.users))
+        gathered = blocks.index_select(0, bucket.blocks).view(len(bucket.users), -1, width)
+        latents = widened(gathered[:, : bucket.longest])
+        output.index_copy_(0, bucket.users, _attend(queries, latents, bucket, head_dim_v, scale).to(q.dtype))
     return output[None]
 
 
@@ -129,17 +131,17 @@ def _attend_prefill(
     q: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, start: int, head_dim_v: int, scale: float
 ) -> torch.Tensor:
     heads, tokens, width = q.shape
-    latents = cache.view(cache.shape[0], -1).index_select(0, blocks).view(-1, width)
+    latents = widened(cache.view(cache.shape[0], -1).index_select(0, blocks).view(-1, width))
     output = q.new_empty(1, heads, tokens, head_dim_v)
     rows = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (start + tokens)) // heads)
     for first in range(0, tokens, rows):
         last = min(first + rows, tokens)
         seen = latents[: start + last]
-        queries = q[:, first:last].reshape(-1, width)
+        queries = widened(q[:, first:last].reshape(-1, width))
         scores = torch.mm(queries, seen.t()).float().mul_(scale).view(heads, last - first, -1)
         own = scores[..., start + first :]
         own.masked_fill_(torch.ones(own.shape[1:], dtype=torch.bool).triu_(1), -torch.inf)
-        weights = torch.softmax(scores, -1).to(q.dtype).view(len(queries), -1)
+        weights = torch.softmax(scores, -1).to(latents.dtype).view(len(queries), -1)
         output[0, :, first:last] = torch.mm(weights, seen[:, :head_dim_v]).view(heads, last - first, -1)
     return output
 
