@@ -42,7 +42,6 @@ class Answer:
         self._began = time.monotonic()
         self._last: dict[int, Piece] = {}
         self._failure: str | None = None
-        self._is_closed = False
 
     async def whole(self) -> Completion:
         """All of it at once. Raises what the engine's streams raise."""
@@ -72,11 +71,9 @@ class Answer:
         yield DONE_EVENT
 
     async def aclose(self) -> None:
-        """Aborts what has not ended, and logs how the request went. May be repeated; nobody may be iterating."""
+        """Aborts what has not ended, and logs how the request went. Nobody may be iterating; once is enough."""
         await self._pieces.aclose()
-        if not self._is_closed:
-            self._is_closed = True
-            self._log()
+        self._log()
 
     async def _chunks(self) -> AsyncGenerator[Completion, None]:
         options = self._request.stream_options or StreamOptions()

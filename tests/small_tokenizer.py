@@ -12,7 +12,10 @@ BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 BOS_ID = 0
 EOS_ID = 1
-MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġw", "o"), ("Ã", "¶"), ("â", "Ĥ")]
+MERGES = [
+    *(("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġw", "o"), ("Ã", "¶"), ("â", "Ĥ")),
+    ("a", "â"),  # a whole character and the beginning of another in one token
+]
 
 
 def small_tokenizer() -> Tokenizer:

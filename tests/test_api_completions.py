@@ -18,7 +18,7 @@ from api.messages import AddRequest, EngineState
 from tests.api_client import Events, client, complete, error_of, post, stream
 from tests.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.fake_engine import FakeEngine
-from tests.small_tokenizer import BOS_ID, EOS, EOS_ID
+from tests.small_tokenizer import BOS_ID, EOS, EOS_ID, small_tokenizer
 
 
 def text_of(count: int) -> str:
@@ -191,6 +191,12 @@ async def test_half_a_character_waits_for_its_other_half() -> None:
     )
     assert [event["choices"][0]["text"] for event in events] == ["a", "€", "b"]
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 3, 4]
+
+
+async def test_whole_characters_before_an_unfinished_one_are_not_lost() -> None:
+    cut = small_tokenizer().get_vocab()["aâ"]
+    answer = await complete(FakeEngine(lambda _: [*TEXT_TOKENS[:1], cut]), max_tokens=2)
+    assert answer["choices"][0]["text"] == "helloa"
 
 
 async def test_usage_comes_in_a_chunk_of_its_own() -> None:

@@ -210,6 +210,16 @@ def test_the_texts_of_tokens_add_up_to_the_text(text: str, data: st.DataObject) 
     assert joined == text
 
 
+def test_a_character_is_ended_only_once() -> None:
+    begin, end = TOKENIZER.encode("€", add_special_tokens=False)
+    texts = TokenTexts(TOKENIZER)
+    assert texts.here([begin, end]) == ["", ""]
+    texts.advance(begin)
+    assert texts.here([begin, end, HELLO]) == ["", "€", "hello"]
+    texts.advance(end)
+    assert texts.here([begin, end, HELLO]) == ["", "", "hello"]
+
+
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_the_chunks_of_a_stream_hold_every_entry_of_one_answer_once(data: st.DataObject) -> None:
