@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from stages.options import StageOptions
+from stages.options import ITEM_BYTES, StageOptions
 from stages.plan import StageSpec
 
 Device = Literal["embedded", "ttnn"]
@@ -34,4 +34,4 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def bytes_per_token(self) -> int:
         """Length of one token's hidden state."""
-        return self.hidden_size * {"float32": 4, "bfloat16": 2}[self.stage.dtype]
+        return self.hidden_size * ITEM_BYTES[self.stage.dtype]

@@ -17,10 +17,8 @@ from actors.runner import OnProgress, StageRunner, runner_factory
 from actors.sockets.address import Address
 from actors.stage_identity import StageIdentity
 from actors.stage_server import StageServer
-from stages.options import StageOptions
+from stages.options import DEVICE_VARIABLE, StageOptions
 from stages.plan import StageSpec
-
-DEVICE_VARIABLE = "GALAXYLINE_DEVICE"
 
 
 class StageSetup(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from actors.cores import apply_share
 from actors.options import Device
-from actors.stage_actor import DEVICE_VARIABLE
 from benchmarks.bare_link import BareLink, bare_link
 from benchmarks.hop_steps import BYTES_PER_TOKEN
 from benchmarks.machine import Machine
@@ -26,6 +25,7 @@ from benchmarks.ping_pong import PingPong, ping_pong
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.spread import Spread, ratios
 from benchmarks.stage_pair import StagePair, stage_pair
+from stages.options import DEVICE_VARIABLE
 
 TURNS = 15
 SHORT_TURNS = 3

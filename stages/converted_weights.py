@@ -1,20 +1,17 @@
 """Weights as one mesh holds them: converted on first use, found in the weight cache ever after."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.backend import DEVICE, ttnn
-from stages.options import Dtype
-from stages.run_config import StateDict, WeightConfig, load_weight_config, save_weight_config
+from stages.model_parts import ModelPart
+from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype
+from stages.run_config import WeightConfig, load_weight_config, save_weight_config
 from weights.cache import WeightCache
-from weights.model_config import ModelConfig
+from weights.entry_name import EntryName
+from weights.fingerprints import Fingerprints
 from weights.source import WeightSource
-
-TRANSFORM_VERSION = 1
-"""Raised by every change of what `convert_weights` writes: entries of another version are not found again."""
-
-Convert = Callable[[ModelConfig, StateDict, Path, ttnn.MeshDevice], WeightConfig]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +23,35 @@ class ConvertedWeights:
     dtype: Dtype
     mesh_device: ttnn.MeshDevice
 
-    def part(self, name: str, prefixes: Sequence[str], convert: Convert) -> WeightConfig:
-        """The files of the part `name`, made by `convert` from the tensors whose names begin with `prefixes`.
+    def load(self, part: ModelPart) -> WeightConfig:
+        """The part's files, converted where the cache does not have them.
 
-        With one prefix `convert` is given names without it. Raises CheckpointError where the source will not do, and
-        CacheError where files cannot be written.
+        Raises CheckpointError where the source will not do, and CacheError where files cannot be written.
         """
-        rows, columns = tuple(self.mesh_device.shape)
-        fingerprint = self.source.fingerprint(*prefixes)
-        key = f"{name}-{DEVICE}-{self.dtype}-{rows}x{columns}-v{TRANSFORM_VERSION}-{fingerprint}"
 
         def build(directory: Path) -> None:
-            scope = self.source.scope(prefixes[0] if len(prefixes) == 1 else "")
-            save_weight_config(directory, convert(self.source.config, scope, directory, self.mesh_device))
+            scope = self.source.scope(part.prefixes[0] if len(part.prefixes) == 1 else "")
+            save_weight_config(directory, part.convert(self.source.config, scope, directory, self.mesh_device))
 
-        return load_weight_config(self.cache.entry(key, build))
+        return load_weight_config(self.cache.entry(str(self.entry_name(part)), build, self.bytes_of(part)))
+
+    def missing(self, parts: Iterable[ModelPart]) -> list[ModelPart]:
+        """Those of `parts` that the cache does not have. Raises CheckpointError or CacheError."""
+        return [part for part in parts if not self.cache.holds(str(self.entry_name(part)))]
+
+    def bytes_of(self, part: ModelPart) -> int:
+        """About what the part's files take: padding and what is kept in a wider dtype are a small share of it."""
+        return self.source.values(*part.prefixes) * ITEM_BYTES[self.dtype]
+
+    def entry_name(self, part: ModelPart) -> EntryName:
+        """What the part is called in the cache. Raises CheckpointError where its tensors will not do."""
+        rows, columns = tuple(self.mesh_device.shape)
+        return EntryName(
+            part=part.name,
+            device=DEVICE,
+            dtype=self.dtype,
+            rows=rows,
+            columns=columns,
+            transform=TRANSFORM_VERSION,
+            fingerprint=Fingerprints(self.cache.directory).of(self.source, *part.prefixes),
+        )

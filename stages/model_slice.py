@@ -18,6 +18,7 @@ from stages.deepseek_v3.decoder_block import (
 from stages.deepseek_v3.embedding import Embedding, EmbeddingRunConfig
 from stages.deepseek_v3.lm_head import LMHead, LMHeadRunConfig
 from stages.deepseek_v3.module import Module, RunConfigT
+from stages.model_parts import EMBEDDING, HEAD, layer_part, stage_parts
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.run_config import WeightConfig
@@ -25,9 +26,6 @@ from weights.model_config import ModelConfig
 
 OnProgress = Callable[[int, int], None]
 """Called with (layers loaded, layers)."""
-
-EMBEDDING = "model.embed_tokens."
-HEAD = ("model.norm.", "lm_head.")
 
 Batch = PrefillBatch | DecodeBatch
 
@@ -77,8 +75,9 @@ class ModelSlice:
 
         Raises CheckpointError, before anything is converted, where a tensor is missing or has the wrong shape.
         """
-        weights.source.validate(*_prefixes(spec))
-        config, mesh_device = weights.source.config, weights.mesh_device
+        config = weights.source.config
+        weights.source.validate(*(prefix for part in stage_parts(config, spec) for prefix in part.prefixes))
+        mesh_device = weights.mesh_device
         on_progress(0, len(spec.layers))
         embedding = _embedding(config, weights, mesh_device) if spec.is_first else None
         layers: list[Layer[DenseBlockRunConfig] | Layer[MoEBlockRunConfig]] = []
@@ -116,25 +115,15 @@ class ModelSlice:
         return LMHead.forward_decode(picked, config)
 
 
-def _prefixes(spec: StageSpec) -> list[str]:
-    first = [EMBEDDING] if spec.is_first else []
-    last = list(HEAD) if spec.is_last else []
-    return first + [_layer_prefix(layer) for layer in spec.layers] + last
-
-
-def _layer_prefix(layer: int) -> str:
-    return f"model.layers.{layer}."
-
-
 def _embedding(
     config: ModelConfig, weights: ConvertedWeights, mesh_device: ttnn.MeshDevice
 ) -> RunConfigs[EmbeddingRunConfig]:
-    files = weights.part("embedding", [EMBEDDING], Embedding.convert_weights)
+    files = weights.load(EMBEDDING)
     return _run_configs(Embedding, config, files, Embedding.create_state(config, mesh_device))
 
 
 def _head(config: ModelConfig, weights: ConvertedWeights, mesh_device: ttnn.MeshDevice) -> RunConfigs[LMHeadRunConfig]:
-    files = weights.part("head", HEAD, LMHead.convert_weights)
+    files = weights.load(HEAD)
     return _run_configs(LMHead, config, files, LMHead.create_state(config, mesh_device))
 
 
@@ -147,7 +136,7 @@ def _layer(
 ) -> Layer[BlockT]:
     # The state first: what it refuses need not be converted.
     state = block.create_state(config, weights.mesh_device, cache)
-    files = weights.part(f"layer{layer}", [_layer_prefix(layer)], block.convert_weights)
+    files = weights.load(layer_part(config, layer))
     return Layer(block, _run_configs(block, config, files, state))
 
 

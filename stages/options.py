@@ -5,9 +5,18 @@ from typing import Literal
 import msgspec
 
 from stages.errors import PlanError
+from weights.model_config import UNCHANGED, ConfigChanges
 
 Dtype = Literal["float32", "bfloat16"]
 LoadFormat = Literal["auto", "dummy"]
+
+ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+
+DEVICE_VARIABLE = "GALAXYLINE_DEVICE"
+"""Names the device of a process: stages/backend/ reads it when it is imported."""
+
+TRANSFORM_VERSION = 1
+"""Raised by every change of what `convert_weights` writes: cache entries of another version are not found again."""
 
 TILE = 32
 """Edge of a Wormhole tile; block sizes and prefill starts are multiples of it."""
@@ -51,7 +60,8 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that all stages of a pipeline have in common.
 
     `model_path` is a checkpoint directory; with `load_format` "dummy" only its config.json is read and the weights
-    are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
+    are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in. Only
+    the layers that `changes` leave are the model.
     """
 
     model_path: str
@@ -60,3 +70,4 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     load_format: LoadFormat
     seed: int
     cache: CacheOptions
+    changes: ConfigChanges = UNCHANGED

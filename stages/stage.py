@@ -8,6 +8,7 @@ from stages.backend import set_float_dtype, ttnn
 from stages.batch import BatchBuilder
 from stages.converted_weights import ConvertedWeights
 from stages.deepseek_v3.rope import RopeTables
+from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
 from stages.last_stage import LastStage
@@ -21,8 +22,6 @@ from weights.model_config import ModelConfig
 
 GALAXY_COLUMNS = 8
 """Chips in a row of a Wormhole Galaxy."""
-
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Stage:
@@ -66,7 +65,9 @@ class Stage:
             raise PlanError(
                 f"A mesh of {shape[0]} x {shape[1]} chips needs as many KV pools, not {options.cache.pools}."
             )
-        source = open_weights(Path(options.model_path), load_format=options.load_format, seed=options.seed)
+        source = open_weights(
+            Path(options.model_path), load_format=options.load_format, seed=options.seed, changes=options.changes
+        )
         set_float_dtype(TORCH_DTYPES[options.dtype])
         if options.cache.pools > 1:
             # Before the mesh is opened: collectives need the network between chips.

@@ -83,13 +83,18 @@ def damage_by_removal(entry: Path) -> None:
     (entry / "part.bin").unlink()
 
 
+def damage_of_one_bit(entry: Path) -> None:
+    file = entry / "layer/deep/last.bin"
+    file.write_bytes(bytes(50_000) + b"\x01" + bytes(49_999))
+
+
 def damage_of_manifest(entry: Path) -> None:
     os.truncate(entry / "manifest.json", 20)
 
 
 def manifest_of_another_version(entry: Path) -> None:
     manifest = entry / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version":1', '"version":0'))
+    manifest.write_text(manifest.read_text().replace('"version":2', '"version":1'))
 
 
 def no_manifest(entry: Path) -> None:
@@ -98,7 +103,14 @@ def no_manifest(entry: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_by_truncation, damage_by_removal, damage_of_manifest, manifest_of_another_version, no_manifest],
+    [
+        damage_by_truncation,
+        damage_by_removal,
+        damage_of_one_bit,
+        damage_of_manifest,
+        manifest_of_another_version,
+        no_manifest,
+    ],
 )
 def test_a_damaged_entry_is_built_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     cache = WeightCache(tmp_path)
@@ -230,6 +242,12 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_does_not_fit_the_disk_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"it takes about 4096\.0 TiB, and .* are left\."):
+        WeightCache(tmp_path).entry("key", must_not_build, expected_bytes=1 << 52)
+    assert names(tmp_path) == []
 
 
 def test_safetensors_failure_to_write_is_told_too(tmp_path: Path) -> None:

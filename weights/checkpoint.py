@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 
 from weights.errors import CheckpointError
 from weights.fp8 import SCALE_SUFFIX, dequantise, scale_shape
-from weights.model_config import ModelConfig
+from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 from weights.safetensors_directory import SafetensorsDirectory
 from weights.source import WeightSource
 from weights.tensor_shapes import EMBEDDING, HEAD, Shape
 
 FP8 = "F8_E4M3"
 FLOATS = ("F32", "BF16", "F16")
+SETTLED_S = 2.0
+"""Clocks of file systems are coarse: two changes as near as this may bear the same time."""
+
 HASH_THREADS_MAX = 8
 """One core hashes about 1 GB a second, slower than a disk reads; more threads than this outrun any."""
 
@@ -32,12 +36,12 @@ class Checkpoint(WeightSource):
         self._files = files
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
-        """Reads config.json and the list of tensors.
+    def open(cls, path: Path, changes: ConfigChanges = UNCHANGED) -> "Checkpoint":
+        """Reads config.json and the list of tensors; only the layers that `changes` leave are the model.
 
         Raises CheckpointError where `path` is not the directory of a DeepSeek-V3 checkpoint.
         """
-        config = read_config(path)
+        config = read_config(path).changed(changes)
         return cls(path, config, SafetensorsDirectory(path))
 
     def __contains__(self, name: object) -> bool:
@@ -84,6 +88,25 @@ class Checkpoint(WeightSource):
             for part in threads.map(_bytes_digest, tensors):
                 digest.update(part)
         return digest.hexdigest()
+
+    def identity(self, *prefixes: str) -> str | None:
+        """A hash of config and names, and of path, inode, length and times of each file that holds one of them.
+
+        None within SETTLED_S of a file's last change. Raises CheckpointError.
+        """
+        names = self._required(prefixes)
+        stored = [self._stored_name(name) for name in names]
+        files = {self._files.path_of(name) for name in stored}
+        files |= {self._files.path_of(name + SCALE_SUFFIX) for name in stored if name + SCALE_SUFFIX in self._files}
+        try:
+            facts = [(str(path.resolve()), path.stat()) for path in sorted(files)]
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {error.filename}: {error.strerror}.") from error
+        newest = max(max(file.st_mtime, file.st_ctime) for _, file in facts)
+        if newest > time.time() - SETTLED_S:
+            return None
+        told = [(path, f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for path, f in facts]
+        return hashlib.blake2b(msgspec.json.encode((self.config, names, told)), digest_size=32).hexdigest()
 
     def _stored_name(self, name: str) -> str:
         """The head of a model with tied embeddings is the embedding, unless it is stored on its own."""

@@ -4,15 +4,19 @@ from pathlib import Path
 from typing import Literal
 
 from weights.checkpoint import Checkpoint, read_config
+from weights.model_config import UNCHANGED, ConfigChanges
 from weights.random import RandomCheckpoint
 from weights.source import WeightSource
 
 
-def open_weights(path: Path, *, load_format: Literal["auto", "dummy"], seed: int) -> WeightSource:
+def open_weights(
+    path: Path, *, load_format: Literal["auto", "dummy"], seed: int, changes: ConfigChanges = UNCHANGED
+) -> WeightSource:
     """The checkpoint in the directory `path`, or, with "dummy", random weights from `seed` for its config.json.
 
-    Raises CheckpointError where the directory, or what it must hold, will not do.
+    Only the layers that `changes` leave are there. Raises CheckpointError where the directory, or what it must hold,
+    will not do.
     """
     if load_format == "dummy":
-        return RandomCheckpoint(read_config(path), seed)
-    return Checkpoint.open(path)
+        return RandomCheckpoint(read_config(path).changed(changes), seed)
+    return Checkpoint.open(path, changes)

@@ -42,6 +42,19 @@ class Yarn(msgspec.Struct, frozen=True, kw_only=True):
     mscale_all_dim: float = 0.0
 
 
+class ConfigChanges(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run takes of a model: its first `num_hidden_layers`, of which `first_k_dense_replace` are dense.
+
+    None leaves what config.json says. Other dense layers than it says go with random weights only.
+    """
+
+    num_hidden_layers: int | None = None
+    first_k_dense_replace: int | None = None
+
+
+UNCHANGED = ConfigChanges()
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes and constants of one DeepSeek-V3 model, under the names of its config.json.
 
@@ -96,6 +109,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is a mixture of experts."""
         return layer >= self.first_k_dense_replace
+
+    def changed(self, changes: "ConfigChanges") -> "ModelConfig":
+        """The configuration of a model of other layers. Raises CheckpointError where it has not so many."""
+        layers = self.num_hidden_layers if changes.num_hidden_layers is None else changes.num_hidden_layers
+        dense = self.first_k_dense_replace if changes.first_k_dense_replace is None else changes.first_k_dense_replace
+        if not 1 <= layers <= self.num_hidden_layers:
+            raise CheckpointError(f"The model has {self.num_hidden_layers} layers: {layers} of them cannot be taken.")
+        return msgspec.structs.replace(self, num_hidden_layers=layers, first_k_dense_replace=dense)
 
     @classmethod
     def from_hf(cls, hf_config: "HuggingFaceConfig | ModelConfig") -> "ModelConfig":

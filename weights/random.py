@@ -59,6 +59,9 @@ class RandomCheckpoint(WeightSource):
         facts = ("random", self.config, self._seed, self._required(prefixes))
         return hashlib.blake2b(msgspec.json.encode(facts), digest_size=32).hexdigest()
 
+    def identity(self, *prefixes: str) -> None:
+        """None: a fingerprint costs nothing."""
+
     def _uniform(self, name: str, shape: Shape, std: float, dtype: torch.dtype) -> torch.Tensor:
         """Odd integers, which bfloat16 holds exactly, scaled: 1 byte of random bits beside the result."""
         key = hashlib.blake2b(msgspec.json.encode((self._seed, name)), digest_size=32).digest()

@@ -1,5 +1,6 @@
 """What a stage knows of weights: tensors by name, wherever they come from."""
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -14,6 +15,8 @@ from weights.tensor_shapes import Shape, tensor_shapes
 
 class WeightSource(ABC):
     """The tensors of one model under the names of DeepSeek's checkpoints, each made or read when it is asked for."""
+
+    FINGERPRINT_BYTES = 32
 
     def __init__(self, config: ModelConfig, description: str) -> None:
         """`description` names the source in errors."""
@@ -46,6 +49,18 @@ class WeightSource(ABC):
 
         Equal exactly where the tensors are equal to the bit. Raises CheckpointError as `validate` does.
         """
+
+    @abstractmethod
+    def identity(self, *prefixes: str) -> str | None:
+        """A hash of what the file system says of the files that hold the tensors under `prefixes`.
+
+        The same at two times only if their fingerprint is. None where the fingerprint costs nothing, or where a file
+        was changed so lately that another change might not show.
+        """
+
+    def values(self, *prefixes: str) -> int:
+        """How many numbers the tensors of the model under `prefixes` hold. Raises CheckpointError."""
+        return sum(math.prod(self._shape(name)) for name in self._required(prefixes))
 
     def names(self, prefix: str = "") -> list[str]:
         """The tensors of the model that are present and whose names begin with `prefix`, sorted."""

@@ -12,8 +12,9 @@ import torch
 
 from stages.backend.embedded.dtype import set_float_dtype as _hold_floats_in
 from stages.errors import DeviceError
+from stages.options import DEVICE_VARIABLE
 
-DEVICE = os.environ.get("GALAXYLINE_DEVICE", "embedded")
+DEVICE = os.environ.get(DEVICE_VARIABLE, "embedded")
 """The device of this process."""
 
 

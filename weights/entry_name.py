@@ -1,0 +1,36 @@
+"""What an entry of the weight cache is called: everything that its files follow from."""
+
+import re
+
+import msgspec
+
+_PATTERN = re.compile(
+    r"(?P<part>[a-z]+[0-9]*)-(?P<device>[a-z0-9]+)-(?P<dtype>[a-z0-9]+)-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)"
+    r"-v(?P<transform>[0-9]+)-(?P<fingerprint>[0-9a-f]{64})"
+)
+
+
+class EntryName(msgspec.Struct, frozen=True, kw_only=True):
+    """One part of a model, converted for one kind of mesh.
+
+    `part` is "embedding", "head" or "layer7"; `rows` x `columns` is the mesh; `transform` the version of the code that
+    converts; `fingerprint` the hash of the part's tensors and of the model's config.
+    """
+
+    part: str
+    device: str
+    dtype: str
+    rows: int
+    columns: int
+    transform: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        mesh = f"{self.rows}x{self.columns}"
+        return f"{self.part}-{self.device}-{self.dtype}-{mesh}-v{self.transform}-{self.fingerprint}"
+
+    @classmethod
+    def parse(cls, text: str) -> "EntryName | None":
+        """The name that `str` gave; None for any other text."""
+        match = _PATTERN.fullmatch(text)
+        return None if match is None else msgspec.convert(match.groupdict(), cls, strict=False)

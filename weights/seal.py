@@ -1,0 +1,106 @@
+"""The manifest that makes an entry of the weight cache complete, and the check of its files against it."""
+
+import mmap
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 2
+HASH_BYTES = 1 << 24
+HASH_THREADS_MAX = 8
+
+
+class FileSeal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file's length in bytes and the XXH3 128-bit hash of its bytes, which no failing disk will match by chance."""
+
+    bytes: int
+    xxh3: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The last file of an entry to be written: all its others, by their names within it."""
+
+    version: int
+    files: dict[str, FileSeal]
+
+
+def seal(entry: Path) -> None:
+    """Brings everything in the directory to the disk, and the manifest after everything else. Raises OSError."""
+    paths = sorted(entry.rglob("*"))
+    for path in paths:
+        sync(path)
+    files = [path for path in paths if path.is_file()]
+    seals = {str(path.relative_to(entry)): found for path, found in zip(files, _sealed(files), strict=True)}
+    manifest = entry / MANIFEST_FILE
+    manifest.write_bytes(msgspec.json.encode(Manifest(version=MANIFEST_VERSION, files=seals)))
+    sync(manifest)
+    sync(entry)
+
+
+def read_manifest(entry: Path) -> Manifest | None:
+    """The manifest of the directory; None where there is none of this version. Raises OSError."""
+    try:
+        manifest = msgspec.json.decode((entry / MANIFEST_FILE).read_bytes(), type=Manifest)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return manifest if manifest.version == MANIFEST_VERSION else None
+
+
+def is_complete(entry: Path) -> bool:
+    """Whether the directory holds a manifest and every file it lists, in its length. Raises OSError."""
+    manifest = read_manifest(entry)
+    return manifest is not None and all(_length(entry / name) == file.bytes for name, file in manifest.files.items())
+
+
+def damaged_files(entry: Path) -> list[str]:
+    """Names of the files that are missing or not what was sealed; the manifest's where there is none.
+
+    Reads every byte once. Raises OSError.
+    """
+    manifest = read_manifest(entry)
+    if manifest is None:
+        return [MANIFEST_FILE]
+    damaged = [name for name, file in manifest.files.items() if _length(entry / name) != file.bytes]
+    if damaged:
+        return damaged
+    found = _sealed(entry / name for name in manifest.files)
+    return [name for (name, file), now in zip(manifest.files.items(), found, strict=True) if now != file]
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or directory is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sealed(paths: Iterable[Path]) -> list[FileSeal]:
+    with ThreadPoolExecutor(min(HASH_THREADS_MAX, os.cpu_count() or 1)) as threads:
+        return list(threads.map(_seal_of, paths))
+
+
+def _seal_of(path: Path) -> FileSeal:
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128()
+    # Mapped, so that the bytes are read into the pages that loading will map.
+    if size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = memoryview(mapped)
+            for begin in range(0, size, HASH_BYTES):
+                digest.update(view[begin : begin + HASH_BYTES])
+            view.release()
+    return FileSeal(bytes=size, xxh3=digest.hexdigest())
+
+
+def _length(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
