@@ -1,7 +1,5 @@
 """The command line: `galaxyline serve`, `galaxyline demo` and `galaxyline status`."""
 
-import asyncio
-import os
 import sys
 
 import click
@@ -10,11 +8,12 @@ import uvloop
 from rich.console import Console
 
 from actors.log import configure_logging
-from api.cli_options import COUNT, SECONDS, engine_options, model_options, num_scheduler_steps
-from api.demo import DemoSettings, run_demo
-from api.errors import OptionError, exit_code
+from api.cache_cli import cache_group, convert_command
+from api.cli_options import SECONDS, engine_options, model_options, num_scheduler_steps
+from api.demo_cli import demo_command, reference_command
+from api.errors import exit_code
 from api.generation_config import MODELS_OWN, NO_ADVICE
-from api.model_source import ModelSource, resolve_model
+from api.model_source import ModelSource
 from api.serve import ServeSettings, serve
 from api.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
 from api.settings import EngineSettings
@@ -23,9 +22,6 @@ from weights.errors import GalaxylineError
 
 PLAIN_COLUMNS = 120
 """Of a table that goes to no terminal."""
-
-INTERRUPTED = 130
-"""Exit code of a demo that a signal ended: 128 + SIGINT, as shells count."""
 
 
 class CommandGroup(click.Group):
@@ -103,46 +99,6 @@ def serve_command(
     uvloop.run(serve(settings))
 
 
-@main.command("demo")
-@click.argument("prompts", nargs=-1)
-@click.option("--model-path", help="As --model of serve.  [default: $DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample]")
-@click.option("--max-new-tokens", type=COUNT, default=32, show_default=True, help="Tokens of each completion.")
-@click.option(
-    "--generator",
-    type=click.Choice(["bp", "pp"]),
-    default="bp",
-    show_default=True,
-    help="bp: one stage that owns all rows; pp: a pipeline of --stages.",
-)
-@click.option("--early_print_first_user", is_flag=True, help="Print the first prompt's tokens as they come.")
-@engine_options
-def demo_command(
-    prompts: tuple[str, ...],
-    model_path: str | None,
-    max_new_tokens: int,
-    generator: str,
-    early_print_first_user: bool,
-    engine: EngineSettings,
-) -> None:
-    """Complete PROMPTS greedily and print the completions."""
-    if not prompts:
-        raise OptionError('A prompt is required: galaxyline demo "San Francisco is a".')
-    settings = DemoSettings(
-        engine=_generator_settings(engine, generator),
-        source=resolve_model(model_path, os.environ),
-        max_new_tokens=max_new_tokens,
-    )
-    try:
-        generations = uvloop.run(run_demo(settings, prompts, _print_piece if early_print_first_user else None))
-    except asyncio.CancelledError:
-        sys.exit(INTERRUPTED)
-    if early_print_first_user:
-        click.echo()
-    click.echo("\n===== Generated =====\n")
-    for place, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
-        click.echo(f"Prompt[{place}]: {prompt}\nGeneration[{place}]: {generation.text}\n")
-
-
 @main.command("status")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server's address.")
 @click.option("--once", is_flag=True, help="Print one look and end; so it is where the output is no terminal.")
@@ -158,16 +114,10 @@ def status_command(url: str, once: bool, as_json: bool) -> None:
         follow(console, lambda: read_view(url))
 
 
-def _generator_settings(engine: EngineSettings, generator: str) -> EngineSettings:
-    if generator == "pp":
-        return engine
-    if engine.stages not in {None, 1} or engine.layers_per_stage is not None:
-        raise OptionError("--generator bp is a single stage: add --generator pp for more.")
-    return msgspec.structs.replace(engine, stages=1)
-
-
-def _print_piece(text: str) -> None:
-    click.echo(text, nl=False)
+main.add_command(demo_command)
+main.add_command(reference_command)
+main.add_command(convert_command)
+main.add_command(cache_group)
 
 
 if __name__ == "__main__":

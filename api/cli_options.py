@@ -15,7 +15,7 @@ from api.environment import CACHE_VARIABLE, note_environment
 from api.errors import OptionError
 from api.model_source import resolve_model
 from api.scheduler_options import DEFAULT_PREFILL_WAIT
-from api.settings import EngineSettings
+from api.settings import DEFAULT_CACHE_DIR, EngineSettings
 
 COUNT = click.IntRange(min=1)
 SECONDS = click.FloatRange(min=0, min_open=True)
@@ -74,6 +74,36 @@ def _note_scheduler_steps(_: click.Context, __: click.Parameter, value: int | No
         log.info("--num-scheduler-steps has no effect: each token is scheduled when its step returns", steps=value)
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 for the sample model, else bfloat16.",
+)
+load_format_option = click.option(
+    "--load-format",
+    type=click.Choice(["auto", "dummy"]),
+    default="auto",
+    show_default=True,
+    help="dummy: random weights; only config.json and the tokenizer are read.",
+)
+device_option = click.option(
+    "--device", type=DeviceName(), default="embedded", show_default=True, help="What computes."
+)
+cache_dir_option = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar=CACHE_VARIABLE,
+    show_envvar=True,
+    default=DEFAULT_CACHE_DIR,
+    show_default=True,
+    help="Where converted weights are kept.",
+)
+seed_option = click.option(
+    "--seed", type=int, help="Of dummy weights, and of the requests that bring none.  [default: random]"
+)
+
 _ENGINE_OPTIONS = [
     click.option(
         "--stages",
@@ -106,31 +136,11 @@ _ENGINE_OPTIONS = [
     click.option(
         "--num-blocks", type=COUNT, help="KV cache blocks.  [default: enough for --max-num-seqs, bounded by memory]"
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16"]),
-        default="auto",
-        show_default=True,
-        help="auto: float32 for the sample model, else bfloat16.",
-    ),
-    click.option(
-        "--load-format",
-        type=click.Choice(["auto", "dummy"]),
-        default="auto",
-        show_default=True,
-        help="dummy: random weights; only config.json and the tokenizer are read.",
-    ),
-    click.option("--device", type=DeviceName(), default="embedded", show_default=True, help="What computes."),
-    click.option(
-        "--cache-dir",
-        type=click.Path(file_okay=False, path_type=Path),
-        envvar=CACHE_VARIABLE,
-        show_envvar=True,
-        default=Path("generated/deepseek_v3"),
-        show_default=True,
-        help="Where converted weights are kept.",
-    ),
-    click.option("--seed", type=int, help="Of dummy weights, and of the requests that bring none.  [default: random]"),
+    dtype_option,
+    load_format_option,
+    device_option,
+    cache_dir_option,
+    seed_option,
     click.option("--ray-address", help="A running Ray cluster.  [default: $RAY_ADDRESS, else one of our own]"),
     click.option(
         "--start-timeout",

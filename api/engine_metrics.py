@@ -24,6 +24,8 @@ class EngineMeters:
         }
         self._result_hops = Histogram.of(STEP_BOUNDS_S)
         self._waiting_since_ns: dict[int, int] = {}
+        self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
+        self._returned_ns = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
         """A request has come."""
@@ -54,6 +56,8 @@ class EngineMeters:
         mode = record.step.mode
         sent_ns = record.submitted_ns
         self._step_times[mode].observe((returned_ns - sent_ns) * NS)
+        self._inference_ns[mode] += returned_ns - max(sent_ns, self._returned_ns)
+        self._returned_ns = returned_ns
         for meter, timing in zip(self.stages, result.timings, strict=True):
             meter.step_done(mode, sent_ns, timing)
             sent_ns = timing.ended_ns
@@ -74,6 +78,8 @@ class EngineMeters:
         return EngineMetrics(
             counts=counts,
             preemptions=preemptions,
+            prefill_seconds=self._inference_ns["prefill"] * NS,
+            decode_seconds=self._inference_ns["decode"] * NS,
             queue_times=self._queue_times,
             prefill_steps=self._step_times["prefill"],
             decode_steps=self._step_times["decode"],

@@ -19,6 +19,9 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=Tr
 class AddRequest(Message, frozen=True, kw_only=True):
     """One sequence to complete. A token of `stop_token_ids` ends it with "stop", and is the last one handed out.
 
+    Under teacher forcing the sequence goes on with the tokens `forced` as long as there are any, whatever was sampled
+    in their place; what was sampled is handed out.
+
     `request_id` counts upward for the life of the front end; an `n` of 4 is four requests.
     """
 
@@ -27,6 +30,7 @@ class AddRequest(Message, frozen=True, kw_only=True):
     max_tokens: int
     stop_token_ids: list[int]
     sampling: SamplingParams
+    forced: list[int] = []
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
@@ -112,12 +116,16 @@ class StageMetrics(Message, frozen=True, kw_only=True):
 class EngineMetrics(Message, frozen=True, kw_only=True):
     """What the engine has measured since it began, in seconds. `stages` is empty before a first pipeline is ready.
 
-    `queue_times` are those of requests until they got a slot, `step_times` those of steps from their submission to
-    their result, and `result_hops` the last stretch of these, from the last stage to the engine.
+    The time from one result to the next belongs to the step that came back: `prefill_seconds` and `decode_seconds` are
+    together the time in which the pipeline was not empty. `queue_times` are those of requests until they got a slot,
+    `step_times` those of steps from their submission to their result, and `result_hops` the last stretch of these,
+    from the last stage to the engine.
     """
 
     counts: Counts
     preemptions: int
+    prefill_seconds: float
+    decode_seconds: float
     queue_times: Histogram
     prefill_steps: Histogram
     decode_steps: Histogram

@@ -22,6 +22,7 @@ class Sequence:
     end: int
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
+    forced: list[int]
     scored: int = 0
 
     @classmethod
@@ -35,11 +36,13 @@ class Sequence:
             end=len(request.tokens) + request.max_tokens,
             stop_token_ids=frozenset(request.stop_token_ids),
             sampling=request.sampling,
+            forced=request.forced,
         )
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes a sampled token; says whether the request ends with it."""
-        self.tokens.append(token)
+        """Takes a sampled token, or the forced one of its place; says whether the request ends with the sampled one."""
+        answered = len(self.tokens) - self.prompt_tokens
+        self.tokens.append(self.forced[answered] if answered < len(self.forced) else token)
         if token in self.stop_token_ids:
             return "stop"
         return "length" if len(self.tokens) == self.end else None

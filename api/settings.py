@@ -13,11 +13,12 @@ from api.errors import OptionError
 from api.model_source import ModelSource
 from api.scheduler_options import DEFAULT_PREFILL_WAIT, default_microbatches
 from api.timeline import open_timeline
-from stages.options import CacheOptions, Dtype, LoadFormat, StageOptions
+from stages.options import ITEM_BYTES, CacheOptions, Dtype, LoadFormat, StageOptions
 from stages.plan import StageSpec, explicit_stages, plan_stages
-from weights.model_config import ModelConfig
+from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 DEFAULT_STAGES = 2
+DEFAULT_CACHE_DIR = Path("generated/deepseek_v3")
 DEFAULT_PREFILL_CHUNK = 256
 SEQUENCES_PER_MICROBATCH = 32
 """Users of a Galaxy row in one microbatch, as tt-metal's demo has them."""
@@ -27,8 +28,6 @@ CACHE_MEMORY_SHARE = 0.25
 
 ENGINE_MARGIN_S = 30.0
 """What the engine process gets beyond the stages' own deadline, to start and to say what went wrong."""
-
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 log = structlog.get_logger()
 
@@ -60,8 +59,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout_s: float = 60.0
     timeline: Path | None = None
 
-    def engine_options(self, source: ModelSource, config: ModelConfig) -> EngineOptions:
-        """What the engine is told. Logs every option that is not followed to the letter.
+    def engine_options(
+        self, source: ModelSource, config: ModelConfig, changes: ConfigChanges = UNCHANGED
+    ) -> EngineOptions:
+        """What the engine is told; `config` has the `changes` already. Logs every option not followed to the letter.
 
         Raises OptionError or PlanError where the options do not fit the model, each other, or this host's memory, and
         OptionError where `timeline` cannot be written.
@@ -69,7 +70,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.timeline is not None:
             open_timeline(self.timeline).close()
         specs = self._specs(config)
-        dtype = self._dtype(source)
+        dtype = resolve_dtype(self.dtype, source)
         return EngineOptions(
             pipeline=PipelineOptions(
                 hidden_size=config.hidden_size,
@@ -80,6 +81,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     dtype=dtype,
                     load_format=self.load_format,
                     seed=self.seed or 0,
+                    changes=changes,
                     cache=self._cache(config, dtype, self.microbatches or default_microbatches(len(specs))),
                 ),
                 device=self.device,
@@ -104,11 +106,6 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                 "leave one of them out."
             )
         return explicit_stages(config, self.layers_per_stage)
-
-    def _dtype(self, source: ModelSource) -> Dtype:
-        if self.dtype != "auto":
-            return self.dtype
-        return "float32" if source.is_sample else "bfloat16"
 
     def _prefill_chunk(self) -> int:
         asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
@@ -148,6 +145,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         if affordable < slots * needed:
             log.info("memory bounds the KV cache", blocks=affordable, wanted=slots * needed)
         return min(affordable, slots * needed)
+
+
+def resolve_dtype(asked: Dtype | Literal["auto"], source: ModelSource) -> Dtype:
+    """What --dtype means for a model: "auto" is float32 for the sample, whose text tests compare, else bfloat16."""
+    if asked != "auto":
+        return asked
+    return "float32" if source.is_sample else "bfloat16"
 
 
 def memory_bytes() -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def on_stop_signal(stop: Callable[[int], object]) -> Iterator[None]:
-    """Calls `stop` on the running loop with the number of every SIGINT and SIGTERM, in place of their usual effect."""
+    """Calls `stop` on the running loop with the number of every SIGINT and SIGTERM, in place of their usual effect.
+
+    Signals come to the main thread; on any other one nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop, number)

@@ -6,16 +6,18 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from api.demo import GREEDY
 from api.engine_client import EngineClient
 from api.messages import AddRequest
 from api.model_source import ModelSource
 from api.settings import EngineSettings
 from benchmarks.contender import ANSWER_SECONDS
 from benchmarks.token_times import TokenTimes
+from stages.step import SamplingParams
 from weights.model_config import ModelConfig
 
 START_SECONDS = 300.0
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
 
 
 class GalaxylineEngine:

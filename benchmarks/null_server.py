@@ -23,7 +23,7 @@ from api.model_source import ModelSource
 from api.serve import ServeSettings, serve
 from api.settings import EngineSettings
 from benchmarks.null_stage import RUNNER
-from weights.model_config import ModelConfig
+from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.1
@@ -39,9 +39,11 @@ class ServerError(Exception):
 class NullSettings(EngineSettings, frozen=True, kw_only=True):
     """The engine's options, but for what the stages run."""
 
-    def engine_options(self, source: ModelSource, config: ModelConfig) -> EngineOptions:
+    def engine_options(
+        self, source: ModelSource, config: ModelConfig, changes: ConfigChanges = UNCHANGED
+    ) -> EngineOptions:
         """See `EngineSettings`."""
-        options = super().engine_options(source, config)
+        options = super().engine_options(source, config, changes)
         return msgspec.structs.replace(options, pipeline=msgspec.structs.replace(options.pipeline, runner=RUNNER))
 
 

@@ -13,19 +13,17 @@ import pytest
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from api import demo, serve
-from api.demo import DemoSettings, generate, run_demo
+from api import serve
 from api.engine_options import EngineOptions
-from api.errors import EngineError, OptionError, RequestError
+from api.errors import EngineError, OptionError
 from api.listener import listen
 from api.messages import EngineState
 from api.model_source import resolve_model
 from api.serve import ServeSettings
 from api.settings import EngineSettings
 from api.start_progress import StartProgress
-from tests.api_server import DEADLINE_S, MODEL, TEXT_TOKENS, TOKENIZER, endless_text
+from tests.api_server import DEADLINE_S, endless_text
 from tests.fake_engine import FakeEngine, Script
-from tests.small_tokenizer import EOS_ID
 
 SAMPLE = resolve_model(None, {})
 
@@ -104,10 +102,9 @@ class Server:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngineClient:
-    """The engine that `serve` and `run_demo` start."""
+    """The engine that `serve` starts."""
     fake = FakeEngineClient(endless_text)
     monkeypatch.setattr(serve, "EngineClient", fake)
-    monkeypatch.setattr(demo, "EngineClient", fake)
     return fake
 
 
@@ -180,44 +177,6 @@ async def test_a_port_in_use_is_refused_before_the_engine_starts(engine: FakeEng
         with pytest.raises(OptionError, match=f"Port {port} on 127.0.0.1 is in use"):
             await serve.serve(settings)
     assert not engine.closed
-
-
-def demo_settings(tmp_path: Path, max_new_tokens: int) -> DemoSettings:
-    return DemoSettings(engine=EngineSettings(cache_dir=tmp_path), source=SAMPLE, max_new_tokens=max_new_tokens)
-
-
-async def test_the_demo_completes_all_prompts_greedily() -> None:
-    engine = FakeEngine(lambda request: [*request.tokens[1:], *TEXT_TOKENS[:2], EOS_ID, *TEXT_TOKENS])
-    pieces: list[str] = []
-    prompts = [TOKENIZER.encode("a"), TOKENIZER.encode("€")]
-    first, second = await generate(engine, MODEL, prompts, 20, pieces.append)
-    assert (first.text, second.text) == ("ahello w", "€hello w")
-    assert first.tokens == [*prompts[0][1:], *TEXT_TOKENS[:2]]
-    assert "".join(pieces) == first.text
-    assert all(stream.request.sampling.temperature == 0 for stream in engine.streams)
-
-
-async def test_the_demo_runs_through_the_engine_and_ends_it(engine: FakeEngineClient, tmp_path: Path) -> None:
-    engine.script = lambda request: request.tokens * 9
-    engine.loaded.set()
-    [generation] = await run_demo(demo_settings(tmp_path, 3), ["sea"])
-    assert len(generation.tokens) == 3
-    assert engine.closed
-
-
-async def test_a_signal_ends_the_demo(engine: FakeEngineClient, tmp_path: Path) -> None:
-    running = asyncio.create_task(run_demo(demo_settings(tmp_path, 3), ["sea"]))
-    await asyncio.wait_for(engine.started.wait(), DEADLINE_S)
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(running, DEADLINE_S)
-    assert engine.closed
-
-
-async def test_a_demo_prompt_that_is_too_long_is_refused(engine: FakeEngineClient, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"Prompt\[1\] has \d+ tokens; with --max-new-tokens 2040"):
-        await run_demo(demo_settings(tmp_path, 2040), ["a", "a b c d e f g h i j"])
-    assert not engine.started.is_set()
 
 
 def test_progress_in_a_terminal_shows_every_stage_once() -> None:

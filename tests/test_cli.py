@@ -3,15 +3,16 @@
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from structlog.testing import capture_logs
 
-from api import cli
-from api.demo import DemoSettings, Generation
+from api import cli, demo_cli
+from api.demo.run import Results
+from api.demo.setup import DemoSetup
 from api.errors import EngineError
 from api.mesh_device import parse_mesh_device
 from api.serve import ServeSettings
@@ -33,21 +34,20 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
 
 
 @pytest.fixture
-def demos(monkeypatch: pytest.MonkeyPatch) -> list[DemoSettings]:
-    """What `demo` was called with; every prompt is completed with its own upper case."""
-    settings: list[DemoSettings] = []
+def demos(monkeypatch: pytest.MonkeyPatch) -> list[DemoSetup]:
+    """What `demo` ran with; every prompt is completed with its own upper case."""
+    setups: list[DemoSetup] = []
 
-    async def record(
-        given: DemoSettings, prompts: Sequence[str], on_first_user: Callable[[str], None] | None
-    ) -> list[Generation]:
-        settings.append(given)
-        if on_first_user is not None:
-            on_first_user("first ")
-            on_first_user("user")
-        return [Generation(tokens=[1], text=prompt.upper()) for prompt in prompts]
+    def record(setup: DemoSetup, on_text: Callable[[str], None] | None) -> Results:
+        setups.append(setup)
+        if on_text is not None:
+            on_text("first ")
+            on_text("user")
+        generations = [{"tokens": [1], "text": prompt.upper()} for prompt in setup.prompts]
+        return {"generations": generations, "statistics": {"decode_t/s": 5.0}, "model_params": setup.model_params}
 
-    monkeypatch.setattr(cli, "run_demo", record)
-    return settings
+    monkeypatch.setattr(demo_cli, "run", record)
+    return setups
 
 
 @pytest.fixture(autouse=True)
@@ -187,27 +187,28 @@ def test_an_engine_that_does_not_start_ends_with_its_sentence(
     assert refused("serve", code=code) == f"Error: {error}"
 
 
-def test_the_demo_prints_every_prompt_with_its_generation(demos: list[DemoSettings]) -> None:
+def test_the_demo_prints_every_prompt_with_its_generation(demos: list[DemoSetup]) -> None:
     result = run("demo", "one_two", "three", "--max-new-tokens", "5")
     assert result.exit_code == 0, result.output
     assert result.stdout == (
         "\n===== Generated =====\n\n"
         "Prompt[0]: one_two\nGeneration[0]: ONE_TWO\n\nPrompt[1]: three\nGeneration[1]: THREE\n\n"
     )
-    [settings] = demos
-    assert (settings.max_new_tokens, settings.engine.stages) == (5, 1)
+    assert result.stderr.endswith("decode_t/s: 5\n")
+    [setup] = demos
+    assert (setup.options.max_new_tokens, len(setup.engine.pipeline.specs)) == (5, 1)
 
 
-def test_the_demo_streams_the_first_prompt_if_asked(demos: list[DemoSettings]) -> None:
+def test_the_demo_streams_the_first_prompt_if_asked(demos: list[DemoSetup]) -> None:
     for flag in ("--early_print_first_user", "--early-print-first-user"):
         assert run("demo", flag, "a").stdout.startswith("first user\n\n===== Generated =====\n")
-    assert demos[0].max_new_tokens == 32
+    assert demos[0].options.max_new_tokens == 32
 
 
-def test_the_demos_generator_is_one_stage_or_a_pipeline(demos: list[DemoSettings]) -> None:
+def test_the_demos_generator_is_one_stage_or_a_pipeline(demos: list[DemoSetup]) -> None:
     assert run("demo", "a", "--generator", "pp").exit_code == 0
     assert run("demo", "a", "--generator", "pp", "--stages", "3").exit_code == 0
-    assert [settings.engine.stages for settings in demos] == [None, 3]
+    assert [len(setup.engine.pipeline.specs) for setup in demos] == [2, 3]
     assert "add --generator pp" in refused("demo", "a", "--stages", "3")
 
 

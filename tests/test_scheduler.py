@@ -15,7 +15,7 @@ from api.scheduler import Scheduler
 from api.scheduler_options import DEFAULT_PREFILL_WAIT, SchedulerOptions
 from stages.options import CacheOptions
 from stages.step import SamplingParams, Step, StepResult, TokenLogprobs
-from tests.engine_fakes import VOCABULARY, FakeStage, reference_answer, scores, step_seconds
+from tests.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds
 
 BLOCK = 32
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
@@ -237,6 +237,23 @@ def test_max_tokens_ends_with_length_and_a_stop_token_is_the_last() -> None:
     assert ended[1] == reference_answer(request(1, 9, 1).tokens, 1, [])
     assert ended[1][1] == "length"
     assert line.scheduler.counts() == nothing_in_use(line.options)
+
+
+def test_forced_tokens_take_the_place_of_sampled_ones_which_are_handed_out() -> None:
+    """Also over preemptions: four sequences of four blocks share nine."""
+    line = FakeLine(scheduler_options(stages=1, slots=4, blocks=9))
+    prompts = [request(request_id, 20, 1).tokens for request_id in range(4)]
+    forced = [[(5 * place + number) % VOCABULARY for place in range(90)] for number in range(4)]
+    for number in range(4):
+        line.scheduler.add(msgspec.structs.replace(request(number, prompts[number], 100), forced=forced[number]))
+    ended = line.drain()
+    assert line.scheduler.preemptions > 0
+    for number in range(4):
+        sampled, reason = ended[number]
+        followed = [next_token([*prompts[number], *forced[number][:place]]) for place in range(91)]
+        assert sampled[:91] == followed
+        assert sampled[91] == next_token([*prompts[number], *forced[number], sampled[90]])
+        assert (len(sampled), reason) == (100, "length")
 
 
 def test_preemption_takes_the_latest_and_changes_no_token() -> None:

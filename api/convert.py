@@ -1,0 +1,69 @@
+"""`galaxyline convert`: fills the weight cache before anything is served."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from api.long_work import LongWork
+from api.model_source import ModelSource, check_model_files
+from api.settings import resolve_dtype
+from stages.options import DEVICE_VARIABLE, Dtype, LoadFormat
+from weights.errors import CacheError
+from weights.sizes import in_words
+
+if TYPE_CHECKING:
+    from stages.convert import Conversion
+
+
+class ConvertSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `convert`; `seed` is that of dummy weights."""
+
+    source: ModelSource
+    cache_dir: Path
+    dtype: Dtype | Literal["auto"]
+    load_format: LoadFormat
+    seed: int
+    device: str
+
+
+def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWork) -> None:
+    """Converts all parts of a model that the cache does not have, and says what they take before it begins.
+
+    Raises CheckpointError where the model will not do, CacheError where its parts do not fit the disk or cannot be
+    written. What was converted by then stays.
+    """
+    os.environ[DEVICE_VARIABLE] = settings.device
+    check_model_files(settings.source, needs_weights=settings.load_format == "auto")
+    # Imports torch, which no other command of this process needs.
+    from stages.convert import ConvertOptions, open_conversion  # noqa: PLC0415
+
+    options = ConvertOptions(
+        model_path=str(settings.source.path),
+        cache_dir=str(settings.cache_dir.expanduser().absolute()),
+        dtype=resolve_dtype(settings.dtype, settings.source),
+        load_format=settings.load_format,
+        seed=settings.seed,
+    )
+    with open_conversion(options) as conversion:
+        say(_plan(conversion, settings))
+        if conversion.bytes > conversion.free_bytes:
+            raise CacheError(
+                f"The disk of {settings.cache_dir} has no room for that: free {in_words(conversion.bytes)} there, or "
+                "choose another directory with --cache-dir."
+            )
+        with work.steps("Converting", len(conversion.missing)) as done:
+            conversion.run(lambda part: done(part.name))
+    say(f"All {len(conversion.parts)} parts are in {settings.cache_dir}.")
+
+
+def _plan(conversion: "Conversion", settings: ConvertSettings) -> str:
+    if not conversion.missing:
+        return f"{settings.source.name} has {len(conversion.parts)} parts, and none has to be converted."
+    return (
+        f"{settings.source.name} has {len(conversion.parts)} parts, {len(conversion.missing)} of them to be converted: "
+        f"they take about {in_words(conversion.bytes)}, and {in_words(conversion.free_bytes)} are free at "
+        f"{settings.cache_dir}."
+    )

@@ -1,0 +1,109 @@
+"""`run_demo`: completes prompts, or follows references, through the same pipeline as the server, without one."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import uvloop
+from rich.console import Console
+
+from api.demo.demands import Demands
+from api.demo.generation import Generation, generate
+from api.demo.options import DemoOptions
+from api.demo.setup import DemoSetup
+from api.demo.statistics import Statistics, statistics
+from api.engine_client import EngineClient
+from api.environment import CACHE_VARIABLE
+from api.long_work import LongWork
+from api.settings import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
+from api.signals import on_stop_signal
+from api.start_progress import StartProgress
+
+Results: TypeAlias = "dict[str, Any]"
+"""`generations`, a list of dicts; `statistics`; `model_params`: what the tt-metal demo's run_demo returns."""
+
+OnText = Callable[[str], None]
+
+
+def run_demo(
+    prompts: Sequence[str] | None = None,
+    *,
+    model_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    reference_file: str | Path | Sequence[str | Path] | None = None,
+    early_print_first_user: bool = False,
+    engine: EngineSettings | None = None,
+    **options: Any,
+) -> Results:
+    """Completes `prompts` and returns generations, statistics and model_params, as the tt-metal demo's run_demo does.
+
+    `model_path` is a directory or a hub id, by default what the environment names, else the sample model. `options`
+    are those of DemoOptions, such as `max_new_tokens`, `generator`, `random_weights` or `token_accuracy`; `engine` has
+    all others. May be called from any thread, and where a loop is running; nothing is left when it returns. Raises
+    GalaxylineError where it cannot be done as asked, or the pipeline fails.
+    """
+    directory = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE_DIR)
+    settings = engine or EngineSettings(cache_dir=directory)
+    if cache_dir is not None:
+        settings = msgspec.structs.replace(settings, cache_dir=directory)
+    files = [reference_file] if isinstance(reference_file, str | Path) else reference_file or []
+    demo = DemoOptions(prompts=list(prompts or []), reference_files=[Path(file) for file in files], **options)
+    setup = DemoSetup.of(demo, settings, None if model_path is None else str(model_path))
+    return run(setup, _print_text if early_print_first_user else None)
+
+
+def run(setup: DemoSetup, on_text: OnText | None = None) -> Results:
+    """Runs a demo; `on_text` gets the first prompt's text as it comes.
+
+    Raises GalaxylineError as `run_demo` does, and asyncio.CancelledError on SIGINT and SIGTERM, once the pipeline has
+    ended.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return uvloop.run(_until_stopped(setup, on_text))
+    # A notebook, say, whose loop is not ours to run on.
+    with ThreadPoolExecutor(1, "demo") as thread:
+        return thread.submit(lambda: uvloop.run(_until_stopped(setup, on_text))).result()
+
+
+async def _until_stopped(setup: DemoSetup, on_text: OnText | None) -> Results:
+    running = asyncio.create_task(_run(setup, on_text))
+    with on_stop_signal(lambda _: running.cancel()):
+        return await running
+
+
+async def _run(setup: DemoSetup, on_text: OnText | None) -> Results:
+    with setup.results_log() as results_log:
+        first, *others = [Demands.of(setup, results_log) for _ in range(setup.options.repeat_batches)]
+        figures: Statistics = {}
+        if first.left:
+            figures = await _complete(setup, [first, *others], on_text)
+        last = others[-1] if others else first
+    return {"generations": last.results, "statistics": figures, "model_params": setup.model_params}
+
+
+async def _complete(setup: DemoSetup, batches: Sequence[Demands], on_text: OnText | None) -> Statistics:
+    """Completes what is left of one batch after the other."""
+    began = time.monotonic()
+    progress = StartProgress(Console(stderr=True))
+    work = LongWork(Console(stderr=True))
+    generations: list[Generation] = []
+    async with EngineClient.start(setup.engine, progress.update) as engine:
+        with progress.showing():
+            await engine.wait_ready(setup.start_timeout_s + ENGINE_MARGIN_S)
+        ready = time.monotonic()
+        with work.steps("Completing", sum(len(batch.left) for batch in batches)) as done:
+            for batch in batches:
+                generations += await generate(engine, batch.demands(engine, on_text, done))
+        measured = await engine.metrics()
+    return statistics(generations, measured, seconds_to_ready=ready - began, runtime=time.monotonic() - began)
+
+
+def _print_text(text: str) -> None:
+    print(text, end="", flush=True)  # noqa: T201 - what early_print_first_user asks for

@@ -1,0 +1,145 @@
+"""From a demo's options to the model and the engine that it runs on."""
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import msgspec
+
+from api.demo.options import DemoOptions
+from api.demo.prompts_file import read_prompts_file
+from api.demo.results_log import ResultsLog
+from api.engine_options import EngineOptions
+from api.errors import OptionError
+from api.model_source import ModelSource, check_model_files, resolve_model
+from api.scheduler_options import default_microbatches
+from api.served_model import ServedModel
+from api.settings import EngineSettings
+from api.tokenizer import TOKENIZER_FILE
+from weights.model_config import ConfigChanges, ModelConfig
+
+DENSE_LAYERS = {None: None, "mlp": 1, "moe": 0}
+"""Dense layers of a run by --single-layer; None leaves what the model has."""
+
+
+class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is known before the pipeline starts. `model` is None where there is no tokenizer."""
+
+    options: DemoOptions
+    prompts: list[str]
+    engine: EngineOptions
+    start_timeout_s: float
+    model: ServedModel | None
+    vocab_size: int
+    seed: int
+    model_params: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        options: DemoOptions,
+        settings: EngineSettings,
+        model_path: str | None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> "DemoSetup":
+        """Reads config, tokenizer and prompts. Raises GalaxylineError where something is missing or does not fit."""
+        source = resolve_model(model_path, environment)
+        check_model_files(source, needs_weights=not options.random_weights)
+        changes = _changes(options)
+        config = ModelConfig.from_file(source.path / "config.json").changed(changes)
+        settings = _engine_settings(options, settings, config)
+        engine = settings.engine_options(source, config, changes)
+        return cls(
+            options=options,
+            prompts=options.prompts
+            if options.prompts_file is None
+            else read_prompts_file(options.prompts_file, options.num_prompts),
+            engine=engine,
+            start_timeout_s=settings.start_timeout_s,
+            model=_served_model(options, source, config, engine.pipeline.stage.cache.max_model_len),
+            vocab_size=config.vocab_size,
+            seed=settings.seed or 0,
+            model_params=_model_params(options, source, config, engine),
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        return self.engine.pipeline.stage.cache.max_model_len
+
+    def results_log(self) -> AbstractContextManager[ResultsLog | None]:
+        """The file of --checkpoint-jsonl, opened; None where none is asked for. Raises OptionError."""
+        path = self.options.checkpoint_jsonl
+        return nullcontext() if path is None else ResultsLog(path)
+
+    @property
+    def results_settings(self) -> str:
+        """What the completion of a prompt depends on beside the prompt."""
+        told = {
+            key: value for key, value in self.model_params.items() if key in {"model", "layers", "weights", "dtype"}
+        }
+        options = self.options
+        told |= {"max_new_tokens": options.max_new_tokens, "stop_at_eos": options.stop_at_eos, "seed": self.seed}
+        told |= {"sampling": self.model_params["sampling"]}
+        return msgspec.json.encode(told, order="deterministic").decode()
+
+
+def _changes(options: DemoOptions) -> ConfigChanges:
+    """Random weights are a single dense layer unless layers are asked for, as in the tt-metal demo."""
+    layers, single = options.override_num_layers, options.single_layer
+    if options.random_weights and layers is None:
+        layers, single = 1, single or "mlp"
+    return ConfigChanges(num_hidden_layers=layers, first_k_dense_replace=DENSE_LAYERS[single])
+
+
+def _engine_settings(options: DemoOptions, settings: EngineSettings, config: ModelConfig) -> EngineSettings:
+    if options.generator == "bp":
+        if settings.stages not in {None, 1} or settings.layers_per_stage is not None:
+            raise OptionError("--generator bp is a single stage: add --generator pp for more.")
+        settings = msgspec.structs.replace(settings, stages=1)
+    elif settings.stages is None and settings.layers_per_stage is None:
+        settings = msgspec.structs.replace(settings, stages=min(2, config.num_hidden_layers))
+    if options.random_weights:
+        settings = msgspec.structs.replace(settings, load_format="dummy")
+    if settings.max_num_seqs is None:
+        stages = settings.stages or len(settings.layers_per_stage or [])
+        microbatches = settings.microbatches or default_microbatches(stages)
+        settings = msgspec.structs.replace(settings, max_num_seqs=options.max_users_per_row * microbatches)
+    return settings
+
+
+def _served_model(
+    options: DemoOptions, source: ModelSource, config: ModelConfig, max_model_len: int
+) -> ServedModel | None:
+    if not ((source.tokenizer or source.path) / TOKENIZER_FILE).is_file():
+        if options.random_weights:
+            return None
+        if options.token_accuracy:
+            raise OptionError("--token-accuracy requires a tokenizer. Ensure model path has tokenizer files.")
+    return ServedModel.load(source, config, max_model_len)
+
+
+def _model_params(
+    options: DemoOptions, source: ModelSource, config: ModelConfig, engine: EngineOptions
+) -> dict[str, Any]:
+    pipeline = engine.pipeline
+    return {
+        "model": source.root,
+        "layers": config.num_hidden_layers,
+        "dense_layers": min(config.first_k_dense_replace, config.num_hidden_layers),
+        "weights": "random" if options.random_weights else "checkpoint",
+        "dtype": pipeline.stage.dtype,
+        "device": pipeline.device,
+        "generator": options.generator,
+        "stages": len(pipeline.specs),
+        "microbatches": engine.scheduler.steps_in_flight,
+        "users": pipeline.stage.cache.slots,
+        "max_model_len": pipeline.stage.cache.max_model_len,
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": {
+            "temperature": options.sampling_temperature,
+            "top_k": options.sampling_top_k,
+            "top_p": options.sampling_top_p,
+        },
+    }
