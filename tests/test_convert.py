@@ -107,7 +107,7 @@ class Conversion:
         return self._process.returncode == -signal.SIGKILL
 
 
-def kill_and_resume(model: Path, cache: Path, whole: Path, kills: int) -> None:
+def check_resumption(model: Path, cache: Path, whole: Path, kills: int) -> None:
     """Kills conversions at random moments from their first write on, each going on where the last one stopped."""
     moments = random.Random(7)
     killed = 0
@@ -130,13 +130,13 @@ def kill_and_resume(model: Path, cache: Path, whole: Path, kills: int) -> None:
 
 @pytest.mark.slow
 def test_a_conversion_that_is_killed_goes_on_where_it_stopped(model: Path, whole: Path, tmp_path: Path) -> None:
-    kill_and_resume(model, tmp_path, whole, KILLS)
+    check_resumption(model, tmp_path, whole, KILLS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("GALAXYLINE_FULL" not in os.environ, reason="the full form of the test above: GALAXYLINE_FULL=1")
 def test_a_conversion_that_is_killed_twenty_times(model: Path, whole: Path, tmp_path: Path) -> None:
-    kill_and_resume(model, tmp_path, whole, KILLS_OF_THE_FULL_TEST)
+    check_resumption(model, tmp_path, whole, KILLS_OF_THE_FULL_TEST)
 
 
 @pytest.mark.slow
