@@ -10,8 +10,8 @@ from api.errors import OptionError
 from api.long_work import LongWork
 from api.model_source import ModelSource, check_model_files
 from api.tokenizer import TextTokenizer
-from weights.checkpoint import read_config
 from weights.errors import CheckpointError
+from weights.model_config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def _tokens(settings: ReferenceSettings) -> list[int]:
     except UnicodeDecodeError:
         raise OptionError(f"'{settings.text_file}' is no UTF-8 text.") from None
     tokenizer = TextTokenizer.load(settings.source.tokenizer or settings.source.path)
-    positions = read_config(settings.source.path).max_position_embeddings
+    positions = ModelConfig.from_file(settings.source.path / "config.json").max_position_embeddings
     tokens = tokenizer.encode(text)[: min(settings.total_length, positions)]
     if len(tokens) < TOP:
         raise OptionError(f"'{settings.text_file}' gives {len(tokens)} tokens: a reference takes at least {TOP}.")
