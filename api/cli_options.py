@@ -115,7 +115,9 @@ _ENGINE_OPTIONS = [
     click.option(
         "--microbatches", type=COUNT, help="Steps in flight at once.  [default: one more than stages, or 1 for 1]"
     ),
-    click.option("--max-model-len", type=COUNT, help="Tokens of prompt and completion.  [default: the model's]"),
+    click.option(
+        "--max-model-len", "--max-seq-len", type=COUNT, help="Tokens of prompt and completion.  [default: the model's]"
+    ),
     click.option("--block-size", type=COUNT, default=32, show_default=True, help="Tokens of a KV cache block."),
     click.option("--max-num-seqs", type=COUNT, help="Requests that run at once.  [default: 32 per microbatch]"),
     click.option(

@@ -12,7 +12,6 @@ import structlog
 from rich.console import Console
 
 from api.cli_options import COUNT, engine_options
-from api.demo.demands import Demands
 from api.demo.options import DEFAULT_MAX_NEW_TOKENS, DEFAULT_USERS_PER_ROW, DemoOptions
 from api.demo.results_file import check_results_path, default_results_path, write_results
 from api.demo.run import Results, run
@@ -167,16 +166,14 @@ def _output_path(options: DemoOptions) -> Path | None:
 
 def _print(setup: DemoSetup, results: Results) -> None:
     click.echo("\n===== Generated =====\n")
-    for place, (prompt, generation) in enumerate(
-        zip(Demands.of(setup, None).prompts, results["generations"], strict=True)
-    ):
+    for place, generation in enumerate(results["generations"]):
         if setup.options.random_weights:
             click.echo(f"[random-weights mode] token IDs: {generation['tokens']}\n")
             continue
         if "accuracy_top1" in generation:
             click.echo(_accuracy(place, generation))
             continue
-        click.echo(f"Prompt[{place}]: {prompt}\nGeneration[{place}]: {generation['text']}\n")
+        click.echo(f"Prompt[{place}]: {setup.prompts[place]}\nGeneration[{place}]: {generation['text']}\n")
 
 
 def _accuracy(place: int, generation: dict[str, Any]) -> str:

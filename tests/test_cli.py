@@ -212,6 +212,11 @@ def test_the_demos_generator_is_one_stage_or_a_pipeline(demos: list[DemoSetup]) 
     assert "add --generator pp" in refused("demo", "a", "--stages", "3")
 
 
+def test_the_demo_takes_tt_metals_name_for_the_models_length(demos: list[DemoSetup]) -> None:
+    assert run("demo", "a", "--max-seq-len", "128").exit_code == 0
+    assert demos[0].max_model_len == 128
+
+
 def test_the_demo_needs_a_prompt_and_a_model() -> None:
     assert "A prompt is required" in refused("demo")
     assert refused("demo", "a", "--model-path", "/nowhere") == "Error: Model path does not exist: '/nowhere'."

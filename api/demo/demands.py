@@ -55,11 +55,6 @@ class Demands:
         return cls(setup, wanted, results_log)
 
     @property
-    def prompts(self) -> list[str]:
-        """The prompts as text."""
-        return [want.prompt for want in self._wanted]
-
-    @property
     def left(self) -> list[Wanted]:
         """Those without a result yet."""
         return [want for want in self._wanted if want.index not in self._results]

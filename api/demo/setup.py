@@ -15,7 +15,7 @@ from api.errors import OptionError
 from api.model_source import ModelSource, check_model_files, resolve_model
 from api.scheduler_options import default_microbatches
 from api.served_model import ServedModel
-from api.settings import EngineSettings
+from api.settings import DEFAULT_STAGES, EngineSettings
 from api.tokenizer import TOKENIZER_FILE
 from weights.model_config import ConfigChanges, ModelConfig
 
@@ -99,7 +99,7 @@ def _engine_settings(options: DemoOptions, settings: EngineSettings, config: Mod
             raise OptionError("--generator bp is a single stage: add --generator pp for more.")
         settings = msgspec.structs.replace(settings, stages=1)
     elif settings.stages is None and settings.layers_per_stage is None:
-        settings = msgspec.structs.replace(settings, stages=min(2, config.num_hidden_layers))
+        settings = msgspec.structs.replace(settings, stages=min(DEFAULT_STAGES, config.num_hidden_layers))
     if options.random_weights:
         settings = msgspec.structs.replace(settings, load_format="dummy")
     if settings.max_num_seqs is None:
