@@ -79,8 +79,13 @@ def test_every_plan_of_stages_loads_the_same_entries(model: Path, whole: Path) -
     assert contents(whole) == before
 
 
+def files_in(cache: Path) -> int:
+    """Files and directories below a cache that another process may be changing: os.walk passes over what is gone."""
+    return sum(len(directories) + len(files) for _, directories, files in os.walk(cache))
+
+
 class Conversion:
-    """`galaxyline convert` as a process of its own."""
+    """`galaxyline convert` as a process of its own, which does not outlive its block."""
 
     def __init__(self, model: Path, cache: Path) -> None:
         command = [sys.executable, "-m", "api.cli", "convert", str(model), "--cache-dir", str(cache)]
@@ -92,6 +97,13 @@ class Conversion:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
+    def __enter__(self) -> "Conversion":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=DEADLINE_S)
+
     def wait(self) -> None:
         _, log = self._process.communicate(timeout=DEADLINE_S)
         assert self._process.returncode == 0, log.decode()
@@ -99,7 +111,7 @@ class Conversion:
     def kill_at(self, cache: Path, files: int) -> bool:
         """SIGKILL as soon as the cache has so many files; whether that was before the conversion ended."""
         deadline = time.monotonic() + DEADLINE_S
-        while self._process.poll() is None and len(list(cache.rglob("*"))) < files:
+        while self._process.poll() is None and files_in(cache) < files:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         self._process.send_signal(signal.SIGKILL)
@@ -112,9 +124,9 @@ def check_resumption(model: Path, cache: Path, whole: Path, kills: int) -> None:
     moments = random.Random(7)
     killed = 0
     for _ in range(kills):
-        files = len(list(cache.rglob("*"))) + moments.randrange(1, 25)
-        conversion = Conversion(model, cache)
-        killed += conversion.kill_at(cache, files)
+        files = files_in(cache) + moments.randrange(1, 25)
+        with Conversion(model, cache) as conversion:
+            killed += conversion.kill_at(cache, files)
         complete = entries(cache)
         # Whatever is there under its name is whole.
         assert all(contents(whole / name) == contents(cache / name) for name in complete)
@@ -122,7 +134,8 @@ def check_resumption(model: Path, cache: Path, whole: Path, kills: int) -> None:
             for name in moments.sample(complete, 6):
                 (cache / name).rename(cache / f".{name}")
     assert killed >= kills // 2
-    Conversion(model, cache).wait()
+    with Conversion(model, cache) as conversion:
+        conversion.wait()
     for name in entries(whole):
         assert contents(cache / name) == contents(whole / name)
     assert not list(cache.glob(".building-*"))
@@ -141,9 +154,9 @@ def test_a_conversion_that_is_killed_twenty_times(model: Path, whole: Path, tmp_
 
 @pytest.mark.slow
 def test_two_conversions_at_once_make_one_cache(model: Path, whole: Path, tmp_path: Path) -> None:
-    both = [Conversion(model, tmp_path) for _ in range(2)]
-    for conversion in both:
-        conversion.wait()
+    with Conversion(model, tmp_path) as first, Conversion(model, tmp_path) as second:
+        first.wait()
+        second.wait()
     assert contents(tmp_path) == contents(whole)
 
 

@@ -1,6 +1,8 @@
 """Weight matrices as a CPU multiplies fastest by them."""
 
+import mmap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
@@ -71,13 +73,24 @@ def _by_halves(plain: torch.Tensor) -> Product:
     """
     if float(plain.abs().max()) > torch.finfo(torch.float16).max:
         return _widening(plain)
-    packed = torch.ops.quantized.linear_prepack_fp16(plain.float(), None)
+    packed = _packed_halves(plain)
 
     def times(x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), packed)
         return product.to(x.dtype)
 
     return times
+
+
+def _packed_halves(plain: torch.Tensor) -> Any:
+    """FBGEMM's packed float16 of a matrix.
+
+    The float32 that it is made from lies outside of the heap: there it would leave holes between packed matrices, half
+    as large as these are together.
+    """
+    pages = mmap.mmap(-1, plain.numel() * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    wide = torch.frombuffer(pages, dtype=torch.float32).view(plain.shape)
+    return torch.ops.quantized.linear_prepack_fp16(wide.copy_(plain), None)
 
 
 def _widening(plain: torch.Tensor) -> Product:
