@@ -14,6 +14,8 @@ from stages.errors import PlanError
 from stages.model_parts import ModelPart, stage_parts
 from stages.options import Dtype, LoadFormat
 from stages.plan import StageSpec
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES
 from weights.cache import WeightCache
 from weights.load import open_weights
 
@@ -27,6 +29,7 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True):
     load_format: LoadFormat
     seed: int
     mesh_shape: tuple[int, int] = (1, 1)
+    weight_dtypes: WeightDtypes = DEFAULT_DTYPES
 
 
 class Conversion:
@@ -71,7 +74,9 @@ def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
     source.validate(*(prefix for part in parts for prefix in part.prefixes))
     mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*options.mesh_shape))
     try:
-        weights = ConvertedWeights(source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device)
+        weights = ConvertedWeights(
+            source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weight_dtypes
+        )
         yield Conversion(weights, parts)
     finally:
         ttnn.close_mesh_device(mesh_device)

@@ -8,8 +8,11 @@ from stages.backend import DEVICE, ttnn
 from stages.model_parts import ModelPart
 from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype
 from stages.run_config import WeightConfig, load_weight_config, save_weight_config
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, dtype_letters
 from weights.cache import WeightCache
 from weights.entry_name import EntryName
+from weights.errors import CheckpointError
 from weights.fingerprints import Fingerprints
 from weights.source import WeightSource
 
@@ -22,18 +25,27 @@ class ConvertedWeights:
     cache: WeightCache
     dtype: Dtype
     mesh_device: ttnn.MeshDevice
+    dtypes: WeightDtypes = DEFAULT_DTYPES
 
     def load(self, part: ModelPart) -> WeightConfig:
         """The part's files, converted where the cache does not have them.
 
-        Raises CheckpointError where the source will not do, and CacheError where files cannot be written.
+        Raises CheckpointError where the source will not do, or changes meanwhile, and CacheError where files cannot be
+        written.
         """
+        name = self.entry_name(part)
 
         def build(directory: Path) -> None:
             scope = self.source.scope(part.prefixes[0] if len(part.prefixes) == 1 else "")
-            save_weight_config(directory, part.convert(self.source.config, scope, directory, self.mesh_device))
+            files = part.convert(self.source.config, scope, directory, self.mesh_device, self.dtypes)
+            save_weight_config(directory, files)
+            # Files that were written to meanwhile would be kept under the name of what they no longer are.
+            if self.entry_name(part) != name:
+                raise CheckpointError(
+                    f"The checkpoint changed while {part.name} was converted from it: start again when it is complete."
+                )
 
-        return load_weight_config(self.cache.entry(str(self.entry_name(part)), build, self.bytes_of(part)))
+        return load_weight_config(self.cache.entry(str(name), build, self.bytes_of(part)))
 
     def missing(self, parts: Iterable[ModelPart]) -> list[ModelPart]:
         """Those of `parts` that the cache does not have. Raises CheckpointError or CacheError."""
@@ -50,6 +62,7 @@ class ConvertedWeights:
             part=part.name,
             device=DEVICE,
             dtype=self.dtype,
+            weights=dtype_letters(part.specs(self.source.config, columns, self.dtypes)),
             rows=rows,
             columns=columns,
             transform=TRANSFORM_VERSION,

@@ -4,21 +4,25 @@ from collections.abc import Sequence
 
 import torch
 
-from stages.backend import ttnn
+from stages.backend import composite, ttnn
+from stages.dtypes import FLOATS
 from stages.errors import StepError
 from stages.options import CacheOptions
 from stages.step import Admission, Segment, Step
+from stages.tensor_dtypes import TensorDtype
 from weights.model_config import ModelConfig
 
 
-def create_kv_cache(config: ModelConfig, options: CacheOptions, mesh_device: ttnn.MeshDevice) -> ttnn.Tensor:
+def create_kv_cache(
+    config: ModelConfig, options: CacheOptions, mesh_device: ttnn.MeshDevice, dtype: TensorDtype
+) -> ttnn.Tensor:
     """One layer's cache: on each chip the pool of its own users, [blocks + 1, 1, block_size, kv_dim].
 
     A token is its normalised latent followed by its rotated key. The last block is scratch: what users that only pad
     a batch write goes there.
     """
     shape = (options.blocks + 1, 1, options.block_size, config.kv_dim)
-    return ttnn.zeros(shape, dtype=ttnn.bfloat8_b, layout=ttnn.TILE_LAYOUT, device=mesh_device)
+    return composite.zeroed(shape, dtype=FLOATS[dtype], device=mesh_device)
 
 
 class Slot:

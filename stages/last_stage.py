@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from stages.backend import ttnn
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.deepseek_v3.lm_head import LMHead
 from stages.model_slice import HiddenStates, ModelSlice
 from stages.sampling.arrays import Floats
@@ -82,6 +82,8 @@ class LastStage:
         if hidden is None or not indices:
             return torch.empty(0, self._config.vocab_size)
         places = hidden.batch.places
+        if hidden.logits is not None:
+            return self._to_torch(hidden.logits)[places.of_tokens()[torch.tensor(indices)]]
         if places.tokens is None and len(indices) == places.width:
             return self._to_torch(self._model.logits(hidden.x, hidden.batch, None))
         picks, chosen = self._batches.picks(places, indices)

@@ -10,32 +10,47 @@ from stages.deepseek_v3.embedding import Embedding
 from stages.deepseek_v3.lm_head import LMHead
 from stages.plan import StageSpec
 from stages.run_config import StateDict, WeightConfig
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import WeightSpecs, embedding_weights, head_weights, layer_weights
 from weights.model_config import ModelConfig
 from weights.tensor_shapes import layer_prefix
 
-Convert = Callable[[ModelConfig, StateDict, Path, ttnn.MeshDevice], WeightConfig]
+Convert = Callable[[ModelConfig, StateDict, Path, ttnn.MeshDevice, WeightDtypes], WeightConfig]
+
+Specs = Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelPart:
     """`convert` makes its files from the tensors whose names begin with `prefixes`.
 
-    With one prefix it is given names without it.
+    With one prefix it is given names without it. `specs` are its weights, by the columns of the mesh.
     """
 
     name: str
     prefixes: tuple[str, ...]
     convert: Convert
+    specs: Specs
 
 
-EMBEDDING = ModelPart("embedding", ("model.embed_tokens.",), Embedding.convert_weights)
-HEAD = ModelPart("head", ("model.norm.", "lm_head."), LMHead.convert_weights)
+EMBEDDING = ModelPart(
+    "embedding",
+    ("model.embed_tokens.",),
+    Embedding.convert_weights,
+    lambda config, _columns, dtypes: embedding_weights(config, dtypes),
+)
+HEAD = ModelPart("head", ("model.norm.", "lm_head."), LMHead.convert_weights, head_weights)
 
 
 def layer_part(config: ModelConfig, layer: int) -> ModelPart:
     """A decoder layer."""
     block = MoEBlock if config.is_moe(layer) else DenseBlock
-    return ModelPart(f"layer{layer}", (layer_prefix(layer),), block.convert_weights)
+    return ModelPart(
+        f"layer{layer}",
+        (layer_prefix(layer),),
+        block.convert_weights,
+        lambda own, _columns, dtypes: layer_weights(own, layer, dtypes),
+    )
 
 
 def stage_parts(config: ModelConfig, spec: StageSpec) -> list[ModelPart]:

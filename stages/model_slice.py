@@ -31,10 +31,14 @@ Batch = PrefillBatch | DecodeBatch
 
 
 class HiddenStates(NamedTuple):
-    """What a stage's layers give for a step: `x` [1, 1, tokens, hidden / columns] on each chip of the mesh."""
+    """What a stage's layers give for a step: `x` [1, 1, tokens, hidden / columns] on each chip of the mesh.
+
+    `logits` [1, 1, tokens, vocabulary / columns] are those of all tokens, where they were computed with them.
+    """
 
     x: ttnn.Tensor
     batch: Batch
+    logits: ttnn.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +94,16 @@ class ModelSlice:
         head = _head(config, weights, mesh_device) if spec.is_last else None
         return cls(embedding, layers, head)
 
-    def embed(self, ids: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
-        """ids [1, tokens], uint32 -> [1, 1, tokens, hidden / columns] on each chip. First stage only."""
+    def enter(self, inputs: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
+        """What the layers start from, [1, 1, tokens, hidden / columns] on each chip.
+
+        `inputs` are just that, but for the first stage, where they are token ids [1, tokens], uint32.
+        """
         if self.embedding is None:
-            raise RuntimeError("only the first stage embeds tokens")
+            return inputs
         if isinstance(batch, PrefillBatch):
-            return Embedding.forward_prefill(ids, self.embedding.prefill)
-        return Embedding.forward_decode(ids, self.embedding.decode)
+            return Embedding.forward_prefill(inputs, self.embedding.prefill)
+        return Embedding.forward_decode(inputs, self.embedding.decode)
 
     def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """Hidden states through all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
@@ -135,7 +142,7 @@ def _layer(
     cache: CacheOptions,
 ) -> Layer[BlockT]:
     # The state first: what it refuses need not be converted.
-    state = block.create_state(config, weights.mesh_device, cache)
+    state = block.create_state(config, weights.mesh_device, cache, weights.dtypes)
     files = weights.load(layer_part(config, layer))
     return Layer(block, _run_configs(block, config, files, state))
 

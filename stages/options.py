@@ -5,6 +5,8 @@ from typing import Literal
 import msgspec
 
 from stages.errors import PlanError
+from stages.tensor_dtypes import TILE, WeightDtypes
+from stages.timed.options import TimedOptions
 from weights.model_config import UNCHANGED, ConfigChanges
 
 Dtype = Literal["float32", "bfloat16"]
@@ -18,8 +20,8 @@ DEVICE_VARIABLE = "GALAXYLINE_DEVICE"
 TRANSFORM_VERSION = 1
 """Raised by every change of what `convert_weights` writes: cache entries of another version are not found again."""
 
-TILE = 32
-"""Edge of a Wormhole tile; block sizes and prefill starts are multiples of it."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of one pass through a chip's experts: buffers in L1 grow with them, and 2048 is what fits."""
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +63,8 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `model_path` is a checkpoint directory; with `load_format` "dummy" only its config.json is read and the weights
     are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in. Only
-    the layers that `changes` leave are the model.
+    the layers that `changes` leave are the model. With `enable_trace` decode steps are captured once and replayed.
+    `weight_dtypes` are those of weights and of the KV cache on chips. `timed` is for the timed device alone.
     """
 
     model_path: str
@@ -71,3 +74,6 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     cache: CacheOptions
     changes: ConfigChanges = UNCHANGED
+    enable_trace: bool = False
+    weight_dtypes: WeightDtypes = WeightDtypes()
+    timed: TimedOptions | None = None

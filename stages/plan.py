@@ -7,6 +7,9 @@ import msgspec
 from stages.errors import PlanError
 from weights.model_config import ModelConfig
 
+USERS_PER_ROW = 32
+"""Users of a Galaxy row in one microbatch, as tt-metal's demo has them."""
+
 
 class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One pipeline stage: the layers [first_layer, end_layer), the embedding at the front, the head at the end."""
@@ -38,12 +41,23 @@ def plan_stages(config: ModelConfig, stages: int) -> list[StageSpec]:
     Cost is the number of weights that a decode step of one token reads: what bounds a small batch. Raises PlanError
     unless 1 <= stages <= layers.
     """
+    check_stages(config, stages)
+    costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
+    costs[-1] += config.vocab_size * config.hidden_size
+    return _specs(balanced_split(costs, stages))
+
+
+def check_stages(config: ModelConfig, stages: int) -> None:
+    """Raises PlanError unless 1 <= stages <= layers."""
     layers = config.num_hidden_layers
     if not 1 <= stages <= layers:
         raise PlanError(f"Cannot split {layers} layers into {stages} stages: choose between 1 and {layers} stages.")
-    costs = [layer_cost(config, layer) for layer in range(layers)]
-    costs[-1] += config.vocab_size * config.hidden_size
-    return _specs(balanced_split(costs, stages))
+
+
+def default_microbatches(stages: int) -> int:
+    """One for every stage and one more, so that none waits for the way back; one where there is one stage, because
+    half the batch would cost it as much time as the whole."""
+    return stages + 1 if stages > 1 else 1
 
 
 def explicit_stages(config: ModelConfig, layers_per_stage: Sequence[int]) -> list[StageSpec]:

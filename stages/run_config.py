@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 import torch
 
 from stages.backend import ttnn
+from stages.dtypes import FLOATS
 from stages.errors import DeviceError
 from stages.op_configs import OpConfig, operand_names
+from stages.weight_specs import WeightSpec
 
 WeightConfig: TypeAlias = "dict[str, str | WeightConfig]"
 """Operation name -> path of its weight file, or paths by operand; a submodule's name -> its own WeightConfig."""
@@ -31,24 +33,34 @@ def weight_path(directory: Path, operation: str, operand: str) -> Path:
 
 
 def dump_weight(
-    path: Path,
-    weight: torch.Tensor,
-    *,
-    dtype: ttnn.DataType,
-    mesh_device: ttnn.MeshDevice,
-    dims: tuple[int | None, int | None] = (None, None),
-    layout: ttnn.Layout = ttnn.TILE_LAYOUT,
-    mapper: ttnn.TensorToMesh | None = None,
+    directory: Path, operation: str, spec: WeightSpec, weight: torch.Tensor, mesh_device: ttnn.MeshDevice
 ) -> str:
-    """Writes one tensor for a mesh and returns its path.
+    """Writes one tensor for a mesh and returns its path in `directory`. The file holds the shards of every chip.
 
-    `dims` says which dimension each mesh axis splits, None replicates; `mapper` replaces it where a dimension is
-    split over all chips. The file holds the shards of every chip.
+    Raises DeviceError where `weight` has not the shape that `spec` gives it.
     """
+    if tuple(weight.shape) != spec.shape:
+        raise DeviceError(f"{operation}.{spec.operand} is {list(spec.shape)}, not {list(weight.shape)}.")
+    path = weight_path(directory, operation, spec.operand)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mapper = mapper or ttnn.ShardTensor2dMesh(mesh_device, tuple(mesh_device.shape), dims)
-    ttnn.dump_tensor(str(path), ttnn.from_torch(weight, dtype=dtype, layout=layout, mesh_mapper=mapper))
+    tensor = ttnn.from_torch(
+        weight, dtype=FLOATS[spec.dtype], layout=layout_of(spec), mesh_mapper=weight_mapper(spec, mesh_device)
+    )
+    # Not for all ranks of an MPI world together: each stage has weights of its own.
+    ttnn.dump_tensor(str(path), tensor, mode=ttnn.DumpTensorMode.LOCAL)
     return str(path)
+
+
+def layout_of(spec: WeightSpec) -> ttnn.Layout:
+    """ttnn's layout of a weight."""
+    return ttnn.TILE_LAYOUT if spec.is_tiled else ttnn.ROW_MAJOR_LAYOUT
+
+
+def weight_mapper(spec: WeightSpec, mesh_device: ttnn.MeshDevice) -> ttnn.TensorToMesh:
+    """What shares a weight out over the chips."""
+    if spec.all_chips is not None:
+        return ttnn.ShardTensorToMesh(mesh_device, dim=spec.all_chips)
+    return ttnn.ShardTensor2dMesh(mesh_device, tuple(mesh_device.shape), spec.dims)
 
 
 def merge_run_config(

@@ -1,27 +1,30 @@
 """One pipeline stage: takes steps in, keeps slots and caches, gives hidden states or tokens out."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from stages.backend import set_float_dtype, ttnn
-from stages.batch import BatchBuilder
+from stages.batch import HIDDEN_DTYPE, DecodeBatch
+from stages.batch_builder import BatchBuilder
 from stages.converted_weights import ConvertedWeights
+from stages.decode_trace import DecodeTraces
 from stages.deepseek_v3.rope import RopeTables
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
 from stages.last_stage import LastStage
+from stages.mesh import close_mesh, open_mesh
+from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.step import Step, StepResult
+from stages.wormhole import GALAXY_COLUMNS
 from weights.cache import WeightCache
 from weights.load import open_weights
 from weights.model_config import ModelConfig
-
-GALAXY_COLUMNS = 8
-"""Chips in a row of a Wormhole Galaxy."""
 
 
 class Stage:
@@ -35,19 +38,21 @@ class Stage:
         mesh_device: ttnn.MeshDevice,
         config: ModelConfig,
     ) -> None:
-        """`model` has been loaded onto `mesh_device`, which `close` gives up."""
+        """`model` has been loaded onto `mesh_device`, which `close` gives up; both are only to be looked at."""
         self._spec = spec
         self._options = options
-        self._model = model
-        self._mesh_device = mesh_device
+        self.model = model
+        self.mesh_device = mesh_device
         self._config = config
         self._dtype = TORCH_DTYPES[options.dtype]
         self._epoch = 0
         cache = options.cache
         self._tables = PageTables(cache)
         rope = RopeTables.create(config, mesh_device, cache.blocks_per_slot * cache.block_size)
-        self._batches = BatchBuilder(config, mesh_device, self._tables, rope)
+        self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.enable_trace)
+        self._traces = DecodeTraces(model, mesh_device) if options.enable_trace else None
         self._last = LastStage(config, mesh_device, model, self._batches) if spec.is_last else None
+        self._prepared: tuple[Step, Batch | None] | None = None
 
     @classmethod
     @torch.inference_mode()
@@ -69,13 +74,16 @@ class Stage:
             Path(options.model_path), load_format=options.load_format, seed=options.seed, changes=options.changes
         )
         set_float_dtype(TORCH_DTYPES[options.dtype])
-        if options.cache.pools > 1:
-            # Before the mesh is opened: collectives need the network between chips.
-            ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
-        mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*shape))
-        weights = ConvertedWeights(source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device)
-        model = ModelSlice.load(spec, weights, options.cache, on_progress)
-        return cls(spec, options, model, mesh_device, source.config)
+        mesh_device = open_mesh(*shape, enable_trace=options.enable_trace)
+        with ExitStack() as undo:
+            undo.callback(close_mesh, mesh_device)
+            weights = ConvertedWeights(
+                source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weight_dtypes
+            )
+            model = ModelSlice.load(spec, weights, options.cache, on_progress)
+            stage = cls(spec, options, model, mesh_device, source.config)
+            undo.pop_all()
+        return stage
 
     @torch.inference_mode()
     def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
@@ -103,20 +111,63 @@ class Stage:
         states = self._run(step, hidden)
         return self._to_torch(states) if self._last is None else self._last.logits(step, states)
 
+    def hidden(self) -> MeshHidden:
+        """The mesh and the hidden states on it: bfloat16 [1, 1, tokens, hidden / columns] on each chip."""
+        rows, columns = self.mesh_device.shape
+        users = columns * self._batches.users(self._options.cache.slots // self._options.cache.pools)
+        return MeshHidden((rows, columns), prefill=self._shard(0), decode=self._shard(users))
+
+    @torch.inference_mode()
+    def hidden_of(self, step: Step) -> HiddenShard | None:
+        """What the step brings and leaves on each chip; None without tokens. Raises StepError as `step` does."""
+        batch = self._batch_of(step)
+        return None if batch is None else self._shard(batch.places.width)
+
+    @torch.inference_mode()
+    def step_on_mesh(self, step: Step, hidden: ttnn.Tensor | None) -> ttnn.Tensor | StepResult | None:
+        """Runs one step on tensors of the mesh, which are as `hidden_of` says, `hidden` None on the first stage."""
+        batch = self._batch_of(step)
+        states = None
+        if batch is not None:
+            states = self._compute(self._input(step, None, batch) if hidden is None else hidden, batch)
+        if self._last is not None:
+            return self._last.result(step, states)
+        return None if states is None else states.x
+
     def close(self) -> None:
-        """Gives up the mesh."""
-        ttnn.close_mesh_device(self._mesh_device)
+        """Gives up the traces and the mesh."""
+        if self._traces is not None:
+            self._traces.release()
+        close_mesh(self.mesh_device)
 
     def _run(self, step: Step, hidden: torch.Tensor | None) -> HiddenStates | None:
         """None for a step without segments, which changes slots only."""
+        batch = self._prepare(step)
+        return None if batch is None else self._compute(self._input(step, hidden, batch), batch)
+
+    def _prepare(self, step: Step) -> Batch | None:
+        """Applies the step to slots and page tables; None without segments."""
         self._enter_epoch(step)
         self._tables.apply(step)
         if self._last is not None:
             self._last.apply(step)
         if not step.segments:
             return None
-        batch = self._batches.prefill(step) if step.mode == "prefill" else self._batches.decode(step)
-        return HiddenStates(self._model.forward(self._input(step, hidden, batch), batch), batch)
+        return self._batches.decode(step) if step.mode == "decode" else self._batches.prefill(step)
+
+    def _batch_of(self, step: Step) -> Batch | None:
+        """As `_prepare`, once for a step that is asked about before it is run."""
+        if self._prepared is None or self._prepared[0] is not step:
+            self._prepared = step, self._prepare(step)
+        return self._prepared[1]
+
+    def _compute(self, inputs: ttnn.Tensor, batch: Batch) -> HiddenStates:
+        if self._traces is not None and isinstance(batch, DecodeBatch):
+            return self._traces.run(inputs, batch)
+        return HiddenStates(self.model.forward(self.model.enter(inputs, batch), batch), batch)
+
+    def _shard(self, tokens: int) -> HiddenShard:
+        return HiddenShard((1, 1, tokens, self._config.hidden_size // self.mesh_device.shape[1]), HIDDEN_DTYPE)
 
     def _enter_epoch(self, step: Step) -> None:
         if step.epoch < self._epoch:
@@ -128,9 +179,10 @@ class Stage:
             self._epoch = step.epoch
 
     def _input(self, step: Step, hidden: torch.Tensor | None, batch: Batch) -> ttnn.Tensor:
+        """Token ids on the first stage, hidden states on the others."""
         if hidden is None:
             self._check_tokens(step)
-            return self._model.embed(self._batches.ids(batch, step), batch)
+            return self._batches.ids(batch, step)
         if hidden.shape != (step.token_count, self._config.hidden_size):
             raise StepError(
                 f"Step {step.step_id} has {step.token_count} tokens of {self._config.hidden_size} values, but hidden "
@@ -144,10 +196,10 @@ class Stage:
                 raise StepError(f"Slot {segment.slot} has a token outside the vocabulary of {self._config.vocab_size}.")
 
     def _to_torch(self, states: HiddenStates | None) -> torch.Tensor:
-        """[tokens, hidden_size] of the step."""
+        """[tokens, hidden_size] of the step, in the stage's dtype."""
         if states is None:
             return torch.empty(0, self._config.hidden_size)
-        return self._batches.hidden_to_torch(states.batch.places, states.x)
+        return self._batches.hidden_to_torch(states.batch.places, states.x).to(self._dtype)
 
     def _from_bytes(self, step: Step, hidden: memoryview) -> torch.Tensor:
         size = step.token_count * self._config.hidden_size * self._dtype.itemsize

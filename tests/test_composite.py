@@ -237,8 +237,8 @@ COLLECTIVES: list[tuple[Callable[..., ttnn.Tensor], Callable[..., ttnn.Tensor]]]
     ),
     (lambda x, axis: composite.all_reduce(x, cluster_axis=axis), lambda x, axis: ttnn.all_reduce(x, cluster_axis=axis)),
     (
-        lambda x, axis: composite.mesh_partition(x, 3, cluster_axis=axis),
-        lambda x, axis: ttnn.mesh_partition(x, 3, axis),
+        lambda x, axis: composite.mesh_partition(x, 1, cluster_axis=axis),
+        lambda x, axis: ttnn.mesh_partition(x, 1, axis),
     ),
     (
         lambda x, axis: composite.all_to_all(x, in_dim=2, out_dim=1, cluster_axis=axis),

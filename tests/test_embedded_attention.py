@@ -10,6 +10,7 @@ from stages.backend import set_float_dtype, ttnn
 from stages.backend.embedded import paging, transformer
 from stages.errors import DeviceError
 from tests.embedded_meshes import float32, integers, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
+from tests.op_cases.case import user_cores
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -19,6 +20,11 @@ update_cache = ttnn.experimental.paged_update_cache
 fill_cache = ttnn.experimental.paged_fill_cache
 decode = ttnn.transformer.paged_flash_multi_latent_attention_decode
 prefill = ttnn.transformer.chunked_flash_mla_prefill
+
+
+def on_cores(vectors: ttnn.Tensor) -> ttnn.Tensor:
+    """[1, users, 1, WIDTH] as the cache takes it."""
+    return ttnn.to_memory_config(vectors, user_cores(vectors.shape[1], WIDTH))
 
 
 def attend(query: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -184,7 +190,10 @@ def test_update_writes_each_users_position_and_nothing_else(mesh: ttnn.MeshDevic
             expected[table[user, position // block_size], 0, position % block_size] = vectors[0, user, 0]
     cache = put(mesh, before.clone())
     returned = update_cache(
-        cache, put(mesh, vectors), update_idxs_tensor=integers(mesh, positions), page_table=integers(mesh, table)
+        cache,
+        on_cores(put(mesh, vectors)),
+        update_idxs_tensor=integers(mesh, positions),
+        page_table=integers(mesh, table),
     )
     assert returned is cache
     for shard in shards(cache):
@@ -214,7 +223,7 @@ def test_chips_with_their_own_users_part_a_cache_that_was_made_as_one() -> None:
     own = torch.randn(1, 4, 1, WIDTH)
     where, table = integers(mesh, torch.tensor([5])), integers(mesh, torch.tensor([[3, 1]]))
     for _ in range(2):
-        update_cache(cache, put(mesh, own, (None, 1)), update_idxs_tensor=where, page_table=table)
+        update_cache(cache, on_cores(put(mesh, own, (None, 1))), update_idxs_tensor=where, page_table=table)
     assert len({shard.data_ptr() for shard in shards(cache)}) == 4
     for number, shard in enumerate(shards(cache)):
         expected = torch.zeros(4, 1, 32, WIDTH)
@@ -235,7 +244,7 @@ def test_chips_that_share_all_write_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(torch.Tensor, "index_copy_", counting)
     where, table = integers(mesh, torch.tensor([5])), integers(mesh, torch.tensor([[3, 1]]))
-    update_cache(cache, put(mesh, torch.randn(1, 1, 1, WIDTH)), update_idxs_tensor=where, page_table=table)
+    update_cache(cache, on_cores(put(mesh, torch.randn(1, 1, 1, WIDTH))), update_idxs_tensor=where, page_table=table)
     fill_cache(cache, put(mesh, torch.randn(1, 1, 32, WIDTH)), table, batch_idx=0)
     assert calls == 2
 
@@ -332,7 +341,7 @@ def _update(
     dtype: ttnn.DataType = ttnn.bfloat16,
     position: int = 3,
 ) -> ttnn.Tensor:
-    vectors = put(mesh, torch.zeros(1, users, 1, WIDTH), dtype=dtype)
+    vectors = on_cores(put(mesh, torch.zeros(1, users, 1, WIDTH), dtype=dtype))
     where = integers(mesh, torch.tensor([position]))
     return update_cache(cache, vectors, update_idxs_tensor=where, page_table=_table(mesh))
 

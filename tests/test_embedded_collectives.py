@@ -39,8 +39,8 @@ def neighbours(own: list[list[torch.Tensor]], axis: int, row: int, column: int) 
             lambda group, at: torch.stack(group).sum(0).chunk(len(group), 3)[at],
         ),
         (
-            lambda x, axis: ttnn.mesh_partition(x, 2, axis),
-            lambda group, at: group[at].chunk(len(group), 2)[at],
+            lambda x, axis: ttnn.mesh_partition(x, 1, axis),
+            lambda group, at: group[at].chunk(len(group), 1)[at],
         ),
         (
             lambda x, axis: ttnn.experimental.all_to_all_async_generic(x, in_dim=2, out_dim=1, cluster_axis=axis),
@@ -86,8 +86,8 @@ def test_an_axis_of_one_chip_and_uneven_parts_are_refused(
 ) -> None:
     row = ttnn.open_mesh_device(ttnn.MeshShape(1, 8))
     with pytest.raises(DeviceError, match=r"axis 0 of a mesh of \(1, 8\) has one chip"):
-        collective(put(row, torch.zeros(1, 1, 8, 8)), 0)
-    gone = put(row, torch.zeros(1, 1, 8, 8))
+        collective(put(row, torch.zeros(1, 1, 8, 256)), 0)
+    gone = put(row, torch.zeros(1, 1, 8, 256))
     ttnn.deallocate(gone)
     with pytest.raises(DeviceError, match="after deallocate"):
         collective(gone, 1)

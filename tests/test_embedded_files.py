@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from stages.backend import set_float_dtype, ttnn
 from stages.errors import DeviceError
+from tests.disks import files_of_at_most
 from tests.embedded_meshes import assert_everywhere, float32, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -52,6 +53,16 @@ def test_the_file_is_safetensors(mesh: ttnn.MeshDevice, tmp_path: Path) -> None:
     weight = torch.randn(1, 1, 8, 16)
     ttnn.dump_tensor(tmp_path / "weight.tensorbin", put(mesh, weight))
     assert torch.equal(load_file(tmp_path / "weight.tensorbin")["0"], weight)
+
+
+@on_chip
+@pytest.mark.parametrize("missing", [1, 100, 5000])
+def test_a_file_that_cannot_be_written_whole_is_an_error(mesh: ttnn.MeshDevice, missing: int, tmp_path: Path) -> None:
+    weight = put(mesh, torch.randn(1, 1, 64, 97))
+    ttnn.dump_tensor(tmp_path / "weight.tensorbin", weight)
+    size = (tmp_path / "weight.tensorbin").stat().st_size
+    with files_of_at_most(size - missing), pytest.raises(OSError, match="File too large"):
+        ttnn.dump_tensor(tmp_path / "cut.tensorbin", weight)
 
 
 def anonymous_bytes() -> int:
@@ -101,8 +112,12 @@ def test_as_tensor_writes_once_and_then_reads(mesh: ttnn.MeshDevice, tmp_path: P
             ttnn.bfloat16,
             layout=ttnn.TILE_LAYOUT,
             device=mesh,
+            memory_config=ttnn.DRAM_MEMORY_CONFIG,
             cache_file_name=tmp_path / "made" / "weight",
             mesh_mapper=mapper,
         )
         assert_everywhere(tensor, first)
-    assert_everywhere(ttnn.as_tensor(second, ttnn.bfloat16, device=mesh, mesh_mapper=mapper), second)
+    uncached = ttnn.as_tensor(
+        second, ttnn.bfloat16, device=mesh, memory_config=ttnn.DRAM_MEMORY_CONFIG, mesh_mapper=mapper
+    )
+    assert_everywhere(uncached, second)

@@ -128,6 +128,16 @@ def test_closed_meshes_and_deallocated_tensors_are_refused(shape: tuple[int, int
         put(mesh, torch.zeros(1))
 
 
+def test_a_mesh_is_shared_out_as_meshes_of_their_own() -> None:
+    mesh = ttnn.open_mesh_device(ttnn.MeshShape(4, 8))
+    parts = mesh.create_submeshes(ttnn.MeshShape(2, 4))
+    assert [tuple(part.shape) for part in parts] == [(2, 4)] * 4
+    with pytest.raises(DeviceError, match="different meshes"):
+        ttnn.copy(put(parts[0], torch.zeros(1)), put(parts[1], torch.zeros(1)))
+    with pytest.raises(DeviceError, match=r"no equal parts of \(3, 8\)"):
+        mesh.create_submeshes(ttnn.MeshShape(3, 8))
+
+
 def test_a_mesh_has_two_positive_dimensions() -> None:
     with pytest.raises(DeviceError, match=r"\(0, 8\)"):
         ttnn.open_mesh_device(ttnn.MeshShape(0, 8))

@@ -110,8 +110,11 @@ def _publish(draft: Path, entry: Path) -> None:
                 raise
         else:
             return
-        if not damaged_files(entry):
-            return
         with suppress(FileNotFoundError):
-            entry.rename(draft.with_name(f"damaged-{attempt}"))
+            found = entry.stat().st_ino
+            if not damaged_files(entry):
+                return
+            # Reading it took time: another builder may have put a sound one in its place.
+            if entry.stat().st_ino == found:
+                entry.rename(draft.with_name(f"damaged-{attempt}"))
     raise CacheError(f"{entry} was damaged {PUBLISH_ATTEMPTS} times over while it was replaced; is the disk failing?")

@@ -92,21 +92,19 @@ class Checkpoint(WeightSource):
     def identity(self, *prefixes: str) -> str | None:
         """A hash of config and names, and of path, inode, length and times of each file that holds one of them.
 
-        None within SETTLED_S of a file's last change. Raises CheckpointError.
+        None within SETTLED_S of a file's last change, and where one changed since it was opened. Raises
+        CheckpointError.
         """
         names = self._required(prefixes)
         stored = [self._stored_name(name) for name in names]
-        files = {self._files.path_of(name) for name in stored}
-        files |= {self._files.path_of(name + SCALE_SUFFIX) for name in stored if name + SCALE_SUFFIX in self._files}
-        try:
-            facts = [(str(path.resolve()), path.stat()) for path in sorted(files)]
-        except OSError as error:
-            raise CheckpointError(f"Cannot read {error.filename}: {error.strerror}.") from error
-        newest = max(max(file.st_mtime, file.st_ctime) for _, file in facts)
-        if newest > time.time() - SETTLED_S:
+        scales = [name + SCALE_SUFFIX for name in stored if name + SCALE_SUFFIX in self._files]
+        facts = self._files.facts([*stored, *scales])
+        if facts is None:
             return None
-        told = [(path, f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for path, f in facts]
-        return hashlib.blake2b(msgspec.json.encode((self.config, names, told)), digest_size=32).hexdigest()
+        newest_ns = max(max(file.modified_ns, file.changed_ns) for file in facts)
+        if newest_ns > time.time_ns() - SETTLED_S * 1e9:
+            return None
+        return hashlib.blake2b(msgspec.json.encode((self.config, names, facts)), digest_size=32).hexdigest()
 
     def _stored_name(self, name: str) -> str:
         """The head of a model with tied embeddings is the embedding, unless it is stored on its own."""

@@ -5,7 +5,7 @@ import re
 import msgspec
 
 _PATTERN = re.compile(
-    r"(?P<part>[a-z]+[0-9]*)-(?P<device>[a-z0-9]+)-(?P<dtype>[a-z0-9]+)-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)"
+    r"(?P<part>[a-z]+[0-9]*)-(?P<device>[a-z0-9]+)-(?P<dtype>[a-z0-9]+)-(?P<weights>[a-z0-9]+)-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)"
     r"-v(?P<transform>[0-9]+)-(?P<fingerprint>[0-9a-f]{64})"
 )
 
@@ -13,13 +13,15 @@ _PATTERN = re.compile(
 class EntryName(msgspec.Struct, frozen=True, kw_only=True):
     """One part of a model, converted for one kind of mesh.
 
-    `part` is "embedding", "head" or "layer7"; `rows` x `columns` is the mesh; `transform` the version of the code that
-    converts; `fingerprint` the hash of the part's tensors and of the model's config.
+    `part` is "embedding", "head" or "layer7"; `dtype` what floats are held in, `weights` the dtype of each weight on
+    chips, a letter each; `rows` x `columns` is the mesh; `transform` the version of the code that converts;
+    `fingerprint` the hash of the part's tensors and of the model's config.
     """
 
     part: str
     device: str
     dtype: str
+    weights: str
     rows: int
     columns: int
     transform: int
@@ -27,7 +29,7 @@ class EntryName(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         mesh = f"{self.rows}x{self.columns}"
-        return f"{self.part}-{self.device}-{self.dtype}-{mesh}-v{self.transform}-{self.fingerprint}"
+        return f"{self.part}-{self.device}-{self.dtype}-{self.weights}-{mesh}-v{self.transform}-{self.fingerprint}"
 
     @classmethod
     def parse(cls, text: str) -> "EntryName | None":

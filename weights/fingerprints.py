@@ -1,12 +1,14 @@
 """Fingerprints of checkpoints that are remembered: taking one reads every byte, which takes minutes for R1."""
 
-import secrets
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from weights.source import WeightSource
 
 DIRECTORY = ".fingerprints"
+
+_FINGERPRINT = re.compile(f"[0-9a-f]{{{2 * WeightSource.FINGERPRINT_BYTES}}}")
 
 
 class Fingerprints:
@@ -26,7 +28,7 @@ class Fingerprints:
         remembered = self._directory / identity
         with suppress(OSError, UnicodeDecodeError):
             fingerprint = remembered.read_text(encoding="ascii")
-            if len(fingerprint) == 2 * source.FINGERPRINT_BYTES:
+            if _FINGERPRINT.fullmatch(fingerprint):
                 return fingerprint
         fingerprint = source.fingerprint(*prefixes)
         # A file that was written to while it was read would be remembered for what it no longer is.
@@ -35,9 +37,8 @@ class Fingerprints:
         return fingerprint
 
     def _remember(self, path: Path, fingerprint: str) -> None:
-        # Where this fails, as on a full disk or in a cache that may only be read, the bytes are read again next time.
+        # Where this fails, as on a full disk or in a cache that may only be read, the bytes are read again next time;
+        # so they are where a kill leaves half of it, which is no fingerprint.
         with suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
-            draft = self._directory / f".{secrets.token_hex(8)}"
-            draft.write_text(fingerprint, encoding="ascii")
-            draft.rename(path)
+            path.write_text(fingerprint, encoding="ascii")

@@ -1,8 +1,9 @@
 """The safetensors files of a checkpoint directory: which file holds a tensor, opened when first asked for."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -24,6 +25,24 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
+class FileFacts(NamedTuple):
+    """What the file system says of a file: where it lies, its length in bytes, and when bytes or inode last changed."""
+
+    path: str
+    device: int
+    inode: int
+    bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileFacts":
+        """As they are now, of what `path` leads to. Raises OSError."""
+        status = path.stat()
+        place = (str(path.resolve()), status.st_dev, status.st_ino)
+        return cls(*place, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 class SafetensorsDirectory:
     """Tensors stored in one model.safetensors, or in the shards that model.safetensors.index.json names.
 
@@ -35,6 +54,7 @@ class SafetensorsDirectory:
         self._path = path
         self._open: dict[str, Any] = {}
         self._held: dict[str, set[str]] = {}
+        self._opened_as: dict[str, FileFacts] = {}
         self._listing = SINGLE_FILE if (path / SINGLE_FILE).is_file() else INDEX_FILE
         if self._listing == SINGLE_FILE:
             self._file(SINGLE_FILE)
@@ -48,6 +68,20 @@ class SafetensorsDirectory:
     def path_of(self, name: str) -> Path:
         """The file that holds the tensor, or, for one that is not stored, the file that should list it."""
         return self._path / self._files.get(name, self._listing)
+
+    def facts(self, names: Iterable[str]) -> list[FileFacts] | None:
+        """Facts of the files that hold the tensors, by path. Raises CheckpointError where one cannot be read.
+
+        None where one is no longer what it was when it was opened: tensors may then be another file's.
+        """
+        paths = sorted({self.path_of(name) for name in names})
+        try:
+            now = {path.name: FileFacts.of(path) for path in paths}
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {error.filename}: {error.strerror}.") from error
+        if any(self._opened_as.get(file, facts) != facts for file, facts in now.items()):
+            return None
+        return list(now.values())
 
     def header(self, name: str) -> tuple[str, Shape]:
         """The tensor's dtype, as safetensors spells it, and its shape. Raises CheckpointError as `tensor` does."""
@@ -75,6 +109,8 @@ class SafetensorsDirectory:
         if file not in self._open:
             path = self._path / file
             try:
+                # Before it is opened: where it is replaced in between, the two differ ever after.
+                self._opened_as[file] = FileFacts.of(path)
                 opened: Any = safe_open(path, framework="pt")
             except FileNotFoundError as error:
                 raise CheckpointError(f"{path} does not exist, though {INDEX_FILE} names it.") from error

@@ -1,6 +1,15 @@
-"""Numbers of bytes as people read them."""
+"""Numbers of bytes and of things as people read them."""
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def counted(count: int, noun: str) -> str:
+    """Like "1 row" or "2 rows", "2 batches", "2 Galaxies"."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{count} {noun.removesuffix('y')}ies"
+    return f"{count} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def in_words(count: int) -> str:

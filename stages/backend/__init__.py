@@ -13,9 +13,14 @@ import torch
 from stages.backend.embedded.dtype import set_float_dtype as _hold_floats_in
 from stages.errors import DeviceError
 from stages.options import DEVICE_VARIABLE
+from stages.plan import USERS_PER_ROW
 
 DEVICE = os.environ.get(DEVICE_VARIABLE, "embedded")
 """The device of this process."""
+
+PADDED_USERS_PER_ROW = USERS_PER_ROW if DEVICE == "ttnn" else 0
+"""Places of a decode step on every row at least, so that its shapes are few: chips compile a program for each shape,
+take a tile for one row as for 32, and replay traces of fixed shapes only. 0 where a step is taken as it is."""
 
 
 def bind(device: str) -> ModuleType:

@@ -4,14 +4,17 @@ Chips and the CPU choose experts and run them by different algorithms. The chips
 they run on the embedded device too, where tests hold them against the CPU's.
 """
 
+from collections.abc import Sequence
+
 from stages.backend import DEVICE, ttnn
 from stages.backend.embedded import experts
-
-TOKENS_AT_ONCE = 2048
-"""Tokens of one pass through a chip's experts: buffers in L1 grow with them, and 2048 is what fits."""
+from stages.options import TOKENS_AT_ONCE
 
 FUSED_GATE = (256, 8, 4, 8)
 """Experts, groups, groups chosen and experts chosen of DeepSeek-V3, for which chips have a fused gate."""
+
+HEADS_TOGETHER = 16 if DEVICE == "ttnn" else 1
+"""Heads of a column come to attention in multiples of this: `all_to_all` gathers them by halves of a tile on chips."""
 
 LEFT_OUT = -1.0e4
 """Added to the biased scores of groups that are left out: far below any score, and finite in bfloat16."""
@@ -65,6 +68,24 @@ def mesh_partition(
     return ttnn.mesh_partition(x, dim, cluster_axis, memory_config=memory_config)
 
 
+def zeroed(shape: Sequence[int], *, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:
+    """Tiles of `shape` on each chip, all zero, that took no memory of the host."""
+    if DEVICE == "embedded":
+        return ttnn.zeros(shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=device)
+    return chip_zeroed(shape, dtype=dtype, device=device)
+
+
+def chip_zeroed(shape: Sequence[int], *, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:
+    """`zeroed` on chips."""
+    return _filled(shape, 0.0, dtype, device)
+
+
+def _filled(shape: Sequence[int], value: float, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:
+    """Allocated and written over on the chips: ttnn.full fills on the host, whose writes a trace cannot repeat."""
+    tensor = ttnn.empty(shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=device)
+    return ttnn.fill(tensor, value, output_tensor=tensor)
+
+
 def chip_moe_gate(
     logits: ttnn.Tensor,
     bias: ttnn.Tensor,
@@ -115,9 +136,7 @@ def _penalty(biased: ttnn.Tensor, n_groups: int, topk_groups: int) -> ttnn.Tenso
 
 
 def _constant(like: ttnn.Tensor, width: int, value: float) -> ttnn.Tensor:
-    return ttnn.full(
-        (1, 1, like.shape[2], width), value, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=like.device()
-    )
+    return _filled((1, 1, like.shape[2], width), value, ttnn.bfloat16, like.device())
 
 
 def chip_routed_experts(
@@ -146,15 +165,22 @@ def chip_routed_experts(
         hidden = ttnn.mul(gate, up, input_tensor_a_activations=[ttnn.UnaryOpType.SILU], memory_config=memory_config)
         output = ttnn.matmul(hidden, w2, memory_config=memory_config, compute_kernel_config=compute_kernel_config)
         weighted = ttnn.mul(output, ttnn.permute(local, (0, 3, 2, 1)), memory_config=memory_config)
-        parts.append(ttnn.experimental.fast_reduce_nc(weighted, dims=[1], memory_config=memory_config))
+        summed = ttnn.experimental.fast_reduce_nc(weighted, dims=[1], memory_config=memory_config)
+        # It comes out padded to whole tiles.
+        parts.append(_cut(summed, [0, 0, 0, 0], list(some.shape)))
     return parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=2)
 
 
 def _rows(tensor: ttnn.Tensor, first: int, last: int) -> ttnn.Tensor:
     """Tokens [first, last) of [1, 1, T, width]."""
-    if (first, last) == (0, tensor.shape[2]):
+    return _cut(tensor, [0, 0, first, 0], [1, 1, last, tensor.shape[3]])
+
+
+def _cut(tensor: ttnn.Tensor, begins: list[int], ends: list[int]) -> ttnn.Tensor:
+    """`ttnn.slice`; the tensor itself where that is all of it."""
+    if not any(begins) and ends == list(tensor.shape):
         return tensor
-    return ttnn.slice(tensor, [0, 0, first, 0], [1, 1, last, tensor.shape[3]])
+    return ttnn.slice(tensor, begins, ends)
 
 
 def moe_gate(

@@ -13,6 +13,8 @@ from stages.deepseek_v3.moe import MoE, MoERunConfig, MoEState
 from stages.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
 from stages.options import CacheOptions
 from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 
@@ -62,6 +64,7 @@ class DecoderBlock(Module[BlockT]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes a layer's weights; `torch_state_dict` has the names under a checkpoint's model.layers.N.
 
@@ -74,7 +77,9 @@ class DecoderBlock(Module[BlockT]):
             "mlp": cls.feed_forward.convert_weights,
         }
         return {
-            name: convert(hf_config, SubStateDict(torch_state_dict, f"{name}."), output_path / name, mesh_device)
+            name: convert(
+                hf_config, SubStateDict(torch_state_dict, f"{name}."), output_path / name, mesh_device, dtypes
+            )
             for name, convert in modules.items()
         }
 
@@ -104,13 +109,17 @@ class DecoderBlock(Module[BlockT]):
 
     @classmethod
     def create_state(
-        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice, cache: CacheOptions
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        cache: CacheOptions,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> DecoderBlockState:
         """The layer's KV cache, of the size that `cache` asks for."""
         return {
             "mesh_device": mesh_device,
             "input_layernorm": RMSNorm.create_state(hf_config, mesh_device),
-            "self_attn": MLA.create_state(hf_config, mesh_device, cache),
+            "self_attn": MLA.create_state(hf_config, mesh_device, cache, dtypes),
             "post_attention_layernorm": RMSNorm.create_state(hf_config, mesh_device),
             "mlp": cls.feed_forward.create_state(hf_config, mesh_device),
         }

@@ -6,7 +6,9 @@ from typing import TypedDict
 from stages.backend import ttnn
 from stages.deepseek_v3.module import Module, columns, share
 from stages.op_configs import EmbeddingConfig
-from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight, weight_path
+from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, embedding_weights
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 
@@ -32,6 +34,7 @@ class Embedding(Module[EmbeddingRunConfig]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes `weight` [vocabulary, hidden] of `torch_state_dict`.
 
@@ -39,15 +42,8 @@ class Embedding(Module[EmbeddingRunConfig]):
         """
         config = ModelConfig.from_hf(hf_config)
         share(config.hidden_size, columns(mesh_device), "The hidden size")
-        path = dump_weight(
-            weight_path(output_path, "embedding", "weight"),
-            torch_state_dict["weight"],
-            dtype=ttnn.bfloat16,
-            mesh_device=mesh_device,
-            dims=(None, 1),
-            layout=ttnn.ROW_MAJOR_LAYOUT,
-        )
-        return {"embedding": path}
+        spec = embedding_weights(config, dtypes)["embedding"]
+        return {"embedding": dump_weight(output_path, "embedding", spec, torch_state_dict["weight"], mesh_device)}
 
     @classmethod
     def prefill_model_config(

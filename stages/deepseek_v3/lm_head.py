@@ -10,7 +10,9 @@ from stages.backend import composite, ttnn
 from stages.deepseek_v3.module import COLUMNS, Module, columns, matmul_kernel
 from stages.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
 from stages.op_configs import AllGatherConfig, EmbeddingConfig, LinearConfig
-from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight, weight_path
+from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, head_projection
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 
@@ -41,25 +43,17 @@ class LMHead(Module[LMHeadRunConfig]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes `model.norm.weight` and `lm_head.weight` [vocabulary, hidden] of `torch_state_dict`."""
         norm = RMSNorm.convert_weights(
-            hf_config, SubStateDict(torch_state_dict, "model.norm."), output_path / "norm", mesh_device
+            hf_config, SubStateDict(torch_state_dict, "model.norm."), output_path / "norm", mesh_device, dtypes
         )
-        head = dump_weight(
-            weight_path(output_path, "linear", "input_tensor_b"),
-            cls._padded(torch_state_dict["lm_head.weight"], mesh_device).t()[None, None],
-            dtype=ttnn.bfloat8_b,
-            mesh_device=mesh_device,
-            dims=(None, 3),
-        )
-        return {"norm": norm, "linear": head}
-
-    @classmethod
-    def _padded(cls, weight: torch.Tensor, mesh_device: ttnn.MeshDevice) -> torch.Tensor:
-        shards = columns(mesh_device)
-        padding = 0 if shards == 1 else -weight.shape[0] % (shards * ttnn.TILE_SIZE)
-        return F.pad(weight, (0, 0, 0, padding)) if padding else weight
+        spec = head_projection(ModelConfig.from_hf(hf_config), columns(mesh_device), dtypes)
+        head = torch_state_dict["lm_head.weight"]
+        padding = spec.shape[-1] - head.shape[0]
+        padded = F.pad(head, (0, 0, 0, padding)) if padding else head
+        return {"norm": norm, "linear": dump_weight(output_path, "linear", spec, padded.t()[None, None], mesh_device)}
 
     @classmethod
     def prefill_model_config(

@@ -28,8 +28,10 @@ from stages.op_configs import (
     RMSNormConfig,
     RotaryConfig,
 )
-from stages.options import TILE, CacheOptions
+from stages.options import CacheOptions
 from stages.run_config import OperatorConfig, StateDict, WeightConfig
+from stages.tensor_dtypes import TILE, WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 SDPA_GRID = (8, 8)
@@ -76,12 +78,13 @@ class MLA(Module[MLARunConfig]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes the projections and norms of `torch_state_dict`.
 
         Raises PlanError where the heads or the hidden size cannot be shared by the columns.
         """
-        return convert_mla_weights(ModelConfig.from_hf(hf_config), torch_state_dict, output_path, mesh_device)
+        return convert_mla_weights(ModelConfig.from_hf(hf_config), torch_state_dict, output_path, mesh_device, dtypes)
 
     @classmethod
     def prefill_model_config(
@@ -140,18 +143,29 @@ class MLA(Module[MLARunConfig]):
 
     @classmethod
     def create_state(
-        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice, cache: CacheOptions
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        cache: CacheOptions,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> MLAState:
         """An empty cache of the size that `cache` asks for.
 
-        Raises PlanError where kv_lora_rank is no multiple of a tile's width, which attention cannot split off.
+        Raises PlanError where kv_lora_rank is no multiple of a tile's width, which attention cannot split off, or
+        where heads are too few for the columns of a mesh of chips.
         """
         config = ModelConfig.from_hf(hf_config)
+        heads, parts = config.num_attention_heads, columns(mesh_device)
+        if parts > 1 and heads // parts % composite.HEADS_TOGETHER:
+            raise PlanError(
+                f"{heads} attention heads cannot be exchanged by {parts} columns of chips, which do so by "
+                f"{composite.HEADS_TOGETHER}: the model runs on one chip only."
+            )
         if config.kv_lora_rank % TILE:
             raise PlanError(f"kv_lora_rank is {config.kv_lora_rank}; only multiples of {TILE} can be served.")
         return {
             "mesh_device": mesh_device,
-            "kv_cache": create_kv_cache(config, cache, mesh_device),
+            "kv_cache": create_kv_cache(config, cache, mesh_device, dtypes.kv_cache),
             "config": config,
         }
 
@@ -173,6 +187,7 @@ class MLA(Module[MLARunConfig]):
             cfg["kv_cache"], kv, update_idxs_tensor=batch.positions, page_table=batch.pages
         )
         q = composite.all_to_all(ttnn.permute(q, (0, 2, 1, 3)), **cfg["users_for_heads"])
+        q = ttnn.to_memory_config(q, batch.q_memory_config)
         attended = ttnn.transformer.paged_flash_multi_latent_attention_decode(
             q, cfg["kv_cache"], page_table_tensor=batch.pages, cur_pos_tensor=batch.positions, **cfg["attention"]
         )

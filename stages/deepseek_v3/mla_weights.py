@@ -1,23 +1,24 @@
 """The weights of attention as its operations need them: fused, split and absorbed."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from stages.backend import ttnn
 from stages.deepseek_v3.module import columns, share, transposed
-from stages.deepseek_v3.rms_norm import convert_norm
-from stages.run_config import StateDict, WeightConfig, dump_weight, weight_path
+from stages.run_config import StateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, attention_weights
 from weights.model_config import ModelConfig
-
-HEADS = 1
-INPUTS = 2
-OUTPUTS = 3
-"""Dimensions of a weight [1, heads, inputs, outputs] that the mesh's columns split."""
 
 
 def convert_mla_weights(
-    config: ModelConfig, state_dict: StateDict, output_path: Path, mesh_device: ttnn.MeshDevice
+    config: ModelConfig,
+    state_dict: StateDict,
+    output_path: Path,
+    mesh_device: ttnn.MeshDevice,
+    dtypes: WeightDtypes = DEFAULT_DTYPES,
 ) -> WeightConfig:
     """Writes attention's weights; `state_dict` has the names of a checkpoint's self_attn.
 
@@ -26,25 +27,19 @@ def convert_mla_weights(
     share(config.num_attention_heads, columns(mesh_device), "The number of attention heads")
     share(config.hidden_size, columns(mesh_device), "The hidden size")
 
-    def dump(operation: str, weight: torch.Tensor, dim: int) -> str:
-        return dump_weight(
-            weight_path(output_path, operation, "input_tensor_b"),
-            weight,
-            dtype=ttnn.bfloat8_b,
-            mesh_device=mesh_device,
-            dims=(None, dim),
-        )
-
+    # Made one after the other, so that no two are held at once.
+    made: dict[str, Callable[[], torch.Tensor]] = {
+        "wq_kv_a": lambda: fused_down_projection(state_dict),
+        "q_norm": lambda: state_dict["q_a_layernorm.weight"][None, None, None],
+        "kv_norm": lambda: state_dict["kv_a_layernorm.weight"][None, None, None],
+        "wq_b": lambda: transposed(state_dict, "q_b_proj.weight"),
+        "wkv_b1": lambda: key_projection(config, state_dict),
+        "wkv_b2": lambda: value_projection(config, state_dict),
+        "wo": lambda: transposed(state_dict, "o_proj.weight"),
+    }
     return {
-        "wq_kv_a": dump("wq_kv_a", fused_down_projection(state_dict), INPUTS),
-        "q_norm": convert_norm(state_dict["q_a_layernorm.weight"], output_path, "q_norm", mesh_device, sharded=False),
-        "kv_norm": convert_norm(
-            state_dict["kv_a_layernorm.weight"], output_path, "kv_norm", mesh_device, sharded=False
-        ),
-        "wq_b": dump("wq_b", transposed(state_dict, "q_b_proj.weight"), OUTPUTS),
-        "wkv_b1": dump("wkv_b1", key_projection(config, state_dict), HEADS),
-        "wkv_b2": dump("wkv_b2", value_projection(config, state_dict), HEADS),
-        "wo": dump("wo", transposed(state_dict, "o_proj.weight"), INPUTS),
+        operation: dump_weight(output_path, operation, spec, made[operation](), mesh_device)
+        for operation, spec in attention_weights(config, dtypes).items()
     }
 
 

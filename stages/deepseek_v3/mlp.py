@@ -6,8 +6,13 @@ from typing import TypedDict
 from stages.backend import composite, ttnn
 from stages.deepseek_v3.module import COLUMNS, Module, columns, matmul_kernel, share, transposed
 from stages.op_configs import AllGatherConfig, LinearConfig, MulConfig, ReduceScatterConfig
-from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight, weight_path
+from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, mlp_weights
 from weights.model_config import HuggingFaceConfig, ModelConfig
+
+PROJECTIONS = {"w1": "gate_proj.weight", "w3": "up_proj.weight", "w2": "down_proj.weight"}
+"""What the operations' weights are called in a checkpoint."""
 
 
 class MLPState(TypedDict):
@@ -37,26 +42,20 @@ class MLP(Module[MLPRunConfig]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes gate_proj, up_proj and down_proj of `torch_state_dict` under `output_path`.
 
         Raises PlanError where the inner width cannot be shared by the columns.
         """
-        share(torch_state_dict["gate_proj.weight"].shape[0], columns(mesh_device), "The feed-forward width")
-        plan = (
-            ("w1", "gate_proj.weight", ttnn.bfloat4_b, (None, 3)),
-            ("w3", "up_proj.weight", ttnn.bfloat4_b, (None, 3)),
-            ("w2", "down_proj.weight", ttnn.bfloat8_b, (None, 2)),
-        )
+        inner, hidden = torch_state_dict["gate_proj.weight"].shape
+        share(inner, columns(mesh_device), "The feed-forward width")
+        specs = mlp_weights(hidden, inner, dtypes)
         return {
             operation: dump_weight(
-                weight_path(output_path, operation, "input_tensor_b"),
-                transposed(torch_state_dict, name),
-                dtype=dtype,
-                mesh_device=mesh_device,
-                dims=dims,
+                output_path, operation, specs[operation], transposed(torch_state_dict, name), mesh_device
             )
-            for operation, name, dtype, dims in plan
+            for operation, name in PROJECTIONS.items()
         }
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 
 from stages.backend import composite, ttnn
-from stages.deepseek_v3.mlp import MLP, MLPRunConfig, MLPState
+from stages.deepseek_v3.mlp import MLP, PROJECTIONS, MLPRunConfig, MLPState
 from stages.deepseek_v3.module import COLUMNS, ROWS, Module, matmul_kernel, share, transposed
 from stages.op_configs import (
     AllGatherConfig,
@@ -20,7 +20,9 @@ from stages.op_configs import (
     ReduceScatterConfig,
     RoutedExpertsConfig,
 )
-from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight, weight_path
+from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, expert_weights, router_weights
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 
@@ -57,6 +59,7 @@ class MoE(Module[MoERunConfig]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes router, routed and shared experts; `torch_state_dict` has the names of a checkpoint's mlp.
 
@@ -64,34 +67,28 @@ class MoE(Module[MoERunConfig]):
         """
         config = ModelConfig.from_hf(hf_config)
         share(config.n_routed_experts, mesh_device.get_num_devices(), "The number of routed experts")
-        bias = torch_state_dict["gate.e_score_correction_bias"]
         router = {
-            "gate": ("input_tensor_b", transposed(torch_state_dict, "gate.weight")),
-            "route": ("bias", bias[None, None, None]),
+            "gate": transposed(torch_state_dict, "gate.weight"),
+            "route": torch_state_dict["gate.e_score_correction_bias"][None, None, None],
         }
         files: WeightConfig = {
-            operation: dump_weight(
-                weight_path(output_path, operation, operand), weight, dtype=ttnn.float32, mesh_device=mesh_device
-            )
-            for operation, (operand, weight) in router.items()
+            operation: dump_weight(output_path, operation, spec, router[operation], mesh_device)
+            for operation, spec in router_weights(config, dtypes).items()
         }
-        plan = (
-            ("w1", "gate_proj", ttnn.bfloat4_b),
-            ("w3", "up_proj", ttnn.bfloat4_b),
-            ("w2", "down_proj", ttnn.bfloat8_b),
-        )
         files["experts"] = {
             operand: dump_weight(
-                weight_path(output_path, "experts", operand),
-                stacked_experts(config, torch_state_dict, name),
-                dtype=dtype,
-                mesh_device=mesh_device,
-                mapper=ttnn.ShardTensorToMesh(mesh_device, dim=1),
+                output_path,
+                "experts",
+                spec,
+                stacked_experts(config, torch_state_dict, PROJECTIONS[operand]),
+                mesh_device,
             )
-            for operand, name, dtype in plan
+            for operand, spec in expert_weights(config, dtypes).items()
         }
         shared = SubStateDict(torch_state_dict, "shared_experts.")
-        files["shared_experts"] = MLP.convert_weights(config, shared, output_path / "shared_experts", mesh_device)
+        files["shared_experts"] = MLP.convert_weights(
+            config, shared, output_path / "shared_experts", mesh_device, dtypes
+        )
         return files
 
     @classmethod
@@ -172,8 +169,8 @@ def stacked_experts(config: ModelConfig, state_dict: StateDict, projection: str)
     Filled expert by expert, so that no second copy of all of them is ever held; in bfloat16 where the checkpoint's
     values are, which FP8 values times a scale are not.
     """
-    first = state_dict[f"experts.0.{projection}.weight"]
+    first = state_dict[f"experts.0.{projection}"]
     stack = torch.empty(config.n_routed_experts, *first.shape, dtype=first.dtype)
     for expert in range(config.n_routed_experts):
-        stack[expert] = state_dict[f"experts.{expert}.{projection}.weight"]
+        stack[expert] = state_dict[f"experts.{expert}.{projection}"]
     return stack.transpose(1, 2)[None]

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TypedDict
 
-import torch
-
 from stages.backend import composite, ttnn
 from stages.deepseek_v3.module import COLUMNS, Module, columns
 from stages.op_configs import AllGatherConfig, RMSNormConfig
-from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight, weight_path
+from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import DEFAULT_DTYPES, norm_weights
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 LATENT_EPSILON = 1e-6
@@ -38,9 +38,12 @@ class RMSNorm(Module[RMSNormRunConfig]):
         torch_state_dict: StateDict,
         output_path: Path,
         mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes `weight` [hidden] of `torch_state_dict`, each column its part."""
-        return {"norm": convert_norm(torch_state_dict["weight"], output_path, "norm", mesh_device, sharded=True)}
+        weight = torch_state_dict["weight"]
+        spec = norm_weights(weight.shape[0], is_sharded=True)
+        return {"norm": dump_weight(output_path, "norm", spec, weight[None, None, None], mesh_device)}
 
     @classmethod
     def prefill_model_config(
@@ -81,16 +84,3 @@ class RMSNorm(Module[RMSNormRunConfig]):
     def forward_decode(cls, x: ttnn.Tensor, cfg: RMSNormRunConfig) -> ttnn.Tensor:
         """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
         return cls.forward_prefill(x, cfg)
-
-
-def convert_norm(
-    weight: torch.Tensor, output_path: Path, operation: str, mesh_device: ttnn.MeshDevice, *, sharded: bool
-) -> str:
-    """Writes a norm's weight [width] as [1, 1, 1, width], the only form that fits L1 at 7168 values, in tiles."""
-    return dump_weight(
-        weight_path(output_path, operation, "weight"),
-        weight[None, None, None],
-        dtype=ttnn.bfloat16,
-        mesh_device=mesh_device,
-        dims=(None, 3 if sharded else None),
-    )

@@ -34,9 +34,21 @@ from stages.backend.embedded.dtype import (
     uint16,
     uint32,
 )
-from stages.backend.embedded.eltwise import add, div, divide, mul, multiply, sigmoid, silu, sub, subtract, typecast
+from stages.backend.embedded.eltwise import (
+    add,
+    div,
+    divide,
+    fill,
+    mul,
+    multiply,
+    sigmoid,
+    silu,
+    sub,
+    subtract,
+    typecast,
+)
 from stages.backend.embedded.embedding import embedding
-from stages.backend.embedded.files import as_tensor, dump_tensor, load_tensor
+from stages.backend.embedded.files import DumpTensorMode, as_tensor, dump_tensor, load_tensor
 from stages.backend.embedded.matmul import linear, matmul
 from stages.backend.embedded.memory import (
     DRAM_MEMORY_CONFIG,
@@ -97,6 +109,14 @@ from stages.backend.embedded.tensor import (
     to_torch,
     zeros,
 )
+from stages.backend.embedded.trace import (
+    begin_trace_capture,
+    clone,
+    copy,
+    end_trace_capture,
+    execute_trace,
+    release_trace,
+)
 
 __all__ = [
     "DRAM_MEMORY_CONFIG",
@@ -115,6 +135,7 @@ __all__ = [
     "CoreRange",
     "CoreRangeSet",
     "DataType",
+    "DumpTensorMode",
     "FabricConfig",
     "LayerNormShardedMultiCoreProgramConfig",
     "Layout",
@@ -143,11 +164,14 @@ __all__ = [
     "all_reduce",
     "argmax",
     "as_tensor",
+    "begin_trace_capture",
     "bfloat4_b",
     "bfloat8_b",
     "bfloat16",
+    "clone",
     "close_mesh_device",
     "concat",
+    "copy",
     "create_sharded_memory_config",
     "deallocate",
     "div",
@@ -155,7 +179,10 @@ __all__ = [
     "dump_tensor",
     "embedding",
     "empty",
+    "end_trace_capture",
+    "execute_trace",
     "experimental",
+    "fill",
     "float32",
     "from_device",
     "from_torch",
@@ -174,6 +201,7 @@ __all__ = [
     "pad",
     "permute",
     "reduce_scatter",
+    "release_trace",
     "repeat",
     "reshape",
     "rms_norm",

@@ -5,6 +5,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
+from stages.backend.embedded.dtype import INTEGERS, TILE_LAYOUT
 from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
 
@@ -61,6 +62,22 @@ def on_chips(op: str, function: Callable[..., Result], *operands: Tensor) -> lis
 def _refuse_misplaced(op: str, *operands: Tensor) -> NoReturn:
     # An operand without shards says so itself when it is asked for its shape.
     refuse(op, "its operands are on different meshes, or one is on the host", *operands)
+
+
+def refuse_all_but_tiles(op: str, *operands: Tensor) -> None:
+    """Raises DeviceError where an operand is not in TILE layout."""
+    for operand in operands:
+        if operand.layout is not TILE_LAYOUT:
+            refuse(op, "its operands must be in TILE layout", *operands)
+
+
+def refuse_all_but_float_tiles(op: str, *operands: Tensor) -> None:
+    """Raises DeviceError where an operand is not in TILE layout, or holds integers."""
+    for operand in operands:
+        if operand.layout is not TILE_LAYOUT:
+            refuse(op, "its operands must be in TILE layout", *operands)
+        if operand.dtype in INTEGERS:
+            refuse(op, f"its operands must be floats, not {operand.dtype.name}", *operands)
 
 
 def refuse(op: str, reason: str, *operands: Tensor) -> NoReturn:

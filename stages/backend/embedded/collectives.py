@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from stages.backend.embedded.chips import refuse, refuse_because
+from stages.backend.embedded.chips import refuse, refuse_all_but_tiles, refuse_because
+from stages.backend.embedded.dtype import TILE_LAYOUT, TILE_SIZE
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.program_configs import Topology
 from stages.backend.embedded.tensor import Tensor
@@ -60,8 +61,9 @@ def all_reduce(
 def mesh_partition(
     input_tensor: Tensor, dim: int, cluster_axis: int, *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """Each chip of the axis keeps its own part of its shard along `dim`, which must divide evenly."""
+    """Each chip of the axis keeps its own part of its shard along `dim`, which must divide evenly, tiles whole."""
     _refuse_uneven("mesh_partition", input_tensor, dim, cluster_axis)
+    _refuse_cut_tiles("mesh_partition", input_tensor, dim, cluster_axis)
     return _exchange(
         "mesh_partition",
         input_tensor,
@@ -84,6 +86,7 @@ def all_to_all_async_generic(
 
     With in_dim=2, out_dim=1 on 8 chips: [1, users, heads / 8, d] becomes [1, users / 8, heads, d].
     """
+    refuse_all_but_tiles("all_to_all_async_generic", input_tensor)
     _refuse_uneven("all_to_all_async_generic", input_tensor, out_dim, cluster_axis)
 
     def swap(shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -94,7 +97,7 @@ def all_to_all_async_generic(
 
 
 def _exchange(op: str, x: Tensor, cluster_axis: int, exchange: Exchange) -> Tensor:
-    if x.mesh.shape[cluster_axis] < 2:
+    if _chips(op, x, cluster_axis) < 2:
         refuse(op, f"axis {cluster_axis} of a mesh of {tuple(x.mesh.shape)} has one chip", x)
     if not x.shards:
         raise DeviceError(f"{op}: a tensor was used after deallocate().")
@@ -114,9 +117,25 @@ def _exchange(op: str, x: Tensor, cluster_axis: int, exchange: Exchange) -> Tens
 
 
 def _refuse_uneven(op: str, x: Tensor, dim: int, cluster_axis: int) -> None:
-    chips = x.mesh.shape[cluster_axis]
-    if x.shape[dim] % chips:
+    chips = _chips(op, x, cluster_axis)
+    shape = x.shape
+    if not -len(shape) <= dim < len(shape):
+        refuse(op, f"it has no dimension {dim}", x)
+    if shape[dim] % chips:
         refuse(op, f"dimension {dim} cannot be cut evenly for {chips} chips", x)
+
+
+def _refuse_cut_tiles(op: str, x: Tensor, dim: int, cluster_axis: int) -> None:
+    shape = x.shape
+    in_tiles = x.layout is TILE_LAYOUT and dim % len(shape) >= len(shape) - 2
+    if in_tiles and shape[dim] // x.mesh.shape[cluster_axis] % TILE_SIZE:
+        refuse(op, f"parts of dimension {dim} must be whole tiles", x)
+
+
+def _chips(op: str, x: Tensor, cluster_axis: int) -> int:
+    if cluster_axis not in (0, 1):
+        refuse(op, f"a mesh has axes 0 and 1, not {cluster_axis}", x)
+    return x.mesh.shape[cluster_axis]
 
 
 def _added(shards: Sequence[torch.Tensor]) -> torch.Tensor:

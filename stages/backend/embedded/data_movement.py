@@ -1,15 +1,28 @@
 """Ops that move values without computing: most are views of the same memory."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
 from stages.backend.embedded.chips import on_chips, refuse, unary
-from stages.backend.embedded.dtype import DataType, Layout, uint16, uint32
+from stages.backend.embedded.dtype import (
+    BLOCK_FLOATS,
+    ROW_MAJOR_LAYOUT,
+    TILE_LAYOUT,
+    TILE_SIZE,
+    DataType,
+    Layout,
+    bfloat16,
+    float32,
+    uint16,
+    uint32,
+)
 from stages.backend.embedded.eltwise import typecast
-from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.memory import MemoryConfig, ShardSpec, TensorMemoryLayout
 from stages.backend.embedded.tensor import Tensor
+from stages.errors import DeviceError
 
 
 def reshape(input_tensor: Tensor, shape: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
@@ -51,6 +64,8 @@ def slice(
 
 def concat(tensors: Sequence[Tensor], dim: int = 0, *, memory_config: MemoryConfig | None = None) -> Tensor:
     """Joins tensors of one dtype along `dim`."""
+    if not tensors:
+        raise DeviceError("concat needs at least one tensor.")
     first = tensors[0]
     if any(tensor.dtype is not first.dtype for tensor in tensors):
         refuse("concat", "the tensors have different dtypes", *tensors)
@@ -82,6 +97,8 @@ def pad(
     """Adds `value` in front of and behind each dimension, as `padding` says for each."""
     if len(padding) != len(input_tensor.shape):
         refuse("pad", f"{list(padding)} does not name each dimension once", input_tensor)
+    if any(amount < 0 for before_after in padding for amount in before_after):
+        refuse("pad", f"{list(padding)} takes values away", input_tensor)
     flat = [amount for before_after in reversed(padding) for amount in before_after]
     return unary("pad", lambda a: F.pad(a, flat, value=value), input_tensor)
 
@@ -89,22 +106,44 @@ def pad(
 def to_layout(
     tensor: Tensor, layout: Layout, dtype: DataType | None = None, *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """The same values in another layout; shards are held alike in both."""
-    if dtype is not None:
-        tensor = typecast(tensor, dtype)
-    if tensor.layout is layout:
-        return tensor
-    return Tensor(tensor.shards, tensor.dtype, layout, tensor.mesh)
-
-
-def to_memory_config(tensor: Tensor, memory_config: MemoryConfig, dtype: DataType | None = None) -> Tensor:
-    """The tensor itself: a host has one kind of memory."""
+    """The same values in another layout; shards are held alike in both. Block floats leave TILE layout as bfloat16."""
+    if layout is ROW_MAJOR_LAYOUT and dtype is None and tensor.dtype in BLOCK_FLOATS:
+        dtype = bfloat16
+    if tensor.layout is not layout:
+        tensor = Tensor(tensor.shards, tensor.dtype, layout, tensor.mesh)
     return tensor if dtype is None else typecast(tensor, dtype)
 
 
+def to_memory_config(tensor: Tensor, memory_config: MemoryConfig, dtype: DataType | None = None) -> Tensor:
+    """The same shards: a host has one kind of memory. The tensor knows its `shard_spec`, as some ops ask for one.
+
+    Raises DeviceError where a height-sharded config has another width than the tensor, or too few cores.
+    """
+    spec = memory_config.shard_spec
+    if spec is not None and memory_config.memory_layout is TensorMemoryLayout.HEIGHT_SHARDED:
+        _refuse_other_cores(tensor, spec)
+    if dtype is not None:
+        tensor = typecast(tensor, dtype)
+    if spec is tensor.shard_spec:
+        return tensor
+    return Tensor(tensor.shards, tensor.dtype, tensor.layout, tensor.mesh, spec)
+
+
+def _refuse_other_cores(x: Tensor, spec: ShardSpec) -> None:
+    *others, height, width = x.shape
+    if x.layout is TILE_LAYOUT:
+        height, width = (-(-size // TILE_SIZE) * TILE_SIZE for size in (height, width))
+    cores = -(-math.prod(others) * height // spec.shape[0])
+    if spec.shape[1] != width or cores > spec.cores:
+        reason = f"it cannot be laid out as {list(spec.shape)} on each of {spec.cores} cores"
+        refuse("to_memory_config", reason, x)
+
+
 def gather(input: Tensor, dim: int, index: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Takes along `dim` what `index` (uint16 or uint32) names."""
+    """Takes along `dim` what `index` (uint16 or uint32) names. Raises DeviceError where their layouts differ."""
     _refuse_other_indices("gather", input, index)
+    if input.layout is not index.layout:
+        refuse("gather", "input and indices must be in one layout", input, index)
     shards = on_chips("gather", lambda a, i: a.gather(dim, i), input, index)
     return Tensor(shards, input.dtype, input.layout, input.mesh)
 
@@ -112,10 +151,15 @@ def gather(input: Tensor, dim: int, index: Tensor, *, memory_config: MemoryConfi
 def scatter(
     input: Tensor, dim: int, index: Tensor, src: Tensor, *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """A copy of `input` with `src` written along `dim` at the places that `index` (uint16 or uint32) names."""
+    """A copy of `input` with `src` written along `dim` at the places that `index` (uint16 or uint32) names.
+
+    Raises DeviceError for float32 in TILE layout, and where `src` is of another dtype.
+    """
     _refuse_other_indices("scatter", input, index)
     if input.dtype is not src.dtype:
         refuse("scatter", f"it cannot write {src.dtype.name} into {input.dtype.name}", input, src)
+    if input.dtype is float32 and input.layout is TILE_LAYOUT:
+        refuse("scatter", "it takes no FLOAT32 in TILE layout", input, src)
     shards = on_chips("scatter", lambda a, i, s: a.scatter(dim, i, s), input, index, src)
     return Tensor(shards, input.dtype, input.layout, input.mesh)
 

@@ -46,6 +46,8 @@ ROW_MAJOR_LAYOUT = Layout.ROW_MAJOR
 TILE_LAYOUT = Layout.TILE
 
 NARROW_FLOATS = (bfloat16, bfloat8_b, bfloat4_b)
+BLOCK_FLOATS = (bfloat8_b, bfloat4_b)
+"""Sixteen values of a tile share an exponent: there are none outside of tiles."""
 INTEGERS = frozenset({uint8, uint16, uint32, int32})
 
 _held: dict[DataType, torch.dtype] = {
@@ -53,6 +55,15 @@ _held: dict[DataType, torch.dtype] = {
     **dict.fromkeys(NARROW_FLOATS, torch.bfloat16),
     float32: torch.float32,
 }
+
+
+def layout_of(dtype: DataType, layout: Layout | None) -> Layout:
+    """`layout`, or where none is said the dtype's usual one. Raises DeviceError for block floats in ROW_MAJOR."""
+    if dtype not in BLOCK_FLOATS:
+        return layout or ROW_MAJOR_LAYOUT
+    if layout is ROW_MAJOR_LAYOUT:
+        raise DeviceError(f"{dtype.name} exists in TILE layout only.")
+    return TILE_LAYOUT
 
 
 def set_float_dtype(dtype: torch.dtype) -> None:

@@ -5,12 +5,36 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
-from stages.backend.embedded.chips import binary, unary
-from stages.backend.embedded.dtype import DataType, held_in
+from stages.backend.embedded.chips import binary, refuse, unary
+from stages.backend.embedded.dtype import BLOCK_FLOATS, INTEGERS, TILE_LAYOUT, DataType, held_in, uint8, uint16, uint32
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.program_configs import UnaryOpType
 from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
+
+LARGEST = {uint8: (1 << 8) - 1, uint16: (1 << 16) - 1, uint32: (1 << 32) - 1}
+"""The greatest value of each unsigned dtype."""
+
+
+def fill(
+    input_tensor: Tensor,
+    fill_value: float,
+    *,
+    memory_config: MemoryConfig | None = None,
+    output_tensor: Tensor | None = None,
+) -> Tensor:
+    """A tensor like `input_tensor`, all of `fill_value`; in place of what `output_tensor` holds, if it is given.
+
+    Raises DeviceError where the two have different shapes.
+    """
+    filled = unary("fill", lambda a: torch.full_like(a, fill_value), output_tensor or input_tensor)
+    if output_tensor is None:
+        return filled
+    if output_tensor.shape != input_tensor.shape:
+        refuse("fill", "it cannot fill a tensor of another shape", input_tensor, output_tensor)
+    output_tensor.shards = filled.shards
+    output_tensor.forget_derived()
+    return output_tensor
 
 
 def add(
@@ -65,24 +89,44 @@ sub = subtract
 
 
 def silu(input_tensor: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """x * sigmoid(x)."""
+    """x * sigmoid(x). Raises DeviceError for integers."""
+    _refuse_integers("silu", input_tensor)
     return unary("silu", F.silu, input_tensor)
 
 
 def sigmoid(input_tensor: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """1 / (1 + exp(-x))."""
+    """1 / (1 + exp(-x)). Raises DeviceError for integers."""
+    _refuse_integers("sigmoid", input_tensor)
     return unary("sigmoid", torch.sigmoid, input_tensor)
 
 
 def typecast(input_tensor: Tensor, dtype: DataType, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """The same values in another dtype; no copy where both are held alike."""
+    """The same values in another dtype; no copy where both are held alike.
+
+    As on Wormhole, floats are rounded to uint16 and cut off to other integers; what is out of an unsigned dtype's
+    range becomes its nearest end, but for uint8, which wraps around. Raises DeviceError for a block float dtype in
+    ROW_MAJOR layout.
+    """
     x = input_tensor
     if not x.shards:
         raise DeviceError("typecast: a tensor was used after deallocate().")
+    if dtype in BLOCK_FLOATS and x.layout is not TILE_LAYOUT:
+        refuse("typecast", f"{dtype.name} exists in TILE layout only", x)
+    if dtype in INTEGERS and dtype is not x.dtype:
+        return Tensor(unary("typecast", lambda a: _whole(a, x.dtype, dtype), x).shards, dtype, x.layout, x.mesh)
     held = held_in(dtype)
     if x.shards[0].dtype == held:
         return Tensor(x.shards, dtype, x.layout, x.mesh)
     return Tensor(unary("typecast", lambda a: a.to(held), x).shards, dtype, x.layout, x.mesh)
+
+
+def _whole(a: torch.Tensor, source: DataType, target: DataType) -> torch.Tensor:
+    if target is uint16 and source not in INTEGERS and source not in BLOCK_FLOATS:
+        a = torch.floor(a + 0.5)
+    whole = a.long()
+    if target is uint8:
+        return whole.remainder_(LARGEST[uint8] + 1)
+    return whole.clamp_(0, LARGEST[target]) if target in LARGEST else whole
 
 
 def _silu_mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -94,10 +138,17 @@ def _combined(
 ) -> Tensor:
     if not isinstance(b, Tensor):
         return _in_dtype(unary(op, lambda x: function(x, b), a), dtype)
+    if a.dtype is not b.dtype and (a.dtype in INTEGERS) is not (b.dtype in INTEGERS):
+        refuse(op, f"it mixes {a.dtype.name} with {b.dtype.name}", a, b)
     output = binary(op, function, a, b)
     if dtype is None and a.dtype is b.dtype:
         return output
     return _in_dtype(output, dtype or a.dtype)
+
+
+def _refuse_integers(op: str, x: Tensor) -> None:
+    if x.dtype in INTEGERS:
+        refuse(op, f"it takes floats, not {x.dtype.name}", x)
 
 
 def _in_dtype(output: Tensor, dtype: DataType | None) -> Tensor:

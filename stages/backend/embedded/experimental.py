@@ -4,15 +4,17 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
-from stages.backend.embedded.chips import on_chips, refuse, unary
+from stages.backend.embedded.chips import on_chips, refuse, refuse_all_but_float_tiles, refuse_all_but_tiles, unary
 from stages.backend.embedded.collectives import all_to_all_async_generic
-from stages.backend.embedded.dtype import TILE_LAYOUT, TILE_SIZE, bfloat16, float32, int32, uint16
+from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, TILE_LAYOUT, TILE_SIZE, bfloat16, float32, int32, uint16
 from stages.backend.embedded.memory import MemoryConfig
-from stages.backend.embedded.paging import decode_pages, table_row, write_in_place
+from stages.backend.embedded.paging import DecodePages, decode_pages, table_row, write_in_place
 from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
 from stages.backend.embedded.routing import choose_experts
 from stages.backend.embedded.tensor import Tensor
+from stages.backend.embedded.trace import atomic
 
 __all__ = [
     "all_to_all_async_generic",
@@ -23,8 +25,8 @@ __all__ = [
     "rotary_embedding_llama",
 ]
 
-GROUPED_GATE_EXPERTS = 256
-"""The only number of experts that the fused gate takes."""
+GROUPED_GATE = (256, 8, 2, 4, 8)
+"""Experts, groups, experts that rate a group, groups and experts chosen: all that the fused gate takes."""
 
 
 def rotary_embedding_llama(
@@ -40,9 +42,12 @@ def rotary_embedding_llama(
     """Turns each pair of neighbours of x [1, heads, T, d] by its angle: x * cos + turned(x) * sin.
 
     turned(x)[2i] = -x[2i + 1] and turned(x)[2i + 1] = x[2i], which a chip computes with `trans_mat` [1, 1, 32, 32].
-    cos and sin are [1, 1, T, d]. Raises DeviceError for other shapes.
+    cos and sin are [1, 1, T, d]. Raises DeviceError for other shapes, dtypes than bfloat16, and ROW_MAJOR layout.
     """
     x = input_tensor
+    for operand in (x, cos_cache, sin_cache, trans_mat):
+        if operand.dtype is not bfloat16 or operand.layout is not TILE_LAYOUT:
+            refuse("rotary_embedding_llama", "its operands must be bfloat16 in TILE layout", x, operand)
     shape = x.shape
     if is_decode_mode:
         refuse("rotary_embedding_llama", "the decode mode is not supported; put users on dimension 2", x)
@@ -86,7 +91,8 @@ def paged_update_cache(
     """Writes one vector a user, input [1, users, 1 (or a tile), width], at its position into the cache; returns it.
 
     Positions [users] and page table [users, pages] are int32; position -1 skips the user. Raises DeviceError where
-    users, widths or the reach of the page table do not fit, or the input is in a block float dtype.
+    users, widths or the reach of the page table do not fit, the input is in a block float dtype, or it is not spread
+    over cores (`to_memory_config`), one for each user.
     """
     op = "paged_update_cache"
     cache, x = cache_tensor, input_tensor
@@ -95,17 +101,24 @@ def paged_update_cache(
         refuse(op, "the input must be [1, users, 1, width] with a position for each user", cache, x, update_idxs_tensor)
     if x.dtype is not bfloat16 and x.dtype is not float32:
         refuse(op, f"the input must be bfloat16 or float32, not {x.dtype.name}", cache, x)
+    refuse_all_but_tiles(op, cache, x)
+    if x.shard_spec is None:
+        refuse(op, "the input must be height-sharded, with a core for each user", cache, x)
     pages = decode_pages(op, update_idxs_tensor, page_table, cache)
 
     def write(chip: int, blocks: torch.Tensor, values: torch.Tensor, *_: torch.Tensor) -> None:
-        own = pages[chip]
-        vectors = values[0, :, 0]
-        if own.active is not None:
-            vectors = vectors.index_select(0, own.active)
-        blocks.view(-1, shape[3]).index_copy_(0, own.rows, vectors.to(blocks.dtype))
+        _update_pages(blocks, values, pages[chip])
 
     write_in_place(op, write, cache, x, update_idxs_tensor, page_table)
     return cache
+
+
+@atomic
+def _update_pages(blocks: torch.Tensor, values: torch.Tensor, pages: DecodePages) -> None:
+    vectors = values[0, :, 0]
+    if pages.active is not None:
+        vectors = vectors.index_select(0, pages.active)
+    blocks.view(-1, blocks.shape[-1]).index_copy_(0, pages.rows, vectors.to(blocks.dtype))
 
 
 def paged_fill_cache(
@@ -119,7 +132,7 @@ def paged_fill_cache(
     """Writes input [1, 1, T, width] into the blocks of row `batch_idx` of the page table; returns the cache.
 
     The page table is int32 [users, pages]: its first block takes the first block_size tokens. Raises DeviceError
-    where widths or the reach of the page table do not fit, or the input is not in the cache's dtype.
+    where widths or the reach of the page table do not fit, the input is not in the cache's dtype, or a layout is wrong.
     """
     op = "paged_fill_cache"
     cache, x = cache_tensor, input_tensor
@@ -128,6 +141,9 @@ def paged_fill_cache(
         refuse(op, "the input must be [1, 1, T, width] with the cache's width", cache, x)
     if x.dtype is not cache.dtype or page_table.dtype is not int32:
         refuse(op, "the input must have the cache's dtype and the page table be int32", cache, x, page_table)
+    if len(page_table.shape) != 2 or page_table.layout is not ROW_MAJOR_LAYOUT:
+        refuse(op, "the page table must be [users, pages] in ROW_MAJOR layout", cache, x, page_table)
+    refuse_all_but_tiles(op, cache, x)
     tokens, width, block_size = shape[2], shape[3], cache.shape[2]
 
     def write(_: int, blocks: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> None:
@@ -158,13 +174,15 @@ def deepseek_grouped_gate(
 ) -> tuple[Tensor, Tensor]:
     """Weights and uint16 indices [1, 1, T, n_activated_experts] for logits [1, 1, T, 256] and a bias of their shape.
 
-    Raises DeviceError for another number of experts, another sum of a group than its best two, or a smaller bias.
+    Raises DeviceError for other numbers than GROUPED_GATE, a smaller bias, or what is not bfloat16 in TILE layout.
     """
     op = "deepseek_grouped_gate"
-    if scores.shape[-1] != GROUPED_GATE_EXPERTS or bias.shape != scores.shape:
-        refuse(op, f"it takes logits of {GROUPED_GATE_EXPERTS} experts and a bias of the same shape", scores, bias)
-    if summed_experts_per_group != 2:
-        refuse(op, f"a group is rated by its best two experts, not {summed_experts_per_group}", scores, bias)
+    numbers = (scores.shape[-1], n_groups, summed_experts_per_group, topk_groups, n_activated_experts)
+    if numbers != GROUPED_GATE or bias.shape != scores.shape:
+        refuse(op, f"it takes the numbers {GROUPED_GATE}, not {numbers}, and a bias of the logits' shape", scores, bias)
+    refuse_all_but_tiles(op, scores, bias)
+    if scores.dtype is not bfloat16 or bias.dtype is not bfloat16:
+        refuse(op, "logits and bias must be bfloat16", scores, bias)
 
     def choose(logits: torch.Tensor, correction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, indices = choose_experts(
@@ -191,7 +209,14 @@ def fast_reduce_nc(
     memory_config: MemoryConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Sums over `dims`, of which only 0 and 1 are allowed, and keeps them with size 1."""
+    """Sums over `dims`, of which only 0 and 1 are allowed, and keeps them with size 1.
+
+    The last two dimensions come out padded to whole tiles, as on chips; here the padding is zero. Raises DeviceError
+    for other dimensions, integers and ROW_MAJOR layout.
+    """
     if not dims or any(dim not in (0, 1) for dim in dims):
         refuse("fast_reduce_nc", f"it sums over dimensions 0 and 1, not {list(dims)}", input_tensor)
-    return unary("fast_reduce_nc", lambda a: a.sum(tuple(dims), keepdim=True), input_tensor)
+    refuse_all_but_float_tiles("fast_reduce_nc", input_tensor)
+    height, width = input_tensor.shape[-2:]
+    padding = (0, -width % TILE_SIZE, 0, -height % TILE_SIZE)
+    return unary("fast_reduce_nc", lambda a: F.pad(a.sum(tuple(dims), keepdim=True), padding), input_tensor)

@@ -12,6 +12,7 @@ from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
 from stages.backend.embedded.routing import choose_experts
 from stages.backend.embedded.tensor import Tensor
+from stages.backend.embedded.trace import atomic
 
 
 def moe_gate(
@@ -92,6 +93,7 @@ def routed_experts(
     return Tensor(shards, x.dtype, x.layout, x.mesh)
 
 
+@atomic
 def _assign(indices: torch.Tensor, experts: int) -> Assignment:
     flat = indices.reshape(-1)
     choices = torch.argsort(flat, stable=True)
@@ -108,6 +110,7 @@ def _split(shard: torch.Tensor) -> list[Matrix]:
     return [Matrix(expert) for expert in shard[0].transpose(1, 2)]
 
 
+@atomic
 def _run(
     x: torch.Tensor,
     weights: torch.Tensor,

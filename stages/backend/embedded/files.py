@@ -5,6 +5,7 @@ dimensions are stored the other way round is written that way and turned back on
 """
 
 import json
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -23,8 +24,20 @@ ALIGNMENT = 64
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
-def dump_tensor(file_name: str | Path, tensor: Tensor) -> None:
-    """Writes a tensor with its dtype, layout and mesh shape. Raises DeviceError unless the name ends in .tensorbin."""
+class DumpTensorMode(Enum):
+    """Who of several processes writes a tensor's file; the embedded device's are alone."""
+
+    DISTRIBUTED_GATHER = 0
+    LOCAL = 1
+
+
+def dump_tensor(
+    file_name: str | Path, tensor: Tensor, mode: DumpTensorMode = DumpTensorMode.DISTRIBUTED_GATHER
+) -> None:
+    """Writes a tensor with its dtype, layout and mesh shape; `mode` makes no difference.
+
+    Raises DeviceError unless the name ends in .tensorbin.
+    """
     path = _checked(file_name)
     stored: dict[int, int] = {}
     order = [stored.setdefault(id(shard), len(stored)) for shard in tensor.shards]
@@ -55,7 +68,8 @@ def _write(path: Path, arrays: list[torch.Tensor], metadata: dict[str, str]) -> 
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for array in arrays:
-            array.view(-1).view(torch.uint8).numpy().tofile(file)
+            # Not by tofile, which says nothing when the disk is full for the last bytes.
+            file.write(array.view(-1).view(torch.uint8).numpy().data)
 
 
 def load_tensor(file_name: str | Path, *, device: MeshDevice | None = None) -> Tensor:
@@ -92,7 +106,12 @@ def as_tensor(
     cache_file_name: str | Path | None = None,
     mesh_mapper: TensorToMesh | None = None,
 ) -> Tensor:
-    """As `from_torch`, or from `cache_file_name` + dtype and layout if that exists; else it is written there."""
+    """As `from_torch`, or from `cache_file_name` + dtype and layout if that exists; else it is written there.
+
+    Raises DeviceError where a device is given without a memory config.
+    """
+    if device is not None and memory_config is None:
+        raise DeviceError("as_tensor needs a memory_config where it is given a device.")
     if cache_file_name is None:
         return from_torch(tensor, dtype, layout=layout, device=device, mesh_mapper=mesh_mapper)
     names = (dtype.name if dtype else "None", layout.name if layout else "None")

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
-from stages.backend.embedded.chips import on_chips, refuse, refuse_because
+from stages.backend.embedded.chips import on_chips, refuse, refuse_all_but_float_tiles, refuse_because
 from stages.backend.embedded.dtype import TILE_LAYOUT, DataType, held_in
 from stages.backend.embedded.matrix import Matrix
 from stages.backend.embedded.memory import CoreGrid, MemoryConfig
@@ -26,17 +26,14 @@ def linear(
     """x [..., T, K] times a weight [..., K, N], then `activation` ("silu").
 
     In x's dtype unless `dtype` is said; computed in float32 where either operand is held in it. Raises DeviceError
-    where K differs or an operand is not in TILE layout.
+    where K differs, or an operand is not in TILE layout or holds integers.
     """
     x, weight = input_tensor_a, input_tensor_b
     if activation is not None and activation != "silu":
         refuse("linear", f"activation {activation!r} is unknown", x, weight)
+    refuse_all_but_float_tiles("linear", x, weight)
     matrices = weight.remember("matrices", lambda: _matrices(weight))
-    if not matrices:
-        output = matmul(x, weight, dtype=dtype)
-    else:
-        _refuse_other_layout("linear", x, weight)
-        output = _converted(_by_matrices(x, weight, matrices), dtype)
+    output = _converted(_by_matrices(x, weight, matrices), dtype) if matrices else matmul(x, weight, dtype=dtype)
     if activation is None:
         return output
     return Tensor(on_chips("linear", F.silu, output), output.dtype, output.layout, output.mesh)
@@ -54,7 +51,7 @@ def matmul(
 ) -> Tensor:
     """[..., T, K] times [..., K, N]; leading dimensions are equal or 1. Dtypes and errors as `linear`."""
     x, y = input_tensor_a, input_tensor_b
-    _refuse_other_layout("matmul", x, y)
+    refuse_all_but_float_tiles("matmul", x, y)
     return _converted(Tensor(on_chips("matmul", _product, x, y), x.dtype, TILE_LAYOUT, x.mesh), dtype)
 
 
@@ -95,8 +92,3 @@ def _converted(output: Tensor, dtype: DataType | None) -> Tensor:
     if output.shards[0].dtype != held:
         output.shards = on_chips("linear", lambda shard: shard.to(held), output)
     return output
-
-
-def _refuse_other_layout(op: str, x: Tensor, y: Tensor) -> None:
-    if x.layout is not TILE_LAYOUT or y.layout is not TILE_LAYOUT:
-        refuse(op, "both operands must be in TILE layout", x, y)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
 from stages.backend.embedded.processor import HAS_FBGEMM, HAS_ONEDNN, MULTIPLIES_BFLOAT16
+from stages.backend.embedded.trace import atomic
 
 PACKED_FROM = 1 << 18
 """Elements from which a packed matrix is faster, whatever the number of rows: under it, packing's overhead shows."""
@@ -31,6 +32,7 @@ class Matrix:
         self._plain = plain
         self._product: Product | None = None
 
+    @atomic
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] times this: [..., N]; in float32 where either of the two is."""
         if x.dtype != self._plain.dtype:

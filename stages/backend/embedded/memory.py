@@ -1,7 +1,8 @@
-"""Where a chip would keep a tensor: accepted by every op, never read, since a host has one kind of memory."""
+"""Where a chip would keep a tensor: accepted by every op and, but for the cores of a sharded one, never read."""
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Sequence
 
 
@@ -74,6 +75,13 @@ class ShardSpec:
     grid: CoreRangeSet | CoreGrid
     shape: Sequence[int]
     orientation: ShardOrientation = ShardOrientation.ROW_MAJOR
+
+    @functools.cached_property
+    def cores(self) -> int:
+        """How many they are."""
+        if isinstance(self.grid, CoreGrid):
+            return self.grid.x * self.grid.y
+        return sum((one.end.x - one.start.x + 1) * (one.end.y - one.start.y + 1) for one in self.grid.ranges)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,13 @@ class MeshDevice(Mesh):
         """Chips of the mesh."""
         return self.size
 
+    def create_submeshes(self, submesh_shape: Sequence[int]) -> list["MeshDevice"]:
+        """Meshes of `submesh_shape` that share out this one. Raises DeviceError where that leaves a rest."""
+        (rows, columns), (own_rows, own_columns) = submesh_shape, self.shape
+        if own_rows % rows or own_columns % columns:
+            raise DeviceError(f"A mesh of {tuple(self.shape)} has no equal parts of {tuple(submesh_shape)}.")
+        return [MeshDevice(submesh_shape) for _ in range(self.size // (rows * columns))]
+
     def compute_with_storage_grid_size(self) -> CoreCoord:
         """The worker grid of each chip."""
         return WORKER_GRID

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
-from stages.backend.embedded.chips import binary, on_chips, refuse, unary
-from stages.backend.embedded.dtype import TILE_SIZE, DataType, bfloat16, held_in
+from stages.backend.embedded.chips import binary, on_chips, refuse, refuse_all_but_float_tiles, unary
+from stages.backend.embedded.dtype import TILE_LAYOUT, TILE_SIZE, DataType, bfloat16, float32, held_in
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.program_configs import (
     LayerNormShardedMultiCoreProgramConfig,
@@ -22,11 +22,12 @@ def rms_norm(
     program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """x [..., W] / sqrt(mean(x^2) + epsilon) * weight [1, 1, 1, W] or [1, 1, W / 32, 32].
+    """x [..., W] / sqrt(mean(x^2) + epsilon) * weight, in TILE [1, 1, 1, W], in ROW_MAJOR [1, 1, W / 32, 32].
 
-    Computed in float32. Raises DeviceError for a weight of another form or width.
+    Computed in float32. Raises DeviceError for a weight of another form or width, or x in ROW_MAJOR or of integers.
     """
     x = input_tensor
+    refuse_all_but_float_tiles("rms_norm", x)
     gamma = weight.remember("gamma", lambda: _flat(weight))
     return binary("rms_norm", lambda a, flat: F.rms_norm(a, flat.shape, flat, epsilon), x, gamma)
 
@@ -39,8 +40,14 @@ def rms_norm_pre_all_gather(
     program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Statistics of this chip's part of the rows: [..., 32], the sum of squares in column 0, the rest zero."""
+    """Statistics of this chip's part of the rows: [..., 32], the sum of squares in column 0, the rest zero.
+
+    Raises DeviceError for integers, ROW_MAJOR, and float32 unless the kernel is configured to add up in float32.
+    """
     x = input_tensor
+    refuse_all_but_float_tiles("rms_norm_pre_all_gather", x)
+    if x.dtype is float32 and (compute_kernel_config is None or not compute_kernel_config.fp32_dest_acc_en):
+        refuse("rms_norm_pre_all_gather", "float32 needs a compute_kernel_config with fp32_dest_acc_en", x)
     held = held_in(dtype)
 
     def statistics(a: torch.Tensor) -> torch.Tensor:
@@ -66,6 +73,7 @@ def rms_norm_post_all_gather(
     Raises DeviceError where the statistics are not those of all chips of a mesh axis.
     """
     x = input_tensor
+    refuse_all_but_float_tiles("rms_norm_post_all_gather", x, stats)
     width = x.shape[-1]
     gamma = weight.remember("gamma", lambda: _flat(weight))
     chips, rest = divmod(stats.shape[-1], TILE_SIZE)
@@ -88,6 +96,7 @@ def rms_norm_post_all_gather(
 
 def _flat(weight: Tensor) -> Tensor:
     shape = weight.shape
-    if len(shape) != 4 or shape[:2] != (1, 1) or (shape[2] != 1 and shape[3] != TILE_SIZE):
-        refuse("rms_norm", "the weight must be [1, 1, 1, W] or [1, 1, W / 32, 32]", weight)
+    width = shape[-1] if weight.layout is TILE_LAYOUT else TILE_SIZE * shape[-2]
+    if shape.numel() != width or (weight.layout is not TILE_LAYOUT and len(shape) != 4):
+        refuse("rms_norm", "the weight must be [1, 1, 1, W] in TILE or [1, 1, W / 32, 32] in ROW_MAJOR layout", weight)
     return unary("rms_norm", lambda shard: shard.reshape(-1).to(held_in(bfloat16)), weight)

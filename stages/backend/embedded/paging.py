@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from stages.backend.embedded.chips import on_chips, refuse, refuse_because
-from stages.backend.embedded.dtype import int32
+from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, int32
 from stages.backend.embedded.tensor import Tensor
+from stages.backend.embedded.trace import atomic
 from stages.errors import DeviceError
 
 LATENTS_AT_ONCE = 1 << 20
@@ -60,10 +61,13 @@ def decode_pages(op: str, positions: Tensor, page_table: Tensor, cache: Tensor) 
 def _refuse_other_tables(op: str, positions: Tensor, page_table: Tensor) -> None:
     if positions.dtype is not int32 or page_table.dtype is not int32:
         refuse(op, "positions and page table must be int32", positions, page_table)
+    if positions.layout is not ROW_MAJOR_LAYOUT or page_table.layout is not ROW_MAJOR_LAYOUT:
+        refuse(op, "positions and page table must be in ROW_MAJOR layout", positions, page_table)
     if len(positions.shape) != 1 or len(page_table.shape) != 2 or positions.shape[0] != page_table.shape[0]:
         refuse(op, "it takes positions [users] and a page table [users, pages]", positions, page_table)
 
 
+@atomic
 def _pages_of(op: str, positions: torch.Tensor, table: torch.Tensor, block_size: int, width: int) -> DecodePages:
     lengths = [position + 1 for position in positions.tolist()]
     if max(lengths) > table.shape[1] * block_size:

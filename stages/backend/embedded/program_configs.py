@@ -87,6 +87,7 @@ class SDPAProgramConfig:
     q_chunk_size: int
     k_chunk_size: int
     exp_approx_mode: bool | None = None
+    max_cores_per_head_batch: int = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from stages.backend.embedded.dtype import INTEGERS, ROW_MAJOR_LAYOUT, DataType, Layout, bfloat16, held_in
-from stages.backend.embedded.memory import MemoryConfig
+from stages.backend.embedded.dtype import INTEGERS, ROW_MAJOR_LAYOUT, DataType, Layout, bfloat16, held_in, layout_of
+from stages.backend.embedded.memory import MemoryConfig, ShardSpec
 from stages.backend.embedded.mesh import Mesh, MeshDevice, MeshToTensor, TensorToMesh
 from stages.errors import DeviceError
 
@@ -22,15 +22,25 @@ class Tensor:
     Replication is aliasing: chips that hold the same values hold the same torch tensor, so that what is computed from
     it is computed once. Shards of integers and weights never change after they are made, so that ops may `remember`
     what they derived from them.
+
+    `shard_spec` are the cores that each shard is spread over by `to_memory_config`, if it was.
     """
 
-    __slots__ = ("_derived", "dtype", "layout", "mesh", "shards")
+    __slots__ = ("_derived", "dtype", "layout", "mesh", "shard_spec", "shards")
 
-    def __init__(self, shards: list[torch.Tensor], dtype: DataType, layout: Layout, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        shards: list[torch.Tensor],
+        dtype: DataType,
+        layout: Layout,
+        mesh: Mesh,
+        shard_spec: ShardSpec | None = None,
+    ) -> None:
         self.shards = shards
         self.dtype = dtype
         self.layout = layout
         self.mesh = mesh
+        self.shard_spec = shard_spec
         self._derived: dict[Hashable, Any] | None = None
 
     @property
@@ -55,6 +65,10 @@ class Tensor:
             derived = self._derived[key] = make()
         return derived
 
+    def forget_derived(self) -> None:
+        """Lets go of all that was derived from the shards, as they have changed."""
+        self._derived = None
+
     def forget(self) -> None:
         """Lets go of the shards and all that was derived from them."""
         self.shards = []
@@ -78,13 +92,14 @@ def from_torch(
 
     A float tensor that has the right dtype already is taken over, not copied; a matrix that is the transposed view of
     a contiguous one keeps that storage, shard by shard. Without `dtype`, that of `tensor`. Raises DeviceError where
-    the shards would be uneven or the mapper is for another mesh.
+    the shards would be uneven, the mapper is for another mesh, or the dtype does not exist in the layout.
     """
     dtype = dtype or _ttnn_dtype(tensor)
+    layout = layout_of(dtype, layout)
     held = tensor.to(held_in(dtype), copy=dtype in INTEGERS)
     place = _place(device, mesh_mapper)
     shards = _cut(held, mesh_mapper) if mesh_mapper else [held] * place.size
-    return Tensor(shards, dtype, layout or ROW_MAJOR_LAYOUT, place)
+    return Tensor(shards, dtype, layout, place)
 
 
 def _place(device: MeshDevice | None, mapper: TensorToMesh | None) -> Mesh:
@@ -175,27 +190,28 @@ def full(
     fill_value: float,
     *,
     dtype: DataType = bfloat16,
-    layout: Layout = ROW_MAJOR_LAYOUT,
+    layout: Layout | None = None,
     device: MeshDevice | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
     """`shape` on each chip, all of `fill_value`. The chips share one shard until an op writes into them apart."""
     place = _place(device, None)
     shard = torch.full(tuple(shape), fill_value, dtype=held_in(dtype))
-    return Tensor([shard] * place.size, dtype, layout, place)
+    return Tensor([shard] * place.size, dtype, layout_of(dtype, layout), place)
 
 
 def zeros(
     shape: Sequence[int],
     *,
     dtype: DataType = bfloat16,
-    layout: Layout = ROW_MAJOR_LAYOUT,
+    layout: Layout | None = None,
     device: MeshDevice | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
     """`shape` on each chip, all zero; memory is taken when it is written."""
     place = _place(device, None)
-    return Tensor([torch.zeros(tuple(shape), dtype=held_in(dtype))] * place.size, dtype, layout, place)
+    shard = torch.zeros(tuple(shape), dtype=held_in(dtype))
+    return Tensor([shard] * place.size, dtype, layout_of(dtype, layout), place)
 
 
 def empty(
@@ -206,7 +222,10 @@ def empty(
     device: MeshDevice | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """As `zeros`: what is not yet written is never NaN, which a masked product would pass on."""
+    """As `zeros`: what is not yet written is never NaN, which a masked product would pass on.
+
+    Raises DeviceError for block floats unless `layout` is TILE, which it must be told.
+    """
     return zeros(shape, dtype=dtype, layout=layout, device=device, memory_config=memory_config)
 
 

@@ -6,13 +6,16 @@ Scores are scaled and softened in float32.
 
 import torch
 
-from stages.backend.embedded.chips import refuse, refuse_because
-from stages.backend.embedded.dtype import TILE_SIZE, int32
+from stages.backend.embedded.chips import refuse, refuse_all_but_float_tiles, refuse_because
+from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, TILE_SIZE, float32, int32
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.paging import Bucket, DecodePages, decode_pages, table_row
 from stages.backend.embedded.processor import widened
 from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
+from stages.backend.embedded.trace import atomic
+
+__all__ = ["chunked_flash_mla_prefill", "paged_flash_multi_latent_attention_decode"]
 
 QUERIES_AT_ONCE = 512
 """Query vectors, heads times tokens, of one product: fewer repeat the reading of the latents, more compute scores that
@@ -42,7 +45,7 @@ def paged_flash_multi_latent_attention_decode(
     """
     op = "paged_flash_multi_latent_attention_decode"
     q, cache = input_tensor_q, input_tensor_k
-    _refuse_other_width(op, q, cache, head_dim_v)
+    _refuse_other_operands(op, q, cache, head_dim_v)
     if q.shape[0] != 1 or q.shape[1] != cur_pos_tensor.shape[0]:
         refuse(op, "q must be [1, users, heads, width] with a position for each user", q, cur_pos_tensor)
     if q.mesh is not cache.mesh or q.mesh is not cur_pos_tensor.mesh:
@@ -62,6 +65,7 @@ def paged_flash_multi_latent_attention_decode(
     return Tensor(shards, q.dtype, q.layout, q.mesh)
 
 
+@atomic
 def _attend_decode(
     q: torch.Tensor, cache: torch.Tensor, pages: DecodePages, head_dim_v: int, scale: float
 ) -> torch.Tensor:
@@ -105,9 +109,11 @@ def chunked_flash_mla_prefill(
     """
     op = "chunked_flash_mla_prefill"
     q, cache, table = input_tensor_q, input_tensor_k, page_table_tensor
-    _refuse_other_width(op, q, cache, head_dim_v)
+    _refuse_other_operands(op, q, cache, head_dim_v)
     if chunk_start_idx < 0 or chunk_start_idx % TILE_SIZE:
         refuse(op, f"chunk start {chunk_start_idx} is no multiple of {TILE_SIZE}", q, cache)
+    if table.layout is not ROW_MAJOR_LAYOUT:
+        refuse(op, "the page table must be in ROW_MAJOR layout", q, table)
     if table.dtype is not int32 or len(table.shape) != 2 or table.shape[0] != q.shape[0] or q.shape[0] != 1:
         refuse(op, "it takes q [1, heads, T, width] and an int32 page table [1, pages]", q, table)
     if q.mesh is not cache.mesh or q.mesh is not table.mesh:
@@ -146,7 +152,10 @@ def _attend_prefill(
     return output
 
 
-def _refuse_other_width(op: str, q: Tensor, cache: Tensor, head_dim_v: int) -> None:
+def _refuse_other_operands(op: str, q: Tensor, cache: Tensor, head_dim_v: int) -> None:
+    refuse_all_but_float_tiles(op, q, cache)
+    if q.dtype is float32 or cache.dtype is float32:
+        refuse(op, "it takes no FLOAT32", q, cache)
     width = cache.shape[-1]
     if len(q.shape) != 4 or len(cache.shape) != 4 or cache.shape[1] != 1 or q.shape[-1] != width:
         refuse(op, "it takes q [..., width] and a cache [blocks, 1, block_size, width]", q, cache)

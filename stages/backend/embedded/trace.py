@@ -1,0 +1,211 @@
+"""Traces: what a step asks of torch, recorded once and asked again without the Python in between.
+
+A trace belongs to the tensors that were there when it was captured. It reads them where they are, so new inputs are
+copied into them, and it writes what is left of the capture, its results, where they are. As on chips, nothing in it may
+depend on a value; what does on the embedded device is `atomic`, and repeated as a whole.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from stages.backend.embedded.mesh import MeshDevice
+from stages.backend.embedded.tensor import Tensor
+from stages.errors import DeviceError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Replay = Callable[[], None]
+
+READS = {
+    torch.Tensor.tolist,
+    torch.Tensor.item,
+    torch.Tensor.numpy,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+    torch.Tensor.__iter__,
+}
+"""What gives Python a tensor's values, which are others when a trace is replayed."""
+
+
+class _Call(NamedTuple):
+    """A line of a trace: `text`, what it makes and all that it uses, both as slots."""
+
+    text: str
+    makes: list[int]
+    uses: list[int]
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes, as a line of Python, every call that makes tensors or changes them while it is entered.
+
+    What a call makes has a slot, the variable v0, v1, ...; all else it was given is a constant c0, c1, ...
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[_Call] = []
+        self._slots: dict[int, int] = {}
+        self._constants: dict[str, Any] = {}
+        # Whatever has a slot is kept, so that no later object has its id.
+        self._made: list[Any] = []
+        self._is_within_a_call = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in place of `func`."""
+        if func in READS:
+            raise DeviceError(f"A trace cannot depend on values, which {func.__name__} reads.")
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__setitem__ or _has_tensors(result):
+            self._note(func, args, kwargs or {}, result)
+        return result
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Calls `function` as one line, whatever it does within."""
+        if self._is_within_a_call:
+            return function(*args)
+        self._is_within_a_call = True
+        try:
+            with torch._C.DisableTorchFunction():
+                result = function(*args)
+        finally:
+            self._is_within_a_call = False
+        self._note(function, args, {}, result)
+        return result
+
+    def replay(self) -> Replay:
+        """All that was noted, as one function. Tensors that are still in use elsewhere get their values from it."""
+        references = {self._slots[id(item)]: weakref.ref(item) for item in self._made if isinstance(item, torch.Tensor)}
+        self._made.clear()
+        outputs = {slot: tensor for slot, reference in references.items() if (tensor := reference()) is not None}
+        self._constants |= {f"o{slot}": tensor for slot, tensor in outputs.items()}
+        spent = {slot: index for index, call in enumerate(self._calls) for slot in [*call.makes, *call.uses]}
+        lines = []
+        for index, call in enumerate(self._calls):
+            lines.append(call.text)
+            done = {slot for slot in [*call.makes, *call.uses] if spent[slot] == index} - outputs.keys()
+            lines += [f"del {', '.join(f'v{slot}' for slot in sorted(done))}"] if done else []
+        lines += [f"o{slot}.copy_(v{slot})" for slot in outputs]
+        source = "\n    ".join(["def replay():", *lines, "return"])
+        exec(compile(source, "<trace>", "exec"), self._constants)  # noqa: S102 # nosec B102 # names only, all ours
+        replay: Replay = self._constants["replay"]
+        return replay
+
+    def _note(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        uses: list[int] = []
+        given = [self._text(argument, uses) for argument in args]
+        given += [f"{name}={self._text(argument, uses)}" for name, argument in kwargs.items()]
+        call = f"{self._constant(function)}({', '.join(given)})"
+        if result is None:
+            self._calls.append(_Call(call, [], uses))
+            return
+        makes = [self._slot(item) for item in result] if isinstance(result, tuple | list) else [self._slot(result)]
+        names = ", ".join(f"v{slot}" for slot in makes)
+        target = f"[{names}]" if isinstance(result, tuple | list) else names
+        self._calls.append(_Call(f"{target} = {call}", makes, uses))
+
+    def _text(self, argument: Any, uses: list[int]) -> str:
+        slot = self._slots.get(id(argument))
+        if slot is not None:
+            uses.append(slot)
+            return f"v{slot}"
+        if type(argument) is list:
+            return f"[{', '.join(self._text(item, uses) for item in argument)}]"
+        if type(argument) is tuple:
+            return f"({''.join(self._text(item, uses) + ', ' for item in argument)})"
+        return self._constant(argument)
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+    def _slot(self, item: Any) -> int:
+        slot = self._slots[id(item)] = len(self._made)
+        self._made.append(item)
+        return slot
+
+
+def _has_tensors(result: Any) -> bool:
+    if isinstance(result, torch.Tensor):
+        return True
+    return isinstance(result, tuple | list) and any(isinstance(item, torch.Tensor) for item in result)
+
+
+_recorders: dict[MeshDevice, _Recorder] = {}
+_replays: dict[int, Replay] = {}
+_trace_ids = itertools.count()
+
+
+def atomic(function: Function) -> Function:
+    """Makes a trace repeat `function` as a whole, with Python that reads values and with results of any type."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        for recorder in _recorders.values():
+            return recorder.run(function, args)
+        return function(*args)
+
+    return call  # type: ignore[return-value] # It is called as `function` is, by position.
+
+
+def begin_trace_capture(mesh_device: MeshDevice, cq_id: int = 0) -> int:
+    """Records what is computed from here on, which is also computed. Raises DeviceError within another capture."""
+    if _recorders:
+        raise DeviceError("A trace is being captured already: end it first.")
+    recorder = _recorders[mesh_device] = _Recorder()
+    recorder.__enter__()  # type: ignore[no-untyped-call]
+    return next(_trace_ids)
+
+
+def end_trace_capture(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0) -> None:
+    """Ends the recording. Raises DeviceError where none has begun on this mesh."""
+    recorder = _recorders.pop(mesh_device, None)
+    if recorder is None:
+        raise DeviceError("No trace is being captured on this mesh.")
+    recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    _replays[trace_id] = recorder.replay()
+
+
+def execute_trace(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0, blocking: bool = True) -> None:
+    """Computes it all again, from what its inputs hold now. Raises DeviceError where there is no such trace."""
+    replay = _replays.get(trace_id)
+    if replay is None:
+        raise DeviceError(f"There is no trace {trace_id}: it was not captured, or released.")
+    replay()
+
+
+def release_trace(mesh_device: MeshDevice, trace_id: int) -> None:
+    """Forgets a trace."""
+    _replays.pop(trace_id, None)
+
+
+def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
+    """Writes the values of a into b, which every trace captured with b then computes from; returns b.
+
+    Raises DeviceError where shapes, dtypes, layouts or meshes differ.
+    """
+    are_alike = input_a.dtype is input_b.dtype and input_a.layout is input_b.layout
+    if input_a.mesh is not input_b.mesh:
+        raise DeviceError("copy: its operands are on different meshes, or one is on the host.")
+    if not are_alike or input_a.shape != input_b.shape:
+        raise DeviceError(f"copy takes two tensors of one kind, not {input_a} and {input_b}.")
+    for target, source in {id(b): (b, a) for a, b in zip(input_a.shards, input_b.shards, strict=True)}.values():
+        target.copy_(source)
+    input_b.forget_derived()
+    return input_b
+
+
+def clone(input_tensor: Tensor) -> Tensor:
+    """A tensor of the same values in memory of its own; chips that share a shard share its copy."""
+    copies = {id(shard): shard.clone() for shard in input_tensor.shards}
+    shards = [copies[id(shard)] for shard in input_tensor.shards]
+    return Tensor(shards, input_tensor.dtype, input_tensor.layout, input_tensor.mesh)

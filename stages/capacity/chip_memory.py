@@ -1,0 +1,134 @@
+"""The memory that a deployment takes on each chip, stage by stage."""
+
+import functools
+from collections.abc import Iterable
+
+import msgspec
+
+from stages.capacity.activations import Activations
+from stages.capacity.chip_tensor import ChipTensor
+from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.deployment import Deployment
+from stages.plan import StageSpec, balanced_split, explicit_stages
+from stages.wormhole import DRAM_BANKS, DRAM_BYTES, L1_BANKS, L1_BYTES, TRACE_ALIGNMENT
+from weights.model_config import ModelConfig
+
+
+class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on every chip of a stage.
+
+    `tables` are those of rotary positions and of the experts' places; `activations` the most that a prefill step
+    holds at once; `decode_l1` the most that a decode step holds in L1, where its results stay.
+    """
+
+    stage: int
+    first_layer: int
+    end_layer: int
+    rows: int
+    weights: int
+    kv_cache: int
+    tables: int
+    activations: int
+    trace: int
+    decode_l1: int
+    available: int = DRAM_BYTES
+    available_l1: int = L1_BYTES
+
+    @property
+    def total(self) -> int:
+        """Of DRAM."""
+        return self.weights + self.kv_cache + self.tables + self.activations + self.trace
+
+    @property
+    def fits(self) -> bool:
+        """Whether both memories hold what they must."""
+        return self.lack <= 0
+
+    @property
+    def lack(self) -> float:
+        """By how much more than all of its memory is asked for, as a share of it."""
+        return max(self.total / self.available, self.decode_l1 / self.available_l1) - 1
+
+
+def chip_memory(config: ModelConfig, deployment: Deployment) -> list[StageMemory]:
+    """What each stage takes. Raises PlanError as `chip_stages` does."""
+    specs = chip_stages(config, deployment)
+    layers = _Layers(config, deployment)
+    return [_stage_memory(deployment, spec, layers) for spec in specs]
+
+
+def chip_stages(config: ModelConfig, deployment: Deployment) -> list[StageSpec]:
+    """The layers of each stage: those asked for, else such that the fullest chips are as empty as can be.
+
+    A decode step reads all weights of its stage, so this evens out time as well as memory. Raises PlanError as
+    `Deployment.check` and `explicit_stages` do.
+    """
+    deployment.check(config)
+    if deployment.layers_per_stage is not None:
+        return explicit_stages(config, deployment.layers_per_stage)
+    layers = _Layers(config, deployment)
+    costs = [layers.weights_of(config.is_moe(layer)) + layers.kv_cache for layer in range(config.num_hidden_layers)]
+    costs[0] += allocated(layers.weights.embedding())
+    costs[-1] += allocated(layers.weights.head())
+    return explicit_stages(config, balanced_split(costs, deployment.stages))
+
+
+def allocated(tensors: Iterable[ChipTensor], banks: int = DRAM_BANKS) -> int:
+    """Bytes that the allocator takes for all of them."""
+    return sum(tensor.allocated(banks) for tensor in tensors)
+
+
+class _Layers:
+    """What one layer of each kind takes: dense ones, and those with a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, deployment: Deployment) -> None:
+        self.config = config
+        rows = deployment.rows_per_stage
+        self.weights = ChipWeights(config, deployment.dtypes, rows)
+        self.kv_cache = self.weights.kv_cache(deployment.cache).allocated()
+        self._prefill = Activations(config, rows, deployment.prefill_chunk)
+        self._decode = Activations(config, rows, deployment.users_per_row)
+        self.weights_of = functools.cache(self._weights_of)
+        self.activations_of = functools.cache(self._activations_of)
+        self.decode_l1_of = functools.cache(self._decode_l1_of)
+
+    def _weights_of(self, is_moe: bool) -> int:
+        return allocated(self.weights.layer(_a_layer(self.config, is_moe)))
+
+    def _activations_of(self, is_moe: bool) -> int:
+        feed_forward = self._prefill.feed_forward(_a_layer(self.config, is_moe))
+        return max(allocated(self._prefill.attention()), allocated(feed_forward))
+
+    def _decode_l1_of(self, is_moe: bool) -> int:
+        return allocated(self._decode.feed_forward(_a_layer(self.config, is_moe)), L1_BANKS)
+
+
+def _stage_memory(deployment: Deployment, spec: StageSpec, layers: _Layers) -> StageMemory:
+    kinds = [layers.config.is_moe(layer) for layer in spec.layers]
+    weights = layers.weights
+    embedding = allocated(weights.embedding()) if spec.is_first else 0
+    head = allocated(weights.head()) if spec.is_last else 0
+    selections = sum(kinds) * weights.selection().allocated()
+    return StageMemory(
+        stage=spec.index,
+        first_layer=spec.first_layer,
+        end_layer=spec.end_layer,
+        rows=deployment.rows_per_stage,
+        weights=embedding + sum(layers.weights_of(kind) for kind in kinds) + head,
+        kv_cache=len(kinds) * layers.kv_cache,
+        tables=allocated(weights.rope_tables(deployment.cache)) + selections,
+        activations=max(layers.activations_of(kind) for kind in set(kinds)),
+        trace=_trace_region(deployment.trace_region_bytes),
+        decode_l1=max(layers.decode_l1_of(kind) for kind in set(kinds)),
+    )
+
+
+def _a_layer(config: ModelConfig, is_moe: bool) -> int:
+    """One of a kind; all of a kind are alike."""
+    return config.first_k_dense_replace if is_moe else 0
+
+
+def _trace_region(size: int) -> int:
+    """What a region of `size` bytes takes from the banks."""
+    share = -(-size // DRAM_BANKS)
+    return -(-share // TRACE_ALIGNMENT) * TRACE_ALIGNMENT * DRAM_BANKS

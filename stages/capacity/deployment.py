@@ -1,0 +1,90 @@
+"""A pipeline on chips: its stages, the rows of each, the requests in flight, and the dtypes of its weights."""
+
+import msgspec
+
+from stages.errors import PlanError
+from stages.options import CacheOptions
+from stages.plan import check_stages, default_microbatches
+from stages.tensor_dtypes import WeightDtypes
+from stages.wormhole import GALAXY_COLUMNS
+from weights.model_config import ModelConfig
+
+DEFAULT_TRACE_REGION_BYTES = 45_684_326
+"""On each chip: what tt-metal's own demo sets aside for the decode trace of all 61 layers, found by trial (38,070,272
+bytes and a fifth more; models/demos/deepseek_v3/demo/demo.py)."""
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pipeline asks of its chips.
+
+    Each of `stages` owns `rows_per_stage` rows of 8 chips. A microbatch has `users_per_row` requests on each row, and
+    `microbatches` are in flight (None: one more than stages), each request with up to `max_model_len` tokens in the
+    KV cache. A prefill step has up to `prefill_chunk` tokens. `layers_per_stage` is None where memory decides.
+    """
+
+    stages: int
+    rows_per_stage: int
+    users_per_row: int
+    max_model_len: int
+    block_size: int
+    prefill_chunk: int
+    microbatches: int | None = None
+    layers_per_stage: tuple[int, ...] | None = None
+    trace_region_bytes: int = DEFAULT_TRACE_REGION_BYTES
+    dtypes: WeightDtypes = WeightDtypes()
+
+    @property
+    def rows(self) -> int:
+        """Galaxy rows in all."""
+        return self.stages * self.rows_per_stage
+
+    @property
+    def chips(self) -> int:
+        """Of one stage."""
+        return self.rows_per_stage * GALAXY_COLUMNS
+
+    @property
+    def steps_in_flight(self) -> int:
+        """The number of microbatches."""
+        return default_microbatches(self.stages) if self.microbatches is None else self.microbatches
+
+    @property
+    def users(self) -> int:
+        """Requests in flight."""
+        return self.users_per_row * self.rows_per_stage * self.steps_in_flight
+
+    @property
+    def cache(self) -> CacheOptions:
+        """The KV cache with room for all requests at their longest: a pool on each chip of a stage."""
+        blocks_per_slot = -(-self.max_model_len // self.block_size)
+        return CacheOptions(
+            slots=self.users,
+            pools=self.chips,
+            blocks=self.users // self.chips * blocks_per_slot,
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+        )
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises PlanError where the model or the users cannot be shared evenly by the chips of a stage."""
+        check_stages(config, self.stages)
+        if self.users_per_row < 1 or self.users_per_row % GALAXY_COLUMNS:
+            raise PlanError(
+                f"{self.users_per_row} users a row cannot be shared evenly by its {GALAXY_COLUMNS} chips: choose a "
+                f"multiple of {GALAXY_COLUMNS}."
+            )
+        if self.max_model_len > config.max_position_embeddings:
+            raise PlanError(
+                f"--max-model-len {self.max_model_len} is more than the model's {config.max_position_embeddings} "
+                "positions."
+            )
+        shared = {
+            "hidden size": (config.hidden_size, GALAXY_COLUMNS),
+            "number of attention heads": (config.num_attention_heads, GALAXY_COLUMNS),
+            "feed-forward width": (config.intermediate_size, GALAXY_COLUMNS),
+            "width of the shared experts": (config.moe_intermediate_size * config.n_shared_experts, GALAXY_COLUMNS),
+            "number of routed experts": (config.n_routed_experts, self.chips),
+        }
+        for what, (size, parts) in shared.items():
+            if size % parts:
+                raise PlanError(f"The {what} ({size}) cannot be shared evenly by {parts} chips.")

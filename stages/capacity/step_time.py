@@ -1,0 +1,249 @@
+"""Predicted time of a stage's steps: a roofline of weights read and arithmetic, and the network and launches beside it.
+
+Nothing here was measured on a Galaxy. A matrix product takes the longer of reading its weights and computing; what
+reads, computes and sends is taken to be one after the other, as ops of one queue are.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from stages.capacity.activations import Activations
+from stages.capacity.chip_tensor import ChipTensor
+from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.collective_time import all_gather_s, all_reduce_s, all_to_all_s, reduce_scatter_s
+from stages.options import TOKENS_AT_ONCE
+from stages.plan import StageSpec
+from stages.tensor_dtypes import TILE, WeightDtypes
+from stages.wormhole import DRAM_BYTES_PER_S, GALAXY_COLUMNS, Fidelity, flops_per_s
+from weights.model_config import ModelConfig
+
+DRAM_EFFICIENCY = 0.83
+"""Of the DRAM's bandwidth: the lower end of what Llama3-70B's decode reached, 239 of 288 GB/s
+(tech_reports/Saturating_DRAM_bandwidth). Those weights are laid out bank by bank, ours are interleaved."""
+
+MATMUL_EFFICIENCY = 0.5
+"""Of the matrix engines' peak: products of 1024 to 2048 a side in bfloat16 at HiFi2 without a tuned program reached 42
+to 67 %, smaller ones 9 to 19 % (tech_reports/GEMM_FLOPS, out-of-box results of n150)."""
+
+MATMUL_FIDELITY: Fidelity = "HiFi2"
+"""Of the modules' kernels (stages/deepseek_v3/module.py, matmul_kernel)."""
+
+TRACED_LAUNCH_S = 8.5e-6
+UNTRACED_LAUNCH_S = 38e-6
+"""From one op to the next: time less device time of the smallest product in the same out-of-box results, with a trace
+and without."""
+
+ExpertKernel = Literal["all", "chosen"]
+"""Chips run all their experts on every token, as the modules do, or only those that were chosen."""
+
+ACTIVATION_BYTES = 2
+
+
+class Launches(NamedTuple):
+    """Ops of a module's forward pass."""
+
+    decode: int
+    prefill: int
+
+
+NORM_OPS = Launches(3, 3)
+ATTENTION_OPS = Launches(32, 35)
+MLP_OPS = Launches(6, 6)
+MIXTURE_OPS = Launches(25, 25)
+RESIDUAL_OPS = Launches(2, 2)
+ENTER_OPS = Launches(6, 6)
+"""Of the embedding and of the positions' cosines and sines."""
+
+HEAD_OPS = Launches(6, 6)
+"""Beside its norm; four of them pick the tokens whose logits are wanted."""
+
+
+class StepTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of a step, by what they go to: products count where they are bound."""
+
+    memory_s: float = 0.0
+    compute_s: float = 0.0
+    network_s: float = 0.0
+    launch_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """One after the other."""
+        return self.memory_s + self.compute_s + self.network_s + self.launch_s
+
+    def __add__(self, other: "StepTime") -> "StepTime":
+        return StepTime(
+            memory_s=self.memory_s + other.memory_s,
+            compute_s=self.compute_s + other.compute_s,
+            network_s=self.network_s + other.network_s,
+            launch_s=self.launch_s + other.launch_s,
+        )
+
+    def times(self, count: int) -> "StepTime":
+        """Of so many alike."""
+        return StepTime(
+            memory_s=self.memory_s * count,
+            compute_s=self.compute_s * count,
+            network_s=self.network_s * count,
+            launch_s=self.launch_s * count,
+        )
+
+
+def hit_share(config: ModelConfig, tokens: int) -> float:
+    """The expected share of experts that any of `tokens` chooses, where each choice is as likely as the others."""
+    return 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+
+
+class StageTimes:
+    """Times of one stage's steps; needs neither torch nor a device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: StageSpec,
+        rows: int,
+        dtypes: WeightDtypes,
+        *,
+        traced: bool = False,
+        expert_kernel: ExpertKernel = "all",
+    ) -> None:
+        """`traced` says whether decode steps are replayed from a trace."""
+        self._config = config
+        self._spec = spec
+        self._rows = rows
+        self._dtypes = dtypes
+        self._weights = ChipWeights(config, dtypes, rows)
+        self._traced = traced
+        self._expert_kernel = expert_kernel
+
+    def decode(self, users_per_row: int, context: int) -> StepTime:
+        """A step of one token for `users_per_row` users of each row, with `context` tokens cached for each."""
+        tokens, own = _tiles(users_per_row), -(-users_per_row // GALAXY_COLUMNS)
+        # Their heads share tiles, so the cache of each user is read once.
+        attention = self._attend(own, context, cache_reads=own) + self._swap(tokens, own)
+        return self._step(tokens, attention, is_decode=True)
+
+    def prefill(self, tokens: int, start: int = 0) -> StepTime:
+        """A step of `tokens` prompt tokens of one request from position `start`; its other rows only pad."""
+        length = _tiles(tokens)
+        # The kernel reads the cache for every head and every tile of queries.
+        reads = self._config.num_attention_heads * length // TILE
+        attention = self._attend(length, start + length // 2, cache_reads=reads)
+        attention += self._swap(length * GALAXY_COLUMNS, length)
+        return self._step(length, attention, is_decode=False)
+
+    def _step(self, tokens: int, attention: StepTime, *, is_decode: bool) -> StepTime:
+        kind = functools.cache(lambda is_moe: self._layer(tokens, attention, is_moe=is_moe, is_decode=is_decode))
+        total = self._launches(ENTER_OPS, is_decode)
+        for layer in self._spec.layers:
+            total += kind(self._config.is_moe(layer))
+        if self._spec.is_last:
+            # A prompt's last token alone needs logits.
+            total += self._head(tokens if is_decode else TILE, is_decode)
+        return total
+
+    def _layer(self, tokens: int, attention: StepTime, *, is_moe: bool, is_decode: bool) -> StepTime:
+        layer = self._config.first_k_dense_replace if is_moe else 0
+        every = tokens * self._rows
+        experts = {tensor.name for tensor in self._weights.experts()}
+        time = self._norm(tokens, is_decode).times(2) + attention + self._attention_network(tokens)
+        for weight in self._weights.layer(layer):
+            if weight.name not in experts:
+                time += _product(weight, every if weight.name.startswith("mlp/gate") else tokens)
+        time += self._launches(ATTENTION_OPS, is_decode) + self._launches(RESIDUAL_OPS, is_decode)
+        if not is_moe:
+            return time + self._mlp_network(tokens) + self._launches(MLP_OPS, is_decode)
+        time += self._experts(every) + self._mixture_network(tokens) + self._launches(MIXTURE_OPS, is_decode)
+        return time if is_decode else time + self._traffic(tokens)
+
+    def _experts(self, tokens: int) -> StepTime:
+        weights = self._weights.experts()
+        if self._expert_kernel == "all":
+            passes = -(-tokens // TOKENS_AT_ONCE)
+            return _sum(_product(weight, _tiles(-(-tokens // passes))) for weight in weights).times(passes)
+        hit = hit_share(self._config, tokens)
+        experts = hit * self._config.n_routed_experts
+        each = _tiles(-(-tokens * self._config.num_experts_per_tok // max(1, round(experts))))
+        return _sum(_product(weight, each, share=hit) for weight in weights)
+
+    def _attend(self, queries: int, context: int, cache_reads: int) -> StepTime:
+        """Of `queries` tokens on the chip that has most, each over `context` cached ones, read `cache_reads` times."""
+        config = self._config
+        token = ChipTensor(name="token", shape=(1, 1, TILE, config.kv_dim), dtype=self._dtypes.kv_cache).bytes / TILE
+        flops = 2 * queries * config.num_attention_heads * context * (config.kv_dim + config.kv_lora_rank)
+        return _bound(cache_reads * context * token, flops)
+
+    def _swap(self, lanes: int, own: int) -> StepTime:
+        """All-to-alls: queries of all `lanes` by heads to a chip's `own` users, and what they attended to back."""
+        config = self._config
+        queries = lanes * _tiles(config.num_attention_heads // GALAXY_COLUMNS) * config.kv_dim
+        attended = own * _tiles(config.num_attention_heads) * config.kv_lora_rank
+        return _network(sum(all_to_all_s(GALAXY_COLUMNS, size * ACTIVATION_BYTES) for size in (queries, attended)))
+
+    def _attention_network(self, tokens: int) -> StepTime:
+        config = self._config
+        latents = tokens * (config.q_lora_rank + config.kv_dim) * ACTIVATION_BYTES
+        return _network(all_reduce_s(GALAXY_COLUMNS, latents) + reduce_scatter_s(GALAXY_COLUMNS, self._hidden(tokens)))
+
+    def _mlp_network(self, tokens: int) -> StepTime:
+        whole = self._hidden(tokens)
+        return _network(all_gather_s(GALAXY_COLUMNS, whole / GALAXY_COLUMNS) + reduce_scatter_s(GALAXY_COLUMNS, whole))
+
+    def _mixture_network(self, tokens: int) -> StepTime:
+        whole, rows = self._hidden(tokens), self._rows
+        return self._mlp_network(tokens) + _network(all_gather_s(rows, whole) + reduce_scatter_s(rows, rows * whole))
+
+    def _norm(self, tokens: int, is_decode: bool) -> StepTime:
+        statistics = tokens * TILE * ACTIVATION_BYTES
+        return _network(all_gather_s(GALAXY_COLUMNS, statistics)) + self._launches(NORM_OPS, is_decode)
+
+    def _head(self, tokens: int, is_decode: bool) -> StepTime:
+        gather = _network(all_gather_s(GALAXY_COLUMNS, self._hidden(tokens) / GALAXY_COLUMNS))
+        products = _sum(_product(weight, tokens) for weight in self._weights.head())
+        return self._norm(tokens, is_decode) + gather + products + self._launches(HEAD_OPS, is_decode)
+
+    def _traffic(self, tokens: int) -> StepTime:
+        """What prefill's experts write to DRAM and read again; decode's results stay in L1."""
+        if self._expert_kernel == "chosen":
+            return StepTime()
+        made = sum(tensor.bytes for tensor in Activations(self._config, self._rows, tokens).experts())
+        passes = -(-tokens * self._rows // TOKENS_AT_ONCE)
+        return _bound(2 * made * passes, 0)
+
+    def _hidden(self, tokens: int) -> float:
+        return tokens * self._config.hidden_size * ACTIVATION_BYTES
+
+    def _launches(self, ops: Launches, is_decode: bool) -> StepTime:
+        if is_decode and self._traced:
+            return StepTime(launch_s=ops.decode * TRACED_LAUNCH_S)
+        return StepTime(launch_s=(ops.decode if is_decode else ops.prefill) * UNTRACED_LAUNCH_S)
+
+
+def _product(weight: ChipTensor, tokens: int, share: float = 1.0) -> StepTime:
+    """`tokens` times a weight, of which a `share` is needed."""
+    return _bound(share * weight.bytes, 2 * share * tokens * weight.values)
+
+
+def _bound(memory_bytes: float, flops: float) -> StepTime:
+    memory_s = memory_bytes / (DRAM_BYTES_PER_S * DRAM_EFFICIENCY)
+    compute_s = flops / (flops_per_s(MATMUL_FIDELITY) * MATMUL_EFFICIENCY)
+    return StepTime(memory_s=memory_s) if memory_s >= compute_s else StepTime(compute_s=compute_s)
+
+
+def _network(seconds: float) -> StepTime:
+    return StepTime(network_s=seconds)
+
+
+def _sum(times: Iterable[StepTime]) -> StepTime:
+    total = StepTime()
+    for time in times:
+        total += time
+    return total
+
+
+def _tiles(tokens: int) -> int:
+    """Rows of whole tiles, as products take them."""
+    return -(-tokens // TILE) * TILE

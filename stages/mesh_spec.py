@@ -1,0 +1,50 @@
+"""What passes from one stage's mesh to the next one's: both ends have to agree on it before there are sockets."""
+
+import msgspec
+
+
+class HiddenShard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What every chip of a mesh holds of a tensor: its shape, in tiles' layout, and ttnn's name of its dtype.
+
+    In a `MeshHidden` a dimension is the greatest that it can be, or 0 where it has no such bound.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class MeshHidden(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A stage's mesh, rows and columns, and the hidden states on it of each kind of step."""
+
+    mesh_shape: tuple[int, int]
+    prefill: HiddenShard
+    decode: HiddenShard
+
+
+Connection = tuple[int, int, int, int]
+"""Row and column of a chip of the sender's mesh, then of the receiver's."""
+
+
+class MeshSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A socket between two meshes: what passes, how many bytes wait at each receiving chip, which chips are joined."""
+
+    hidden: MeshHidden
+    fifo_bytes: int
+    connections: list[Connection]
+
+    @classmethod
+    def between_equals(cls, hidden: MeshHidden, fifo_bytes: int) -> "MeshSpec":
+        """Every chip sends to the one at its own place on the next mesh."""
+        rows, columns = hidden.mesh_shape
+        places = [(row, column) for row in range(rows) for column in range(columns)]
+        return cls(hidden, fifo_bytes, [(*place, *place) for place in places])
+
+    def __str__(self) -> str:
+        rows, columns = self.hidden.mesh_shape
+        return (
+            f"a mesh of {rows} x {columns} with {self.hidden.prefill} at prefill and {self.hidden.decode} at decode, "
+            f"{self.fifo_bytes} bytes of FIFO and {len(self.connections)} connections"
+        )

@@ -1,0 +1,75 @@
+"""The dtypes of tensors on chips, what a tile of each takes, and which kind of weight is kept in which."""
+
+from typing import Literal
+
+import msgspec
+
+from stages.errors import PlanError
+
+TILE = 32
+"""Edge of a Wormhole tile; block sizes and prefill starts are multiples of it."""
+
+TensorDtype = Literal["float32", "bfloat16", "bfloat8_b", "bfloat4_b"]
+"""By ttnn's names."""
+
+Kind = Literal["embedding", "attention", "gate_up", "down", "router", "head", "kv_cache"]
+"""What a dtype can be chosen for; norms and rope tables are always bfloat16."""
+
+_EXPONENTS_PER_TILE = TILE * TILE // 16
+"""Block floats share an exponent of one byte among 16 values of a row."""
+
+TILE_BYTES: dict[TensorDtype, int] = {
+    "float32": TILE * TILE * 4,
+    "bfloat16": TILE * TILE * 2,
+    "bfloat8_b": TILE * TILE + _EXPONENTS_PER_TILE,
+    "bfloat4_b": TILE * TILE // 2 + _EXPONENTS_PER_TILE,
+}
+
+VALUE_BYTES: dict[TensorDtype, int] = {"float32": 4, "bfloat16": 2}
+"""Of the dtypes that need no tiles."""
+
+_BLOCK_FLOATS: tuple[TensorDtype, ...] = ("bfloat16", "bfloat8_b", "bfloat4_b")
+
+CHOICES: dict[Kind, tuple[TensorDtype, ...]] = {
+    # The only one that the op takes.
+    "embedding": ("bfloat16",),
+    "attention": _BLOCK_FLOATS,
+    "gate_up": _BLOCK_FLOATS,
+    "down": _BLOCK_FLOATS,
+    # Fewer bits would choose other experts.
+    "router": ("float32", "bfloat16"),
+    "head": _BLOCK_FLOATS,
+    "kv_cache": _BLOCK_FLOATS,
+}
+"""The dtypes that each kind may have, widest first."""
+
+
+class WeightDtypes(msgspec.Struct, frozen=True, kw_only=True):
+    """The dtype of each kind of weight, and of the KV cache; the defaults are what the modules write.
+
+    `gate_up` and `down` are the projections of all feed-forward networks: experts, routed and shared, and dense.
+    Raises PlanError for a dtype that a kind cannot have.
+    """
+
+    embedding: TensorDtype = "bfloat16"
+    attention: TensorDtype = "bfloat8_b"
+    gate_up: TensorDtype = "bfloat4_b"
+    down: TensorDtype = "bfloat8_b"
+    router: TensorDtype = "float32"
+    head: TensorDtype = "bfloat8_b"
+    kv_cache: TensorDtype = "bfloat8_b"
+
+    def __post_init__(self) -> None:
+        for kind, allowed in CHOICES.items():
+            if self.of(kind) not in allowed:
+                raise PlanError(f"{kind} cannot be {self.of(kind)}: choose {' or '.join(allowed)}.")
+
+    def of(self, kind: Kind) -> TensorDtype:
+        """The dtype of a kind."""
+        dtype: TensorDtype = getattr(self, kind)
+        return dtype
+
+    def narrowed(self, kind: Kind) -> "WeightDtypes | None":
+        """The same with the next narrower dtype of a kind; None where there is none."""
+        narrower = CHOICES[kind][CHOICES[kind].index(self.of(kind)) + 1 :]
+        return msgspec.structs.replace(self, **{kind: narrower[0]}) if narrower else None

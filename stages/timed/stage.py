@@ -1,0 +1,84 @@
+"""A stage that takes its time and computes nothing: what scaling tests and capacity planning run on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.errors import PlanError
+from stages.options import ITEM_BYTES, StageOptions
+from stages.plan import StageSpec
+from stages.step import Admission, Segment, Step, StepResult, TokenLogprobs
+from stages.timed.alarm import Alarm
+from stages.timed.durations import Durations, durations
+from stages.timed.tokens import TokenMaker, certain
+from weights.model_config import ModelConfig
+
+
+class TimedStage:
+    """A `StageRunner`: takes part in everything but the computing. Hidden states are zeros, of the right length."""
+
+    def __init__(self, spec: StageSpec, times: Durations, bytes_per_token: int, tokens: TokenMaker) -> None:
+        self._spec = spec
+        self._times = times
+        self._bytes_per_token = bytes_per_token
+        self._tokens = tokens
+        self._alarm = Alarm()
+        self._zeros = memoryview(b"")
+        self._admitted: dict[int, Admission] = {}
+
+    @classmethod
+    def load(cls, spec: StageSpec, options: StageOptions, on_progress: Callable[[int, int], None]) -> "TimedStage":
+        """Reads config.json alone. Raises CheckpointError or PlanError."""
+        if options.timed is None:
+            raise PlanError("The timed device was not told how long steps take.")
+        config = ModelConfig.from_file(Path(options.model_path) / "config.json").changed(options.changes)
+        bytes_per_token = config.hidden_size * ITEM_BYTES[options.dtype]
+        tokens = TokenMaker(options.timed.vocabulary, options.timed.never)
+        on_progress(len(spec.layers), len(spec.layers))
+        return cls(spec, durations(config, spec, options), bytes_per_token, tokens)
+
+    def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+        """See `StageRunner`: returns when the step's time is over."""
+        self._alarm.set(self._times.seconds(step))
+        output = self._output(step, hidden)
+        self._alarm.wait()
+        return output
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+    def _output(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+        if self._spec.is_last:
+            return self._result(step)
+        if not self._spec.is_first:
+            return hidden
+        length = step.token_count * self._bytes_per_token
+        if length > len(self._zeros):
+            self._zeros = memoryview(bytes(length))
+        return self._zeros[:length]
+
+    def _result(self, step: Step) -> StepResult:
+        self._admitted.update((admission.slot, admission) for admission in step.admissions)
+        sampled = [segment for segment in step.segments if segment.sample]
+        tokens = [self._after(segment) for segment in sampled]
+        asked = [self._admitted[segment.slot].sampling.logprobs is not None for segment in sampled]
+        logprobs = [certain(token) if asks else None for token, asks in zip(tokens, asked, strict=True)]
+        return StepResult(
+            epoch=step.epoch,
+            step_id=step.step_id,
+            tokens=tokens,
+            logprobs=logprobs if any(asked) else [],
+            prompt_logprobs=[] if step.mode == "decode" else self._scores(step),
+        )
+
+    def _after(self, segment: Segment) -> int:
+        return self._tokens.after(segment.tokens[-1], segment.start + len(segment.tokens) - 1)
+
+    def _scores(self, step: Step) -> list[list[TokenLogprobs]]:
+        """Of the tokens after each of a prompt's in the step, where they are wanted; see `StepResult`."""
+        scores = []
+        for segment in step.segments:
+            admitted = self._admitted[segment.slot]
+            if admitted.sampling.prompt_logprobs is not None:
+                after = admitted.tokens[: admitted.prompt_tokens][segment.start + 1 :]
+                scores.append([certain(token) for token in after[: len(segment.tokens)]])
+        return scores

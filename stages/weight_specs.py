@@ -1,0 +1,162 @@
+"""Weights as chips hold them: the shape, dtype and sharding of every operand.
+
+Keys of a `WeightSpecs` are those of a module's WeightConfig. Shapes are of the whole mesh.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from stages.tensor_dtypes import TILE, TensorDtype, WeightDtypes
+from weights.model_config import ModelConfig
+
+INPUTS = 2
+OUTPUTS = 3
+"""Dimensions of a matrix [1, 1, inputs, outputs]."""
+HEADS = 1
+EXPERTS = 1
+
+LETTERS: dict[TensorDtype, str] = {"float32": "f", "bfloat16": "h", "bfloat8_b": "8", "bfloat4_b": "4"}
+"""How `dtype_letters` writes a dtype."""
+
+
+DEFAULT_DTYPES = WeightDtypes()
+
+
+class WeightSpec(NamedTuple):
+    """One operand of an op: the dimension that each mesh axis splits, None where it replicates.
+
+    Where `all_chips` is a dimension, that one is split over all chips, row-major, instead. `is_tiled` is the layout.
+    """
+
+    operand: str
+    shape: tuple[int, ...]
+    dtype: TensorDtype
+    dims: tuple[int | None, int | None] = (None, None)
+    all_chips: int | None = None
+    is_tiled: bool = True
+
+    def on_chip(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape on each chip of a mesh that can share it."""
+        shape = list(self.shape)
+        by_row, by_column = self.dims
+        for dim, parts in ((by_row, rows), (by_column, columns), (self.all_chips, rows * columns)):
+            if dim is not None:
+                shape[dim] //= parts
+        return tuple(shape)
+
+
+WeightSpecs: TypeAlias = "Mapping[str, WeightSpec | WeightSpecs]"
+"""Operation name -> its weight, or weights by operand; a submodule's name -> its own WeightSpecs."""
+
+
+def norm_weights(width: int, *, is_sharded: bool) -> WeightSpec:
+    """A norm's gains, as [1, 1, 1, width] in tiles: the only form that fits L1 at 7168 values."""
+    return WeightSpec("weight", (1, 1, 1, width), "bfloat16", (None, OUTPUTS if is_sharded else None))
+
+
+def embedding_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> dict[str, WeightSpec]:
+    """The table of hidden states; each column holds its part of their width."""
+    shape = (config.vocab_size, config.hidden_size)
+    return {"embedding": WeightSpec("weight", shape, dtypes.embedding, (None, 1), is_tiled=False)}
+
+
+def head_weights(config: ModelConfig, columns: int, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpecs:
+    """The final norm and the head."""
+    return {"norm": hidden_norm_weights(config), "linear": head_projection(config, columns, dtypes)}
+
+
+def head_projection(config: ModelConfig, columns: int, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpec:
+    """The head, its vocabulary shared out over the columns."""
+    shape = (1, 1, config.hidden_size, padded_vocabulary(config, columns))
+    return WeightSpec("input_tensor_b", shape, dtypes.head, (None, OUTPUTS))
+
+
+def padded_vocabulary(config: ModelConfig, columns: int) -> int:
+    """Tokens of the head: as many whole tiles for every column; one chip's head is as it is."""
+    return config.vocab_size if columns == 1 else -(-config.vocab_size // (columns * TILE)) * columns * TILE
+
+
+def layer_weights(config: ModelConfig, layer: int, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpecs:
+    """A decoder layer, dense or with experts."""
+    dense = mlp_weights(config.hidden_size, config.intermediate_size, dtypes)
+    return {
+        "input_layernorm": hidden_norm_weights(config),
+        "self_attn": attention_weights(config, dtypes),
+        "post_attention_layernorm": hidden_norm_weights(config),
+        "mlp": moe_weights(config, dtypes) if config.is_moe(layer) else dense,
+    }
+
+
+def hidden_norm_weights(config: ModelConfig) -> WeightSpecs:
+    """A norm of hidden states, which the columns share."""
+    return {"norm": norm_weights(config.hidden_size, is_sharded=True)}
+
+
+def attention_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> dict[str, WeightSpec]:
+    """Projections, the down-projections fused to one and the up-projections absorbed, and the norms between them."""
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+
+    def linear(shape: tuple[int, int, int], dim: int) -> WeightSpec:
+        return WeightSpec("input_tensor_b", (1, *shape), dtypes.attention, (None, dim))
+
+    return {
+        "wq_kv_a": linear((1, config.hidden_size, config.q_lora_rank + config.kv_dim), INPUTS),
+        "q_norm": norm_weights(config.q_lora_rank, is_sharded=False),
+        "kv_norm": norm_weights(latent, is_sharded=False),
+        "wq_b": linear((1, config.q_lora_rank, heads * config.qk_head_dim), OUTPUTS),
+        "wkv_b1": linear((heads, config.qk_nope_head_dim, latent), HEADS),
+        "wkv_b2": linear((heads, latent, config.v_head_dim), HEADS),
+        "wo": linear((1, heads * config.v_head_dim, config.hidden_size), INPUTS),
+    }
+
+
+def mlp_weights(hidden: int, inner: int, dtypes: WeightDtypes = DEFAULT_DTYPES) -> dict[str, WeightSpec]:
+    """A feed-forward network, its inner width shared out over the columns: w1 gates, w3 goes up, w2 comes down."""
+    up = WeightSpec("input_tensor_b", (1, 1, hidden, inner), dtypes.gate_up, (None, OUTPUTS))
+    down = WeightSpec("input_tensor_b", (1, 1, inner, hidden), dtypes.down, (None, INPUTS))
+    return {"w1": up, "w3": up, "w2": down}
+
+
+def moe_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpecs:
+    """The router, the routed experts and the shared ones."""
+    return {
+        **router_weights(config, dtypes),
+        "experts": expert_weights(config, dtypes),
+        "shared_experts": mlp_weights(
+            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, dtypes
+        ),
+    }
+
+
+def router_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> dict[str, WeightSpec]:
+    """The router, whole on every chip."""
+    experts = config.n_routed_experts
+    return {
+        "gate": WeightSpec("input_tensor_b", (1, 1, config.hidden_size, experts), dtypes.router),
+        "route": WeightSpec("bias", (1, 1, 1, experts), dtypes.router),
+    }
+
+
+def expert_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> dict[str, WeightSpec]:
+    """The routed experts, stacked and spread over all chips."""
+    hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    up, down = (1, experts, hidden, inner), (1, experts, inner, hidden)
+    return {
+        "w1": WeightSpec("w1", up, dtypes.gate_up, all_chips=EXPERTS),
+        "w3": WeightSpec("w3", up, dtypes.gate_up, all_chips=EXPERTS),
+        "w2": WeightSpec("w2", down, dtypes.down, all_chips=EXPERTS),
+    }
+
+
+def each_weight(specs: WeightSpecs) -> Iterator[WeightSpec]:
+    """All weights of a module and its submodules, in a fixed order."""
+    for value in specs.values():
+        if isinstance(value, WeightSpec):
+            yield value
+        else:
+            yield from each_weight(value)
+
+
+def dtype_letters(specs: WeightSpecs) -> str:
+    """The dtypes of `each_weight`, a letter each: they change with any setting that the weights depend on."""
+    return "".join(LETTERS[spec.dtype] for spec in each_weight(specs))
