@@ -5,6 +5,9 @@ This module imports Ray, which reads its environment at that moment: `ray_enviro
 
 import asyncio
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -47,7 +50,7 @@ class Cluster:
         thread = ThreadPoolExecutor(1, thread_name_prefix="Ray")
         connecting = asyncio.get_running_loop().run_in_executor(thread, _connect, address, rows)
         try:
-            return cls(thread, is_ours=await asyncio.shield(connecting))
+            is_ours = await asyncio.shield(connecting)
         except asyncio.CancelledError:
             # Ray's start cannot be called off: let it finish, so that it can be undone.
             await cls(thread, is_ours=await connecting).leave()
@@ -55,6 +58,8 @@ class Cluster:
         except ClusterError:
             thread.shutdown(wait=False)
             raise
+        _take_signals_back()
+        return cls(thread, is_ours=is_ours)
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Runs one of Ray's blocking functions in the connection's thread."""
@@ -98,10 +103,19 @@ def _connect(address: str | None, rows: int) -> bool:
             _start(rows)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises Exception itself where its processes are not up in time
         attempt = "started" if address is None else f"joined at {address}"
-        raise ClusterError(f"Ray cannot be {attempt}: {error}") from error
+        # Ray refuses other releases of itself and of Python in five lines.
+        raise ClusterError(f"Ray cannot be {attempt}: {' '.join(str(error).split())}") from error
     return True
+
+
+def _take_signals_back() -> None:
+    """Puts back the process's own handlers: Ray's core calls them after its own, which aborts three seconds later."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.getsignal(number))
+            signal.siginterrupt(number, False)
 
 
 def _start(rows: int) -> None:
@@ -114,6 +128,8 @@ def _start(rows: int) -> None:
         num_cpus=1,
         resources={ROWS: rows},
         object_store_memory=OBJECT_STORE_BYTES,
+        # By default as many stages start at once as `num_cpus` says, and each takes a second of a core to import Ray.
+        _system_config={"worker_maximum_startup_concurrency": len(os.sched_getaffinity(0))},
     )
     bound = {node["NodeManagerAddress"] for node in _nodes()}
     if bound != {LOOPBACK}:

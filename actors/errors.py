@@ -11,6 +11,10 @@ class PlacementError(GalaxylineError):
     """The cluster cannot hold the stages; the sentence says what is there and what is missing."""
 
 
+class ReleaseError(GalaxylineError):
+    """A host runs another release than the engine; the sentence says which, what it has and what is wanted."""
+
+
 class StartError(GalaxylineError):
     """A stage did not come up within its deadline; the sentence names stage, host and cause."""
 
@@ -24,4 +28,12 @@ class LinkError(GalaxylineError):
 
 
 class PipelineError(GalaxylineError):
-    """A running pipeline lost a stage; the sentence names stage, host, step and cause."""
+    """A running pipeline lost a stage; the sentence names stage, host, step and cause.
+
+    `stage` is the one to blame and `step_id` the step that it worked on, None where that is not known or there is none.
+    """
+
+    def __init__(self, message: str, stage: int | None = None, step_id: int | None = None) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.step_id = step_id

@@ -1,39 +1,34 @@
 """The way to a running pipeline: cluster, rows, actors, weights, sockets. The module imports Ray; see `cluster`."""
 
 import asyncio
+import functools
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
-
-import msgspec
+from typing import Any
 
 from actors.cluster import Cluster
+from actors.engine_end import EngineEnd
 from actors.errors import LinkError, ProtocolError, StartError
 from actors.health import StageHealth, StageProgress
 from actors.options import PipelineOptions
 from actors.placement import Seat
-from actors.placement_group import place
+from actors.placement_group import Placement, place
 from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.host import HostLink, Terms
-from actors.sockets.link import LinkEvents
 from actors.sockets.listener import HostListener, connect
+from actors.sockets.passages import Passage
 from actors.stage_actor import StageSetup
 from actors.stage_group import StageGroup
 from actors.stage_identity import ENGINE, StageIdentity, stage_name
+from actors.world.galaxy_chips import VISIBLE_DEVICES, visible_devices
+from actors.world.world import World
 from stages.step import Host
 
 TEMPORARY_PATH_MAX = 60
 """A unix socket's path has at most 107 bytes; ours adds some 30 to the directory for temporary files."""
-
-
-class EngineEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's side of its two links: whom they tell, and how they prove who they are."""
-
-    epoch: int
-    secret: bytes
-    inlet: LinkEvents
-    outlet: LinkEvents
 
 
 class Launch:
@@ -44,10 +39,13 @@ class Launch:
     ) -> None:
         self._options = options
         self._engine = engine
+        self._placement: Placement | None = None
         self._on_progress = on_progress
         self._deadline = asyncio.get_running_loop().time() + options.start_timeout_s
         self._directory = Path(_short_temporary_directory())
         self._cluster: Cluster | None = None
+        self._world: World | None = None
+        self._world_lost: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
         self._group: StageGroup | None = None
         self._listener: HostListener | None = None
         self._inlet: HostLink | None = None
@@ -58,14 +56,57 @@ class Launch:
         options = self._options
         rows = len(options.specs) * options.rows_per_stage
         self._cluster = await Cluster.join(options.ray_address, rows)
+        return await self._start(self._cluster)
+
+    async def mend(self, engine: EngineEnd, given_up: Collection[int]) -> HostLink:
+        """Joins all stages anew for another epoch; those `given_up`, and those that cannot be joined, are replaced.
+
+        Stages that are joined from mesh to mesh all start anew, in another world. Returns the link to the first stage.
+        Raises PlacementError or StartError, and may be called again after that.
+        """
+        self._engine = engine
+        self._deadline = asyncio.get_running_loop().time() + self._options.start_timeout_s
+        self._close_links()
+        if self._cluster is None:
+            raise StartError("The pipeline is closed.")
+        if self._world is not None or self._group is None or self._placement is None:
+            await self._close_stages()
+            return await self._start(self._cluster)
+        lost = await self._group.reset(engine.epoch, engine.secret, given_up)
+        if lost:
+            await self._group.give_up(lost)
+            await self._placement.settle(self._deadline - asyncio.get_running_loop().time())
+            setups = self._setups(self._placement.seats)
+            await self._group.replace({index: setups[index] for index in lost}, self._deadline, self._on_progress)
+        inlet = await self._join(self._group, self._placement.seats, await self._here(self._cluster))
+        self._tell_ready(self._placement.seats)
+        return inlet
+
+    async def _start(self, cluster: Cluster) -> HostLink:
+        options = self._options
         left = self._deadline - asyncio.get_running_loop().time()
-        placement = await place(self._cluster, len(options.specs), options.rows_per_stage, seconds=left)
-        here = await self._cluster.node_id()
-        self._group = StageGroup(self._cluster, placement, self._setups(placement.seats), here)
-        await self._group.load(self._deadline, self._on_progress)
-        hosts = {host.node_id: host for host in (await self._cluster.topology()).hosts}
-        inlet = await self._join(self._group, placement.seats, hosts[here])
-        for seat, spec in zip(placement.seats, options.specs, strict=True):
+        seconds = min(left, options.placement_timeout_s)
+        placement = await place(cluster, len(options.specs), options.rows_per_stage, options.pipelines, seconds=seconds)
+        self._placement = placement
+        if options.transport == "mesh":
+            lost = self._world_lost = asyncio.get_running_loop().create_future()
+            self._world = await World.start(
+                cluster, placement.seats, options, self._directory, self._deadline, functools.partial(_lose, lost)
+            )
+        here = await self._here(cluster)
+        self._group = StageGroup(cluster, placement, self._setups(placement.seats), here.node_id)
+        inlet = await self._unless_lost(self._bring_up(self._group, placement.seats, here))
+        outlet = self._engine.outlet
+        self._world_lost.add_done_callback(lambda lost: outlet.lost(lost.result()))
+        self._tell_ready(placement.seats)
+        return inlet
+
+    async def _here(self, cluster: Cluster) -> Host:
+        node_id = await cluster.node_id()
+        return next(host for host in (await cluster.topology()).hosts if host.node_id == node_id)
+
+    def _tell_ready(self, seats: list[Seat]) -> None:
+        for seat, spec in zip(seats, self._options.specs, strict=True):
             layers = len(spec.layers)
             self._on_progress(
                 StageProgress(
@@ -77,26 +118,47 @@ class Launch:
                     layers=layers,
                 )
             )
-        return inlet
 
     async def health(self) -> list[StageHealth]:
         """What every stage says of itself; nothing before there are stages."""
         return [] if self._group is None else await self._group.health()
 
+    async def passages(self) -> list[list[Passage]]:
+        """What has gone through each stage's mesh sockets lately; nothing before there are stages."""
+        return [] if self._group is None else await self._group.passages()
+
+    @property
+    def world_pids(self) -> list[int]:
+        """The processes that hold an MPI world together, mpirun's own first; none without one."""
+        return [] if self._world is None else self._world.pids
+
     async def close(self) -> None:
         """Ends and removes what was started. May be repeated, also after it failed half-way."""
+        self._close_links()
+        cluster, self._cluster = self._cluster, None
+        async with AsyncExitStack() as last_first:
+            last_first.push_async_callback(asyncio.to_thread, shutil.rmtree, self._directory, ignore_errors=True)
+            if cluster is not None:
+                last_first.push_async_callback(cluster.leave)
+            last_first.push_async_callback(self._close_stages)
+
+    def _close_links(self) -> None:
         for end in (self._listener, self._inlet, self._outlet):
             if end is not None:
                 end.close()
-        try:
-            group, self._group = self._group, None
+
+    async def _close_stages(self) -> None:
+        """Ends the stages, then the world that they were in, and gives back the rows."""
+        group, self._group = self._group, None
+        world, self._world = self._world, None
+        placement, self._placement = self._placement, None
+        async with AsyncExitStack() as last_first:
+            if group is None and placement is not None:
+                last_first.push_async_callback(placement.remove)
+            if world is not None:
+                last_first.push_async_callback(world.close)
             if group is not None:
-                await group.close()
-        finally:
-            cluster, self._cluster = self._cluster, None
-            if cluster is not None:
-                await cluster.leave()
-            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+                last_first.push_async_callback(group.close)
 
     def _setups(self, seats: list[Seat]) -> list[StageSetup]:
         options = self._options
@@ -110,6 +172,7 @@ class Launch:
                     secret=self._engine.secret,
                     dtype=options.stage.dtype,
                     bytes_per_token=options.bytes_per_token,
+                    silence_s=options.silence_s,
                 ),
                 spec=spec,
                 options=options.stage,
@@ -118,14 +181,46 @@ class Launch:
                 rows=seat.rows,
                 neighbour=seat.neighbour,
                 neighbours=seat.neighbours,
+                environment=self._environment(spec.index, seat),
+                membership=None if self._world is None else self._world.memberships[spec.index],
+                fifo_bytes=options.fifo_bytes,
             )
             for spec, seat in zip(options.specs, seats, strict=True)
         ]
 
+    def _environment(self, stage: int, seat: Seat) -> dict[str, str]:
+        """Of a stage's own: on chips it sees those of its rows alone, unless the user names others."""
+        own = self._options.environment(stage)
+        if self._options.device != "ttnn" or VISIBLE_DEVICES in own:
+            return own
+        return {VISIBLE_DEVICES: visible_devices(seat.rows), **own}
+
+    async def _bring_up(self, group: StageGroup, seats: list[Seat], here: Host) -> HostLink:
+        await group.load(self._deadline, self._on_progress)
+        inlet = await self._join(group, seats, here)
+        if self._world is not None:
+            await group.join_meshes(self._deadline)
+        return inlet
+
+    async def _unless_lost(self, start: Coroutine[None, None, HostLink]) -> HostLink:
+        """The outcome of `start`, unless the world ends before: stages would wait in vain for each other then."""
+        starting = asyncio.ensure_future(start)
+        try:
+            either: set[asyncio.Future[Any]] = {starting, self._world_lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise StartError(f"The pipeline could not be started: {self._world_lost.result()}")
+            return starting.result()
+        finally:
+            starting.cancel()
+
     async def _join(self, group: StageGroup, seats: list[Seat], here: Host) -> HostLink:
         """Opens every stage's socket, then joins each to the next; the engine is before the first, after the last."""
         hosts = [here, *(seat.host for seat in seats), here]
-        wanted = [self._address(hosts[index], hosts[index + 1], f"{index}.sock") for index in range(len(hosts) - 1)]
+        wanted = [
+            self._address(hosts[index], hosts[index + 1], f"{self._engine.epoch}-{index}.sock")
+            for index in range(len(hosts) - 1)
+        ]
         last = stage_name(len(seats) - 1)
         try:
             self._listener = HostListener.open(wanted[-1], self._terms(last), self._engine.outlet)
@@ -150,10 +245,16 @@ class Launch:
             peer=peer,
             dtype=self._options.stage.dtype,
             bytes_per_token=0,
+            silence_s=self._options.silence_s,
         )
+
+
+def _lose(lost: "asyncio.Future[LinkError]", error: LinkError) -> None:
+    if not lost.done():
+        lost.set_result(error)
 
 
 def _short_temporary_directory() -> str:
     usual = tempfile.gettempdir()
-    parent = usual if len(usual) <= TEMPORARY_PATH_MAX else "/tmp"  # noqa: S108 - mkdtemp makes a private one in it
+    parent = usual if len(usual) <= TEMPORARY_PATH_MAX else "/tmp"  # noqa: S108 # nosec B108 # a private one in it
     return tempfile.mkdtemp(prefix="galaxyline-", dir=parent)

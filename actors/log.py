@@ -50,3 +50,13 @@ def configure_logging() -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def keep_logs_off_stdout() -> None:
+    """Sends structlog's records to stderr where nobody has said where they go, and leaves all else as it is.
+
+    For functions that programs of others call: structlog would print to stdout, between what they print there.
+    """
+    if not structlog.is_configured():
+        # Asked anew for each record, as whoever replaces sys.stderr means it.
+        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))

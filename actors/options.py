@@ -4,12 +4,20 @@ from typing import Literal
 
 import msgspec
 
+from actors.sockets.host import SILENCE_SECONDS
+from stages.errors import PlanError
 from stages.options import ITEM_BYTES, StageOptions
 from stages.plan import StageSpec
 
-Device = Literal["embedded", "ttnn"]
+Device = Literal["embedded", "ttnn", "timed"]
+Transport = Literal["host", "mesh"]
 
 STAGE_RUNNER = "stages.stage:Stage.load"
+TIMED_RUNNER = "stages.timed.stage:TimedStage.load"
+COMPILING_SECONDS = 60.0
+"""How long a process on chips may say nothing: while ttnn compiles kernels, no other of its threads runs."""
+FIFO_BYTES = 1 << 14
+"""Of each chip's L1 that a mesh socket takes: room for eight bfloat16 tiles."""
 
 
 class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,8 +25,14 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `hidden_size` is the model's: hidden states are [tokens, hidden_size] in `stage.dtype`. Each stage owns
     `rows_per_stage` Galaxy rows of one host. `ray_address` is that of a running cluster; with None the environment's
-    RAY_ADDRESS counts, and without it a cluster on this host alone is started. `runner` is the import path
+    RAY_ADDRESS counts, and without it a cluster on this host alone is started. Rows that others use are waited for
+    `placement_timeout_s`. `runner` is the import path
     "module:attribute" of what makes a stage's runner (a `RunnerFactory`).
+
+    By the transport "host" hidden states travel beside steps, through host sockets; by "mesh", which needs the device
+    "ttnn" and links between the stages' chips, they go from mesh to mesh, `fifo_bytes` of them at a time to each chip.
+    `environments` is what is added to each stage's environment, nothing where it is empty. The cluster is to hold
+    `pipelines` of this size, this one and others like it: it is refused at once where it could not.
     """
 
     hidden_size: int
@@ -29,7 +43,27 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     ray_address: str | None
     start_timeout_s: float
     step_timeout_s: float
+    placement_timeout_s: float = 30.0
     runner: str = STAGE_RUNNER
+    transport: Transport = "host"
+    fifo_bytes: int = FIFO_BYTES
+    environments: list[dict[str, str]] = []
+    pipelines: int = 1
+
+    def __post_init__(self) -> None:
+        if self.transport == "mesh" and self.device != "ttnn":
+            raise PlanError(f"The transport 'mesh' joins chips, and the {self.device} device has none: choose 'host'.")
+        if self.environments and len(self.environments) != len(self.specs):
+            raise PlanError(f"{len(self.environments)} environments were given for {len(self.specs)} stages.")
+
+    def environment(self, stage: int) -> dict[str, str]:
+        """What is added to a stage's environment."""
+        return self.environments[stage] if self.environments else {}
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds without a sign of life after which a stage is taken for dead."""
+        return COMPILING_SECONDS if self.device == "ttnn" else SILENCE_SECONDS
 
     @property
     def bytes_per_token(self) -> int:

@@ -1,5 +1,6 @@
 """Stages to hosts and rows: who sits where, and a refusal that says what is missing. Nothing here asks Ray."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +12,19 @@ from stages.step import Host, Topology
 ROWS = "galaxy_rows"
 """The custom resource by which a node says how many Galaxy rows it has."""
 
+Rows = list[int]
+
 
 class Seat(msgspec.Struct, frozen=True, kw_only=True):
     """Where one stage goes: a bundle of the placement group, thereby a host, and the rows it owns there.
 
-    It is the `neighbour`-th of `neighbours` stages on its host. A host's rows are numbered from 0 in the order of its
-    stages.
+    It is the `neighbour`-th of the pipeline's `neighbours` stages on its host. A host's rows are numbered from 0;
+    those of a stage follow each other, as a mesh has to be of chips that are linked.
     """
 
     bundle: int
     host: Host
-    rows: list[int]
+    rows: Rows
     neighbour: int
     neighbours: int
 
@@ -41,32 +44,83 @@ def needed_rows(stages: int, rows_per_stage: int) -> str:
     return f"{stages} stages of {rows_per_stage} rows need {stages * rows_per_stage} Galaxy rows"
 
 
-def hosts_sentence(topology: Topology) -> str:
-    """What there is."""
-    rows = ", ".join(f"{host.name} ({host.rows})" for host in topology.hosts if host.rows)
+def hosts_sentence(topology: Topology, taken: Mapping[str, set[int]] | None = None) -> str:
+    """What there is, and how much of it is `taken`: row numbers by node."""
+    rows = ", ".join(_host_words(host, (taken or {}).get(host.node_id, set())) for host in topology.hosts if host.rows)
     total = sum(host.rows for host in topology.hosts)
     return f"the cluster has {total}: {rows}" if rows else f"no host of the cluster offers {ROWS}"
 
 
-def assign_seats(bundles: Sequence[str], topology: Topology, first: str, rows_per_stage: int) -> list[Seat]:
-    """Puts stages on bundles so that neighbours share a host where they can.
+def _host_words(host: Host, taken: set[int]) -> str:
+    return f"{host.name} ({host.rows}, {len(taken)} in use)" if taken else f"{host.name} ({host.rows})"
 
-    `bundles[i]` is the node of bundle i; PACK promises no order. Hosts follow each other by name, that of the engine
-    (`first`) ahead of all, so the chain crosses from host to host as seldom as there are hosts.
+
+def plan_seats(
+    topology: Topology, taken: Mapping[str, set[int]], first: str, stages: int, rows_per_stage: int
+) -> list[Seat] | None:
+    """Seats for all stages on rows that are not `taken` (row numbers by node); None where they do not suffice.
+
+    On as few hosts as can hold them, that of the engine (`first`) among these if it makes no more of them. Each host
+    holds a run of neighbours, the engine's the first ones, so the chain crosses from host to host as seldom as there
+    are hosts. Stage i has bundle i.
     """
-    hosts: Mapping[str, Host] = {host.node_id: host for host in topology.hosts}
-
-    def order(bundle: int) -> tuple[bool, str, str, int]:
-        node = bundles[bundle]
-        return node != first, hosts[node].name, node, bundle
-
-    sizes = Counter(bundles)
-    filled: Counter[str] = Counter()
-    seats = []
-    for bundle in sorted(range(len(bundles)), key=order):
-        node = bundles[bundle]
-        neighbour = filled[node]
-        filled[node] += 1
-        rows = list(range(neighbour * rows_per_stage, (neighbour + 1) * rows_per_stage))
-        seats.append(Seat(bundle=bundle, host=hosts[node], rows=rows, neighbour=neighbour, neighbours=sizes[node]))
+    runs = {host.node_id: _free_runs(host, taken.get(host.node_id, set()), rows_per_stage) for host in topology.hosts}
+    room = {node: sum(map(len, of_node)) for node, of_node in runs.items() if of_node}
+    if sum(room.values()) < stages:
+        return None
+    counts = _share_out(room, first, stages)
+    seats: list[Seat] = []
+    for host in sorted(topology.hosts, key=lambda host: host.node_id != first):
+        neighbours = counts[host.node_id]
+        for neighbour, rows in enumerate(_choose_rows(runs[host.node_id], neighbours)):
+            seats.append(Seat(bundle=len(seats), host=host, rows=rows, neighbour=neighbour, neighbours=neighbours))
     return seats
+
+
+def seat_beside(kept: Sequence[Seat], moved: Sequence[Seat]) -> list[Seat]:
+    """The seats `moved` to hosts where others may have been `kept`: they share its cores with these."""
+    filled = Counter(seat.host.node_id for seat in kept)
+    sizes = filled + Counter(seat.host.node_id for seat in moved)
+    return [
+        msgspec.structs.replace(
+            seat, neighbour=filled[seat.host.node_id] + seat.neighbour, neighbours=sizes[seat.host.node_id]
+        )
+        for seat in moved
+    ]
+
+
+def _free_runs(host: Host, taken: set[int], rows_per_stage: int) -> list[list[Rows]]:
+    """The free rows in runs of adjacent ones, each cut into what stages can own; none that is too short for one."""
+    free = [row for row in range(host.rows) if row not in taken]
+    numbered = itertools.groupby(enumerate(free), key=lambda place: place[1] - place[0])
+    runs = ([row for _, row in run] for _, run in numbered)
+    cut = ([run[at : at + rows_per_stage] for at in range(0, len(run), rows_per_stage)] for run in runs)
+    whole = ([rows for rows in parts if len(rows) == rows_per_stage] for parts in cut)
+    return [parts for parts in whole if parts]
+
+
+def _choose_rows(runs: Sequence[list[Rows]], count: int) -> list[Rows]:
+    """Rows for `count` neighbours: of the shortest run that holds all, so that they are linked, else of several."""
+    fitting = [run for run in runs if len(run) >= count]
+    chosen = min(fitting, key=len) if fitting else list(itertools.chain.from_iterable(runs))
+    return chosen[:count]
+
+
+def _share_out(room: Mapping[str, int], first: str, stages: int) -> Counter[str]:
+    """How many stages each node gets, of the `room` it has; fewest nodes, all of them full but the last."""
+    largest = sorted(room, key=lambda node: -room[node])
+    fewest = next(count for count in range(1, len(largest) + 1) if _sum(room, largest[:count]) >= stages)
+    chosen = largest[:fewest]
+    with_first = [first, *[node for node in largest if node != first][: fewest - 1]]
+    if first in room and _sum(room, with_first) >= stages:
+        chosen = with_first
+    *full, last = chosen
+    rest = stages - _sum(room, full)
+    if last != first:
+        # The least that suffices: what is left elsewhere stays together for others.
+        last = min((node for node in largest if node not in full and room[node] >= rest), key=room.__getitem__)
+    return Counter({**{node: room[node] for node in full}, last: rest})
+
+
+def _sum(room: Mapping[str, int], nodes: Sequence[str]) -> int:
+    return sum(room[node] for node in nodes)

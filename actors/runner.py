@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from actors.errors import StartError
+from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.options import StageOptions
 from stages.plan import StageSpec
-from stages.step import Step, StepResult
+from stages.step import SentHidden, Step, StepResult
 
 OnProgress = Callable[[int, int], None]
 """Called with (layers loaded, layers)."""
@@ -16,12 +17,36 @@ OnProgress = Callable[[int, int], None]
 class StageRunner(Protocol):
     """Computes one stage's part of every step, always called by the same thread."""
 
-    def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+    def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
         """Runs one step.
 
         `hidden` holds the bytes of [step.token_count, hidden_size], empty for the first stage; it may be written to
         and is valid during the call and while what is returned is sent. Returns the bytes to send on, which the
-        runner must not write to again (`hidden` itself will do), or on the last stage the sampled tokens.
+        runner must not write to again (`hidden` itself will do), or on the last stage the sampled tokens. A runner
+        that has passed hidden states on itself says what it has sent.
+        """
+
+    def close(self) -> None:
+        """Gives up devices and memory."""
+
+
+class MeshRunner(Protocol):
+    """Computes one stage's part of every step on its mesh, where hidden states come from and go to other meshes."""
+
+    mesh_device: Any
+    """The open mesh."""
+
+    def hidden(self) -> MeshHidden:
+        """The mesh's shape and the hidden states on it, the same on all stages of a pipeline."""
+
+    def hidden_of(self, step: Step) -> HiddenShard | None:
+        """What the step brings and leaves on each chip; None for a step without tokens."""
+
+    def step_on_mesh(self, step: Step, hidden: Any) -> Any:
+        """Runs one step on device tensors.
+
+        `hidden` is as `hidden_of` says, None on the first stage or without tokens. Returns the same for the next
+        stage, or on the last stage a StepResult.
         """
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ Nothing here may import torch: the actor's environment has to be set before that
 
 import asyncio
 import os
+from typing import cast
 
 import msgspec
 import structlog
@@ -13,16 +14,25 @@ from actors.cores import apply_share, share_cores
 from actors.health import StageHealth
 from actors.log import configure_logging
 from actors.options import Device
-from actors.runner import OnProgress, StageRunner, runner_factory
+from actors.release import refuse_other_release
+from actors.runner import MeshRunner, OnProgress, StageRunner, runner_factory
 from actors.sockets.address import Address
+from actors.sockets.mesh import MeshHop, Sockets
+from actors.sockets.passages import Passage
 from actors.stage_identity import StageIdentity
 from actors.stage_server import StageServer
+from actors.world.membership import Membership
+from stages.mesh_spec import MeshSpec
 from stages.options import DEVICE_VARIABLE, StageOptions
 from stages.plan import StageSpec
 
 
 class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """All that an actor is told. It is the `neighbour`-th of `neighbours` stages on its host and owns `rows` there."""
+    """All that an actor is told. It is the `neighbour`-th of `neighbours` stages on its host and owns `rows` there.
+
+    `membership` is its place in the world where hidden states pass from mesh to mesh, through sockets of `fifo_bytes`.
+    `environment` is added to the process's own, whatever stands there.
+    """
 
     identity: StageIdentity
     spec: StageSpec
@@ -32,18 +42,30 @@ class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[int]
     neighbour: int
     neighbours: int
+    environment: dict[str, str] = {}
+    membership: Membership | None = None
+    fifo_bytes: int = 0
 
 
 class StageActor:
     """One stage of a pipeline in a process of its own. Asynchronous, so that health is answered at any time."""
 
-    def __init__(self, setup: StageSetup) -> None:
+    def __init__(self, release: str, host: str, packed: bytes) -> None:
+        """`packed` is a StageSetup as msgpack, which another release than `release` might not be able to read: nothing
+        is read of it where this process, on `host`, runs another one. Raises ReleaseError then.
+        """
+        refuse_other_release(release, host)
+        setup = msgspec.msgpack.decode(packed, type=StageSetup)
         configure_logging()
         os.environ[DEVICE_VARIABLE] = setup.device
+        if setup.membership is not None:
+            setup.membership.take_up(os.environ)
+        os.environ.update(setup.environment)
         shares = share_cores(sorted(os.sched_getaffinity(0)), setup.neighbours)
         apply_share(shares[setup.neighbour], os.environ)
         self._setup = setup
         self._server = StageServer(setup.identity)
+        self._hop: MeshHop | None = None
         structlog.get_logger().info(
             "stage starts", stage=setup.spec.index, rows=setup.rows, threads=shares[setup.neighbour].threads
         )
@@ -54,11 +76,31 @@ class StageActor:
 
     async def listen(self, address: Address) -> Address:
         """Opens the address for the stage before; returns the one it was bound to. Raises LinkError."""
-        return await asyncio.wrap_future(self._server.listen(address))
+        return await asyncio.wrap_future(self._server.listen(address, self._mesh_spec))
 
     async def connect(self, address: Address) -> None:
         """Joins the next stage or the engine. Raises LinkError or ProtocolError."""
-        await asyncio.wrap_future(self._server.connect(address))
+        await asyncio.wrap_future(self._server.connect(address, self._mesh_spec))
+
+    async def reset(self, epoch: int, secret: bytes) -> None:
+        """Leaves its links, to be joined to its neighbours anew. Raises LinkError where it is not there any more."""
+        identity = msgspec.structs.replace(self._setup.identity, epoch=epoch, secret=secret)
+        self._setup = msgspec.structs.replace(self._setup, identity=identity)
+        await asyncio.wrap_future(self._server.reset(identity))
+
+    async def open_mesh_sockets(self) -> None:
+        """Makes the sockets to the meshes before and after, which do the same; nothing where there are none."""
+        if self._hop is not None:
+            await asyncio.wrap_future(self._server.call(self._hop.open_sockets))
+
+    async def pass_barrier(self) -> None:
+        """Waits until all stages have their mesh sockets."""
+        if self._hop is not None:
+            await asyncio.wrap_future(self._server.call(self._hop.barrier))
+
+    async def passages(self) -> list[Passage]:
+        """What has gone through the stage's mesh sockets lately."""
+        return [] if self._hop is None else self._hop.passages()
 
     async def health(self) -> StageHealth:
         """What the stage is doing at this moment."""
@@ -68,6 +110,19 @@ class StageActor:
         """Ends links and threads."""
         await asyncio.to_thread(self._server.close)
 
+    @property
+    def _mesh_spec(self) -> MeshSpec | None:
+        return None if self._hop is None else self._hop.spec
+
     def _make_runner(self, on_progress: OnProgress) -> StageRunner:
-        make = runner_factory(self._setup.runner)
-        return make(self._setup.spec, self._setup.options, on_progress)
+        setup = self._setup
+        make = runner_factory(setup.runner)
+        if setup.membership is None:
+            return make(setup.spec, setup.options, on_progress)
+        from stages.backend import mesh_sockets  # noqa: PLC0415 - imports ttnn, which reads the environment
+
+        mesh_sockets.join_world()
+        runner = cast("MeshRunner", make(setup.spec, setup.options, on_progress))
+        sockets = Sockets(mesh_sockets.MeshSender, mesh_sockets.MeshReceiver, mesh_sockets.barrier)
+        self._hop = MeshHop(runner, setup.identity, setup.fifo_bytes, sockets)
+        return self._hop

@@ -1,31 +1,41 @@
 """The actors of one pipeline: made, asked and ended together. The module imports Ray; see `cluster`."""
 
 import asyncio
+import contextlib
+import math
 import os
+import signal
 import socket
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Any, cast
 
+import msgspec
 import ray
 import structlog
-from ray import ObjectRef
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import Cluster
-from actors.errors import LinkError, PipelineError, ProtocolError, StartError
+from actors.errors import PipelineError
 from actors.health import Phase, StageHealth, StageProgress, State
 from actors.placement import ROWS
 from actors.placement_group import Placement
+from actors.release import own_release
 from actors.sockets.address import Address
+from actors.sockets.passages import Passage
 from actors.stage_actor import StageActor, StageSetup
-from weights.errors import GalaxylineError
+from actors.stage_answers import StageAnswers, answer, death
 
-Result = TypeVar("Result")
 OnStageProgress = Callable[[StageProgress], None]
 
 HEALTH_SECONDS = 1.0
+RESET_SECONDS = 10.0
+"""A step that is under way when another stage fails has to end first; long prompts take seconds."""
+ABSENT_SECONDS = 10.0
+"""How long a stage that was asked for something may not even say how it does: it is stopped, or stuck in a start."""
+STARTING_SECONDS = 30.0
+"""The same for one that is only starting: imports take it 2 s, and much longer where all stages start at once."""
 PROGRESS_SECONDS = 0.2
 CLOSE_SECONDS = 5.0
 """A little more than a stage server allows itself for its own close."""
@@ -42,19 +52,23 @@ class StageGroup:
         """`here` is the node of this process."""
         self._cluster = cluster
         self._placement = placement
-        self._setups = setups
+        self._setups = list(setups)
         self._here = here
         self._pids: dict[int, int] = {}
+        self._answers = StageAnswers(self._host, self._health)
+        # In a world stages wait for each other inside of MPI, where Python's other threads may stand still.
+        is_world = any(setup.membership is not None for setup in setups)
+        self._silence_s = math.inf if is_world else max(ABSENT_SECONDS, setups[0].identity.silence_s)
+        self._remote: ActorClass[StageActor] = ray.remote(StageActor)
         self._actors = [self._make(setup, seat.bundle) for setup, seat in zip(setups, placement.seats, strict=True)]
 
     def _make(self, setup: StageSetup, bundle: int) -> "ActorHandle[StageActor]":
-        remote: ActorClass[StageActor] = ray.remote(StageActor)
-        handle = remote.options(
+        handle = self._remote.options(
             num_cpus=0,
             resources={ROWS: len(setup.rows)},
             max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement.group, bundle),
-        ).remote(setup)
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement.group_of(setup.spec.index), bundle),
+        ).remote(own_release(), setup.identity.host, msgspec.msgpack.encode(setup))
         return cast("ActorHandle[StageActor]", handle)
 
     async def load(self, deadline: float, on_progress: OnStageProgress) -> None:
@@ -62,11 +76,67 @@ class StageGroup:
 
         Raises StartError naming stage and host, or what the weights, the plan or the device had to object.
         """
-        for index in range(len(self._actors)):
+        await self._load(range(len(self._actors)), deadline, on_progress, starting_s=math.inf)
+
+    async def reset(self, epoch: int, secret: bytes, given_up: Collection[int]) -> list[int]:
+        """Takes all stages out of the chain, to be joined anew; returns those that cannot be, `given_up` among them.
+
+        A stage may have to end a step first; one that does not within RESET_SECONDS counts as lost.
+        """
+        self._setups = [
+            msgspec.structs.replace(setup, identity=msgspec.structs.replace(setup.identity, epoch=epoch, secret=secret))
+            for setup in self._setups
+        ]
+        kept = [index for index in range(len(self._actors)) if index not in given_up]
+        resets = {
+            index: asyncio.ensure_future(answer(self._actors[index].reset.remote(epoch, secret))) for index in kept
+        }
+        if resets:
+            await self._wait_for_resets(resets)
+        lost = [index for index, reset in resets.items() if not reset.done() or reset.exception() is not None]
+        for reset in resets.values():
+            reset.cancel()
+        return sorted([*given_up, *lost])
+
+    async def _wait_for_resets(self, resets: "Mapping[int, asyncio.Future[None]]") -> None:
+        """Until all are done, or no more of them can be hoped for: one that is stopped has no step to end."""
+        silence_s = min(RESET_SECONDS, self._setups[0].identity.silence_s)
+        _, pending = await asyncio.wait(resets.values(), timeout=silence_s)
+        waiting = [index for index, reset in resets.items() if reset in pending]
+        healths = await asyncio.gather(*(self._health(index) for index in waiting))
+        if busy := [resets[health.stage] for health in healths if health.state != "silent"]:
+            await asyncio.wait(busy, timeout=RESET_SECONDS - silence_s)
+
+    async def give_up(self, indexes: Sequence[int]) -> None:
+        """Ends the processes of these stages.
+
+        Ray gives one that is stopped five seconds before it kills it; on this host that can be had at once.
+        """
+        for index in indexes:
+            pid = self._pids.pop(index, None)
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await self._cluster.call(_kill, self._actors[index])
+
+    async def replace(self, setups: Mapping[int, StageSetup], deadline: float, on_progress: OnStageProgress) -> None:
+        """Loads new processes in the place of those given up. Raises StartError, or what loading has to object."""
+        for index, setup in setups.items():
+            self._setups[index] = setup
+            self._actors[index] = self._make(setup, self._placement.seats[index].bundle)
+        await self._load(list(setups), deadline, on_progress, starting_s=STARTING_SECONDS)
+
+    async def _load(
+        self, indexes: Sequence[int], deadline: float, on_progress: OnStageProgress, *, starting_s: float
+    ) -> None:
+        for index in indexes:
             on_progress(self._progress(index, "starting", 0, len(self._setups[index].spec.layers)))
-        watching = asyncio.create_task(self._watch(on_progress))
+        watching = asyncio.create_task(self._watch(indexes, on_progress))
         try:
-            await self._all("load its weights", [actor.load.remote() for actor in self._actors], deadline)
+            refs = {i: self._actors[i].load.remote() for i in indexes}
+            await self._answers.all(
+                "load its weights", refs, deadline, self._silence_s, max(starting_s, self._silence_s)
+            )
         finally:
             watching.cancel()
         for index in range(len(self._actors)):
@@ -77,13 +147,24 @@ class StageGroup:
 
     async def listen(self, addresses: Sequence[Address], deadline: float) -> list[Address]:
         """Opens one address a stage; returns those they were bound to. Raises StartError."""
-        refs = [actor.listen.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
-        return await self._all("open its socket", refs, deadline)
+        refs = {i: self._actors[i].listen.remote(address) for i, address in enumerate(addresses)}
+        return await self._answers.all("open its socket", refs, deadline, self._silence_s)
 
     async def connect(self, addresses: Sequence[Address], deadline: float) -> None:
         """Joins every stage to the address beside it. Raises StartError."""
-        refs = [actor.connect.remote(address) for actor, address in zip(self._actors, addresses, strict=True)]
-        await self._all("join the next stage", refs, deadline)
+        refs = {i: self._actors[i].connect.remote(address) for i, address in enumerate(addresses)}
+        await self._answers.all("join the next stage", refs, deadline, self._silence_s)
+
+    async def join_meshes(self, deadline: float) -> None:
+        """Makes all sockets between meshes, then waits until every stage has its own. Raises StartError."""
+        opened = {i: actor.open_mesh_sockets.remote() for i, actor in enumerate(self._actors)}
+        await self._answers.all("open its mesh sockets", opened, deadline, self._silence_s)
+        passed = {i: actor.pass_barrier.remote() for i, actor in enumerate(self._actors)}
+        await self._answers.all("pass the barrier", passed, deadline, self._silence_s)
+
+    async def passages(self) -> list[list[Passage]]:
+        """What has gone through each stage's mesh sockets lately."""
+        return list(await asyncio.gather(*(answer(actor.passages.remote()) for actor in self._actors)))
 
     async def health(self) -> list[StageHealth]:
         """What every stage says of itself within a second."""
@@ -94,7 +175,7 @@ class StageGroup:
 
         Raises PipelineError if they do not go.
         """
-        closing = [asyncio.ensure_future(_settled(_answer(actor.close.remote()))) for actor in self._actors]
+        closing = [asyncio.ensure_future(_settled(answer(actor.close.remote()))) for actor in self._actors]
         await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         for actor in self._actors:
             await self._cluster.call(_kill, actor)
@@ -107,11 +188,11 @@ class StageGroup:
 
     async def _health(self, index: int) -> StageHealth:
         try:
-            health: StageHealth = await asyncio.wait_for(_answer(self._actors[index].health.remote()), HEALTH_SECONDS)
+            health: StageHealth = await asyncio.wait_for(answer(self._actors[index].health.remote()), HEALTH_SECONDS)
         except asyncio.TimeoutError:
             return self._absent(index, "silent", f"no answer within {HEALTH_SECONDS:g} s")
         except RayActorError as error:
-            return self._absent(index, "dead", _death(error))
+            return self._absent(index, "dead", death(error))
         return health
 
     def _absent(self, index: int, state: State, detail: str) -> StageHealth:
@@ -122,6 +203,7 @@ class StageGroup:
             state=state,
             step_id=None,
             step_seconds=0.0,
+            received_step=None,
             steps_done=0,
             busy_seconds=0.0,
             layers_done=0,
@@ -130,17 +212,23 @@ class StageGroup:
             detail=detail,
         )
 
-    async def _watch(self, on_progress: OnStageProgress) -> None:
-        told: dict[int, int] = {}
+    async def _watch(self, indexes: Sequence[int], on_progress: OnStageProgress) -> None:
+        await asyncio.gather(*(self._watch_one(index, on_progress) for index in indexes))
+
+    async def _watch_one(self, index: int, on_progress: OnStageProgress) -> None:
+        """Tells how a stage gets on. It is asked again only once it has answered: until its process is up, which takes
+        long where many start at once, calls would pile up."""
+        told: int | None = None
         while True:
-            for health in await self.health():
-                if health.state != "loading":
-                    continue
+            try:
+                health = await answer(self._actors[index].health.remote())
+            except RayActorError:
+                return  # Whoever waits for its weights is told why.
+            if health.state == "loading":
                 self._note_pid(health)
-                if told.get(health.stage) != health.layers_done:
-                    told[health.stage] = health.layers_done
-                    layers = len(self._setups[health.stage].spec.layers)
-                    on_progress(self._progress(health.stage, "loading", health.layers_done, layers))
+                if told != health.layers_done:
+                    told = health.layers_done
+                    on_progress(self._progress(index, "loading", told, len(self._setups[index].spec.layers)))
             await asyncio.sleep(PROGRESS_SECONDS)
 
     def _note_pid(self, health: StageHealth) -> None:
@@ -160,45 +248,6 @@ class StageGroup:
     def _host(self, index: int) -> str:
         return self._setups[index].identity.host
 
-    async def _all(self, task: str, refs: Sequence["ObjectRef[Result]"], deadline: float) -> list[Result]:
-        """The stages' answers, in order. The first failure, or the deadline, raises; `task` says what was asked."""
-        asked = [asyncio.ensure_future(_answer(ref)) for ref in refs]
-        timeout = max(0.0, deadline - asyncio.get_running_loop().time())
-        try:
-            done, pending = await asyncio.wait(asked, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-            for index, answer in enumerate(asked):
-                error = answer.exception() if answer in done else None
-                if error is not None:
-                    raise self._start_error(index, task, error) from error
-            if pending:
-                raise StartError(await self._late([asked.index(answer) for answer in pending], task))
-            return [answer.result() for answer in asked]
-        finally:
-            for answer in asked:
-                answer.cancel()
-
-    def _start_error(self, index: int, task: str, error: BaseException) -> GalaxylineError:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, GalaxylineError) and not isinstance(cause, LinkError | ProtocolError | StartError):
-            return cause
-        told = _death(cause) if isinstance(cause, RayActorError) else f"{type(cause).__name__}: {cause}"
-        if isinstance(cause, GalaxylineError):
-            told = str(cause)
-        return StartError(f"Stage {index} on {self._host(index)} could not {task}: {told}")
-
-    async def _late(self, late: list[int], task: str) -> str:
-        healths = await self.health()
-        names = []
-        for index in sorted(late):
-            health = healths[index]
-            how = health.detail if health.state in {"silent", "dead"} else f"{health.layers_done} layers loaded"
-            names.append(f"stage {index} on {self._host(index)} ({how})")
-        return f"{'; '.join(names)}: did not {task} in time. Look at its log, or allow more time for the start."
-
-
-async def _answer(ref: "ObjectRef[Result]") -> Result:
-    return await ref
-
 
 async def _settled(answer: Coroutine[Any, Any, None]) -> None:
     """A stage that is dead already needs no close, and one that cannot close itself is killed."""
@@ -208,14 +257,6 @@ async def _settled(answer: Coroutine[Any, Any, None]) -> None:
         return
     except RayTaskError as error:
         _log.warning("stage did not close by itself", cause=str(error.cause))
-
-
-def _death(error: RayActorError) -> str:
-    """Why an actor is gone, as one sentence: Ray tells whole stories."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if error.actor_init_failed:
-        return f"its process could not be set up: {lines[-1]}"
-    return "its process died"
 
 
 def _kill(actor: "ActorHandle[StageActor]") -> None:

@@ -8,12 +8,12 @@ as its tokens call for. Every length is checked before memory is set aside for i
 
 import struct
 from enum import IntEnum
-from typing import NamedTuple
 
 import msgspec
 
 from actors.errors import ProtocolError
 from actors.sockets.buffers import BufferPool, Lease
+from stages.mesh_spec import MeshSpec
 from stages.step import PROTOCOL_VERSION, StageFailure, Step, StepResult
 
 MAGIC = b"GXLN"
@@ -35,13 +35,14 @@ class Kind(IntEnum):
     STEP = 3
     RESULT = 4
     FAILURE = 5
+    HEARTBEAT = 6
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_unknown_fields=True):
     """The first frame of each side. Both must agree on everything but their names and `credits`.
 
     `credits` is how many messages the other side may send before it gets some back; `bytes_per_token` is the length
-    of one token's hidden state, 0 where none travel.
+    of one token's hidden state, 0 where none travel. `mesh` is the socket that carries them instead, if one does.
     """
 
     secret: bytes
@@ -50,6 +51,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_u
     dtype: str
     bytes_per_token: int
     credits: int
+    mesh: MeshSpec | None = None
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,12 +60,17 @@ class Credit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_
     count: int
 
 
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_unknown_fields=True):
+    """The sender lives, and has had nothing else to say for a while."""
+
+
 Message = Step | StepResult | StageFailure
-Control = Hello | Credit | Step | StepResult | StageFailure
+Control = Hello | Credit | Heartbeat | Step | StepResult | StageFailure
 
 _KINDS: dict[type[Control], Kind] = {
     Hello: Kind.HELLO,
     Credit: Kind.CREDIT,
+    Heartbeat: Kind.HEARTBEAT,
     Step: Kind.STEP,
     StepResult: Kind.RESULT,
     StageFailure: Kind.FAILURE,
@@ -96,13 +103,8 @@ class Frame(msgspec.Struct, frozen=True):
     lease: Lease
 
 
-class Header(NamedTuple):
-    """What a frame begins with, checked."""
-
-    kind: int
-    epoch: int
-    control_length: int
-    payload_length: int
+Header = tuple[int, int, int, int]
+"""What a frame begins with, checked: kind, epoch, control length and payload length."""
 
 
 class FrameReader:
@@ -148,10 +150,10 @@ class FrameReader:
         frames = []
         while (frame := self._next()) is not None:
             frames.append(frame)
-        if self._begin:
-            rest = self._end - self._begin
+        rest = self._end - self._begin
+        if rest and self._begin:
             self._staging[:rest] = self._staging[self._begin : self._end]
-            self._begin, self._end = 0, rest
+        self._begin, self._end = 0, rest
         return frames
 
     def _next(self) -> Frame | None:
@@ -161,18 +163,20 @@ class FrameReader:
             if self._end - self._begin < HEADER.size:
                 return None
             header = self._header = self._checked()
-        if self._control is None:
-            body = self._part(header.control_length)
+        kind, epoch, control_length, payload_length = header
+        lease = self._lease
+        if lease is None:
+            body = self._part(control_length)
             if body is None:
                 return None
-            self._control = _decoded(header.kind, body)
-            self._check_payload(self._control, header.payload_length)
-            self._lease = self._pool.lease(header.payload_length)
-        control, lease = self._control, self._lease
-        if lease is None or not self._fill(lease.view):
+            self._control = _decoded(kind, body)
+            self._check_payload(self._control, payload_length)
+            lease = self._lease = self._pool.lease(payload_length)
+        control = self._control
+        if control is None or not self._fill(lease.view):
             return None
         self._header = self._control = self._lease = None
-        return Frame(header.epoch, control, lease)
+        return Frame(epoch, control, lease)
 
     def _checked(self) -> Header:
         magic, version, kind, epoch, control_length, payload_length = HEADER.unpack_from(self._staging, self._begin)
@@ -193,7 +197,7 @@ class FrameReader:
                 f"A frame claims {control_length} bytes of control and {payload_length} of hidden states; at most "
                 f"{control_max} and {PAYLOAD_BYTES_MAX} are allowed."
             )
-        return Header(kind, epoch, control_length, payload_length)
+        return kind, epoch, control_length, payload_length
 
     def _check_payload(self, control: Control, length: int) -> None:
         tokens = control.token_count if isinstance(control, Step) else 0

@@ -18,17 +18,24 @@ import structlog
 from actors.errors import LinkError, ProtocolError
 from actors.sockets.buffers import BufferPool
 from actors.sockets.credits import CreditReturns, Credits
-from actors.sockets.frames import Credit, Frame, FrameReader, Hello, Message, encode
+from actors.sockets.frames import Credit, Frame, FrameReader, Heartbeat, Hello, Message, encode
+from actors.sockets.heartbeat import Pulse
 from actors.sockets.link import Arrival, LinkEvents
 from actors.sockets.writer import FrameWriter
+from stages.mesh_spec import MeshSpec
 
 HANDSHAKE_SECONDS = 5.0
+SILENCE_SECONDS = 3.0
+"""A process that is stopped, or a host that is gone, sends no end of file. Six heartbeats may fail to come."""
 
 _log = structlog.get_logger()
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What both ends of a link must agree on: `name` is this end, `peer` the other one."""
+    """What both ends of a link must agree on: `name` is this end, `peer` the other one.
+
+    Each end for itself gives up a peer that says nothing for `silence_s` seconds.
+    """
 
     epoch: int
     secret: bytes
@@ -36,6 +43,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     peer: str
     dtype: str
     bytes_per_token: int
+    mesh: MeshSpec | None = None
+    silence_s: float = SILENCE_SECONDS
 
 
 class HostLink(asyncio.BufferedProtocol):
@@ -51,9 +60,16 @@ class HostLink(asyncio.BufferedProtocol):
         self._writer = FrameWriter(self._loop, connected, self._broken)
         self._credits = Credits()
         self._returns = CreditReturns(credits_given, self._return_credits)
+        self._pulse = Pulse(self._loop, terms.silence_s, self._beat, self._fall_silent)
         self._transport: asyncio.Transport | None = None
         self._is_closed = False
+        self.received_bytes = 0
         self._joined: asyncio.Future[None] = self._loop.create_future()
+
+    @property
+    def sent_bytes(self) -> int:
+        """What the socket has taken, of frames whole or in part; `received_bytes` is what came from it."""
+        return self._writer.sent_bytes
 
     async def joined(self) -> None:
         """Waits until both sides have said hello. Raises LinkError or ProtocolError."""
@@ -73,6 +89,7 @@ class HostLink(asyncio.BufferedProtocol):
             dtype=terms.dtype,
             bytes_per_token=terms.bytes_per_token,
             credits=self._credits_given,
+            mesh=terms.mesh,
         )
         self._writer.write([memoryview(encode(hello, terms.epoch))], _nothing)
 
@@ -115,6 +132,8 @@ class HostLink(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Called by the loop after each read."""
+        self._pulse.heard()
+        self.received_bytes += nbytes
         try:
             for frame in self._reader.received(nbytes):
                 self._take(frame)
@@ -138,11 +157,16 @@ class HostLink(asyncio.BufferedProtocol):
             self._check_hello(control, frame.epoch)
             if self._credits_given:
                 self.say_hello()
+            # After our own hello: both ends shall be able to tell what they do not agree on.
+            self._check_mesh(control)
             self._reader.established()
             self._credits.grant(control.credits)
             self._joined.set_result(None)
+            self._pulse.start()
         elif isinstance(control, Credit):
             self._credits.grant(control.count)
+        elif isinstance(control, Heartbeat):
+            return
         elif frame.epoch != self._terms.epoch or control.epoch != frame.epoch:
             frame.lease.release()
             self._returns.arrived(control)
@@ -169,6 +193,20 @@ class HostLink(asyncio.BufferedProtocol):
                 f"The hello (epoch, sender, receiver, dtype, bytes per token) was {told} where {expected} belongs."
             )
 
+    def _check_mesh(self, hello: Hello) -> None:
+        terms = self._terms
+        if hello.mesh != terms.mesh:
+            raise ProtocolError(
+                f"{terms.name} and {terms.peer} do not agree on what passes between their meshes: {terms.name} has "
+                f"{terms.mesh or 'none'}; {terms.peer} has {hello.mesh or 'none'}."
+            )
+
+    def _beat(self) -> None:
+        self._writer.write([memoryview(encode(Heartbeat(), self._terms.epoch))], _nothing)
+
+    def _fall_silent(self) -> None:
+        self._lose(self._loss(f"it has been silent for {self._terms.silence_s:g} s"))
+
     def _return_credits(self, count: int) -> None:
         self._writer.write([memoryview(encode(Credit(count=count), self._terms.epoch))], _nothing)
 
@@ -188,6 +226,7 @@ class HostLink(asyncio.BufferedProtocol):
         if self._is_closed:
             return
         self._is_closed = True
+        self._pulse.stop()
         if not self._joined.done():
             self._joined.set_exception(error)
             self._joined.exception()

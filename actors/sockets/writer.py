@@ -36,6 +36,7 @@ class FrameWriter:
         self._lock = threading.Lock()
         self._pending: deque[_Pending] = deque()
         self._is_closed = False
+        self.sent_bytes = 0
 
     def write(self, parts: list[memoryview], sent: Sent) -> None:
         """Writes one frame; `sent` is called when its memory is no longer needed, even if the connection is lost."""
@@ -78,6 +79,7 @@ class FrameWriter:
                 count = self._socket.sendmsg(parts, (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return parts
+            self.sent_bytes += count
             parts = _without(parts, count)
         return parts
 
