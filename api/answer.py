@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 import msgspec
 import structlog
 
+from api.admission import Place
 from api.choices import Choice
 from api.completion_text import Piece
 from api.error_responses import INTERNAL_ERROR, error_body, status_body
@@ -31,6 +32,7 @@ class Answer:
         prompts: list[Prompt],
         choices: list[Choice],
         pieces: Pieces,
+        place: Place,
     ) -> None:
         self._id = answer_id
         self._model = model
@@ -38,6 +40,7 @@ class Answer:
         self._prompts = prompts
         self._choices = choices
         self._pieces = pieces
+        self._place = place
         self._created = int(time.time())
         self._began = time.monotonic()
         self._last: dict[int, Piece] = {}
@@ -48,7 +51,7 @@ class Answer:
         pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices}
         try:
             async for piece in self._pieces:
-                self._last[piece.index] = piece
+                self._note(piece)
                 pieces[piece.index].append(piece)
         except Exception as error:
             self._failure = str(error)
@@ -70,16 +73,29 @@ class Answer:
             raise
         yield DONE_EVENT
 
+    def last_words(self, error: GalaxylineError) -> bytes:
+        """The last events of a stream that has to end early, because of `error`."""
+        self._failure = str(error)
+        return event(error_body(error)) + DONE_EVENT
+
     async def aclose(self) -> None:
         """Aborts what has not ended, and logs how the request went. Nobody may be iterating; once is enough."""
         await self._pieces.aclose()
+        self._place.release()
         self._log()
+
+    def _note(self, piece: Piece) -> None:
+        if piece.index not in self._last:
+            self._place.began(piece.index)
+        self._last[piece.index] = piece
+        if piece.finish_reason is not None:
+            self._place.ended(piece.index)
 
     async def _chunks(self) -> AsyncGenerator[Completion, None]:
         options = self._request.stream_options or StreamOptions()
         usage: Usage | msgspec.UnsetType | None = None if options.include_usage else msgspec.UNSET
         async for piece in self._pieces:
-            self._last[piece.index] = piece
+            self._note(piece)
             if options.continuous_usage_stats:
                 usage = Usage.of(len(self._choices[piece.index].prompt.tokens), piece.completion_tokens)
             yield self._completion([_choice(piece)], usage)

@@ -4,28 +4,42 @@ import random
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from api.admission import Admission, QueueLimits
 from api.completions import Completions
-from api.error_responses import INTERNAL_ERROR, error_body, error_response, not_ready, status_body
+from api.error_responses import INTERNAL_ERROR, error_response, refusal, status_body
+from api.health import Health, Probe
+from api.openapi import DescribedApp, answers_of, body_of, completion_answers, timeout_header
 from api.prompts import refuse_other_model
 from api.protocol import CompletionRequest
-from api.responses import ModelCard, ModelList, encode
+from api.responses import ModelCard, ModelList, Status, Version, encode
 from api.served_model import ServedModel
 from api.token_source import TokenSource
-from api.tokenization import Tokenization
+from api.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
 from weights.errors import GalaxylineError
+from weights.release import VERSION
 
 TOKENIZER_THREADS = 2
+DEFAULT_SLOTS = 256
 
 
-def create_app(model: ServedModel, engine: TokenSource, seed: int | None = None) -> FastAPI:
+def create_app(
+    model: ServedModel,
+    engine: TokenSource,
+    seed: int | None = None,
+    *,
+    admission: Admission | None = None,
+    request_timeout_s: float | None = None,
+    probe: Probe | None = None,
+) -> FastAPI:
     """The application that serves `model` with `engine`.
 
     With `seed`, the seeds of requests that give none are the same in every run, in the order of their arrival.
+    `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. A request has `request_timeout_s`
+    seconds at most. `probe` is asked whether the engine answers: see `Health`.
     """
     tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
 
@@ -34,19 +48,24 @@ def create_app(model: ServedModel, engine: TokenSource, seed: int | None = None)
         yield
         tokenizer_threads.shutdown(cancel_futures=True)
 
-    app = FastAPI(title="galaxyline", version=version("galaxyline"), lifespan=lifespan, docs_url=None, redoc_url=None)
-    completions = Completions(model, engine, tokenizer_threads, _seeds(seed))
-    body = {"application/json": {"schema": CompletionRequest.model_json_schema()}}
+    app = DescribedApp(title="galaxyline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    limits = QueueLimits.of(DEFAULT_SLOTS, model.max_model_len)
+    completions = Completions(
+        model, engine, tokenizer_threads, _seeds(seed), admission or Admission(limits), request_timeout_s
+    )
     app.add_api_route(
         "/v1/completions",
         completions.create,
         methods=["POST"],
         response_model=None,
-        openapi_extra={"requestBody": {"required": True, "content": body}},
+        response_class=Response,
+        responses=completion_answers(),
+        openapi_extra={**body_of(CompletionRequest), "parameters": [timeout_header()]},
     )
     Tokenization(model, tokenizer_threads).add_routes(app)
     _add_model_routes(app, model)
-    _add_health_routes(app, engine)
+    _add_health_routes(app, Health(engine, probe))
     app.add_exception_handler(GalaxylineError, _galaxyline_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Exception, _unexpected_error)
@@ -61,27 +80,37 @@ def _seeds(seed: int | None) -> Callable[[], int]:
 def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
     card = ModelCard(id=model.name, created=model.created, root=model.root, max_model_len=model.max_model_len)
 
-    @app.get("/v1/models", response_model=None)
+    @app.get("/v1/models", response_model=None, response_class=Response, responses=answers_of(ModelList))
     async def models() -> Response:
         return _json(encode(ModelList(data=[card])))
 
-    @app.get("/v1/models/{name:path}", response_model=None)
-    async def model_card(name: str) -> Response:
-        refuse_other_model(name, model)
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+    @app.get(
+        "/v1/models/{name:path}",
+        response_model=None,
+        response_class=Response,
+        responses=answers_of(ModelCard, 404),
+        openapi_extra={"parameters": [name]},
+    )
+    async def model_card(request: Request) -> Response:
+        refuse_other_model(request.path_params["name"], model)
         return _json(encode(card))
 
 
-def _add_health_routes(app: FastAPI, engine: TokenSource) -> None:
-    @app.get("/health", response_model=None)
-    async def health() -> Response:
-        state = engine.state
-        if state.phase != "ready":
-            raise not_ready(state.phase, state.detail)
-        return _json(b'{"status":"ready"}')
+def _add_health_routes(app: FastAPI, health: Health) -> None:
+    for path, handler, errors in (
+        ("/health", health.health, [503]),
+        ("/ready", health.ready, [503]),
+        ("/live", health.live, []),
+    ):
+        app.add_api_route(
+            path, handler, response_model=None, response_class=Response, responses=answers_of(Status, *errors)
+        )
 
-    @app.get("/version", response_model=None)
-    async def program_version() -> dict[str, str]:
-        return {"version": app.version}
+    @app.get("/version", response_model=None, response_class=Response, responses=answers_of(Version))
+    async def program_version() -> Response:
+        return _json(encode(Version(version=app.version)))
 
 
 def _json(body: bytes) -> Response:
@@ -92,7 +121,7 @@ def _json(body: bytes) -> Response:
 async def _galaxyline_error(_: Request, error: Exception) -> Response:
     if not isinstance(error, GalaxylineError):
         raise TypeError(f"{error!r} is no GalaxylineError")
-    return error_response(error_body(error))
+    return refusal(error, {})
 
 
 async def _http_exception(_: Request, error: Exception) -> Response:

@@ -1,23 +1,33 @@
 """The command line of the weight cache: `galaxyline convert`, and `galaxyline cache list`, `verify` and `prune`."""
 
+import functools
 import os
 import sys
 import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from api.cli_options import cache_dir_option, device_option, dtype_option, load_format_option, seed_option
+from api.cli_options import (
+    cache_dir_option,
+    dtype_option,
+    load_format_option,
+    rows_per_stage_option,
+    seed_option,
+    weights_device_option,
+    with_options,
+)
 from api.convert import ConvertSettings, convert
 from api.environment import note_environment
 from api.long_work import LongWork
 from api.model_source import resolve_model
-from stages.options import TRANSFORM_VERSION, Dtype, LoadFormat
+from api.weight_dtype_options import take_weight_dtypes, weight_dtype_options
+from stages.options import TRANSFORM_VERSION
 from weights.inventory import CacheEntry, cache_entries, damage_of, remove_entries
 from weights.sizes import in_words
 
@@ -34,30 +44,19 @@ DAY_S = 86400
 @dtype_option
 @load_format_option
 @seed_option
-@device_option
-def convert_command(
-    model: str | None,
-    model_path: str | None,
-    cache_dir: Path,
-    dtype: Dtype | Literal["auto"],
-    load_format: LoadFormat,
-    seed: int | None,
-    device: str,
-) -> None:
+@weights_device_option
+@rows_per_stage_option
+@functools.partial(with_options, options=weight_dtype_options)
+def convert_command(model: str | None, model_path: str | None, seed: int | None, **given: Any) -> None:
     """Convert the weights of MODEL, a directory or a hub id, into the weight cache, for any split into stages.
 
     Serving does the same on first use. What the cache has already is left as it is, so a conversion that was cut off
     goes on where it stopped.
     """
     note_environment(os.environ)
-    settings = ConvertSettings(
-        source=resolve_model(model or model_path, os.environ),
-        cache_dir=cache_dir,
-        dtype=dtype,
-        load_format=load_format,
-        seed=seed or 0,
-        device=device,
-    )
+    source = resolve_model(model or model_path, os.environ)
+    dtypes = take_weight_dtypes(given)
+    settings = ConvertSettings(source=source, seed=seed or 0, weight_dtypes=dtypes, **given)
     convert(settings, click.echo, LongWork(Console(stderr=True)))
 
 

@@ -1,6 +1,7 @@
 """The command line: `galaxyline serve`, `galaxyline demo` and `galaxyline status`."""
 
 import sys
+from typing import Any
 
 import click
 import msgspec
@@ -8,20 +9,19 @@ import uvloop
 from rich.console import Console
 
 from actors.log import configure_logging
+from api.api_keys import KEY_VARIABLES
 from api.cache_cli import cache_group, convert_command
-from api.cli_options import SECONDS, engine_options, model_options, num_scheduler_steps
+from api.cli_options import COUNT, PLAIN_COLUMNS, SECONDS, engine_options, model_options, num_scheduler_steps
 from api.demo_cli import demo_command, reference_command
 from api.errors import exit_code
+from api.front_options import front_options
 from api.generation_config import MODELS_OWN, NO_ADVICE
-from api.model_source import ModelSource
+from api.plan_cli import plan_command
 from api.serve import ServeSettings, serve
 from api.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
-from api.settings import EngineSettings
 from api.status import follow, read_view, render
 from weights.errors import GalaxylineError
-
-PLAIN_COLUMNS = 120
-"""Of a table that goes to no terminal."""
+from weights.release import VERSION
 
 
 class CommandGroup(click.Group):
@@ -44,7 +44,7 @@ class CommandGroup(click.Group):
         "max_content_width": 120,
     },
 )
-@click.version_option(package_name="galaxyline", prog_name="galaxyline")
+@click.version_option(VERSION, prog_name="galaxyline")
 def main() -> None:
     """DeepSeek-V3/R1 over a pipeline of stages. Options may be spelt with - or _."""
     configure_logging()
@@ -55,7 +55,15 @@ def main() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
 @click.option(
+    "--replicas",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Pipelines of this kind, independent of each other; a request goes to the one with the fewest.",
+)
+@click.option(
     "--shutdown-timeout",
+    "shutdown_timeout_s",
     type=SECONDS,
     default=5.0,
     show_default=True,
@@ -76,48 +84,38 @@ def main() -> None:
     "own; or a directory with such a file.",
 )
 @num_scheduler_steps
+@front_options
 @engine_options
-def serve_command(
-    source: ModelSource,
-    engine: EngineSettings,
-    host: str,
-    port: int,
-    shutdown_timeout: float,
-    max_logprobs: int,
-    generation_config: str,
-) -> None:
+def serve_command(**settings: Any) -> None:
     """Serve MODEL, a directory or a hub id, over HTTP; without one, the sample model."""
-    settings = ServeSettings(
-        engine=engine,
-        source=source,
-        host=host,
-        port=port,
-        shutdown_timeout_s=shutdown_timeout,
-        max_logprobs=max_logprobs,
-        generation_config=generation_config,
-    )
-    uvloop.run(serve(settings))
+    uvloop.run(serve(ServeSettings(**settings)))
 
 
 @main.command("status")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server's address.")
+@click.option(
+    "--api-key",
+    envvar=KEY_VARIABLES,
+    help=f"A key of the server, where it wants one.  [default: ${', then $'.join(KEY_VARIABLES)}]",
+)
 @click.option("--once", is_flag=True, help="Print one look and end; so it is where the output is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print one look as JSON.")
-def status_command(url: str, once: bool, as_json: bool) -> None:
+def status_command(url: str, api_key: str | None, once: bool, as_json: bool) -> None:
     """Show what the stages of a running server do, until Ctrl-C."""
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_COLUMNS)
     if as_json:
-        click.echo(msgspec.json.encode(read_view(url)))
+        click.echo(msgspec.json.encode(read_view(url, api_key)))
     elif once or not console.is_terminal:
-        console.print(render(read_view(url)))
+        console.print(render(read_view(url, api_key)))
     else:
-        follow(console, lambda: read_view(url))
+        follow(console, lambda: read_view(url, api_key))
 
 
 main.add_command(demo_command)
 main.add_command(reference_command)
 main.add_command(convert_command)
 main.add_command(cache_group)
+main.add_command(plan_command)
 
 
 if __name__ == "__main__":

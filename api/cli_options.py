@@ -2,23 +2,32 @@
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
 import structlog
 
+from actors.options import Device, Transport
 from api.environment import CACHE_VARIABLE, note_environment
 from api.errors import OptionError
-from api.model_source import resolve_model
+from api.model_source import resolve_model, resolve_timed_model
+from api.restart_limit import DEFAULT_MAX_RESTARTS
 from api.scheduler_options import DEFAULT_PREFILL_WAIT
 from api.settings import DEFAULT_CACHE_DIR, EngineSettings
+from api.weight_dtype_options import take_weight_dtypes, weight_dtype_options
 
 COUNT = click.IntRange(min=1)
 SECONDS = click.FloatRange(min=0, min_open=True)
+
+PLAIN_COLUMNS = 120
+"""Of a table that goes to no terminal."""
+
+TRACE_MODE = "trace_mode"
 
 log = structlog.get_logger()
 
@@ -34,6 +43,22 @@ class LayerSplit(click.ParamType[list[int]]):
         if not all(part.strip().isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r} is no list of layer counts: write it like 2,4.", param, ctx)
         return [int(part) for part in parts]
+
+
+class Milliseconds(click.ParamType[list[float]]):
+    """Times with commas between, like "10,12.5"."""
+
+    name = "ms,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """The times. Raises click.BadParameter unless all are positive."""
+        try:
+            times = [float(part) for part in str(value).split(",")]
+        except ValueError:
+            times = []
+        if not times or not all(0 < time < math.inf for time in times):
+            self.fail(f"{value!r} is no list of times: write it like 10 or 10,12.5.", param, ctx)
+        return times
 
 
 class JsonObject(click.ParamType[dict[str, object]]):
@@ -52,21 +77,12 @@ class JsonObject(click.ParamType[dict[str, object]]):
         return parsed
 
 
-class DeviceName(click.ParamType[str]):
-    """A device this program can run on."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name. Raises click.BadParameter for a device that there is no support for."""
-        if value != "embedded":
-            self.fail(f"{value!r} is not supported yet: this version runs on the embedded device only.", param, ctx)
-        return str(value)
-
-
-def _note_tt_config(_: click.Context, __: click.Parameter, value: dict[str, object] | None) -> None:
-    if value:
-        log.info("--override-tt-config has no effect on the embedded device", keys=sorted(value))
+def _without_chip_settings(_: click.Context, __: click.Parameter, value: dict[str, object] | None) -> dict[str, object]:
+    """The keys that mean something here; the log names the others."""
+    given = value or {}
+    if others := sorted(given.keys() - {TRACE_MODE}):
+        log.info("these keys of --override-tt-config have no effect", keys=others)
+    return {TRACE_MODE: given.get(TRACE_MODE) is True}
 
 
 def _note_scheduler_steps(_: click.Context, __: click.Parameter, value: int | None) -> None:
@@ -89,7 +105,22 @@ load_format_option = click.option(
     help="dummy: random weights; only config.json and the tokenizer are read.",
 )
 device_option = click.option(
-    "--device", type=DeviceName(), default="embedded", show_default=True, help="What computes."
+    "--device",
+    type=click.Choice(get_args(Device)),
+    default="embedded",
+    show_default=True,
+    help="What computes: this host's processor; the chips of Galaxies (needs galaxyline[galaxy] on their hosts); or "
+    "nothing, in the time that chips are predicted to take, or that --stage-time gives.",
+)
+weights_device_option = click.option(
+    "--device",
+    type=click.Choice(["embedded", "ttnn"]),
+    default="embedded",
+    show_default=True,
+    help="What the weights are for: this host's processor, or the chips of Galaxies.",
+)
+rows_per_stage_option = click.option(
+    "--rows-per-stage", type=COUNT, default=1, show_default=True, help="Galaxy rows of 8 chips that a stage owns."
 )
 cache_dir_option = click.option(
     "--cache-dir",
@@ -141,8 +172,26 @@ _ENGINE_OPTIONS = [
     dtype_option,
     load_format_option,
     device_option,
+    rows_per_stage_option,
+    click.option(
+        "--stage-time",
+        type=Milliseconds(),
+        help="Of each step on the timed device, for all stages or, like 10,12, for each.  [default: what is predicted]",
+    ),
+    click.option(
+        "--prompt-token-time",
+        type=click.FloatRange(min=0),
+        help="Milliseconds that a step on the timed device takes longer for each prompt token, with --stage-time.",
+    ),
+    click.option(
+        "--transport",
+        type=click.Choice(get_args(Transport)),
+        help="How hidden states pass: mesh, from chip to chip, or host, which needs no links between stages' chips.  "
+        "[default: mesh between stages on chips]",
+    ),
     cache_dir_option,
     seed_option,
+    click.option("--enable-trace", is_flag=True, help="Capture the decode step of each stage once, and replay it."),
     click.option("--ray-address", help="A running Ray cluster.  [default: $RAY_ADDRESS, else one of our own]"),
     click.option(
         "--start-timeout",
@@ -153,12 +202,27 @@ _ENGINE_OPTIONS = [
         help="Seconds until all stages are ready.",
     ),
     click.option(
+        "--placement-timeout",
+        "placement_timeout_s",
+        type=SECONDS,
+        default=30.0,
+        show_default=True,
+        help="Seconds that Galaxy rows which others use are waited for.",
+    ),
+    click.option(
         "--step-timeout",
         "step_timeout_s",
         type=SECONDS,
         default=60.0,
         show_default=True,
         help="Seconds that one step may take.",
+    ),
+    click.option(
+        "--max-restarts",
+        type=click.IntRange(min=0),
+        default=DEFAULT_MAX_RESTARTS,
+        show_default=True,
+        help="Failures in a row, with no token made in between, from which the pipeline is brought back.",
     ),
     click.option(
         "--timeline",
@@ -168,9 +232,8 @@ _ENGINE_OPTIONS = [
     click.option(
         "--override-tt-config",
         type=JsonObject(),
-        callback=_note_tt_config,
-        expose_value=False,
-        help="Settings of chips; none applies to the embedded device.",
+        callback=_without_chip_settings,
+        help="Settings of chips; '{\"trace_mode\": true}' is --enable-trace; no other applies to this device.",
     ),
 ]
 
@@ -196,11 +259,13 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_settings(**options: Any) -> None:
+        options["weight_dtypes"] = take_weight_dtypes(options)
         given = {name: options.pop(name) for name in EngineSettings.__struct_fields__}
+        given["enable_trace"] |= options.pop("override_tt_config")[TRACE_MODE]
         note_environment(os.environ)
         command(engine=EngineSettings(**given), **options)
 
-    return _with_options(with_settings, _ENGINE_OPTIONS)
+    return with_options(with_settings, [*_ENGINE_OPTIONS, *weight_dtype_options])
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -216,17 +281,19 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         if model is not None and model_argument not in {None, model}:
             raise OptionError(f"Two models are given, {model_argument!r} and --model {model!r}: leave one out.")
-        source = resolve_model(model or model_argument, os.environ)
+        resolve = resolve_timed_model if options.get("device") == "timed" else resolve_model
+        source = resolve(model or model_argument, os.environ)
         if tokenizer is not None:
             source = msgspec.structs.replace(source, tokenizer=resolve_model(tokenizer, {}).path)
         command(source=msgspec.structs.replace(source, name=served_model_name or source.name), **options)
 
-    return _with_options(with_source, _SERVE_MODEL_OPTIONS)
+    return with_options(with_source, _SERVE_MODEL_OPTIONS)
 
 
-def _with_options(
+def with_options(
     command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
 ) -> Callable[..., None]:
+    """Adds options to a command, listed in this order."""
     for option in reversed(options):
         command = option(command)
     return command

@@ -8,19 +8,24 @@ import msgspec
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive
 
+from api.admission import Admission
 from api.answer import Answer
 from api.choices import build_choices
 from api.completion_text import CompletionText
 from api.disconnect import ClientDisconnectedError, run_while_connected
-from api.error_responses import error_body, error_response, not_ready
+from api.engine_state import takes_requests
+from api.error_responses import not_ready, refusal
+from api.errors import DeadlineError
 from api.event_stream import EventStream
 from api.pieces import Pieces
 from api.prompts import Prompt, read_prompts, refuse_other_model
 from api.protocol import CompletionRequest, parse_completion_request
 from api.request_body import read_and_parse
+from api.request_deadline import RequestDeadline
 from api.request_id import REQUEST_ID_HEADER, given_request_id, new_request_id
-from api.responses import encode
+from api.responses import Completion, encode
 from api.sampling_options import sampling_params
 from api.served_model import ServedModel
 from api.token_source import TokenSource
@@ -40,13 +45,21 @@ class Completions:
     """Answers completion requests for one model with one engine."""
 
     def __init__(
-        self, model: ServedModel, engine: TokenSource, tokenizer_threads: Executor, draw_seed: Callable[[], int]
+        self,
+        model: ServedModel,
+        engine: TokenSource,
+        tokenizer_threads: Executor,
+        draw_seed: Callable[[], int],
+        admission: Admission,
+        timeout_s: float | None = None,
     ) -> None:
-        """`draw_seed` gives the seed of a prompt whose request has none."""
+        """`draw_seed` gives the seed of a prompt whose request has none. A request has `timeout_s` seconds at most."""
         self._model = model
         self._engine = engine
         self._tokenizer_threads = tokenizer_threads
         self._draw_seed = draw_seed
+        self._admission = admission
+        self._timeout_s = timeout_s
 
     async def create(self, http_request: Request) -> Response:
         """The route's handler. The answer's id is that of the header, else of the request's own field, else a new one.
@@ -58,25 +71,36 @@ class Completions:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             self._refuse_unless_ready()
+            self._admission.refuse_if_full()
+            deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
             reading = await read_and_parse(http_request, self._parse, self._tokenizer_threads)
             request_id = given or given_request_id(reading.request.request_id) or request_id
             structlog.contextvars.bind_contextvars(request_id=request_id)
+            deadline.check()
             answer = await self._open(reading, request_id)
             headers = {REQUEST_ID_HEADER: request_id}
             if reading.request.stream:
-                return EventStream(answer.events(), answer, headers)
-            async with aclosing(answer):
-                completion = await run_while_connected(http_request.receive, answer.whole())
+                return EventStream(answer.events(), answer, headers, deadline)
+            completion = await self._whole(answer, http_request.receive, deadline)
         except ClientDisconnectedError:
             return Response(status_code=499)  # nginx's number for it; nobody is there to see it
         except GalaxylineError as error:
-            return error_response(error_body(error), {REQUEST_ID_HEADER: request_id})
+            return refusal(error, {REQUEST_ID_HEADER: request_id})
         return Response(encode(completion), 200, headers, media_type="application/json")
 
     def _refuse_unless_ready(self) -> None:
         state = self._engine.state
-        if state.phase != "ready":
+        # While a stage is replaced requests wait: all that a client shall see of it is a pause.
+        if not takes_requests(state):
             raise not_ready(state.phase, state.detail)
+
+    async def _whole(self, answer: Answer, receive: Receive, deadline: RequestDeadline) -> Completion:
+        async with aclosing(answer):
+            try:
+                return await run_while_connected(receive, answer.whole(), deadline)
+            except DeadlineError as error:
+                answer.last_words(error)
+                raise
 
     def _parse(self, body: bytes) -> Reading:
         request = parse_completion_request(body)
@@ -97,6 +121,8 @@ class Completions:
             self._engine.next_request_id,
             self._draw_seed,
         )
+        prompt_tokens = {choice.index: len(choice.prompt.tokens) for choice in choices if choice.request is not None}
+        place = self._admission.admit(prompt_tokens)
         pieces = Pieces()
         try:
             for choice in choices:
@@ -107,5 +133,6 @@ class Completions:
                     pieces.add(text, self._engine.generate(choice.request))
         except GalaxylineError:
             await pieces.aclose()
+            place.release()
             raise
-        return Answer(f"cmpl-{request_id}", self._model.name, reading.request, reading.prompts, choices, pieces)
+        return Answer(f"cmpl-{request_id}", self._model.name, reading.request, reading.prompts, choices, pieces, place)

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from actors.options import Device
+from api.chip_settings import chip_dtype
 from api.long_work import LongWork
 from api.model_source import ModelSource, check_model_files
 from api.settings import resolve_dtype
 from stages.options import DEVICE_VARIABLE, Dtype, LoadFormat
+from stages.tensor_dtypes import WeightDtypes
+from stages.wormhole import GALAXY_COLUMNS
 from weights.errors import CacheError
 from weights.sizes import in_words
 
@@ -19,14 +23,16 @@ if TYPE_CHECKING:
 
 
 class ConvertSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `convert`; `seed` is that of dummy weights."""
+    """The options of `convert`; `seed` is that of dummy weights. On chips a stage has 8 columns of `rows_per_stage`."""
 
     source: ModelSource
     cache_dir: Path
     dtype: Dtype | Literal["auto"]
     load_format: LoadFormat
     seed: int
-    device: str
+    device: Device
+    rows_per_stage: int = 1
+    weight_dtypes: WeightDtypes = WeightDtypes()
 
 
 def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWork) -> None:
@@ -43,9 +49,11 @@ def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWor
     options = ConvertOptions(
         model_path=str(settings.source.path),
         cache_dir=str(settings.cache_dir.expanduser().absolute()),
-        dtype=resolve_dtype(settings.dtype, settings.source),
+        dtype=_dtype(settings),
         load_format=settings.load_format,
         seed=settings.seed,
+        weight_dtypes=settings.weight_dtypes,
+        mesh_shape=(settings.rows_per_stage, GALAXY_COLUMNS) if settings.device == "ttnn" else (1, 1),
     )
     with open_conversion(options) as conversion:
         say(_plan(conversion, settings))
@@ -57,6 +65,12 @@ def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWor
         with work.steps("Converting", len(conversion.missing)) as done:
             conversion.run(lambda part: done(part.name))
     say(f"All {len(conversion.parts)} parts are in {settings.cache_dir}.")
+
+
+def _dtype(settings: ConvertSettings) -> Dtype:
+    if settings.device == "ttnn":
+        return chip_dtype(settings.dtype)
+    return resolve_dtype(settings.dtype, settings.source)
 
 
 def _plan(conversion: "Conversion", settings: ConvertSettings) -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import structlog
 from rich.console import Console
 
 from api.cli_options import COUNT, engine_options
-from api.demo.options import DEFAULT_MAX_NEW_TOKENS, DEFAULT_USERS_PER_ROW, DemoOptions
+from api.demo.options import DEFAULT_MAX_NEW_TOKENS, DemoOptions
 from api.demo.results_file import check_results_path, default_results_path, write_results
 from api.demo.run import Results, run
 from api.demo.setup import DemoSetup
@@ -21,19 +20,12 @@ from api.long_work import LongWork
 from api.model_source import resolve_model
 from api.reference import ReferenceSettings, write_reference
 from api.settings import EngineSettings
+from stages.plan import USERS_PER_ROW
 
 INTERRUPTED = 130
 """Exit code of a demo that a signal ended: 128 + SIGINT, as shells count."""
 
 FILE = click.Path(dir_okay=False, path_type=Path)
-
-log = structlog.get_logger()
-
-
-def _note_trace(_: click.Context, __: click.Parameter, value: bool) -> None:
-    if value:
-        log.info("--enable-trace has no effect on the embedded device: its ops run as they are called")
-
 
 _DEMO_OPTIONS = [
     click.argument("prompts", nargs=-1),
@@ -62,13 +54,6 @@ _DEMO_OPTIONS = [
         help="bp: one stage that owns all rows; pp: a pipeline of --stages.",
     ),
     click.option(
-        "--enable-trace",
-        is_flag=True,
-        callback=_note_trace,
-        expose_value=False,
-        help="Capture the decode step once and replay it; without effect on the embedded device.",
-    ),
-    click.option(
         "--random-weights", is_flag=True, help="Random weights, of a single dense layer unless told otherwise."
     ),
     click.option("--single-layer", type=click.Choice(["mlp", "moe"]), help="The kind of layer of --random-weights."),
@@ -88,11 +73,17 @@ _DEMO_OPTIONS = [
         "--sampling-top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="1 is all."
     ),
     click.option("--stop-at-eos/--no-stop-at-eos", default=True, show_default=True, help="End completions at EOS."),
+    click.option(
+        "--chat-template/--no-chat-template",
+        default=False,
+        show_default=True,
+        help="Put each prompt into the chat template of the model's tokenizer, as a user's message.",
+    ),
     click.option("--repeat-batches", type=COUNT, default=1, show_default=True, help="Complete all prompts so often."),
     click.option(
         "--max-users-per-row",
         type=COUNT,
-        default=DEFAULT_USERS_PER_ROW,
+        default=USERS_PER_ROW,
         show_default=True,
         help="Users of a Galaxy row in one microbatch, a multiple of 8.",
     ),
@@ -143,10 +134,10 @@ def demo_command(
 @click.option(
     "--model", "model", help="Directory or hub id.  [default: $DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample]"
 )
-@click.option("--text-file", type=FILE, required=True, help="UTF-8 text that the model should predict.")
+@click.option("--text-file", type=FILE, help="UTF-8 text that the model should predict.  [default: a built-in one]")
 @click.option("--output-file", type=FILE, required=True, help="The .refpt file to write.")
 @click.option("--total-length", type=click.IntRange(min=5), default=2048, show_default=True, help="Tokens of the text.")
-def reference_command(model: str | None, text_file: Path, output_file: Path, total_length: int) -> None:
+def reference_command(model: str | None, text_file: Path | None, output_file: Path, total_length: int) -> None:
     """Write a reference file for `demo --token-accuracy` with Hugging Face's model, in float32."""
     settings = ReferenceSettings(
         source=resolve_model(model, os.environ),

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from api.request_deadline import RequestDeadline
+
 Result = TypeVar("Result")
 
 
@@ -13,18 +15,20 @@ class ClientDisconnectedError(Exception):
     """The client closed its connection before the answer was complete."""
 
 
-async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled, and has ended on return, if the client goes away first.
+async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, Result], deadline: RequestDeadline) -> Result:
+    """The result of `work`, which is cancelled, and has ended on return, if the client goes away or time is up first.
 
-    The request's body must have been read. Raises ClientDisconnectedError, or what `work` raises.
+    The request's body must have been read. Raises ClientDisconnectedError, DeadlineError, or what `work` raises.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait({working, watching}, timeout=deadline.left_s, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if watching.done():
             raise ClientDisconnectedError
-        return working.result()
+        raise deadline.error()
     finally:
         working.cancel()
         watching.cancel()

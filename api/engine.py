@@ -1,7 +1,8 @@
 """The engine: joins the scheduler to the pipeline. A process of its own, so that tokenising never delays a step.
 
 `EngineClient` starts it with the number of a socket's file descriptor; its options are the first frame on it, and the
-messages of api/messages.py follow. It ends itself when the socket or the pipeline does, or at a SIGTERM.
+messages of api/messages.py follow. It ends itself when the socket or the pipeline does. SIGINT and SIGTERM are for the
+front end alone: `ray job stop` sends them to every process, and the open requests are to end first.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import structlog
 import uvloop
 
 from actors.clock import now_ns
+from actors.errors import PipelineError, ProtocolError
 from actors.health import StageHealth, StageProgress
 from actors.log import configure_logging
 from actors.options import PipelineOptions
@@ -40,6 +42,8 @@ from api.messages import (
     ToEngine,
 )
 from api.pipeline_reports import PipelineReports
+from api.recovery import Recovery
+from api.restart_limit import RestartLimit
 from api.scheduler import Scheduler
 from api.signals import on_stop_signal
 from api.step_watch import StepWatch
@@ -68,6 +72,9 @@ class StartedPipeline(Protocol):
     async def health(self) -> list[StageHealth]:
         """What every stage says of itself, in order; returns within about a second."""
 
+    async def recover(self) -> None:
+        """Brings it back after a failure, as another epoch. Raises GalaxylineError; may be called again then."""
+
     async def close(self) -> None:
         """Ends all stages."""
 
@@ -88,6 +95,7 @@ class Engine:
         self._meters = EngineMeters(len(options.pipeline.specs))
         self._watch = StepWatch(self._scheduler, self._meters)
         self._reports = PipelineReports(options, self._scheduler, self._meters, send)
+        self._recovery = Recovery(self._scheduler, self._watch, self._meters, RestartLimit(options.max_restarts), send)
         self._changed = asyncio.Event()
         self._pipeline: StartedPipeline | None = None
 
@@ -113,22 +121,25 @@ class Engine:
             self._reports.ask(self._pipeline)
 
     async def run(self) -> None:
-        """Starts the pipeline and serves until it fails or the task is cancelled; `close` is to follow in any case.
+        """Starts the pipeline and serves until the task is cancelled; `close` is to follow in any case.
 
-        Raises what `Pipeline.start` raises, or PipelineError or ProtocolError: every request has ended with it then,
-        and the front end has been told.
+        A pipeline that fails is brought back, and the requests in it go on where they were. Raises what
+        `Pipeline.start` raises, or PipelineError or PlacementError where it cannot be brought back: every request has
+        ended with it then, and the front end has been told.
         """
         self._send(EngineState(phase="loading", detail="The stages are being placed."))
         try:
             if self._options.timeline is not None:
                 self._watch.timeline = Timeline(open_timeline(Path(self._options.timeline)))
             self._pipeline = await self._start_pipeline(self._options.pipeline, self._tell_progress)
-            # A new pipeline knows no request: those that wait for it, or ran on a former one, begin anew.
-            self._scheduler.reset(self._pipeline.epoch)
-            if self._watch.timeline is not None:
-                self._watch.timeline.name_stages(self._reports.roster.hosts)
-            self._send(EngineState(phase="ready", detail=""))
-            await self._serve(self._pipeline)
+            while True:
+                # A new epoch knows no request: those that wait for it, or ran in a former one, begin anew.
+                self._scheduler.reset(self._pipeline.epoch)
+                if self._watch.timeline is not None:
+                    self._watch.timeline.name_stages(self._reports.roster.hosts)
+                self._send(EngineState(phase="ready", detail=""))
+                failure = await self._serve(self._pipeline)
+                await self._recovery.bring_back(self._pipeline, failure)
         except asyncio.CancelledError:
             self._fail(EngineError("The engine was stopped."))
             raise
@@ -149,17 +160,21 @@ class Engine:
             raise EngineError(f"The stages did not end within {self.close_timeout_s:g} s.")
         closing.result()
 
-    async def _serve(self, pipeline: StartedPipeline) -> None:
+    async def _serve(self, pipeline: StartedPipeline) -> PipelineError | ProtocolError:
+        """Serves until the pipeline fails; returns what it failed with."""
         self._changed.set()
         loops = [asyncio.create_task(self._feed(pipeline)), asyncio.create_task(self._collect(pipeline))]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for loop in done:
                 loop.result()
+        except (PipelineError, ProtocolError) as error:
+            return error
         finally:
             for loop in loops:
                 loop.cancel()
             await asyncio.gather(*loops, return_exceptions=True)
+        raise EngineError("The engine stopped serving without a cause.")
 
     async def _feed(self, pipeline: StartedPipeline) -> None:
         while True:
@@ -176,6 +191,7 @@ class Engine:
             outputs = self._scheduler.on_result(result)
             self._changed.set()
             if outputs:
+                self._recovery.progress()
                 self._send(Outputs(outputs=outputs))
             self._watch.step_returned(result, outputs, returned_ns)
 
@@ -194,7 +210,8 @@ class Engine:
         detail = f"Stage {progress.stage} on {progress.host}: {progress.phase}"
         if progress.phase == "loading":
             detail += f", {progress.layers_done} of {progress.layers} layers"
-        self._send(EngineState(phase="loading", detail=detail))
+        if not self._recovery.is_under_way:
+            self._send(EngineState(phase="loading", detail=detail))
 
     def _fail(self, error: GalaxylineError) -> None:
         self._send(failed_state(error))
@@ -217,8 +234,8 @@ class EngineProcess:
         """Serves the front end at the other end of `connection`; returns the exit code."""
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self._framing, sock=connection)
-        with on_stop_signal(lambda _: self._stop.set()):
-            await _first_of(self._begun, self._stop, self._framing.lost, timeout_s=OPTIONS_TIMEOUT_S)
+        with on_stop_signal(lambda number: log.info("a signal is left to the front end", signal=number)):
+            await _first_of(self._begun, self._framing.lost, timeout_s=OPTIONS_TIMEOUT_S)
             if self._engine is None:
                 log.error("the front end is gone, or gave no options")
                 return 1

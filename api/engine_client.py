@@ -13,9 +13,10 @@ from typing import TypeVar
 import msgspec
 
 from api.engine_options import EngineOptions
-from api.engine_state import error_of, failed_state
-from api.errors import EngineError, NotReadyError
+from api.engine_state import error_of, failed_state, refusal_of, takes_requests
+from api.errors import EngineError
 from api.framing import Framing
+from api.load import Load
 from api.messages import (
     AbortRequest,
     AddRequest,
@@ -31,6 +32,7 @@ from api.messages import (
     PipelineReport,
     RequestOutput,
 )
+from api.open_requests import OpenRequests
 from api.questions import Questions
 from api.request_metrics import RequestMetrics
 from api.request_stream import RequestStream
@@ -52,15 +54,15 @@ class EngineClient:
     """
 
     def __init__(self, options: EngineOptions, on_state: Callable[[EngineState], None] | None = None) -> None:
-        """Not started yet: see `start`. Raises OptionError when the scheduler's options do not fit together."""
+        """Not started yet: see `start`, or `launch`. Raises OptionError when the scheduler's options do not fit."""
         self._options = options
         self._cache = options.scheduler.cache
         self.requests = RequestMetrics(self._cache.max_model_len)
         self._on_state = on_state
-        self._state = EngineState(phase="loading", detail="The engine process starts.")
+        self._state = EngineState(phase="loading", detail="The engine process was not started yet.")
         self._state_changed = asyncio.Event()
         self._request_ids = itertools.count()
-        self._streams: dict[int, RequestStream] = {}
+        self._open = OpenRequests()
         self._counts: Questions[Counts] = Questions()
         self._metrics: Questions[EngineMetrics] = Questions()
         self._reports: Questions[PipelineReport] = Questions()
@@ -80,7 +82,7 @@ class EngineClient:
         """
         engine = cls(options, on_state)
         try:
-            await engine._launch()
+            await engine.launch()
             yield engine
         finally:
             await engine.close()
@@ -97,6 +99,11 @@ class EngineClient:
             raise EngineError("The engine process was not started.")
         return self._process.pid
 
+    @property
+    def load(self) -> Load:
+        """What the engine has to do, as far as its requests say."""
+        return self._open.load
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Returns when the pipeline is ready.
 
@@ -112,6 +119,12 @@ class EngineClient:
         if self._state.phase == "failed":
             raise error_of(self._state)
 
+    async def wait_failed(self) -> None:
+        """Waits for the engine to fail for good, then raises its error as `wait_ready` does."""
+        while self._state.phase != "failed":
+            await self._state_changed.wait()
+        raise error_of(self._state)
+
     def next_request_id(self) -> int:
         """An id for the next AddRequest."""
         return next(self._request_ids)
@@ -123,17 +136,26 @@ class EngineClient:
         for an id that is in use.
         """
         check_request(request, self._cache)
-        if self._state.phase == "loading":
-            raise NotReadyError("The model is still loading: try again in a moment.")
-        if self._state.phase == "failed":
-            raise NotReadyError(f"The engine failed: {self._state.detail}")
-        if request.request_id in self._streams:
-            raise ValueError(f"Request {request.request_id} is running already.")
-        stream = RequestStream(request.request_id, self._abort)
-        self._streams[request.request_id] = stream
+        if not takes_requests(self._state):
+            raise refusal_of(self._state)
+        stream = RequestStream(request, self._abort)
+        self._open.add(stream)
         self.requests.began(request)
         self._framing.send(request)
         return stream
+
+    def unanswered(self) -> list[RequestStream]:
+        """Requests that could go to another engine: of their answers nothing has come."""
+        return self._open.unanswered()
+
+    def move(self, stream: RequestStream, other: "EngineClient") -> None:
+        """Gives one of the unanswered requests to another engine, which is ready; this one has failed."""
+        request = stream.request
+        self._open.remove(request.request_id)
+        stream.move(other._abort)
+        other._open.add(stream)
+        other.requests.adopt(request.request_id, self.requests.release(request.request_id))
+        other._framing.send(request)
 
     async def counts(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Counts:
         """The engine's books. Raises EngineError if the engine is gone or does not answer in `timeout_s` seconds."""
@@ -161,6 +183,8 @@ class EngineClient:
     async def _answer(
         self, questions: Questions[Answer], question: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
     ) -> Answer:
+        if self._process is None:
+            raise EngineError("The engine process was not started.")
         if self._framing.lost.is_set():
             raise EngineError("The engine is gone.")
         answer = questions.ask()
@@ -170,7 +194,9 @@ class EngineClient:
         except asyncio.TimeoutError:
             raise EngineError(f"The engine did not answer within {timeout_s:g} s.") from None
 
-    async def _launch(self) -> None:
+    async def launch(self) -> None:
+        """Runs the process; to be called once, and `close` is to follow in any case."""
+        self._set_state(EngineState(phase="loading", detail="The engine process starts."))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
@@ -221,16 +247,17 @@ class EngineClient:
 
     def _hand_on(self, outputs: list[RequestOutput]) -> None:
         self.requests.received(outputs)
+        streams = self._open.streams
         for output in outputs:
             # What was on its way when a request was aborted has no stream any more.
-            stream = self._streams.get(output.request_id)
+            stream = streams.get(output.request_id)
             if stream is not None:
                 stream.push(output)
                 if output.finish_reason is not None:
-                    del self._streams[output.request_id]
+                    self._open.remove(output.request_id)
 
     def _abort(self, request_id: int, reason: FinishReason) -> None:
-        del self._streams[request_id]
+        self._open.remove(request_id)
         self.requests.ended_here(request_id, reason)
         self._framing.send(AbortRequest(request_id=request_id))
 
@@ -249,7 +276,7 @@ class EngineClient:
         self._hand_on(
             [
                 RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=sentence)
-                for request_id in self._streams
+                for request_id in self._open.streams
             ]
         )
         for questions in (self._counts, self._metrics, self._reports):

@@ -23,6 +23,7 @@ class EngineMeters:
             "decode": Histogram.of(STEP_BOUNDS_S),
         }
         self._result_hops = Histogram.of(STEP_BOUNDS_S)
+        self._recoveries = Histogram.of(LATENCY_BOUNDS_S)
         self._waiting_since_ns: dict[int, int] = {}
         self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
         self._returned_ns = 0
@@ -40,6 +41,10 @@ class EngineMeters:
     def request_leaves(self, request_id: int) -> None:
         """A request has ended, perhaps before it got a slot."""
         self._waiting_since_ns.pop(request_id, None)
+
+    def recovered(self, seconds: float) -> None:
+        """The pipeline is back, so long after it failed."""
+        self._recoveries.observe(seconds)
 
     def pipeline_fills(self, submitted_ns: int) -> None:
         """A step is submitted while none is in flight."""
@@ -84,6 +89,7 @@ class EngineMeters:
             prefill_steps=self._step_times["prefill"],
             decode_steps=self._step_times["decode"],
             result_hops=self._result_hops,
+            recoveries=self._recoveries,
             stages=[
                 meter.metrics(stage, host, asked_ns)
                 for stage, (meter, host) in enumerate(zip(self.stages, hosts, strict=True))

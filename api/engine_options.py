@@ -3,6 +3,7 @@
 import msgspec
 
 from actors.options import PipelineOptions
+from api.restart_limit import DEFAULT_MAX_RESTARTS
 from api.scheduler_options import DEFAULT_PREFILL_WAIT, SchedulerOptions
 
 PIPELINE_START = "actors.pipeline:Pipeline.start"
@@ -13,8 +14,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `microbatches`, `prefill_chunk` and `prefill_wait` are the scheduler's (see `SchedulerOptions`). `pipeline_start`
     is the import path "module:attribute" of an async function (PipelineOptions, on_progress) -> pipeline.
-    `close_timeout_s` bounds how long stages get to end before the engine leaves without them. `timeline` is the file
-    that a trace of all steps is written to.
+    The pipeline is brought back up to `max_restarts` times in a row with no token made in between. `close_timeout_s`
+    bounds how long stages get to end before the engine leaves without them. `timeline` is the file that a trace of all
+    steps is written to.
     """
 
     pipeline: PipelineOptions
@@ -22,6 +24,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     microbatches: int | None = None
     prefill_wait: float = DEFAULT_PREFILL_WAIT
     close_timeout_s: float = 30.0
+    max_restarts: int = DEFAULT_MAX_RESTARTS
     pipeline_start: str = PIPELINE_START
     timeline: str | None = None
 

@@ -1,11 +1,12 @@
 """From an error to the body and status a client gets."""
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.responses import Response
 
-from api.errors import NotReadyError, RequestError, http_status
+from api.errors import NotReadyError, OverloadedError, RequestError, http_status
 from api.responses import ErrorBody, ErrorDetail, encode
 from weights.errors import GalaxylineError
 
@@ -15,11 +16,16 @@ RETRY_AFTER_S = 2
 
 TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError",
+    429: "RateLimitError",
+    431: "HeadersTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
 }
 """Names of error types, as vLLM gives them."""
 
@@ -36,13 +42,20 @@ def error_body(error: GalaxylineError) -> ErrorBody:
     return status_body(status, message, error.param if isinstance(error, RequestError) else None)
 
 
+def refusal(error: GalaxylineError, headers: Mapping[str, str]) -> Response:
+    """The HTTP answer for one of our errors, with these headers; one of overload says when to try again."""
+    if isinstance(error, OverloadedError):
+        headers = {**headers, "retry-after": str(error.retry_after_s)}
+    return error_response(error_body(error), headers)
+
+
 def status_body(status: int, message: str, param: str | None = None) -> ErrorBody:
     """The body for an HTTP status."""
     kind = TYPES.get(status) or HTTPStatus(status).phrase.replace(" ", "") + "Error"
     return ErrorBody(error=ErrorDetail(message=message[:MESSAGE_CHARACTERS_MAX], type=kind, param=param, code=status))
 
 
-def error_response(body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
+def error_response(body: ErrorBody, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP answer for a body, with Retry-After where trying again may help."""
     headers = dict(headers or {})
     if body.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -61,4 +74,6 @@ def not_ready(phase: str, detail: str) -> NotReadyError:
     """The error for a request that comes while the engine loads or after it failed."""
     if phase == "failed":
         return NotReadyError(f"The engine failed: {detail}")
+    if phase == "recovering":
+        return NotReadyError(f"No token can be made until a stage is replaced: {detail}")
     return NotReadyError(f"The model is still loading: {detail}" if detail else "The model is still loading.")

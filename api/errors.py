@@ -1,6 +1,14 @@
 """Errors of requests and options, and the one table from error to HTTP status and exit code."""
 
-from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, ProtocolError, StartError
+from actors.errors import (
+    ClusterError,
+    LinkError,
+    PipelineError,
+    PlacementError,
+    ProtocolError,
+    ReleaseError,
+    StartError,
+)
 from stages.errors import DeviceError, PlanError, StepError
 from weights.errors import CacheError, CheckpointError, GalaxylineError
 
@@ -25,6 +33,18 @@ class NotReadyError(GalaxylineError):
     """No token can be made now: stages are loading, or one is lost."""
 
 
+class OverloadedError(GalaxylineError):
+    """Too much waits already; the client may try again in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(GalaxylineError):
+    """A request's time was over before its answer was complete."""
+
+
 class EngineError(GalaxylineError):
     """The engine process ended or did not answer within its deadline."""
 
@@ -36,8 +56,10 @@ class NoServerError(GalaxylineError):
 HTTP_STATUS: dict[type[GalaxylineError], int] = {
     UnknownModelError: 404,
     RequestError: 400,
+    OverloadedError: 429,
     NotReadyError: 503,
     EngineError: 503,
+    DeadlineError: 504,
     PipelineError: 503,
     GalaxylineError: 500,
 }
@@ -48,6 +70,7 @@ EXIT_CODE: dict[type[GalaxylineError], int] = {
     CheckpointError: 2,
     PlanError: 2,
     PlacementError: 2,
+    ReleaseError: 2,
     CacheError: 1,
     ClusterError: 1,
     StartError: 1,

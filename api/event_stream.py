@@ -1,5 +1,6 @@
 """A response of server-sent events that ends its source when the client goes away."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from typing import Protocol
@@ -8,6 +9,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.disconnect import ClientDisconnectedError, run_while_connected
+from api.errors import DeadlineError
+from api.request_deadline import RequestDeadline
+from weights.errors import GalaxylineError
+
+EVENTS_AT_ONCE = 64
+"""After so many others get their turn: where a slow client has let events pile up, none of them waits by itself."""
 
 
 class Source(Protocol):
@@ -16,15 +23,29 @@ class Source(Protocol):
     def aclose(self) -> Awaitable[None]:
         """Ends the source; called once nobody iterates over the events."""
 
+    def last_words(self, error: GalaxylineError) -> bytes:
+        """What the stream ends with where it has to end before its source."""
+
 
 class EventStream(Response):
-    """Sends every item of `events` at once, and closes `source` however the response ends."""
+    """Sends every item of `events` at once, and closes `source` however the response ends.
+
+    One whose `deadline` passes ends with the source's last words.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], source: Source, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        source: Source,
+        headers: Mapping[str, str],
+        deadline: RequestDeadline,
+    ) -> None:
         self._events = events
         self._source = source
+        self._deadline = deadline
+        self._is_started = False
         self.status_code = 200
         self.background = None
         # A proxy such as nginx would otherwise collect events before it passes them on.
@@ -35,13 +56,30 @@ class EventStream(Response):
         # The source is closed here, not by the generator of events: one that never began has nothing to clean up.
         async with aclosing(self._source):
             try:
-                await run_while_connected(receive, self._send_all(send))
+                await run_while_connected(receive, self._send_all(send), self._deadline)
             except ClientDisconnectedError:
                 return
+            except DeadlineError as error:
+                words = self._source.last_words(error)
+            else:
+                return
+        # By now the engine has been told: a client that does not read its last event holds nothing up.
+        await self._start(send)
+        await send({"type": "http.response.body", "body": words, "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        if not self._is_started:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._is_started = True
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await self._start(send)
+            since_others = 0
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                since_others += 1
+                if since_others == EVENTS_AT_ONCE:
+                    since_others = 0
+                    await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": b"", "more_body": False})

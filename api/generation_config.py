@@ -7,9 +7,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
+
+GENERATION_CONFIG_BYTES_MAX = 1 << 20
 
 MODELS_OWN = "auto"
 NO_ADVICE = "vllm"
@@ -55,11 +58,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises CheckpointError where the file cannot be read, is no JSON, or a key has the wrong type or range.
         """
         path = directory / GENERATION_CONFIG_FILE
-        try:
-            return msgspec.convert(json.loads(path.read_bytes()), cls)
-        except FileNotFoundError:
+        content = read_bounded(path, GENERATION_CONFIG_BYTES_MAX)
+        if content is None:
             return cls()
-        except OSError as error:
-            raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-        except ValueError as error:
+        try:
+            return msgspec.convert(json.loads(content), cls)
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no generation config: {error}.") from error

@@ -9,7 +9,7 @@ from api.pipeline_view import StageView
 from stages.step import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-EnginePhase = Literal["loading", "ready", "failed"]
+EnginePhase = Literal["loading", "ready", "recovering", "failed"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
@@ -76,7 +76,8 @@ class Outputs(Message, frozen=True, kw_only=True):
 class EngineState(Message, frozen=True, kw_only=True):
     """Where the engine stands; sent on every change.
 
-    `detail` says which stage loads what, or why it failed. `error_kind` names the error's class when it failed, for
+    While it is "recovering" from the loss of a stage it takes requests, and they wait. `detail` says which stage loads
+    what, what was lost, or why it failed. `error_kind` names the error's class when it failed, for
     the table of exit codes, and is empty before.
     """
 
@@ -119,7 +120,7 @@ class EngineMetrics(Message, frozen=True, kw_only=True):
     The time from one result to the next belongs to the step that came back: `prefill_seconds` and `decode_seconds` are
     together the time in which the pipeline was not empty. `queue_times` are those of requests until they got a slot,
     `step_times` those of steps from their submission to their result, and `result_hops` the last stretch of these,
-    from the last stage to the engine.
+    from the last stage to the engine. `recoveries` are the times from each loss of a stage until steps could go on.
     """
 
     counts: Counts
@@ -130,6 +131,7 @@ class EngineMetrics(Message, frozen=True, kw_only=True):
     prefill_steps: Histogram
     decode_steps: Histogram
     result_hops: Histogram
+    recoveries: Histogram
     stages: list[StageMetrics]
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from api.errors import OptionError
 from weights.errors import CheckpointError
+from weights.presets import preset_directory
 from weights.sample import SAMPLE_DIR
 
 SAMPLE_NAME = "galaxyline-sample"
@@ -33,6 +34,20 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     def is_sample(self) -> bool:
         """Whether it is the model that comes with the program."""
         return self.path == SAMPLE_DIR
+
+
+def resolve_timed_model(model: str | None, environment: Mapping[str, str]) -> ModelSource:
+    """As `resolve_model`; but a published model needs no directory, as its configuration comes with the program.
+
+    Its prompts are read with the sample's tokenizer then.
+    """
+    preset = None if model is None or Path(model).is_dir() else preset_directory(model)
+    try:
+        return resolve_model(model, environment)
+    except OptionError:
+        if model is None or preset is None:
+            raise
+        return ModelSource(path=preset, name=model, root=model, tokenizer=SAMPLE_DIR)
 
 
 def resolve_model(model: str | None, environment: Mapping[str, str]) -> ModelSource:

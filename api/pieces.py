@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from api.completion_text import CompletionText, Piece
 from api.errors import EngineError
+from api.request_stream import OUTPUTS_WAITING_MAX, TOO_SLOW
 from api.token_source import TokenStream
 
 
@@ -54,8 +55,10 @@ async def _pieces(text: CompletionText, stream: TokenStream) -> AsyncGenerator[P
 
 
 async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGenerator[Piece, None]:
+    # A client that does not read holds up all its choices, but none of them for ever: see `RequestStream`.
     queue: asyncio.Queue[Piece | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_forward(text, stream, queue)) for text, stream in choices]
+    most = OUTPUTS_WAITING_MAX * len(choices)
+    tasks = [asyncio.create_task(_forward(text, stream, queue, most)) for text, stream in choices]
     try:
         running = len(tasks)
         while running:
@@ -73,9 +76,12 @@ async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGen
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Queue[Piece | None]) -> None:
+async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Queue[Piece | None], most: int) -> None:
     try:
         async for piece in _pieces(text, stream):
+            if queue.qsize() >= most:
+                await stream.aclose()
+                raise EngineError(TOO_SLOW)
             queue.put_nowait(piece)
     finally:
         queue.put_nowait(None)

@@ -13,14 +13,16 @@ StageState = Literal["placing", Phase, State]
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage: where it is, what it holds, and what it does.
+    """Stage `stage` of the pipeline of one `replica`: where it is, what it holds, and what it does.
 
     `host`, `rows` and `pid` are None until they are known. It holds the layers [first_layer, end_layer), of which
     `layers_done` are loaded. `state` is that of `StageProgress` until the pipeline is ready and that of `StageHealth`
     from then on, "placing" before either. `step_id` is the step it works on, since `step_seconds`. `busy_share` is the
-    share of the last ten seconds that it computed in. `resident_bytes` is the memory of its process.
+    share of the last ten seconds that it computed in. `resident_bytes` is the memory of its process. `received_bytes`
+    have come by its link from the stage before, or from the engine, and `sent_bytes` gone to the next one at `sent_to`.
     """
 
+    replica: int = 0
     stage: int
     host: str | None
     rows: list[int] | None
@@ -37,12 +39,18 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     resident_bytes: int | None
     kv_cache_blocks_used: int
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    sent_to: str | None = None
 
 
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's books: see `Counts`. `epoch` is None while there is no pipeline."""
+    """An engine's books: see `Counts`. `epoch` is None while there is no pipeline.
 
-    pid: int
+    Of several engines they are sums, and `pid` and `epoch`, which cannot be added, None.
+    """
+
+    pid: int | None
     epoch: int | None
     microbatches: int
     steps_in_flight: int
@@ -55,17 +63,47 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_blocks_used: int
 
 
-class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of `GET /pipeline`. `detail` says what is loaded, or why the engine failed.
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine. `detail` says what is loaded, or why it failed or does not answer: then `engine` is None."""
 
-    Once it has failed and is gone, `engine` is None and there are no `stages`.
+    replica: int
+    phase: Literal["loading", "ready", "recovering", "failed"]
+    detail: str
+    engine: EngineView | None
+
+
+class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `GET /pipeline`. `phase` and `detail` are those of all replicas together: see `common_state`.
+
+    `engine` is the sum over those that answer, None where none does. `stages` are theirs, in the order of replicas;
+    once an engine has failed and is gone, it has none.
     """
 
     model: str
-    phase: Literal["loading", "ready", "failed"]
+    phase: Literal["loading", "ready", "recovering", "failed"]
     detail: str
     engine: EngineView | None
+    replicas: list[ReplicaView]
     stages: list[StageView]
+
+
+def total(engines: Sequence[EngineView]) -> EngineView | None:
+    """The books of several engines together, those of a single one as they are; None of no engine."""
+    if len(engines) <= 1:
+        return engines[0] if engines else None
+    return EngineView(
+        pid=None,
+        epoch=None,
+        microbatches=sum(engine.microbatches for engine in engines),
+        steps_in_flight=sum(engine.steps_in_flight for engine in engines),
+        requests_running=sum(engine.requests_running for engine in engines),
+        requests_waiting=sum(engine.requests_waiting for engine in engines),
+        preemptions=sum(engine.preemptions for engine in engines),
+        slots=sum(engine.slots for engine in engines),
+        slots_used=sum(engine.slots_used for engine in engines),
+        kv_cache_blocks=sum(engine.kv_cache_blocks for engine in engines),
+        kv_cache_blocks_used=sum(engine.kv_cache_blocks_used for engine in engines),
+    )
 
 
 class StageRoster:
@@ -119,6 +157,9 @@ class StageRoster:
             restarts=max(self._starts[spec.index] - 1, 0),
             resident_bytes=None if health is None else health.resident_bytes or None,
             kv_cache_blocks_used=kv_cache_blocks_used,
+            received_bytes=0 if health is None else health.received_bytes,
+            sent_bytes=0 if health is None else health.sent_bytes,
+            sent_to=None if health is None else health.sent_to or None,
         )
 
 

@@ -11,13 +11,18 @@ from api.validation import parse_body
 PROMPTS_MAX = 4096
 CHOICES_MAX = 128
 STOPS_MAX = 4
+BAD_WORDS_MAX = 4096
+WORD_CHARACTERS_MAX = 1024
+"""Of a stop string or a bad word."""
+
 LOGIT_BIAS_MAX = 100.0
 """Larger biases are cut to this, smaller ones to its negative, as vLLM does."""
 
 PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, none of them empty"
+_WORD_LENGTHS = f"each of 1 to {WORD_CHARACTERS_MAX} characters"
+STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, {_WORD_LENGTHS}"
 TOKEN_IDS_FORM = "a list of token ids"  # noqa: S105  # no secret
-WORDS_FORM = "a list of strings, none of them empty"
+WORDS_FORM = f"a list of up to {BAD_WORDS_MAX} strings, {_WORD_LENGTHS}"
 BIASES_FORM = 'an object of numbers by token id, like {"42": -1.5}'
 
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -68,13 +73,15 @@ def _stops(value: Any) -> list[str]:
 
 def _words(value: Any) -> list[str]:
     words = [] if value is None else value
-    if not _are_words(words):
+    if not _are_words(words) or len(words) > BAD_WORDS_MAX:
         raise ValueError(WORDS_FORM)
     return list(words)
 
 
 def _are_words(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+    return isinstance(value, list) and all(
+        isinstance(word, str) and 0 < len(word) <= WORD_CHARACTERS_MAX for word in value
+    )
 
 
 def token_ids(value: object) -> list[int] | None:

@@ -12,6 +12,7 @@ from api.model_source import ModelSource, check_model_files
 from api.tokenizer import TextTokenizer
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig
+from weights.sample.documents import texts
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,13 @@ CHUNK_TOKENS = 512
 
 
 class ReferenceSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `reference`: the first `total_length` tokens of the text in `text_file` go to `output_file`."""
+    """The options of `reference`: the first `total_length` tokens of the text in `text_file` go to `output_file`.
+
+    Without a text it is the one that comes with the program, which the sample model was trained on.
+    """
 
     source: ModelSource
-    text_file: Path
+    text_file: Path | None
     output_file: Path
     total_length: int
 
@@ -58,18 +62,22 @@ def write_reference(settings: ReferenceSettings, work: LongWork) -> int:
 
 
 def _tokens(settings: ReferenceSettings) -> list[int]:
-    try:
-        text = settings.text_file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"Cannot read the text '{settings.text_file}': {error.strerror}.") from error
-    except UnicodeDecodeError:
-        raise OptionError(f"'{settings.text_file}' is no UTF-8 text.") from None
+    text = "\n\n".join(texts()) if settings.text_file is None else _text(settings.text_file)
     tokenizer = TextTokenizer.load(settings.source.tokenizer or settings.source.path)
     positions = ModelConfig.from_file(settings.source.path / "config.json").max_position_embeddings
     tokens = tokenizer.encode(text)[: min(settings.total_length, positions)]
     if len(tokens) < TOP:
         raise OptionError(f"'{settings.text_file}' gives {len(tokens)} tokens: a reference takes at least {TOP}.")
     return tokens
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"Cannot read the text '{path}': {error.strerror}.") from error
+    except UnicodeDecodeError:
+        raise OptionError(f"'{path}' is no UTF-8 text.") from None
 
 
 def _load(path: Path) -> Any:

@@ -63,6 +63,14 @@ class RequestMetrics:
             if output.finish_reason is not None:
                 self._end(output.request_id, output.finish_reason, now)
 
+    def release(self, request_id: int) -> OpenRequest:
+        """A request is handed on to another engine, whose `adopt` gets what is returned."""
+        return self._open.pop(request_id)
+
+    def adopt(self, request_id: int, request: OpenRequest) -> None:
+        """A request comes from another engine; its times count from its true beginning."""
+        self._open[request_id] = request
+
     def ended_here(self, request_id: int, reason: FinishReason) -> None:
         """The front end gave a request up, or had what it wanted."""
         self._end(request_id, reason, self._clock())

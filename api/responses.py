@@ -115,6 +115,18 @@ class DetokenizedText(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
 
 
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /health, /ready and /live where it is yes."""
+
+    status: str
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /version."""
+
+    version: str
+
+
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     """`type` follows from the HTTP status `code`; `param` is the request's field at fault."""
 

@@ -2,6 +2,7 @@
 
 Decode and prefill are separate steps and take turns when both are ready, so that a microbatch that is ready to decode
 waits for one prefill step at most before each decode step up to its own: never more than there are microbatches.
+Requests that failing steps have in common are kept apart (see api/suspects.py).
 Microbatches decode in the order of their last decode step; a decode step holds every request of its microbatch that
 is ready. Prefill takes requests in the order of arrival; one step may hold chunks of several, of any microbatch, and
 the chunks of one prompt follow each other without waiting for results. Every stage runs steps in order, so a block or
@@ -20,6 +21,7 @@ from api.prefill_pace import PrefillPace
 from api.scheduler_options import SchedulerOptions
 from api.sequence import Run, Sequence
 from api.slots import Slots
+from api.suspects import Suspects, acquit, group_of
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step, StepResult, TokenLogprobs
 
@@ -30,13 +32,14 @@ BY_ARRIVAL = attrgetter("arrival")
 class StepInFlight:
     """A step whose result is awaited.
 
-    `runs` are those it samples for; `scored` are those whose prompt it scores, each with its segment's start.
-    `microbatch` is None for a prefill step.
+    `members` are all runs in it and `runs` those it samples for; `scored` are those whose prompt it scores, each with
+    its segment's start. `microbatch` is None for a prefill step.
     """
 
     step_id: int
     microbatch: int | None
     token_count: int
+    members: list[Run]
     runs: list[Run]
     scored: list[tuple[Run, int]]
 
@@ -73,6 +76,7 @@ class Scheduler:
         self._step_id = 0
         self._last_decode = [0] * options.steps_in_flight
         self._prefill_next = True
+        self._suspects = Suspects()
         self.preemptions = 0
         self._pace = PrefillPace(options)
         self.reset(epoch)
@@ -116,6 +120,19 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._leave(run)
+
+    def blame(self, step_id: int | None, error: str) -> list[RequestOutput]:
+        """Notes that a step in flight made the pipeline fail; to be told before `reset`.
+
+        A request that was alone in such a step twice, and did not get on in between, ends with the sentence `error`.
+        """
+        failed = next((step for step in self._in_flight if step.step_id == step_id), None)
+        sequences = [] if failed is None else [run.sequence for run in failed.members if run.active]
+        if failed is None or not self._suspects.blame(sequences, "prefill" if failed.microbatch is None else "decode"):
+            return []
+        request_id = sequences[0].request_id
+        del self._sequences[request_id]
+        return [RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=error)]
 
     def fail(self, error: str) -> list[RequestOutput]:
         """Ends every request with this sentence, and forgets every step."""
@@ -167,8 +184,9 @@ class Scheduler:
             if run.active
         }
         logprobs = result.logprobs or [None] * len(result.tokens)
+        mode: Mode = "prefill" if awaited.microbatch is None else "decode"
         outputs = [
-            self._advance(run, token, logprob, scores.pop(run, []))
+            self._advance(run, mode, token, logprob, scores.pop(run, []))
             for run, token, logprob in zip(awaited.runs, result.tokens, logprobs, strict=True)
             if run.active
         ]
@@ -190,9 +208,10 @@ class Scheduler:
         return awaited
 
     def _advance(
-        self, run: Run, token: int, logprob: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
+        self, run: Run, mode: Mode, token: int, logprob: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
     ) -> RequestOutput:
         sequence = run.sequence
+        acquit(sequence, mode)
         reason = sequence.append(token)
         if reason is None:
             self._decodable[run.microbatch].append(run)
@@ -211,7 +230,11 @@ class Scheduler:
     def _decode_step(self) -> Step | None:
         ready = [m for m, runs in enumerate(self._decodable) if runs and not self._decoding[m]]
         for microbatch in sorted(ready, key=self._last_decode.__getitem__):
-            runs, self._decodable[microbatch] = self._decodable[microbatch], []
+            group = group_of(self._decodable[microbatch][0].sequence)
+            runs = [run for run in self._decodable[microbatch] if group_of(run.sequence) == group]
+            self._decodable[microbatch] = [
+                run for run in self._decodable[microbatch] if group_of(run.sequence) != group
+            ]
             # In the order of arrival, so that a run that gives way to another one is not in the step yet.
             runs.sort(key=BY_ARRIVAL)
             segments: list[Segment] = []
@@ -223,7 +246,7 @@ class Scheduler:
             if segments:
                 self._decoding[microbatch] = True
                 step = self._issue(
-                    "decode", segments, [], StepInFlight(self._step_id, microbatch, len(segments), decoded, [])
+                    "decode", segments, [], StepInFlight(self._step_id, microbatch, len(segments), decoded, decoded, [])
                 )
                 self._last_decode[microbatch] = step.step_id
                 return step
@@ -246,10 +269,12 @@ class Scheduler:
     def _prefill_step(self) -> Step | None:
         segments: list[Segment] = []
         admissions: list[Admission] = []
+        members: list[Run] = []
         sampled: list[Run] = []
         scored: list[tuple[Run, int]] = []
         most = budget = self._prefill_budget()
-        while run := self._next_to_prefill(budget, admissions):
+        while run := self._next_to_prefill(budget, admissions, members):
+            members.append(run)
             count = self._chunk(run.prefill_end - run.issued, budget)
             if run.sequence.sampling.prompt_logprobs is not None:
                 scored.append((run, run.issued))
@@ -260,7 +285,7 @@ class Scheduler:
                 self._prefilling = None
         if not segments:
             return None
-        in_flight = StepInFlight(self._step_id, None, most - budget, sampled, scored)
+        in_flight = StepInFlight(self._step_id, None, most - budget, members, sampled, scored)
         return self._issue("prefill", segments, admissions, in_flight)
 
     def _prefill_budget(self) -> int:
@@ -269,12 +294,17 @@ class Scheduler:
             return self._pace.tokens
         return self._options.prefill_chunk
 
-    def _next_to_prefill(self, budget: int, admissions: list[Admission]) -> Run | None:
-        """The run whose chunk comes next: the one that has begun, or else the first that waits, if it finds room."""
+    def _next_to_prefill(self, budget: int, admissions: list[Admission], members: list[Run]) -> Run | None:
+        """The run whose chunk comes next: the one that has begun, or else the first that waits, if it finds room.
+
+        None too where it may not share a step with the `members` that are there.
+        """
         run = self._prefilling
         if run is not None:
             return run if self._chunk(run.prefill_end - run.issued, budget) else None
         if not self._waiting or not self._chunk(len(self._waiting[0].tokens), budget):
+            return None
+        if members and group_of(members[0].sequence) != group_of(self._waiting[0]):
             return None
         run = self._prefilling = self._admit(self._waiting[0])
         if run is not None:

@@ -4,6 +4,7 @@ import msgspec
 
 from api.errors import OptionError
 from stages.options import CacheOptions
+from stages.plan import default_microbatches
 
 DEFAULT_PREFILL_WAIT = 4.0
 """A prompt of 512 tokens takes as long as four decode steps of 32 users on the machines this was measured on."""
@@ -48,9 +49,3 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
     def slots_per_microbatch(self) -> int:
         """Requests that run in one microbatch at most."""
         return self.cache.slots // self.steps_in_flight
-
-
-def default_microbatches(stages: int) -> int:
-    """One for every stage and one more, so that none waits for the way back; one where there is one stage, because
-    half the batch would cost it as much time as the whole."""
-    return stages + 1 if stages > 1 else 1

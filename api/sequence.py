@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from api.messages import AddRequest, FinishReason
+from api.suspects import Suspicion
 from stages.step import Admission, SamplingParams, TokenLogprobs
 
 
@@ -12,7 +13,7 @@ class Sequence:
 
     `arrival` counts upward; the first `prompt_tokens` are the prompt, and `end` is the number of tokens at which the
     request has had its `max_tokens`. Log-probabilities of the prompt's tokens at positions 1 to `scored` have been
-    handed out.
+    handed out. A step of it has failed since it last got on where there is a `suspicion`.
     """
 
     request_id: int
@@ -24,6 +25,7 @@ class Sequence:
     sampling: SamplingParams
     forced: list[int]
     scored: int = 0
+    suspicion: Suspicion | None = None
 
     @classmethod
     def of(cls, request: AddRequest, arrival: int) -> "Sequence":

@@ -27,8 +27,8 @@ MIB = 1 << 20
 STYLES = {"running": "green", "ready": "green", "blocked": "yellow", "silent": "red", "dead": "red", "failed": "red"}
 
 
-def read_view(url: str) -> PipelineView:
-    """Asks the server at `url`.
+def read_view(url: str, api_key: str | None = None) -> PipelineView:
+    """Asks the server at `url`, with a key where it wants one.
 
     Raises OptionError where `url` is no HTTP address, NoServerError where no galaxyline server answers there, and
     EngineError with the server's sentence where it answers with an error.
@@ -38,7 +38,7 @@ def read_view(url: str) -> PipelineView:
     # A proxy for the web is none for a server that is named by its address.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{url.rstrip('/')}/pipeline", timeout=ANSWER_TIMEOUT_S) as response:
+        with opener.open(_question(url, api_key), timeout=ANSWER_TIMEOUT_S) as response:
             return msgspec.json.decode(response.read(), type=PipelineView)
     except urllib.error.HTTPError as error:
         raise _refusal(url, error) from error
@@ -46,6 +46,11 @@ def read_view(url: str) -> PipelineView:
         raise _stranger(url) from error
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise NoServerError(f"No server answers at {url}: start one, or give its address with --url.") from error
+
+
+def _question(url: str, api_key: str | None) -> urllib.request.Request:
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    return urllib.request.Request(f"{url.rstrip('/')}/pipeline", headers=headers)  # noqa: S310  # _is_http has looked
 
 
 def _is_http(url: str) -> bool:
@@ -81,14 +86,27 @@ def follow(console: Console, read: Callable[[], PipelineView], sleep: Callable[[
 
 def render(view: PipelineView) -> Group:
     """What is shown of a view."""
-    head = Text.assemble((view.model, "bold"), ": ", (view.phase, STYLES.get(view.phase, "yellow")))
-    if view.detail:
-        head.append(f". {view.detail}")
-    parts: list[Text | Table] = [head]
+    parts: list[Text | Table]
+    if len(view.replicas) == 1:
+        parts = _engine_lines(view.model, view.phase, view.detail, view.engine)
+    else:
+        parts = [_head(view.model, view.phase)]
+        for replica in view.replicas:
+            parts += _engine_lines(f"replica {replica.replica}", replica.phase, replica.detail, replica.engine)
     if view.engine is not None:
-        parts.append(_engine_line(view.engine))
-        parts.append(_table(view.stages))
+        parts.append(_table(view.stages, shows_replica=len(view.replicas) > 1))
     return Group(*parts)
+
+
+def _engine_lines(name: str, phase: str, detail: str, engine: EngineView | None) -> list[Text | Table]:
+    head = _head(name, phase)
+    if detail:
+        head.append(f". {detail}")
+    return [head] if engine is None else [head, _engine_line(engine)]
+
+
+def _head(name: str, phase: str) -> Text:
+    return Text.assemble((name, "bold"), ": ", (phase, STYLES.get(phase, "yellow")))
 
 
 def _engine_line(engine: EngineView) -> Text:
@@ -100,15 +118,16 @@ def _engine_line(engine: EngineView) -> Text:
     )
 
 
-def _table(stages: list[StageView]) -> Table:
+def _table(stages: list[StageView], *, shows_replica: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("stage", "host", "rows", "layers"):
+    for name in (*(["replica"] if shows_replica else []), "stage", "host", "rows", "layers"):
         table.add_column(name, no_wrap=True)
     table.add_column("state")
     for name in ("steps", "busy", "restarts", "memory", "pid"):
         table.add_column(name, justify="right", no_wrap=True)
     for stage in stages:
         table.add_row(
+            *([str(stage.replica)] if shows_replica else []),
             str(stage.stage),
             stage.host or "-",
             "-" if stage.rows is None else ",".join(map(str, stage.rows)),

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.disconnect import ClientDisconnectedError
+from api.openapi import BODY_ERRORS, answers_of, body_of, object_answer
 from api.prompts import refuse_other_model, refuse_outside_vocabulary
 from api.protocol import TOKEN_IDS_FORM, token_ids
 from api.request_body import read_and_parse
@@ -61,19 +62,27 @@ class Tokenization:
 
     def add_routes(self, app: FastAPI) -> None:
         """Adds the three routes to an application."""
-        for path, handler, kind in (
-            ("/tokenize", self.tokenize, TokenizeRequest),
-            ("/detokenize", self.detokenize, DetokenizeRequest),
+        for path, handler, kind, answer in (
+            ("/tokenize", self.tokenize, TokenizeRequest, Tokens),
+            ("/detokenize", self.detokenize, DetokenizeRequest, DetokenizedText),
         ):
-            content = {"application/json": {"schema": kind.model_json_schema()}}
             app.add_api_route(
                 path,
                 handler,
                 methods=["POST"],
                 response_model=None,
-                openapi_extra={"requestBody": {"required": True, "content": content}},
+                response_class=Response,
+                responses=answers_of(answer, *BODY_ERRORS),
+                openapi_extra=body_of(kind),
             )
-        app.add_api_route("/tokenizer_info", self.tokenizer_info, methods=["GET"], response_model=None)
+        app.add_api_route(
+            "/tokenizer_info",
+            self.tokenizer_info,
+            methods=["GET"],
+            response_model=None,
+            response_class=Response,
+            responses=object_answer(),
+        )
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text. Raises RequestError."""

@@ -10,11 +10,17 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from api.incremental_decoder import IncrementalDecoder
+from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+TOKENIZER_BYTES_MAX = 1 << 27
+"""Sixteen times DeepSeek-R1's."""
+
+CONFIG_BYTES_MAX = 1 << 24
 
 Side = Literal["left", "right"]
 
@@ -33,10 +39,16 @@ class TextTokenizer:
     ) -> None:
         """`add_bos` puts BOS before every text where tokenizer.json's own post-processor does not.
 
-        `config` is what tokenizer_config.json holds: clients may ask for it.
+        `config` is what tokenizer_config.json holds: clients may ask for it. `special_tokens` are its texts of them by
+        name, such as `bos_token`.
         """
         self._tokenizer = tokenizer
         self.config = config
+        self.special_tokens = {
+            name: text
+            for name, value in config.items()
+            if name.endswith("_token") and (text := _token_text(value)) is not None
+        }
         self.bos_token_id = _token_id(tokenizer, bos_token)
         self.eos_token = eos_token
         self.eos_token_id = _token_id(tokenizer, eos_token)
@@ -63,6 +75,8 @@ class TextTokenizer:
                 f"Tokenizer files not found in the model directory. Expected one of: {TOKENIZER_FILE}. "
                 f"Checked: '{directory}'."
             )
+        if path.stat().st_size > TOKENIZER_BYTES_MAX:
+            raise CheckpointError(f"{path} is larger than {TOKENIZER_BYTES_MAX} bytes: it is no tokenizer.")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself for whatever is wrong with the file
@@ -102,6 +116,16 @@ class TextTokenizer:
         """A decoder for one sequence that grows token by token."""
         return IncrementalDecoder(self._tokenizer, self._special if skip_special_tokens else frozenset())
 
+    @property
+    def size(self) -> int:
+        """The number of tokens, special ones included: every id is less."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The tokens that `decode` leaves out, in rising order."""
+        return sorted(self._special)
+
     def token_text(self, token: int) -> str:
         """Text of one token by itself, special ones included; U+FFFD for bytes that are no whole character."""
         text = self._texts.get(token)
@@ -133,23 +157,13 @@ def _token_id(tokenizer: Tokenizer, token: str | None) -> int | None:
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
     path = directory / TOKENIZER_CONFIG_FILE
     try:
-        config = json.loads(_read(path) or b"{}")
-    except ValueError as error:
+        config = json.loads(read_bounded(path, CONFIG_BYTES_MAX) or b"{}")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
-    template = _read(directory / CHAT_TEMPLATE_FILE)
+    template = read_bounded(directory / CHAT_TEMPLATE_FILE, CONFIG_BYTES_MAX)
     return config if template is None else {**config, "chat_template": template.decode(errors="replace")}
-
-
-def _read(path: Path) -> bytes | None:
-    """What the file holds; None where there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _token_text(value: object) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from api.chat_template import ChatTemplate
 from api.demo.accuracy import accuracy
 from api.demo.generation import Demand, Generation, TextDecoder, TokenIds
 from api.demo.reference_file import Reference, read_reference_file
@@ -13,6 +14,7 @@ from api.demo.results_log import LoggedResult, ResultsLog
 from api.demo.setup import DemoSetup
 from api.errors import RequestError
 from api.messages import AddRequest
+from api.served_model import ServedModel
 from api.token_source import TokenSource
 from stages.step import SamplingParams
 
@@ -148,9 +150,15 @@ def _prompts(setup: DemoSetup) -> list[Wanted]:
             for place, text in enumerate(texts, start=1)
         ]
     return [
-        Wanted(index=place, prompt=text, tokens=model.tokenizer.encode(text))
+        Wanted(index=place, prompt=text, tokens=_tokens(text, model, setup.chat_template))
         for place, text in enumerate(setup.prompts, start=1)
     ]
+
+
+def _tokens(prompt: str, model: ServedModel, template: ChatTemplate | None) -> list[int]:
+    if template is None:
+        return model.tokenizer.encode(prompt)
+    return model.tokenizer.encode(template.render([{"role": "user", "content": prompt}]), add_special_tokens=False)
 
 
 def _references(setup: DemoSetup) -> list[Wanted]:

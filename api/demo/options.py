@@ -1,22 +1,25 @@
 """What a demo is asked to do: the flags of the tt-metal demo, under their names."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from api.errors import OptionError
+from stages.plan import USERS_PER_ROW
+from stages.wormhole import GALAXY_COLUMNS
 
 DEFAULT_MAX_NEW_TOKENS = 32
-DEFAULT_USERS_PER_ROW = 32
-USERS_PER_ROW_UNIT = 8
-"""Chips of a Galaxy row, each of which keeps the cache of as many users."""
 
 Generator = Literal["bp", "pp"]
 SingleLayer = Literal["mlp", "moe"]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+Options = TypeVar("Options", bound=msgspec.Struct)
 
 
-class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
+class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of one run; see `galaxyline demo --help` for each.
 
     Raises OptionError, with the texts of the tt-metal demo where it has one, where they do not go together.
@@ -24,31 +27,32 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     prompts: list[str] = []
     prompts_file: Path | None = None
-    num_prompts: int | None = None
+    num_prompts: Count | None = None
     output_path: Path | None = None
     checkpoint_jsonl: Path | None = None
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     generator: Generator = "bp"
     random_weights: bool = False
     single_layer: SingleLayer | None = None
-    override_num_layers: int | None = None
+    override_num_layers: Count | None = None
     token_accuracy: bool = False
     reference_files: list[Path] = []
-    tf_prompt_len: int | None = None
-    sampling_temperature: float = 0.0
-    sampling_top_k: int = 0
-    sampling_top_p: float = 1.0
+    tf_prompt_len: Count | None = None
+    sampling_temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
+    sampling_top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
+    sampling_top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     stop_at_eos: bool = True
     repeat_batches: int = 1
-    max_users_per_row: int = DEFAULT_USERS_PER_ROW
+    chat_template: bool = False
+    max_users_per_row: int = USERS_PER_ROW
 
     def __post_init__(self) -> None:
         self._check_prompts()
         self._check_accuracy()
         self._check_random_weights()
-        if self.max_users_per_row < 1 or self.max_users_per_row % USERS_PER_ROW_UNIT:
+        if self.max_users_per_row < 1 or self.max_users_per_row % GALAXY_COLUMNS:
             raise OptionError(
-                f"--max-users-per-row {self.max_users_per_row} is no multiple of {USERS_PER_ROW_UNIT}: every chip of "
+                f"--max-users-per-row {self.max_users_per_row} is no multiple of {GALAXY_COLUMNS}: every chip of "
                 "a row keeps the cache of as many users."
             )
         if self.checkpoint_jsonl is not None and self.repeat_batches > 1:
@@ -60,7 +64,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
         has_prompts = bool(self.prompts) or self.prompts_file is not None
         if not (has_prompts or self.random_weights or self.token_accuracy):
             raise OptionError(
-                'A prompt is required unless --random-weights is used: galaxyline demo "San Francisco is a".'
+                'A prompt is required unless --random-weights is used. Give one: galaxyline demo "San Francisco is a".'
             )
         for name, value in (("--num-prompts", self.num_prompts), ("--output-path", self.output_path)):
             if value is not None and self.prompts_file is None:
@@ -68,8 +72,9 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_accuracy(self) -> None:
         if not self.token_accuracy:
-            if self.reference_files:
-                raise OptionError("--reference-file goes with --token-accuracy: add it, or leave the file out.")
+            for name, value in (("--reference-file", self.reference_files), ("--tf-prompt-len", self.tf_prompt_len)):
+                if value:
+                    raise OptionError(f"{name} goes with --token-accuracy: add it, or leave {name} out.")
             return
         if self.random_weights:
             raise OptionError("--token-accuracy requires full-model mode (disable --random-weights)")
@@ -77,6 +82,8 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise OptionError("--token-accuracy requires --reference-file pointing to a .pt/.refpt file")
         if self.prompts or self.prompts_file is not None:
             raise OptionError("--token-accuracy takes its prompts from --reference-file: leave other prompts out.")
+        if self.chat_template:
+            raise OptionError("--chat-template goes with prompts: leave it out with --token-accuracy.")
         if self.checkpoint_jsonl is not None:
             raise OptionError(
                 "--checkpoint-jsonl keeps the completions of prompts: leave it out with --token-accuracy."
@@ -87,3 +94,19 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise OptionError("--single-layer goes with --random-weights: add it, or leave --single-layer out.")
         if self.single_layer is not None and self.override_num_layers not in {None, 1}:
             raise OptionError(f"--single-layer is one layer, and --override-num-layers {self.override_num_layers}.")
+
+
+def read_options(kind: type[Options], given: Mapping[str, object]) -> Options:
+    """Options of a `kind` from names and values of whatever types; paths may be strings.
+
+    Raises OptionError for a name or a value that is none of its options'.
+    """
+    try:
+        return msgspec.convert(given, kind, dec_hook=_read_path)
+    except msgspec.ValidationError as error:
+        raise OptionError(f"The demo has no such option: {error}.") from error
+
+
+def _read_path(kind: Callable[[object], object], value: object) -> object:
+    """The way msgspec reads the one type of an option that it does not know."""
+    return kind(value)

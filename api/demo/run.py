@@ -12,9 +12,10 @@ import msgspec
 import uvloop
 from rich.console import Console
 
+from actors.log import keep_logs_off_stdout
 from api.demo.demands import Demands
 from api.demo.generation import Generation, generate
-from api.demo.options import DemoOptions
+from api.demo.options import DemoOptions, read_options
 from api.demo.setup import DemoSetup
 from api.demo.statistics import Statistics, statistics
 from api.engine_client import EngineClient
@@ -29,9 +30,12 @@ Results: TypeAlias = "dict[str, Any]"
 
 OnText = Callable[[str], None]
 
+ENGINE_FLAGS = {"enable_trace": "enable_trace", "max_seq_len": "max_model_len"}
+"""Flags of the tt-metal demo that are the engine's here, and the names of its settings."""
+
 
 def run_demo(
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     *,
     model_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -43,16 +47,18 @@ def run_demo(
     """Completes `prompts` and returns generations, statistics and model_params, as the tt-metal demo's run_demo does.
 
     `model_path` is a directory or a hub id, by default what the environment names, else the sample model. `options`
-    are those of DemoOptions, such as `max_new_tokens`, `generator`, `random_weights` or `token_accuracy`; `engine` has
-    all others. May be called from any thread, and where a loop is running; nothing is left when it returns. Raises
-    GalaxylineError where it cannot be done as asked, or the pipeline fails.
+    are those of DemoOptions, such as `max_new_tokens`, `generator`, `random_weights` or `token_accuracy`, and those of
+    ENGINE_FLAGS; `engine` has all others. May be called from any thread, and where a loop is running; nothing is left
+    when it returns. Raises GalaxylineError where it cannot be done as asked, or the pipeline fails.
     """
-    directory = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE_DIR)
-    settings = engine or EngineSettings(cache_dir=directory)
-    if cache_dir is not None:
-        settings = msgspec.structs.replace(settings, cache_dir=directory)
+    keep_logs_off_stdout()
+    directory = cache_dir or (engine.cache_dir if engine else os.environ.get(CACHE_VARIABLE)) or DEFAULT_CACHE_DIR
+    known = {} if engine is None else msgspec.structs.asdict(engine)
+    asked = {name: options.pop(flag) for flag, name in ENGINE_FLAGS.items() if flag in options}
+    settings = read_options(EngineSettings, {**known, **asked, "cache_dir": directory})
     files = [reference_file] if isinstance(reference_file, str | Path) else reference_file or []
-    demo = DemoOptions(prompts=list(prompts or []), reference_files=[Path(file) for file in files], **options)
+    texts = [prompts] if isinstance(prompts, str) else prompts or []
+    demo = read_options(DemoOptions, {"prompts": list(texts), "reference_files": list(files), **options})
     setup = DemoSetup.of(demo, settings, None if model_path is None else str(model_path))
     return run(setup, _print_text if early_print_first_user else None)
 

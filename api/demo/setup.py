@@ -7,30 +7,47 @@ from typing import Any
 
 import msgspec
 
+from api.chat_template import ChatTemplate
 from api.demo.options import DemoOptions
 from api.demo.prompts_file import read_prompts_file
 from api.demo.results_log import ResultsLog
 from api.engine_options import EngineOptions
 from api.errors import OptionError
-from api.model_source import ModelSource, check_model_files, resolve_model
-from api.scheduler_options import default_microbatches
+from api.model_source import ModelSource, check_model_files, resolve_model, resolve_timed_model
 from api.served_model import ServedModel
 from api.settings import DEFAULT_STAGES, EngineSettings
 from api.tokenizer import TOKENIZER_FILE
+from stages.plan import default_microbatches
 from weights.model_config import ConfigChanges, ModelConfig
+
+RESULT_PARAMS = (
+    "model",
+    "layers",
+    "dense_layers",
+    "weights",
+    "dtype",
+    "max_new_tokens",
+    "chat_template",
+    "sampling",
+)
+"""Which of `model_params` a completion depends on."""
 
 DENSE_LAYERS = {None: None, "mlp": 1, "moe": 0}
 """Dense layers of a run by --single-layer; None leaves what the model has."""
 
 
 class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known before the pipeline starts. `model` is None where there is no tokenizer."""
+    """All that is known before the pipeline starts.
+
+    `model` is None where there is no tokenizer, `chat_template` where prompts are completed as they are.
+    """
 
     options: DemoOptions
     prompts: list[str]
     engine: EngineOptions
     start_timeout_s: float
     model: ServedModel | None
+    chat_template: ChatTemplate | None
     vocab_size: int
     seed: int
     model_params: dict[str, Any]
@@ -44,12 +61,13 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
         environment: Mapping[str, str] = os.environ,
     ) -> "DemoSetup":
         """Reads config, tokenizer and prompts. Raises GalaxylineError where something is missing or does not fit."""
-        source = resolve_model(model_path, environment)
-        check_model_files(source, needs_weights=not options.random_weights)
+        source = (resolve_timed_model if settings.device == "timed" else resolve_model)(model_path, environment)
+        check_model_files(source, needs_weights=settings.needs_weights and not options.random_weights)
         changes = _changes(options)
         config = ModelConfig.from_file(source.path / "config.json").changed(changes)
         settings = _engine_settings(options, settings, config)
         engine = settings.engine_options(source, config, changes)
+        model = _served_model(options, source, config, engine.pipeline.stage.cache.max_model_len)
         return cls(
             options=options,
             prompts=options.prompts
@@ -57,7 +75,8 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
             else read_prompts_file(options.prompts_file, options.num_prompts),
             engine=engine,
             start_timeout_s=settings.start_timeout_s,
-            model=_served_model(options, source, config, engine.pipeline.stage.cache.max_model_len),
+            model=model,
+            chat_template=ChatTemplate.of(model.tokenizer) if options.chat_template and model is not None else None,
             vocab_size=config.vocab_size,
             seed=settings.seed or 0,
             model_params=_model_params(options, source, config, engine),
@@ -76,12 +95,8 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def results_settings(self) -> str:
         """What the completion of a prompt depends on beside the prompt."""
-        told = {
-            key: value for key, value in self.model_params.items() if key in {"model", "layers", "weights", "dtype"}
-        }
-        options = self.options
-        told |= {"max_new_tokens": options.max_new_tokens, "stop_at_eos": options.stop_at_eos, "seed": self.seed}
-        told |= {"sampling": self.model_params["sampling"]}
+        told = {name: self.model_params[name] for name in RESULT_PARAMS}
+        told |= {"stop_at_eos": self.options.stop_at_eos, "seed": self.seed}
         return msgspec.json.encode(told, order="deterministic").decode()
 
 
@@ -137,6 +152,7 @@ def _model_params(
         "users": pipeline.stage.cache.slots,
         "max_model_len": pipeline.stage.cache.max_model_len,
         "max_new_tokens": options.max_new_tokens,
+        "chat_template": options.chat_template,
         "sampling": {
             "temperature": options.sampling_temperature,
             "top_k": options.sampling_top_k,
