@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import msgspec
+import torch
 from safetensors.torch import save_file
 
-from weights.model_config import ModelConfig
+from benchmarks.fp8 import quantise
+from weights.fp8 import SCALE_SUFFIX
+from weights.model_config import FP8_BLOCK, ModelConfig
 from weights.random import RandomCheckpoint
 from weights.sample import SAMPLE_DIR
 from weights.sample.architecture import CONFIG, GENERATION_CONFIG
@@ -16,9 +20,23 @@ from weights.sample.architecture import CONFIG, GENERATION_CONFIG
 SEED = 0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
+LINEAR = "_proj"
+"""In the names of the matrices that DeepSeek-R1 stores as FP8."""
+
+QUANTISATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}
+"""`quantization_config` of DeepSeek-R1."""
+
 
 class Size(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model has under the names of config.json; the rest is as in the sample model."""
+    """What a model has under the names of config.json; the rest is as in the sample model.
+
+    With `is_fp8`, the layers that DeepSeek-R1 stores so are FP8, with a scale for each block.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -36,48 +54,56 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     num_experts_per_tok: int
     n_group: int = 4
     topk_group: int = 2
+    is_fp8: bool = False
 
+
+MINI576 = Size(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=2816,
+    moe_intermediate_size=512,
+    num_hidden_layers=12,
+    num_attention_heads=16,
+    q_lora_rank=384,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+)
+"""DeepSeek-V3's head sizes, and as many values as two cores read in a twentieth of a second."""
+
+TINY = Size(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+)
+"""For the short form: loaded in no time."""
 
 SIZES = {
-    # DeepSeek-V3's head sizes, and as many values as two cores read in a twentieth of a second.
-    "mini576": Size(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        moe_intermediate_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        q_lora_rank=384,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        n_routed_experts=32,
-        num_experts_per_tok=4,
-    ),
-    # For the short form: loaded in no time.
-    "tiny": Size(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        moe_intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        q_lora_rank=96,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-    ),
+    "mini576": MINI576,
+    # About 500 MB.
+    "mini576-fp8": msgspec.structs.replace(MINI576, num_hidden_layers=7, is_fp8=True),
+    "tiny": TINY,
+    "tiny-fp8": msgspec.structs.replace(TINY, is_fp8=True),
 }
 
 
 def write_checkpoint(name: str, directory: Path) -> Path:
     """Writes the model `name` of SIZES, with the sample model's tokenizer, unless it is there; returns `directory`.
 
-    Weights are bfloat16 (biases of routers float32) and follow from SEED alone.
+    Weights are bfloat16 (biases of routers float32), or FP8 where the size says so, and follow from SEED alone.
     """
     config = config_keys(SIZES[name])
     marker = directory / "config.json"
@@ -85,7 +111,7 @@ def write_checkpoint(name: str, directory: Path) -> Path:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     weights = RandomCheckpoint(ModelConfig.from_dict(config, source=name), SEED)
-    tensors = {tensor: weights.tensor(tensor) for tensor in weights.names()}
+    tensors = dict(_stored_tensors(weights, SIZES[name].is_fp8))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     for file in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE_DIR / file, directory / file)
@@ -98,7 +124,17 @@ def write_checkpoint(name: str, directory: Path) -> Path:
 def config_keys(size: Size) -> dict[str, object]:
     """The keys of config.json."""
     sizes = msgspec.structs.asdict(size)
-    return {**CONFIG, **sizes, "num_key_value_heads": size.num_attention_heads}
+    quantisation = {"quantization_config": QUANTISATION} if sizes.pop("is_fp8") else {}
+    return {**CONFIG, **sizes, "num_key_value_heads": size.num_attention_heads, **quantisation}
+
+
+def _stored_tensors(weights: RandomCheckpoint, is_fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in weights.names():
+        tensor = weights.tensor(name)
+        if is_fp8 and LINEAR in name:
+            tensor, scales = quantise(tensor)
+            yield name + SCALE_SUFFIX, scales
+        yield name, tensor
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

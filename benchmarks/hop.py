@@ -1,7 +1,9 @@
 """`python -m benchmarks.hop`: hidden states from one stage to the next, beside a blocking unix socket.
 
-Three things carry the same bytes in turn: blocking calls on a unix socket (the floor), the pipeline's links from loop
-to loop ("bare"), and two stages, from the end of one's computing to the beginning of the other's ("whole").
+Four things carry the same bytes in turn: blocking calls on a unix socket (the floor), event loops with nothing around
+them, the pipeline's links from loop to loop ("bare"), and two stages, from the end of one's computing to the beginning
+of the other's ("whole"). Each does all that the one before it does and more, so the differences say where time goes.
+Beside them, what a link computes for a frame ("framing"), in a loop that keeps caches warm.
 """
 
 import itertools
@@ -9,6 +11,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import uvloop
@@ -17,6 +20,8 @@ from rich.table import Table
 from actors.cores import apply_share
 from actors.options import Device
 from benchmarks.bare_link import BareLink, bare_link
+from benchmarks.event_loop import EventLoop, event_loop
+from benchmarks.framing import Framing
 from benchmarks.hop_steps import BYTES_PER_TOKEN
 from benchmarks.machine import Machine
 from benchmarks.options import benchmark_command
@@ -51,48 +56,70 @@ class HopRow(msgspec.Struct, frozen=True, kw_only=True):
     size: str
     bytes: int
     floor_us: Spread
+    event_loop_us: Spread
+    framing_us: Spread
     bare_us: Spread
     whole_us: Spread
     bare_ratio: Spread
     whole_ratio: Spread
 
 
+class Turn(NamedTuple):
+    """Seconds one way, and for framing a frame."""
+
+    floor: float
+    event_loop: float
+    framing: float
+    bare: float
+    whole: float
+
+
 class Carriers(msgspec.Struct, frozen=True):
     """What carries the bytes."""
 
     floor: PingPong
+    event_loop: EventLoop
+    framing: Framing
     bare: BareLink
     whole: StagePair
 
-    async def turn(self, size: Size) -> tuple[float, float, float]:
-        """Seconds one way of each: the median of `size.count` times."""
+    async def turn(self, size: Size) -> Turn:
+        """One of each, with the median of `size.count` times."""
         floor = self.floor.one_way_seconds(size.tokens * BYTES_PER_TOKEN, size.count)
+        event_loop = await self.event_loop.one_way_seconds(size.tokens * BYTES_PER_TOKEN, size.count)
+        framing = self.framing.seconds(size.tokens, size.count)
         bare = await self.bare.one_way_seconds(size.tokens, size.count)
         whole = await self.whole.hop_seconds(size.tokens, size.count)
-        return statistics.median(floor), statistics.median(bare), statistics.median(whole)
+        return Turn(*map(statistics.median, (floor, event_loop, framing, bare, whole)))
 
 
 async def measure(sizes: list[Size], turns: int) -> list[HopRow]:
     """All sizes, each in so many turns."""
     shares = two_shares()
     apply_share(shares[0], os.environ)
-    times: dict[str, list[tuple[float, float, float]]] = {size.label: [] for size in sizes}
+    times: dict[str, list[Turn]] = {size.label: [] for size in sizes}
     with tempfile.TemporaryDirectory(prefix="hop-") as name:
         directory = Path(name)
         with ping_pong(directory, shares[1]) as floor:
-            async with bare_link(directory, shares[1]) as bare, stage_pair(directory, shares) as whole:
-                carriers = Carriers(floor, bare, whole)
+            async with (
+                event_loop(directory, shares[1]) as looped,
+                bare_link(directory, shares[1]) as bare,
+                stage_pair(directory, shares) as whole,
+            ):
+                carriers = Carriers(floor, looped, Framing(), bare, whole)
                 for _, size in itertools.product(range(turns), sizes):
                     times[size.label].append(await carriers.turn(size))
     return [_row(size, times[size.label]) for size in sizes]
 
 
-def _row(size: Size, times: list[tuple[float, float, float]]) -> HopRow:
-    floor, bare, whole = zip(*times, strict=True)
+def _row(size: Size, turns: list[Turn]) -> HopRow:
+    floor, looped, framing, bare, whole = zip(*turns, strict=True)
     return HopRow(
         size=size.label,
         bytes=size.tokens * BYTES_PER_TOKEN,
         floor_us=Spread.of(floor).scaled(1e6),
+        event_loop_us=Spread.of(looped).scaled(1e6),
+        framing_us=Spread.of(framing).scaled(1e6),
         bare_us=Spread.of(bare).scaled(1e6),
         whole_us=Spread.of(whole).scaled(1e6),
         bare_ratio=ratios(bare, floor),
@@ -113,10 +140,14 @@ def _targets(rows: list[HopRow]) -> list[Target]:
 
 
 def _table(rows: list[HopRow]) -> Table:
-    table = table_of("size", "ping-pong, us", "bare hop, us", "whole hop, us", "bare / ping-pong", "whole / ping-pong")
+    times = ("ping-pong", "event loop", "framing", "bare hop", "whole hop")
+    table = table_of("size, us", *times, "bare / ping-pong", "whole / ping-pong")
     for row in rows:
-        figures = (row.floor_us, row.bare_us, row.whole_us, row.bare_ratio, row.whole_ratio)
-        table.add_row(row.size, *map(str, figures))
+        medians = [
+            f"{spread.median:.3g}"
+            for spread in (row.floor_us, row.event_loop_us, row.framing_us, row.bare_us, row.whole_us)
+        ]
+        table.add_row(row.size, *medians, str(row.bare_ratio), str(row.whole_ratio))
     return table
 
 

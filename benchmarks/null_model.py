@@ -13,10 +13,10 @@ LAYERS = 8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def write_null_model(directory: Path) -> None:
-    """The sample model's configuration with LAYERS layers of HIDDEN_SIZE, and its tokenizer."""
+def write_null_model(directory: Path, layers: int = LAYERS) -> None:
+    """The sample model's configuration with so many layers of HIDDEN_SIZE, and its tokenizer."""
     config = json.loads((SAMPLE_DIR / "config.json").read_bytes())
-    config |= {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN_SIZE}
+    config |= {"num_hidden_layers": layers, "hidden_size": HIDDEN_SIZE}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE_DIR / name, directory / name)

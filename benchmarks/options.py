@@ -1,22 +1,26 @@
 """The command that every benchmark is, and the options that all of them have."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from actors.log import LEVEL_VARIABLE, configure_logging
-from api.cli_options import DeviceName
+from actors.options import Device
 from api.errors import exit_code
+from stages.options import DEVICE_VARIABLE
 from weights.errors import GalaxylineError
 
 DEFAULT_OUT = Path("generated/bench")
 
+COMPUTING: tuple[Device, ...] = ("embedded", "ttnn")
+"""The devices that most benchmarks are for: there is nothing to measure of one that computes nothing."""
+
 _OPTIONS = [
     click.option("--short", is_flag=True, help="Run for seconds, to show that it runs; the figures mean little."),
-    click.option("--device", type=DeviceName(), default="embedded", show_default=True, help="What the stages run on."),
     click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
@@ -42,13 +46,32 @@ class BenchmarkCommand(click.Command):
             ctx.exit(exit_code(error))
 
 
-def benchmark_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a function the command `python -m benchmarks.NAME`, with --short, --device and --out."""
+def benchmark_command(
+    name: str, devices: Sequence[Device] = COMPUTING
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a function the command `python -m benchmarks.NAME`, with --short, --device and --out.
+
+    Unless told otherwise it runs on the first of `devices`.
+    """
+    device = click.option(
+        "--device",
+        type=click.Choice(devices),
+        default=devices[0],
+        show_default=True,
+        help="What the stages run on: a chip each with ttnn.",
+    )
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        for option in reversed(_OPTIONS):
+        for option in (device, *reversed(_OPTIONS)):
             function = option(function)
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
         return click.command(name, cls=BenchmarkCommand, context_settings=settings)(function)
 
     return decorate
+
+
+def bind_process(device: Device) -> None:
+    """Starts this program anew where its own process is bound to another device than `device`."""
+    if os.environ.get(DEVICE_VARIABLE, "embedded") != device:
+        # The interpreter's own arguments: `python -m benchmarks.NAME` and its options.
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, DEVICE_VARIABLE: device})

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import psutil
 from rich.table import Table
 
 from actors.options import Device
 from benchmarks.machine import Machine
 from benchmarks.null_model import write_null_model
-from benchmarks.null_server import NullServer, null_server
+from benchmarks.null_server import null_server
 from benchmarks.null_stage import StepCount, step_count_file
 from benchmarks.options import benchmark_command
 from benchmarks.report import Report, Target, publish, table_of
+from benchmarks.server_process import ServerProcesses, processor_seconds
 from benchmarks.spread import Spread
 from benchmarks.stream_client import ANSWER_SECONDS, StreamError
 
@@ -68,7 +68,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 class Overhead:
     """One server under one load after another."""
 
-    def __init__(self, server: NullServer, model: Path) -> None:
+    def __init__(self, server: ServerProcesses, model: Path) -> None:
         self._server = server
         self._steps = StepCount(step_count_file(model, 0))
 
@@ -95,7 +95,8 @@ class Overhead:
     def _processor_seconds(self) -> tuple[float, float, float]:
         """Of the front end, the engine and all stages together."""
         server = self._server
-        return _seconds(server.front_end), _seconds(server.engine), sum(map(_seconds, server.stages))
+        seconds = processor_seconds
+        return seconds(server.front_end), sum(map(seconds, server.engines)), sum(map(seconds, server.stages))
 
 
 def measure(device: Device, stages: Sequence[int], loads: Sequence[Load], rounds: int) -> list[OverheadRow]:
@@ -118,17 +119,11 @@ def measure(device: Device, stages: Sequence[int], loads: Sequence[Load], rounds
 
 def _stream(url: str, load: Load) -> int:
     command = [sys.executable, "-m", "benchmarks.stream_client", url, str(load.streams), str(load.tokens)]
-    answer = subprocess.run(command, check=True, capture_output=True, timeout=ANSWER_SECONDS)
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=ANSWER_SECONDS)
     tokens = int(json.loads(answer.stdout))
     if tokens != load.streams * load.tokens:
         raise StreamError(f"{tokens} tokens came where {load.streams * load.tokens} were asked for.")
     return tokens
-
-
-def _seconds(process: psutil.Process) -> float:
-    """In user and kernel mode, of all threads there ever were; the kernel counts in hundredths of a second."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def _targets(rows: Sequence[OverheadRow]) -> list[Target]:

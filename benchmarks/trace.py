@@ -1,0 +1,145 @@
+"""`python -m benchmarks.trace`: decode steps that are captured once and replayed, beside the same steps as they are.
+
+Two stages of the sample model, each all of its layers, in this process; they decode the same tokens in turn.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import msgspec
+import torch
+from rich.table import Table
+
+from actors.options import Device
+from benchmarks.machine import Machine
+from benchmarks.options import benchmark_command, bind_process
+from benchmarks.report import Report, Target, publish, table_of
+from benchmarks.spread import Spread, ratios
+from stages.options import CacheOptions, StageOptions
+from stages.plan import plan_stages
+from stages.stage import Stage
+from stages.step import Admission, Mode, SamplingParams, Segment, Step
+from weights.model_config import ModelConfig
+from weights.sample import SAMPLE_DIR
+
+BATCHES = [1, 8, 32]
+SHORT_BATCHES = [1, 2]
+TURNS = 9
+STEPS = 40
+"""Steps of a turn."""
+SHORT_STEPS = 3
+BLOCK = 32
+FASTER_MIN = 1.1
+"""Times as fast as a plain step that a replayed one of a single user shall be: what can be told from noise."""
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+
+
+class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of a step of so many users, and how many times as long the plain one takes."""
+
+    batch: int
+    plain_ms: Spread
+    replayed_ms: Spread
+    faster: Spread
+
+
+class Decoding:
+    """A stage that is the whole model, and `users` requests that it decodes."""
+
+    def __init__(self, users: int, max_model_len: int, *, enable_trace: bool, cache_dir: Path) -> None:
+        blocks = -(-max_model_len // BLOCK)
+        cache = CacheOptions(slots=users, pools=1, blocks=blocks * users, block_size=BLOCK, max_model_len=max_model_len)
+        options = StageOptions(
+            model_path=str(SAMPLE_DIR),
+            cache_dir=str(cache_dir),
+            dtype="float32",
+            load_format="auto",
+            seed=0,
+            cache=cache,
+            enable_trace=enable_trace,
+        )
+        [spec] = plan_stages(ModelConfig.from_file(SAMPLE_DIR / "config.json"), 1)
+        self._stage = Stage.load(spec, options, lambda _done, _of: None)
+        self._users = users
+        self._blocks = blocks
+        self._position = 0
+        admissions = [
+            Admission(slot=slot, sampling=GREEDY, tokens=[slot + 1], prompt_tokens=1) for slot in range(users)
+        ]
+        self._run("prefill", admissions)
+
+    def seconds(self, steps: int) -> float:
+        """Of each of so many steps, on average."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._run("decode", [])
+        return (time.perf_counter() - began) / steps
+
+    def close(self) -> None:
+        """Gives up the stage."""
+        self._stage.close()
+
+    def _run(self, mode: Mode, admissions: list[Admission]) -> None:
+        at = self._position
+        segments = [
+            Segment(slot=slot, start=at, tokens=[1 + slot + at], new_blocks=self._new_blocks(slot), sample=True)
+            for slot in range(self._users)
+        ]
+        step = Step(epoch=1, step_id=at, mode=mode, segments=segments, admissions=admissions, ended=[])
+        self._stage.step(step, memoryview(b""))
+        self._position += 1
+
+    def _new_blocks(self, slot: int) -> list[int]:
+        return [] if self._position % BLOCK else [slot * self._blocks + self._position // BLOCK]
+
+
+def measure(batch: int, turns: int, steps: int) -> TraceRow:
+    """Both kinds of step, in so many turns after one that is not counted."""
+    length = (turns + 1) * steps + 1
+    with tempfile.TemporaryDirectory(prefix="trace-") as name:
+        plain, replayed = (
+            Decoding(batch, length, enable_trace=enable, cache_dir=Path(name)) for enable in (False, True)
+        )
+        times = [(plain.seconds(steps), replayed.seconds(steps)) for _ in range(turns + 1)][1:]
+        plain.close()
+        replayed.close()
+    of_plain, of_replayed = zip(*times, strict=True)
+    return TraceRow(
+        batch=batch,
+        plain_ms=Spread.of(of_plain).scaled(1e3),
+        replayed_ms=Spread.of(of_replayed).scaled(1e3),
+        faster=ratios(of_plain, of_replayed),
+    )
+
+
+def _table(rows: list[TraceRow]) -> Table:
+    table = table_of("users", "plain step, ms", "replayed step, ms", "plain / replayed")
+    for row in rows:
+        table.add_row(str(row.batch), str(row.plain_ms), str(row.replayed_ms), str(row.faster))
+    return table
+
+
+@benchmark_command("trace")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the stage.")
+def main(short: bool, device: Device, out: Path, threads: int) -> None:
+    """Time decode steps that are replayed from a trace, beside the same steps as they are.
+
+    Medians of turns, and the quartiles between which half of the turns lie.
+    """
+    bind_process(device)
+    torch.set_num_threads(threads)
+    machine = Machine.here()
+    batches, turns, steps = (SHORT_BATCHES, 2, SHORT_STEPS) if short else (BATCHES, TURNS, STEPS)
+    rows = [measure(batch, turns, steps) for batch in batches]
+    targets = [
+        Target(name="plain step / replayed step, 1 user", bound=FASTER_MIN, figure=rows[0].faster.median, is_floor=True)
+    ]
+    report = Report(benchmark="trace", device=device, short=short, machine=machine, rows=rows, targets=targets)
+    publish(report, _table(rows), out)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.trace")
