@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
+from api.client_protocol import DEFAULT_CLIENT_TIMEOUT_S, client_protocol
 from api.generation_config import GenerationConfig
 from api.listener import listen, url
 from api.messages import AddRequest
@@ -46,10 +47,11 @@ def never_ending(_: AddRequest) -> Sequence[int]:
 class AppServer:
     """An application served by uvicorn on a thread with its own loop."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S) -> None:
         self._listener = listen("127.0.0.1", 0)
         self.url = url(self._listener)
-        config = uvicorn.Config(app, http="httptools", ws="none", log_config=None, access_log=False)
+        protocol = client_protocol(client_timeout_s)
+        config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, access_log=False)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -68,9 +70,11 @@ class AppServer:
 
 
 @contextmanager
-def serving_app(engine: FakeEngine, model: ServedModel = MODEL) -> Iterator[str]:
+def serving_app(
+    engine: FakeEngine, model: ServedModel = MODEL, client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
+) -> Iterator[str]:
     """The base URL of a server with `engine` behind it."""
-    server = AppServer(create_app(model, engine))
+    server = AppServer(create_app(model, engine), client_timeout_s)
     server.start()
     try:
         yield server.url

@@ -1,8 +1,38 @@
-"""What every test gets: no network look-ups, one torch thread, and no telemetry."""
+"""What every test gets: no network look-ups, one torch thread, and no telemetry; and what many tests share."""
 
+import importlib.util
 import os
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from tests.ray_cluster import running_ray
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Before torch is imported: two cores are shared by the test process and the processes it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROWS = 8
+
+# Where ttnn is not installed; `make test-ttnn` says so if it cannot be.
+collect_ignore = [] if importlib.util.find_spec("ttnn") else ["galaxy"]
+if sys.version_info < (3, 11) or not importlib.util.find_spec("schemathesis"):
+    # It has no release for Python 3.10, and the environment for ttnn does without.
+    collect_ignore.append("test_openapi.py")
+
+
+def pytest_configure() -> None:
+    """Gives each of several test processes its own cores: on shared ones, threads of two servers stall each other."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = sorted(os.sched_getaffinity(0))
+    if worker is not None and workers <= len(cores):
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Mapping[str, str]]:
+    """The environment for joining a Ray cluster that all tests of this process share."""
+    with running_ray(ROWS) as environment:
+        yield environment

@@ -20,7 +20,7 @@ from actors.options import PipelineOptions
 from api.engine_options import EngineOptions
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
-from stages.step import Admission, Segment, StageTiming, Step, StepResult, TokenLogprobs
+from stages.step import Admission, Mode, Segment, StageTiming, Step, StepResult, TokenLogprobs
 
 VOCABULARY = 16
 
@@ -167,6 +167,28 @@ class FakeStage:
         return stored[: self._lengths[slot]]
 
 
+class PoisonedStepError(Exception):
+    """What a stage fails with where a request is in a step that it cannot stand."""
+
+
+class PoisonedStage(FakeStage):
+    """Fails at each prefill step with the token `poison`, or at each decode step of a request that has it."""
+
+    def __init__(self, cache: CacheOptions, prefill_chunk: int, poison: int, mode: Mode) -> None:
+        super().__init__(cache, prefill_chunk)
+        self._poison = poison
+        self._mode = mode
+
+    def run(self, step: Step) -> StepResult:
+        """Raises PoisonedStepError."""
+        if step.mode == self._mode and any(self._poison in self._tokens(segment) for segment in step.segments):
+            raise PoisonedStepError
+        return super().run(step)
+
+    def _tokens(self, segment: Segment) -> list[int]:
+        return segment.tokens if self._mode == "prefill" else self._read(segment.slot)
+
+
 HOP_NS, QUEUE_NS, STEP_NS = 10, 20, 50
 """What every stage of a FakePipeline says that it took: so little that all of it is over when the result comes."""
 
@@ -174,12 +196,21 @@ HOP_NS, QUEUE_NS, STEP_NS = 10, 20, 50
 class FakePipeline:
     """A pipeline around a FakeStage, which gives its results at once.
 
-    From step `break_at` on it fails; from step `stall_at` on it gives no results. Stages claim the times above, one
-    after the other from the submission on.
+    From step `break_at` on it fails, as often as `breaks` says; from step `stall_at` on it gives no results. Stages
+    claim the times above, one after the other from the submission on.
     """
 
-    def __init__(self, options: PipelineOptions, break_at: float = math.inf, stall_at: float = math.inf) -> None:
+    def __init__(
+        self,
+        options: PipelineOptions,
+        break_at: float = math.inf,
+        stall_at: float = math.inf,
+        breaks: float = math.inf,
+    ) -> None:
         self.epoch = 7
+        self.recoveries = 0
+        self._breaks = breaks
+        self._cache = options.stage.cache
         self.is_closed = False
         self.steps: list[Step] = []
         self.timings: list[list[StageTiming]] = []
@@ -192,8 +223,8 @@ class FakePipeline:
     async def submit(self, step: Step) -> None:
         """Runs the step."""
         demand(step.epoch == self.epoch, f"a step of epoch {step.epoch}")
-        if step.step_id >= self._break_at:
-            raise PipelineError(f"Stage 1 on fake-host died at step {step.step_id}: no cause.")
+        if step.step_id >= self._break_at and self.recoveries < self._breaks:
+            raise PipelineError(f"Stage 1 on fake-host died at step {step.step_id}: no cause.", 1, step.step_id)
         self.steps.append(step)
         self.timings.append(fake_timings(now_ns(), len(self.healths)))
         result = msgspec.structs.replace(self._stage.run(step), timings=self.timings[-1])
@@ -207,6 +238,13 @@ class FakePipeline:
     async def health(self) -> list[StageHealth]:
         """What the test wants."""
         return self.healths
+
+    async def recover(self) -> None:
+        """Stages that know nothing."""
+        self.epoch += 1
+        self.recoveries += 1
+        self._stage = FakeStage(self._cache, prefill_chunk=1 << 20)
+        self._results = asyncio.Queue()
 
     async def close(self) -> None:
         """Nothing to end."""
@@ -232,6 +270,7 @@ def fake_health(stage: int) -> StageHealth:
         state="ready",
         step_id=None,
         step_seconds=0.0,
+        received_step=None,
         steps_done=7,
         busy_seconds=0.0,
         layers_done=2,

@@ -83,6 +83,10 @@ class FakeStream:
         if not self.ended:
             self.aborted.set()
 
+    def finish(self, tokens: Sequence[int]) -> None:
+        """Gives a waiting request its last tokens."""
+        self._put(list(tokens), finish="length")
+
     def fail(self) -> None:
         """Ends the request with an error, after what it has been given."""
         self.outputs.put_nowait(EngineError("The engine was closed."))

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
+
+import psutil
 
 from actors.runner import OnProgress, StageRunner
 from stages.options import StageOptions
@@ -94,3 +97,26 @@ def unloadable(spec: StageSpec, options: StageOptions, on_progress: OnProgress) 
 
 def _raise() -> None:
     raise ZeroDivisionError("one by nought")
+
+
+class CuttingRunner(EchoRunner):
+    """An echo that, on the middle stage and at step 1000, shuts all its process's connections down to other stages."""
+
+    def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+        if step.step_id == 1000 and not self.spec.is_first and not self.spec.is_last:
+            for connection in psutil.Process().net_connections("unix"):
+                if "galaxyline-" in connection.laddr:
+                    shut_down(connection.fd)
+        return super().step(step, hidden)
+
+
+def shut_down(descriptor: int) -> None:
+    """Ends a connection for both sides; the descriptor stays its owner's."""
+    connected = socket.socket(fileno=os.dup(descriptor))
+    with connected:
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+def cutting(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
+    """See CuttingRunner."""
+    return CuttingRunner(spec)

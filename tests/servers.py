@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import psutil
 
-READY_DEADLINE = 120.0
+READY_DEADLINE = 300.0
 EXIT_DEADLINE = 60.0
+PROGRAM = ("api.cli",)
 PROMPTS = Path(__file__).parent / "data" / "prompts.json"
 
 
@@ -55,40 +56,63 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def serving(folder: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """`galaxyline serve OPTIONS`, from ready to a clean exit with no child left."""
+def launch(
+    folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
+) -> Server:
+    """`galaxyline serve OPTIONS`, which is for the caller to wait for and to end."""
     port = free_port()
     log = folder / "server.log"
-    command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port), "--cache-dir", str(folder / "cache")]
+    command = [sys.executable, "-m", *program, "serve", "--port", str(port), "--cache-dir", str(folder / "cache")]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *options], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
         )
-    server = Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
+    return Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
+) -> Iterator[Server]:
+    """`galaxyline serve OPTIONS`, from ready to a clean exit with no child and no stage left."""
+    server = launch(folder, *options, environment=environment, program=program)
+    stages: list[psutil.Process] = []
     try:
         wait_until_ready(server)
+        stages = stage_processes(server)
         yield server
     finally:
-        stop(server)
+        stop(server, stages)
 
 
 def wait_until_ready(server: Server) -> None:
-    """Polls /health; fails with the log if the process ends or the deadline passes."""
+    """Polls /pipeline, for all replicas; fails with the log if the process ends or the deadline passes."""
     deadline = time.monotonic() + READY_DEADLINE
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise AssertionError(f"server exited with {server.process.returncode}:\n{server.log.read_text()}")
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+            response = httpx.get(f"{server.url}/pipeline", timeout=10)
+            # An engine that has not started yet answers nothing: 503.
+            if response.is_success and all(replica["phase"] == "ready" for replica in response.json()["replicas"]):
+                assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
                 return
         time.sleep(0.1)
     raise AssertionError(f"server not ready after {READY_DEADLINE} s:\n{server.log.read_text()}")
 
 
-def stop(server: Server) -> None:
-    """SIGTERM, then the exit code and that no descendant outlives the server."""
+def stage_processes(server: Server) -> list[psutil.Process]:
+    """The stages of a server that is ready: no children of its own where it has joined a cluster."""
+    stages = httpx.get(f"{server.url}/pipeline", timeout=5).json()["stages"]
+    # None would be this very process.
+    assert all(stage["pid"] for stage in stages)
+    return [psutil.Process(stage["pid"]) for stage in stages]
+
+
+def stop(server: Server, stages: Sequence[psutil.Process]) -> None:
+    """SIGTERM, then the exit code and that neither a descendant nor a stage outlives the server."""
     descendants = psutil.Process(server.process.pid).children(recursive=True) if server.process.poll() is None else []
+    descendants = [*{*descendants, *stages}]
     server.process.send_signal(signal.SIGTERM)
     try:
         code = server.process.wait(EXIT_DEADLINE)

@@ -51,7 +51,7 @@ class Driver:
         cls, options: StageOptions, stages: int = 1, mesh_shape: tuple[int, int] | None = None, seed: int = 0
     ) -> "Driver":
         """Loads all stages of a model."""
-        config = ModelConfig.from_file(Path(options.model_path) / "config.json")
+        config = ModelConfig.from_file(Path(options.model_path) / "config.json").changed(options.changes)
         specs: list[StageSpec] = plan_stages(config, stages)
         loaded = [Stage.load(spec, options, lambda _done, _of: None, mesh_shape) for spec in specs]
         return cls(loaded, options.cache, seed)

@@ -1,7 +1,6 @@
 """The application with an engine whose tokens are known: what goes to the engine and what comes to the client."""
 
 import asyncio
-import json
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -341,7 +340,9 @@ async def test_other_paths_and_methods_get_errors_of_the_same_form() -> None:
         error_of(await opened.get("/v1/completions"), 405)
         assert (await opened.get("/version")).json()["version"]
         schema = (await opened.get("/openapi.json")).json()
-        assert "prompt" in json.dumps(schema["paths"]["/v1/completions"]["post"]["requestBody"])
+        content = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
+        assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/CompletionRequest"}
+        assert "prompt" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
 
 
 @pytest.mark.parametrize(("given_id", "is_kept"), [("bench-7", True), ("a b", False), ("x" * 200, False), ("", False)])

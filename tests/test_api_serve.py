@@ -5,7 +5,7 @@ import contextlib
 import io
 import json
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from api import serve
+from api import replicas, serve
 from api.engine_options import EngineOptions
 from api.errors import EngineError, OptionError
 from api.listener import listen
-from api.messages import EngineState
+from api.load import Load
+from api.messages import AddRequest, EngineState
 from api.model_source import resolve_model
 from api.serve import ServeSettings
 from api.settings import EngineSettings
@@ -36,25 +37,30 @@ class FakeEngineClient(FakeEngine):
         self.state = EngineState(phase="loading", detail="Stage 0: loading, 1 of 3 layers")
         self.loaded = asyncio.Event()
         self.failure: Exception | None = None
-        self.started = asyncio.Event()
+        self.load = Load(0, 0)
+        self.on_state: Callable[[EngineState], None] | None = None
         self.closed = False
 
-    @contextlib.asynccontextmanager
-    async def start(
-        self, _: EngineOptions, on_state: Callable[[EngineState], None]
-    ) -> AsyncIterator["FakeEngineClient"]:
-        on_state(self.state)
-        self.started.set()
-        try:
-            yield self
-        finally:
-            await self.close()
+    def __call__(self, _: EngineOptions, on_state: Callable[[EngineState], None]) -> "FakeEngineClient":
+        self.on_state = on_state
+        return self
+
+    async def launch(self) -> None:
+        assert self.on_state is not None
+        self.on_state(self.state)
 
     async def wait_ready(self, timeout_s: float) -> None:
         await asyncio.wait_for(self.loaded.wait(), timeout_s)
         if self.failure is not None:
             raise self.failure
         self.state = EngineState(phase="ready", detail="")
+
+    async def wait_failed(self) -> None:
+        """It does not."""
+        await asyncio.Event().wait()
+
+    async def counts(self, timeout_s: float) -> None:
+        """It answers at once."""
 
     async def close(self) -> None:
         self.closed = True
@@ -71,7 +77,7 @@ def free_port() -> int:
 class Server:
     """`serve` as a task of the test's loop."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, shutdown_timeout_s: float = 0.2) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         settings = ServeSettings(
@@ -79,7 +85,7 @@ class Server:
             source=SAMPLE,
             host="127.0.0.1",
             port=port,
-            shutdown_timeout_s=0.2,
+            shutdown_timeout_s=shutdown_timeout_s,
         )
         self.running = asyncio.create_task(serve.serve(settings))
         self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
@@ -104,7 +110,7 @@ class Server:
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngineClient:
     """The engine that `serve` starts."""
     fake = FakeEngineClient(endless_text)
-    monkeypatch.setattr(serve, "EngineClient", fake)
+    monkeypatch.setattr(replicas, "EngineClient", fake)
     return fake
 
 
@@ -139,23 +145,74 @@ async def test_a_signal_while_loading_ends_everything(
     assert engine.closed
 
 
-async def test_open_streams_end_with_an_error_when_the_server_is_stopped(
+BODY = {"prompt": "hello", "stream": True, "max_tokens": 4}
+
+
+def one_token(request: AddRequest) -> Sequence[int]:
+    """A script that gives one token with a text and then nothing, so that the request stays open."""
+    return request.tokens[1:2]
+
+
+@contextlib.asynccontextmanager
+async def an_open_stream(server: Server) -> AsyncIterator[AsyncIterator[str]]:
+    """The lines of a completion, after its first one."""
+    async with server.client.stream("POST", "/v1/completions", json=BODY) as response:
+        lines = response.aiter_lines()
+        assert '"text":' in await anext(lines)
+        yield lines
+
+
+async def test_while_draining_open_streams_go_on_and_new_requests_are_refused(
     engine: FakeEngineClient, tmp_path: Path
 ) -> None:
-    engine.script = lambda request: request.tokens[1:2]
+    engine.script = one_token
+    engine.loaded.set()
+    server = Server(tmp_path, shutdown_timeout_s=DEADLINE_S)
+    await server.until(200)
+    async with an_open_stream(server) as lines:
+        signal.raise_signal(signal.SIGTERM)
+        await server.until(503)
+        refused = await server.client.post("/v1/completions", json=BODY)
+        health = await server.client.get("/health")
+        models = await server.client.get("/v1/models")
+        assert not engine.closed
+        engine.streams[0].finish(engine.streams[0].request.tokens[1:2] * 3)
+        rest = [line async for line in lines if line]
+    await asyncio.wait_for(server.running, DEADLINE_S)
+    await server.client.aclose()
+    for answer in (refused, health):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert "draining" in answer.json()["error"]["message"]
+    assert models.status_code == 200
+    assert '"finish_reason":"length"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+
+
+async def test_open_streams_end_with_an_error_when_their_time_is_up(engine: FakeEngineClient, tmp_path: Path) -> None:
+    engine.script = one_token
     engine.loaded.set()
     server = Server(tmp_path)
     await server.until(200)
-    body = {"prompt": "hello", "stream": True}
-    async with server.client.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.aiter_lines()
-        first = await anext(lines)
+    async with an_open_stream(server) as lines:
         stopping = asyncio.create_task(server.stop(signal.SIGTERM))
         rest = [line async for line in lines if line]
     await stopping
-    assert '"text":' in first
     assert "The engine was closed." in rest[-2]
     assert rest[-1] == "data: [DONE]"
+
+
+async def test_a_second_signal_ends_everything_at_once(engine: FakeEngineClient, tmp_path: Path) -> None:
+    engine.script = one_token
+    engine.loaded.set()
+    server = Server(tmp_path, shutdown_timeout_s=10 * DEADLINE_S)
+    await server.until(200)
+    async with an_open_stream(server) as lines:
+        signal.raise_signal(signal.SIGTERM)
+        await server.until(503)
+        stopping = asyncio.create_task(server.stop(signal.SIGTERM))
+        rest = [line async for line in lines if line]
+    await stopping
+    assert "The engine was closed." in rest[-2]
 
 
 async def test_an_engine_that_fails_to_start_is_what_serve_raises(engine: FakeEngineClient, tmp_path: Path) -> None:
@@ -187,3 +244,18 @@ def test_progress_in_a_terminal_shows_every_stage_once() -> None:
             progress.update(EngineState(phase="loading", detail=detail))
         shown = str(progress.text)
     assert shown == "Stage 0: ready\nStage 1: loading"
+
+
+def test_progress_of_several_replicas_says_which_one() -> None:
+    console = Console(force_terminal=True, width=80, file=io.StringIO())
+    progress = StartProgress(console, replicas=2)
+    with progress.showing():
+        for replica, detail in (
+            (1, "Being placed."),
+            (0, "Being placed."),
+            (0, "Stage 0: loading"),
+            (0, "Stage 1: ready"),
+        ):
+            progress.update(EngineState(phase="loading", detail=detail), replica)
+        shown = str(progress.text)
+    assert shown == "Replica 0: Stage 0: loading\nReplica 0: Stage 1: ready\nReplica 1: Being placed."

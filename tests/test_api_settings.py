@@ -44,6 +44,11 @@ def test_the_sample_runs_in_float32_and_others_in_bfloat16_unless_told() -> None
     assert options(other, dtype="float32").pipeline.stage.dtype == "float32"
 
 
+def test_the_pipeline_is_brought_back_as_often_as_told() -> None:
+    assert options().max_restarts == 10
+    assert options(max_restarts=3).max_restarts == 3
+
+
 def test_stages_may_be_split_by_hand() -> None:
     made = options(layers_per_stage=[1, 4, 1])
     assert [len(spec.layers) for spec in made.pipeline.specs] == [1, 4, 1]

@@ -12,23 +12,32 @@ import torch
 from safetensors import safe_open
 from transformers import DeepseekV3ForCausalLM
 
-from benchmarks.checkpoint import SIZES, write_checkpoint
+from benchmarks.checkpoint import SEED, SIZES, write_checkpoint
 from benchmarks.null_stage import TOKEN, NullStage, StepCount
 from benchmarks.spread import Spread, ratios
 from benchmarks.token_times import TokenTimes, prefill_tokens_per_s, random_prompts
 from stages.plan import StageSpec
 from stages.step import Segment, Step, StepResult
+from tests.checkpoints import stored_tensors
+from weights.checkpoint import Checkpoint
+from weights.random import RandomCheckpoint
 
 SECONDS = 200
 ROW_NAMES: dict[str, dict[str, type]] = {
     "hop": {"size": str, "bytes": int},
     "overhead": {"stages": int, "streams": int},
     "model": {"contender": str, "case": str, "batch": int, "prompt": int},
+    "trace": {"batch": int},
+    "loading": {"checkpoint": str, "bytes": int},
+    "replicas": {"replicas": int, "streams": int},
 }
 FIGURES = {
-    "hop": ["floor_us", "bare_us", "whole_us", "bare_ratio", "whole_ratio"],
+    "hop": ["floor_us", "event_loop_us", "framing_us", "bare_us", "whole_us", "bare_ratio", "whole_ratio"],
     "overhead": ["tokens_per_step", "front_end_us", "engine_us", "stage_us"],
     "model": ["tokens_per_s", "first_token_s", "beside_hugging_face"],
+    "trace": ["plain_ms", "replayed_ms", "faster"],
+    "replicas": ["tokens_per_s", "times_one"],
+    "loading": ["converted_s", "cached_s", "ratio", "converted_disk_mb", "cached_disk_mb"],
 }
 
 
@@ -113,3 +122,16 @@ def test_a_checkpoint_is_hugging_faces_and_written_once(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["model.layers.1.self_attn.o_proj.weight"], stored.float())
     write_checkpoint("tiny", directory)
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_fp8_checkpoint_holds_the_same_weights_to_three_bits_of_mantissa(tmp_path: Path) -> None:
+    directory = write_checkpoint("tiny-fp8", tmp_path)
+    checkpoint = Checkpoint.open(directory)
+    checkpoint.validate("")
+    exact = RandomCheckpoint(checkpoint.config, SEED)
+    stored = stored_tensors(directory)
+    assert sorted(stored) == exact.names()
+    for name, values in stored.items():
+        expected = exact.tensor(name).float()
+        step = expected.abs() / 16 if "_proj" in name else torch.zeros(())
+        assert torch.all((values - expected).abs() <= step * 1.001), name

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,11 @@ def events(server: Server) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-async def test_clients_that_leave_are_in_no_later_step_and_give_everything_back(tmp_path: Path) -> None:
+async def test_clients_that_leave_are_in_no_later_step_and_give_everything_back(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
     options = ("--stages", "2", "--max-num-seqs", str(SLOTS))
-    with serving(tmp_path, *options, environment={"GALAXYLINE_LOG_LEVEL": "debug"}) as server:
+    with serving(tmp_path, *options, environment={**ray_cluster, "GALAXYLINE_LOG_LEVEL": "debug"}) as server:
         async with httpx.AsyncClient(timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None)) as client:
             begun = asyncio.Event()
             staying = [asyncio.create_task(stay(client, server, number)) for number in range(0, CLIENTS, 2)]

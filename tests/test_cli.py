@@ -3,22 +3,18 @@
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from structlog.testing import capture_logs
 
-from api import cli, demo_cli
-from api.demo.run import Results
-from api.demo.setup import DemoSetup
+from api import cli
 from api.errors import EngineError
 from api.mesh_device import parse_mesh_device
 from api.serve import ServeSettings
+from stages.tensor_dtypes import WeightDtypes
+from tests.command_line import refused, run
 from weights.errors import CheckpointError
-
-VARIABLES = ("DEEPSEEK_V3_HF_MODEL", "HF_MODEL", "HF_HOME", "DEEPSEEK_V3_CACHE", "MESH_DEVICE", "RAY_ADDRESS")
 
 
 @pytest.fixture
@@ -31,41 +27,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
 
     monkeypatch.setattr(cli, "serve", record)
     return settings
-
-
-@pytest.fixture
-def demos(monkeypatch: pytest.MonkeyPatch) -> list[DemoSetup]:
-    """What `demo` ran with; every prompt is completed with its own upper case."""
-    setups: list[DemoSetup] = []
-
-    def record(setup: DemoSetup, on_text: Callable[[str], None] | None) -> Results:
-        setups.append(setup)
-        if on_text is not None:
-            on_text("first ")
-            on_text("user")
-        generations = [{"tokens": [1], "text": prompt.upper()} for prompt in setup.prompts]
-        return {"generations": generations, "statistics": {"decode_t/s": 5.0}, "model_params": setup.model_params}
-
-    monkeypatch.setattr(demo_cli, "run", record)
-    return setups
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
-def run(*arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(cli.main, arguments, env=environment, prog_name="galaxyline")
-
-
-def refused(*arguments: str, code: int = 2, **environment: str) -> str:
-    """The error of a command that must fail, on the last line of stderr."""
-    result = run(*arguments, **environment)
-    assert result.exit_code == code, result.output
-    return result.stderr.strip().splitlines()[-1]
 
 
 def test_serve_without_options(served: list[ServeSettings]) -> None:
@@ -84,11 +45,12 @@ def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSe
         "--max-model-len": "1024",
         "--num-scheduler-steps": "4",
         "--block-size": "64",
-        "--override-tt-config": '{"trace_mode": true}',
+        "--override-tt-config": '{"trace_mode": true, "worker_l1_size": 1344544}',
         "--max-num-seqs": "8",
         "--max-num-batched-tokens": "100",
         "--layers-per-stage": "2,4",
         "--start-timeout": "7.5",
+        "--placement-timeout": "2",
         "--served-model-name": "mine",
         "--load-format": "dummy",
         "--ray-address": "10.0.0.1:6379",
@@ -102,36 +64,60 @@ def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSe
     [settings] = served
     engine = settings.engine
     assert (engine.max_model_len, engine.block_size, engine.max_num_seqs, engine.prefill_chunk) == (1024, 64, 8, 100)
-    assert (engine.layers_per_stage, engine.start_timeout_s) == ([2, 4], 7.5)
+    assert (engine.layers_per_stage, engine.start_timeout_s, engine.placement_timeout_s) == ([2, 4], 7.5, 2.0)
     assert (engine.load_format, engine.ray_address) == ("dummy", "10.0.0.1:6379")
     assert settings.source.name == "mine"
     assert (settings.max_logprobs, settings.generation_config) == (-1, "vllm")
     said = " ".join(log["event"] for log in logs)
     assert "--num-scheduler-steps has no effect" in said
-    assert "--override-tt-config has no effect" in said
+    assert "these keys of --override-tt-config have no effect" in said
+    assert engine.enable_trace
 
 
 def test_the_commands_of_the_seed_are_followed(tmp_path: Path, served: list[ServeSettings]) -> None:
     hub_id = "deepseek-ai/DeepSeek-R1-0528"
+    in_vain = {
+        "TT_METAL_HOME": "/opt/tt-metal",
+        "VLLM_DIR": "/opt/vllm",
+        "PYTHON_ENV_DIR": "/opt/tt-metal/build/python_env_vllm",
+        "VLLM_TARGET_DEVICE": "tt",
+        "ARCH_NAME": "wormhole_b0",
+        "HF_TOKEN": "secret",
+        "VLLM_RPC_TIMEOUT": "1000000",
+        "VLLM_USE_V1": "1",
+    }
     with capture_logs() as logs:
         result = run(
             *("serve", "--model", hub_id, "--max_model_len", "1024", "--num_scheduler_steps", "1"),
             *("--block_size", "32", "--override_tt_config", '{"trace_mode": false}'),
-            VLLM_RPC_TIMEOUT="1000000",
-            VLLM_USE_V1="1",
+            **in_vain,
             MESH_DEVICE="(4,8)",
+            HF_HOME=str(tmp_path / "hf"),
+            HF_MODEL=hub_id,
             DEEPSEEK_V3_HF_MODEL=str(tmp_path),
             DEEPSEEK_V3_CACHE=str(tmp_path / "cache"),
-            HF_TOKEN="secret",
         )
     assert result.exit_code == 0, result.output
     [settings] = served
     assert (settings.source.path, settings.source.name) == (tmp_path, hub_id)
     assert settings.engine.cache_dir == tmp_path / "cache"
+    assert (settings.engine.max_model_len, settings.engine.block_size) == (1024, 32)
+    assert not settings.engine.enable_trace
     [environment] = [log for log in logs if "environment variables" in log["event"]]
-    assert {"HF_TOKEN", "VLLM_RPC_TIMEOUT", "VLLM_USE_V1"} <= set(environment["variables"])
+    assert set(environment["variables"]) >= in_vain.keys()
     assert "secret" not in str(logs)
     assert any(log.get("rows") == 4 and log.get("columns") == 8 for log in logs)
+
+
+def test_dtypes_of_chips_are_options(tmp_path: Path, served: list[ServeSettings]) -> None:
+    assert run("serve", str(tmp_path)).exit_code == 0
+    arguments = ("--router-dtype", "bfloat16", "--kv-cache-dtype", "bfloat16", "--gate-up-dtype", "bfloat8_b")
+    assert run("serve", str(tmp_path), *arguments).exit_code == 0
+    assert [settings.engine.weight_dtypes for settings in served] == [
+        WeightDtypes(),
+        WeightDtypes(router="bfloat16", kv_cache="bfloat16", gate_up="bfloat8_b"),
+    ]
+    assert "'--router-dtype'" in refused("serve", str(tmp_path), "--router-dtype", "bfloat4_b")
 
 
 def test_the_model_may_come_first_or_as_an_option(tmp_path: Path, served: list[ServeSettings]) -> None:
@@ -151,10 +137,11 @@ def test_the_model_may_come_first_or_as_an_option(tmp_path: Path, served: list[S
         (["--override-tt-config", "{"], "is not valid JSON"),
         (["--layers-per-stage", "2,x"], "'2,x' is no list of layer counts: write it like 2,4."),
         (["--layers-per-stage", "0,6"], "is no list of layer counts"),
-        (["--device", "ttnn"], "'ttnn' is not supported yet"),
+        (["--device", "tpu"], "'--device'"),
         (["--dtype", "int4"], "'--dtype'"),
         (["--no-such-option"], "--no-such-option"),
         (["--step-timeout", "0"], "'--step-timeout'"),
+        (["--max-restarts", "-1"], "'--max-restarts'"),
     ],
 )
 def test_a_bad_option_is_one_sentence_and_exit_code_2(
@@ -185,41 +172,6 @@ def test_an_engine_that_does_not_start_ends_with_its_sentence(
 
     monkeypatch.setattr(cli, "serve", fail)
     assert refused("serve", code=code) == f"Error: {error}"
-
-
-def test_the_demo_prints_every_prompt_with_its_generation(demos: list[DemoSetup]) -> None:
-    result = run("demo", "one_two", "three", "--max-new-tokens", "5")
-    assert result.exit_code == 0, result.output
-    assert result.stdout == (
-        "\n===== Generated =====\n\n"
-        "Prompt[0]: one_two\nGeneration[0]: ONE_TWO\n\nPrompt[1]: three\nGeneration[1]: THREE\n\n"
-    )
-    assert result.stderr.endswith("decode_t/s: 5\n")
-    [setup] = demos
-    assert (setup.options.max_new_tokens, len(setup.engine.pipeline.specs)) == (5, 1)
-
-
-def test_the_demo_streams_the_first_prompt_if_asked(demos: list[DemoSetup]) -> None:
-    for flag in ("--early_print_first_user", "--early-print-first-user"):
-        assert run("demo", flag, "a").stdout.startswith("first user\n\n===== Generated =====\n")
-    assert demos[0].options.max_new_tokens == 32
-
-
-def test_the_demos_generator_is_one_stage_or_a_pipeline(demos: list[DemoSetup]) -> None:
-    assert run("demo", "a", "--generator", "pp").exit_code == 0
-    assert run("demo", "a", "--generator", "pp", "--stages", "3").exit_code == 0
-    assert [len(setup.engine.pipeline.specs) for setup in demos] == [2, 3]
-    assert "add --generator pp" in refused("demo", "a", "--stages", "3")
-
-
-def test_the_demo_takes_tt_metals_name_for_the_models_length(demos: list[DemoSetup]) -> None:
-    assert run("demo", "a", "--max-seq-len", "128").exit_code == 0
-    assert demos[0].max_model_len == 128
-
-
-def test_the_demo_needs_a_prompt_and_a_model() -> None:
-    assert "A prompt is required" in refused("demo")
-    assert refused("demo", "a", "--model-path", "/nowhere") == "Error: Model path does not exist: '/nowhere'."
 
 
 def test_the_version_is_the_packages() -> None:

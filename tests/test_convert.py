@@ -1,25 +1,43 @@
 """Converting a whole model: once, whatever interrupts it, shared by every plan, and refused where it cannot be."""
 
+import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from api.cli import main
+from stages.backend import ttnn
 from stages.convert import ConvertOptions, open_conversion
+from stages.converted_weights import ConvertedWeights
+from stages.model_parts import layer_part
 from stages.options import CacheOptions
+from stages.run_config import StateDict, WeightConfig
+from stages.tensor_dtypes import WeightDtypes
 from tests.checkpoints import write_checkpoint
+from tests.disks import files_of_at_most
 from tests.stage_driver import Driver, stage_options
 from weights.cache import WeightCache
+from weights.checkpoint import Checkpoint
+from weights.errors import CheckpointError
+from weights.inventory import cache_entries, remove_entries
+from weights.model_config import ModelConfig
+from weights.seal import is_complete
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 8
+PARTS = ["embedding", *(f"layer{layer}" for layer in range(LAYERS)), "head"]
 KILLS = 5
 KILLS_OF_THE_FULL_TEST = 20
 DEADLINE_S = 120.0
@@ -71,12 +89,105 @@ def test_the_size_said_is_the_size_taken(model: Path, tmp_path: Path) -> None:
     assert expected == pytest.approx(taken, rel=0.02)
 
 
+def load(model: Path, cache: Path, stages: int) -> None:
+    kv_cache = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
+    Driver.load(stage_options(model, cache, dtype="bfloat16", cache=kv_cache), stages).close()
+
+
 def test_every_plan_of_stages_loads_the_same_entries(model: Path, whole: Path) -> None:
     before = contents(whole)
     for stages in (1, 4, 8):
-        cache = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
-        Driver.load(stage_options(model, whole, dtype="bfloat16", cache=cache), stages).close()
+        load(model, whole, stages)
     assert contents(whole) == before
+
+
+# What an entry stands for
+
+
+def missing(model: Path, cache: Path, **changes: Any) -> list[str]:
+    """The parts that would have to be converted."""
+    with open_conversion(msgspec.structs.replace(options(model, cache), **changes)) as conversion:
+        return [part.name for part in conversion.missing]
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"mesh_shape": (1, 2)}, {"load_format": "dummy"}], ids=str)
+def test_what_was_converted_for_others_is_not_found(model: Path, whole: Path, changes: Mapping[str, Any]) -> None:
+    assert missing(model, whole) == []
+    assert missing(model, whole, **changes) == PARTS
+
+
+@pytest.mark.parametrize(("fact", "value"), [("TRANSFORM_VERSION", 2), ("DEVICE", "ttnn")])
+def test_what_was_converted_by_others_is_not_found(
+    fact: str, value: object, model: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"stages.converted_weights.{fact}", value)
+    assert missing(model, whole) == PARTS
+
+
+def flip_a_stored_bit(model: Path, tensor: str) -> None:
+    """Changes one bit of a tensor in its file, in place."""
+    for path in model.glob("*.safetensors"):
+        content = path.read_bytes()
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:begin])
+        if tensor in header:
+            place = begin + header[tensor]["data_offsets"][0]
+            with path.open("r+b") as file:
+                file.seek(place)
+                file.write(bytes([content[place] ^ 1]))
+
+
+def test_of_a_changed_checkpoint_the_changed_layer_is_converted_again(model: Path, whole: Path, tmp_path: Path) -> None:
+    changed, cache = shutil.copytree(model, tmp_path / "model"), shutil.copytree(whole, tmp_path / "cache")
+    assert missing(changed, cache) == []
+    flip_a_stored_bit(changed, "model.layers.3.self_attn.o_proj.weight")
+    assert missing(changed, cache) == ["layer3"]
+    load(changed, cache, 2)
+    assert missing(changed, cache) == missing(model, cache) == []
+    convert(changed, tmp_path / "fresh")
+    [new] = set(entries(tmp_path / "fresh")) - set(entries(whole))
+    assert contents(cache / new) == contents(tmp_path / "fresh" / new)
+    config = (changed / "config.json").read_text()
+    (changed / "config.json").write_text(config.replace('"routed_scaling_factor": 2.5', '"routed_scaling_factor": 1.5'))
+    assert missing(changed, cache) == PARTS
+
+
+@pytest.mark.parametrize(("layer", "is_refused"), [(1, True), (2, False)])
+def test_a_layer_that_changes_while_it_is_converted_is_not_kept(
+    layer: int, is_refused: bool, model: Path, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(shutil.copytree(model, tmp_path / "model"))
+    mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(1, 1))
+    weights = ConvertedWeights(source, WeightCache(tmp_path / "cache"), "bfloat16", mesh_device)
+    part = layer_part(source.config, 1)
+
+    def convert_slowly(
+        config: ModelConfig, state_dict: StateDict, path: Path, mesh_device: ttnn.MeshDevice, dtypes: WeightDtypes
+    ) -> WeightConfig:
+        files = part.convert(config, state_dict, path, mesh_device, dtypes)
+        flip_a_stored_bit(tmp_path / "model", f"model.layers.{layer}.self_attn.o_proj.weight")
+        return files
+
+    slow = dataclasses.replace(part, convert=convert_slowly)
+    if is_refused:
+        with pytest.raises(CheckpointError, match="The checkpoint changed while layer1 was converted from it"):
+            weights.load(slow)
+        assert entries(tmp_path / "cache") == []
+    else:
+        weights.load(slow)
+        assert len(entries(tmp_path / "cache")) == 1
+    ttnn.close_mesh_device(mesh_device)
+
+
+def test_a_damaged_entry_is_not_loaded(model: Path, whole: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(whole, tmp_path / "cache")
+    flip_a_bit(cache / entries(cache)[4])
+    assert contents(cache) != contents(whole)
+    load(model, cache, 2)
+    assert contents(cache) == contents(whole)
+
+
+# Whatever interrupts it
 
 
 def files_in(cache: Path) -> int:
@@ -187,6 +298,22 @@ def test_what_does_not_fit_the_disk_is_not_begun(model: Path, tmp_path: Path, mo
     assert entries(tmp_path / "cache") == []
 
 
+def test_a_disk_that_fills_up_is_one_sentence_and_what_is_done_stays(model: Path, whole: Path, tmp_path: Path) -> None:
+    with files_of_at_most(500_000):
+        result = run("convert", str(model), "--cache-dir", str(tmp_path))
+    assert result.exit_code == 1
+    assert "Error: Cannot fill the weight cache at" in result.stderr.splitlines()[-1]
+    assert result.stderr.endswith("; free space there, or choose another cache directory: File too large.\n")
+    assert "Traceback" not in result.output
+    [embedding] = entries(tmp_path)
+    inode = (tmp_path / embedding).stat().st_ino
+    assert not list(tmp_path.glob(".building-*"))
+    again = run("convert", str(model), "--cache-dir", str(tmp_path))
+    assert f"has {LAYERS + 2} parts, {LAYERS + 1} of them to be converted" in again.stdout
+    assert contents(tmp_path) == contents(whole)
+    assert (tmp_path / embedding).stat().st_ino == inode
+
+
 def test_a_model_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     result = run("convert", str(tmp_path / "absent"))
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
@@ -219,6 +346,20 @@ def test_an_empty_cache_is_listed_verified_and_pruned(tmp_path: Path) -> None:
     assert run("cache", "list", "--cache-dir", str(tmp_path / "none")).stdout.startswith("┏")
     assert "0 of 0 entries" in run("cache", "verify", "--cache-dir", str(tmp_path / "none")).stdout
     assert run("cache", "prune", "--cache-dir", str(tmp_path / "none")).stdout == "0 entries, 0 bytes\n"
+
+
+def test_what_another_process_removes_meanwhile_is_left_out(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = entries(filled)
+
+    def remove_the_last(path: Path) -> bool:
+        shutil.rmtree(filled / names[-1], ignore_errors=True)
+        return is_complete(path)
+
+    before = cache_entries(filled)
+    monkeypatch.setattr("weights.inventory.is_complete", remove_the_last)
+    assert [entry.path.name for entry in cache_entries(filled)] == names[:-1]
+    remove_entries(filled, before)
+    assert entries(filled) == []
 
 
 def flip_a_bit(entry: Path) -> Path:

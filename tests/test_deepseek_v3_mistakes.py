@@ -9,7 +9,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from stages.backend import composite, ttnn
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.deepseek_v3 import mla, mla_weights, moe, rope
 from stages.deepseek_v3.lm_head import LMHead
 from stages.deepseek_v3.mlp import MLP

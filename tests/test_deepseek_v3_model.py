@@ -1,5 +1,6 @@
 """Whole models through stages against transformers' DeepSeek-V3: float32 logits of prefill, chunks and decode."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
+from stages import stage
+from stages.batch_builder import BatchBuilder
 from tests.checkpoints import StoredDtype, config_keys, reference_model, write_checkpoint
 from tests.stage_driver import Driver, cache_options, relative_error, stage_options
 
@@ -154,30 +157,60 @@ def test_slots_are_reused(small: Path, small_reference: DeepseekV3ForCausalLM, l
             driver.end(slot)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (8, 1), (4, 8)])
-def test_meshes(mesh_shape: tuple[int, int], tmp_path: Path, load: Load) -> None:
+MESH_MODEL: dict[str, Any] = {**TINY, "n_routed_experts": 32, "num_attention_heads": 8}
+
+
+def mesh_logits(load: Load, model: Path, mesh_shape: tuple[int, int], texts: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of prefills of all but the last tokens of `texts`, then of decode steps; slots as unlike as can be."""
     pools = mesh_shape[0] * mesh_shape[1]
-    model = write_checkpoint(tmp_path / "model", overrides={**TINY, "n_routed_experts": 32, "num_attention_heads": 8})
-    reference = reference_model(model)
-    cache = cache_options(slots=2 * pools, pools=pools, max_model_len=128)
+    cache = cache_options(slots=len(texts) * pools, pools=pools, max_model_len=128)
     driver = load(model, cache=cache, mesh_shape=mesh_shape)
     # Two slots of one pool, and others of other rows and columns; pools without a slot.
-    slots = sorted({0, 1, pools // 2, pools - 1, pools})
-    texts = dict(zip(slots, prompts(len(slots), TINY["vocab_size"]), strict=True))
-    expected = {slot: reference_logits(reference, text) for slot, text in texts.items()}
-    heads = {slot: max(len(text) - 3, 1) for slot, text in texts.items()}
-    for slot in slots:
+    slots = [0, pools, pools - 1, pools // 2, 1] if pools > 2 else [0, 1, 2, 3, 4]
+    by_slot = dict(sorted(zip(slots, texts, strict=True)))
+    heads = {slot: max(len(text) - 3, 1) for slot, text in by_slot.items()}
+    for slot in by_slot:
         driver.admit(slot)
-    logits = driver.prefill({slot: text[: heads[slot]] for slot, text in texts.items()}, chunk=32)
-    errors = [relative_error(row, expected[slot][heads[slot] - 1]) for row, slot in zip(logits, slots, strict=True)]
+    rows = driver.prefill({slot: text[: heads[slot]] for slot, text in by_slot.items()}, chunk=32)
+    found = {(slot, heads[slot] - 1): row for slot, row in zip(by_slot, rows, strict=True)}
     for step in range(3):
-        at = {slot: heads[slot] + step for slot in slots if heads[slot] + step < len(texts[slot])}
-        logits = driver.decode({slot: (position, texts[slot][position]) for slot, position in at.items()})
-        errors += [
-            relative_error(row, expected[slot][position])
-            for row, (slot, position) in zip(logits, at.items(), strict=True)
-        ]
-    assert max(errors) < TOLERANCE
+        at = {slot: heads[slot] + step for slot in by_slot if heads[slot] + step < len(by_slot[slot])}
+        rows = driver.decode({slot: (position, by_slot[slot][position]) for slot, position in at.items()})
+        found |= {(slot, position): row for (slot, position), row in zip(at.items(), rows, strict=True)}
+    ends = [range(heads[slot] - 1, len(by_slot[slot])) for slot in slots]
+    return [
+        torch.stack([found[slot, position] for position in positions if (slot, position) in found])
+        for slot, positions in zip(slots, ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (8, 1), (2, 8), (4, 8)])
+def test_meshes(mesh_shape: tuple[int, int], tmp_path: Path, load: Load) -> None:
+    """Against transformers and against one chip: sharding changes the last bits only."""
+    model = write_checkpoint(tmp_path / "model", overrides=MESH_MODEL)
+    reference = reference_model(model)
+    texts = prompts(5, TINY["vocab_size"])
+    one_chip = mesh_logits(load, model, (1, 1), texts)
+    found = mesh_logits(load, model, mesh_shape, texts)
+    for text, on_one_chip, on_mesh in zip(texts, one_chip, found, strict=True):
+        expected = reference_logits(reference, text)[-len(on_mesh) :]
+        for row, alone, true in zip(on_mesh, on_one_chip, expected, strict=True):
+            assert relative_error(row, true) < TOLERANCE
+            assert relative_error(row, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (1, 8), (2, 4)])
+def test_steps_padded_for_chips(
+    mesh_shape: tuple[int, int], tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fills 32 places a row, and lanes of few lengths, changes nothing."""
+    model = write_checkpoint(tmp_path / "model", overrides=MESH_MODEL)
+    texts = prompts(5, TINY["vocab_size"])
+    plain = mesh_logits(load, model, mesh_shape, texts)
+    monkeypatch.setattr(stage, "BatchBuilder", functools.partial(BatchBuilder, users_per_row=32))
+    padded = mesh_logits(load, model, mesh_shape, texts)
+    for one, other in zip(plain, padded, strict=True):
+        assert relative_error(other, one) < TOLERANCE
 
 
 def test_bfloat16_is_near(tmp_path: Path, load: Load) -> None:

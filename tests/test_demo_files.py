@@ -291,6 +291,7 @@ def metrics(prefill: float, decode: float, *busy: float) -> EngineMetrics:
         prefill_steps=empty,
         decode_steps=empty,
         result_hops=empty,
+        recoveries=empty,
         stages=[stage(seconds) for seconds in busy],
     )
 

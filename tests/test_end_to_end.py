@@ -1,7 +1,7 @@
 """The whole program, from HTTP to tokens and back, against Hugging Face's greedy text of the sample model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -48,12 +48,21 @@ async def test_the_first_answer(tmp_path: Path, client: httpx.AsyncClient) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", [1, 2, 3, LAYERS])
-async def test_greedy_text_is_the_same_on_any_number_of_stages(
-    stages: int, tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
+@pytest.mark.parametrize(
+    ("stages", "chunk", "flags"), [(1, 32, []), (2, 77, []), (3, 160, ["--enable-trace"]), (LAYERS, 4096, [])]
+)
+async def test_greedy_text_is_the_same_on_any_number_of_stages_with_any_prefill_chunk(
+    stages: int,
+    chunk: int,
+    flags: list[str],
+    tmp_path: Path,
+    client: httpx.AsyncClient,
+    expected: list[str],
+    ray_cluster: Mapping[str, str],
 ) -> None:
     """Every prompt alone and streamed, then all of them at once among as many others as make 64 and more."""
-    with serving(tmp_path, "--stages", str(stages)) as server:
+    options = ("--stages", str(stages), "--max-num-batched-tokens", str(chunk), *flags)
+    with serving(tmp_path, *options, environment=ray_cluster) as server:
         alone = ["".join(await stream(client, server, prompt)) for prompt in PROMPTS]
         others = [Prompt(f"{number} boats on the sea", 24, False) for number in range(CLIENTS)]
         crowd = await asyncio.gather(*(complete(client, server, prompt) for prompt in [*PROMPTS, *others]))
@@ -62,19 +71,10 @@ async def test_greedy_text_is_the_same_on_any_number_of_stages(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 32, 77, 160, 4096])
-async def test_greedy_text_is_the_same_with_any_prefill_chunk(
-    chunk: int, tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
+async def test_a_split_given_by_hand_gives_the_same_text_also_where_prompts_go_token_by_token(
+    tmp_path: Path, client: httpx.AsyncClient, expected: list[str], ray_cluster: Mapping[str, str]
 ) -> None:
-    with serving(tmp_path, "--max-num-batched-tokens", str(chunk)) as server:
-        texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
-    assert texts == expected
-
-
-@pytest.mark.slow
-async def test_a_split_given_by_hand_gives_the_same_text(
-    tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
-) -> None:
-    with serving(tmp_path, "--layers-per-stage", "1,4,1") as server:
+    options = ("--layers-per-stage", "1,4,1", "--max-num-batched-tokens", "1")
+    with serving(tmp_path, *options, environment=ray_cluster) as server:
         texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
     assert texts == expected

@@ -182,17 +182,26 @@ async def test_a_broken_pipeline_ends_every_request_with_its_sentence() -> None:
     harness = Harness(pipeline, options)
     for request_id in range(14):
         harness.engine.take(request(request_id))
-    with pytest.raises(PipelineError, match="Stage 1 on fake-host died at step 5"):
+    with pytest.raises(PipelineError, match=r"^Stage 1 failed 11 times with no token made in between; the last time: "):
         await asyncio.wait_for(harness.engine.run(), SECONDS)
     await harness.engine.close()
     assert pipeline.is_closed
     said = [harness.said.get_nowait() for _ in range(harness.said.qsize())]
     states = [message for message in said if isinstance(message, EngineState)]
-    assert [state.phase for state in states] == ["loading", "ready", "failed"]
+    assert [state.phase for state in states] == ["loading", *["ready", "recovering"] * 11, "failed"]
     assert states[-1].error_kind == "PipelineError"
     last = said[-1]
     assert isinstance(last, Outputs)
-    assert {output.request_id: output.error for output in last.outputs} == dict.fromkeys(range(14), states[-1].detail)
+    ends = {
+        output.request_id: output.error
+        for message in said
+        if isinstance(message, Outputs)
+        for output in message.outputs
+    }
+    assert set(ends) == set(range(14))
+    assert {output.error for output in last.outputs} == {states[-1].detail}
+    given_up = ends.keys() - {output.request_id for output in last.outputs}
+    assert all(str(ends[request_id]).startswith("Stage 1 on fake-host died at step") for request_id in given_up)
     counts = await harness.counts()
     assert (counts.waiting, counts.running, counts.steps_in_flight) == (0, 0, 0)
 
@@ -303,33 +312,39 @@ async def test_a_broken_pipeline_raises_in_every_stream() -> None:
         streams = [engine.generate(request(engine.next_request_id())) for _ in range(20)]
         answers = await asyncio.wait_for(asyncio.gather(*map(answer, streams), return_exceptions=True), SECONDS)
         assert [type(each) for each in answers] == [EngineError] * 20
-        assert {str(each) for each in answers} == {"Stage 1 on fake-host died at step 5: no cause."}
+        assert all("Stage 1 on fake-host died at step" in str(each) for each in answers)
         assert engine.state.error_kind == "PipelineError"
 
 
-@pytest.mark.parametrize(
-    ("number", "sentence"),
-    [
-        (signal.SIGKILL, "The engine process ended with exit code -9"),
-        (signal.SIGTERM, "The engine was stopped."),
-    ],
-)
-async def test_the_death_of_the_process_ends_every_stream(number: signal.Signals, sentence: str) -> None:
+async def test_the_death_of_the_process_ends_every_stream() -> None:
     async with EngineClient.start(engine_options("start_stalling")) as engine:
         await engine.wait_ready(SECONDS)
         streams = [asyncio.create_task(answer(engine.generate(request(i)))) for i in range(20)]
         counts = await engine.counts()
         assert counts.running + counts.waiting == 20
-        counting = asyncio.create_task(engine.counts(SECONDS)) if number == signal.SIGKILL else None
-        os.kill(engine.pid, number)
+        counting = asyncio.create_task(engine.counts(SECONDS))
+        os.kill(engine.pid, signal.SIGKILL)
         answers = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), SECONDS)
+        sentence = "The engine process ended with exit code -9"
         assert all(isinstance(each, EngineError) and sentence in str(each) for each in answers)
         assert engine.state.phase == "failed"
-        if counting is not None:
-            await asyncio.wait([counting])
-            assert counting.exception() is None or isinstance(counting.exception(), EngineError)
+        await asyncio.wait([counting])
+        assert counting.exception() is None or isinstance(counting.exception(), EngineError)
         with pytest.raises(NotReadyError, match="The engine failed"):
             engine.generate(request(99))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signals_are_left_to_the_front_end(number: signal.Signals) -> None:
+    async with EngineClient.start(engine_options("start_stalling")) as engine:
+        await engine.wait_ready(SECONDS)
+        running = asyncio.create_task(answer(engine.generate(request(0))))
+        os.kill(engine.pid, number)
+        counts = await engine.counts()
+        assert (counts.running + counts.waiting, engine.state.phase) == (1, "ready")
+        assert not running.done()
+    with pytest.raises(EngineError, match="The engine was closed"):
+        await running
 
 
 async def test_waiting_for_an_engine_that_loads_for_ever_has_a_deadline() -> None:

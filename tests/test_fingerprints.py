@@ -106,10 +106,24 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(model: Path, tmp
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_no_fingerprint_is_replaced(model: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_replaced_once_it_is_open_is_not_remembered(model: Path, tmp_path: Path) -> None:
+    opened = Counting.open(model)
+    before = opened.fingerprint(LAYER)
+    for path in sorted(model.glob("*.safetensors")):
+        (model / "new").write_bytes(path.read_bytes())
+        (model / "new").replace(path)
+    rewrite(model)
+    assert Fingerprints(tmp_path / "cache").of(opened, LAYER) == before
+    assert remembered(model, tmp_path / "cache") == Checkpoint.open(model).fingerprint(LAYER) != before
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"", b"0123", bytes(64)], ids=["no text", "empty", "cut off", "zeros"]
+)
+def test_what_is_no_fingerprint_is_replaced(content: bytes, model: Path, tmp_path: Path) -> None:
     expected = remembered(model, tmp_path / "cache")
     [file] = (tmp_path / "cache" / ".fingerprints").iterdir()
-    file.write_bytes(b"\xff\xfe")
+    file.write_bytes(content)
     assert remembered(model, tmp_path / "cache") == expected
     assert file.read_text() == expected
 

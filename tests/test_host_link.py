@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import stat
@@ -21,12 +22,14 @@ from actors.sockets.frames import Hello, encode
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.link import Arrival
 from actors.sockets.listener import CREDITS, HostListener, connect, private_directory
+from stages.mesh_spec import HiddenShard, MeshHidden, MeshSpec
 from stages.step import Segment, StageFailure, Step
 from tests.loops import on_uvloop
 
 BYTES_PER_TOKEN = 4096
 SECONDS = 20
 UP = Terms(epoch=7, secret=b"secret", name="stage 1", peer="stage 0", dtype="float32", bytes_per_token=BYTES_PER_TOKEN)
+HIDDEN = MeshHidden((4, 8), HiddenShard((1, 1, 0, 896), "bfloat16"), HiddenShard((1, 1, 256, 896), "bfloat16"))
 DOWN = msgspec.structs.replace(UP, name="stage 0", peer="stage 1")
 
 
@@ -99,6 +102,23 @@ def step(step_id: int, tokens: int = 1, epoch: int = 7) -> Step:
 
 def hidden(step_id: int, tokens: int) -> bytes:
     return (step_id.to_bytes(4, "little") + os.urandom(BYTES_PER_TOKEN - 4)) * tokens
+
+
+@on_uvloop
+async def test_both_ends_count_the_bytes_of_whole_frames(address: Address) -> None:
+    async with paired(address) as pair:
+        begun = pair.sender.sent_bytes
+        assert begun == pair.receiver.received_bytes > 0
+        sizes = [1, 2000, 3]
+        sending = asyncio.ensure_future(
+            asyncio.gather(*(pair.send(step(size, size), hidden(size, size)) for size in sizes))
+        )
+        for _ in sizes:
+            (await pair.ear.next()).release()
+        await sending
+        frames = [encode(step(size, size), 7, size * BYTES_PER_TOKEN) for size in sizes]
+        expected = sum(map(len, frames)) + sum(sizes) * BYTES_PER_TOKEN
+        assert pair.sender.sent_bytes - begun == pair.receiver.received_bytes - begun == expected
 
 
 @on_uvloop
@@ -235,6 +255,17 @@ async def test_a_peer_with_other_terms_is_refused_and_the_right_one_still_joins(
     await _join_and_part(listener)
 
 
+@pytest.mark.parametrize("other", [None, MeshSpec.between_equals(HIDDEN, 1 << 12)])
+@on_uvloop
+async def test_ends_of_unlike_meshes_are_named_with_what_each_has(address: Address, other: MeshSpec | None) -> None:
+    own = MeshSpec.between_equals(HIDDEN, 1 << 14)
+    listener = HostListener.open(address, msgspec.structs.replace(UP, mesh=own), Ear())
+    told = f"do not agree on what passes between their meshes: stage 0 has {other or 'none'}; stage 1 has {own}."
+    with pytest.raises(ProtocolError, match=re.escape(told)):
+        await connect(listener.address, msgspec.structs.replace(DOWN, mesh=other), Ear())
+    await _join_and_part(listener, own)
+
+
 @on_uvloop
 async def test_rubbish_and_silence_do_not_keep_the_right_peer_out(address: Address) -> None:
     listener = HostListener.open(address, UP, Ear())
@@ -345,8 +376,8 @@ def _killed_peer(upstream: Address, pipe: "Connection[Address, None]") -> None:
     asyncio.run(live())
 
 
-async def _join_and_part(listener: HostListener) -> None:
-    sender = await connect(listener.address, DOWN, Ear())
+async def _join_and_part(listener: HostListener, mesh: MeshSpec | None = None) -> None:
+    sender = await connect(listener.address, msgspec.structs.replace(DOWN, mesh=mesh), Ear())
     receiver = await asyncio.wait_for(listener.accepted(), SECONDS)
     sender.close()
     receiver.close()

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ generation_kwargs: {{until: ["."], max_gen_toks: {MAX_TOKENS}, do_sample: false,
 metric_list: [{{metric: exact_match}}]
 """
 
+TASKS = {"scoring": SCORING, "generation": GENERATION}
+
 BACKENDS = {
     "of the checkpoint": f"tokenizer={SAMPLE_DIR},tokenizer_backend=huggingface",
     "of the server": "tokenizer_backend=remote",
@@ -56,22 +59,47 @@ def reference() -> Reference:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as ready:
+def server(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, str]) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), environment=ray_cluster) as ready:
         yield ready
 
 
-def evaluate(folder: Path, server: Server, task: str, documents: list[dict[str, str]], backend: str) -> dict[str, Any]:
-    """Runs lm-eval on a task of these documents; what it logged of each, and its results as "results"."""
-    data = folder / "documents.json"
-    data.write_text(json.dumps(documents), encoding="utf-8")
-    (folder / "task.yaml").write_text(task.replace("DATA", str(data)), encoding="utf-8")
+@dataclass(frozen=True)
+class Found:
+    """What lm-eval logged of each document of a task, and the task's results."""
+
+    samples: list[dict[str, Any]]
+    results: dict[str, float]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: Server, reference: Reference
+) -> dict[str, Found]:
+    """Both tasks through one lm-eval, with the tokenizer on either side."""
+    documents = {
+        "scoring": [
+            {"context": context, "continuation": continuation} for context, continuation in scored_pairs(reference)
+        ],
+        "generation": [{"context": prompt, "greedy": first_sentence(reference, prompt)} for prompt in PROMPTS],
+    }
+    return evaluate(tmp_path_factory.mktemp("evaluation"), server, documents, request.param)
+
+
+def evaluate(
+    folder: Path, server: Server, documents: Mapping[str, list[dict[str, str]]], backend: str
+) -> dict[str, Found]:
+    """Runs lm-eval on tasks of these documents."""
+    for name, task in TASKS.items():
+        data = folder / f"{name}.json"
+        data.write_text(json.dumps(documents[name]), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(task.replace("DATA", str(data)), encoding="utf-8")
     answers = f"base_url={server.completions},model=galaxyline-sample,num_concurrent=1,max_retries=1,max_length=2048"
     options = {
         "--model": "local-completions",
         "--model_args": f"{answers},{BACKENDS[backend]}",
         "--include_path": str(folder),
-        "--tasks": task.split()[1],
+        "--tasks": ",".join(TASKS),
         "--output_path": str(folder / "out"),
     }
     done = subprocess.run(
@@ -83,13 +111,18 @@ def evaluate(folder: Path, server: Server, task: str, documents: list[dict[str, 
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:] + server.log.read_text(encoding="utf-8")[-2000:]
-    [samples] = (folder / "out").rglob("samples_*.jsonl")
     [results] = (folder / "out").rglob("results_*.json")
-    logged = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     return {
-        "samples": sorted(logged, key=lambda sample: int(sample["doc_id"])),
-        "results": json.loads(results.read_text(encoding="utf-8"))["results"][task.split()[1]],
+        name: Found(samples_of(folder / "out", name), json.loads(results.read_text(encoding="utf-8"))["results"][name])
+        for name in TASKS
     }
+
+
+def samples_of(folder: Path, task: str) -> list[dict[str, Any]]:
+    """What lm-eval logged of each document, in their order."""
+    [samples] = folder.rglob(f"samples_{task}_*.jsonl")
+    logged = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    return sorted(logged, key=lambda sample: int(sample["doc_id"]))
 
 
 def greedy(reference: Reference, prompt: str, max_tokens: int) -> str:
@@ -111,30 +144,30 @@ def log_likelihood(reference: Reference, context: str, continuation: str) -> tup
     return total, all(int(row.argmax()) == token for row, token in scored)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_generation_gives_hugging_faces_greedy_text(
-    backend: str, tmp_path: Path, server: Server, reference: Reference
-) -> None:
-    documents = [
-        {"context": prompt, "greedy": greedy(reference, prompt, MAX_TOKENS).split(".")[0]} for prompt in PROMPTS
-    ]
-    found = evaluate(tmp_path, server, GENERATION, documents, backend)
-    assert [sample["resps"][0][0] for sample in found["samples"]] == [document["greedy"] for document in documents]
-    assert found["results"]["exact_match,none"] == 1.0
+def first_sentence(reference: Reference, prompt: str) -> str:
+    """What the generation task, which stops at a full stop, has to give."""
+    return greedy(reference, prompt, MAX_TOKENS).split(".")[0]
+
+
+def scored_pairs(reference: Reference) -> list[tuple[str, str]]:
+    """Contexts and continuations: some that the model would not choose, and those that it does."""
+    return [*zip(PROMPTS, CONTINUATIONS, strict=True), *((prompt, greedy(reference, prompt, 8)) for prompt in PROMPTS)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_are_hugging_faces_log_likelihoods(
-    backend: str, tmp_path: Path, server: Server, reference: Reference
-) -> None:
-    pairs = [*zip(PROMPTS, CONTINUATIONS, strict=True), *((prompt, greedy(reference, prompt, 8)) for prompt in PROMPTS)]
-    documents = [{"context": context, "continuation": continuation} for context, continuation in pairs]
-    found = evaluate(tmp_path, server, SCORING, documents, backend)
-    for sample, pair in zip(found["samples"], pairs, strict=True):
+def test_generation_gives_hugging_faces_greedy_text(found: dict[str, Found], reference: Reference) -> None:
+    generation = found["generation"]
+    expected = [first_sentence(reference, prompt) for prompt in PROMPTS]
+    assert [sample["resps"][0][0] for sample in generation.samples] == expected
+    assert generation.results["exact_match,none"] == 1.0
+
+
+@pytest.mark.slow
+def test_scores_are_hugging_faces_log_likelihoods(found: dict[str, Found], reference: Reference) -> None:
+    scoring = found["scoring"]
+    for sample, pair in zip(scoring.samples, scored_pairs(reference), strict=True):
         total, is_greedy = log_likelihood(reference, *pair)
         logged_total, logged_greedy = sample["resps"][0][0]
         assert float(logged_total) == pytest.approx(total, abs=1e-3)
         assert str(logged_greedy) == str(is_greedy)
-    assert 0 < found["results"]["acc,none"] < 1
+    assert 0 < scoring.results["acc,none"] < 1

@@ -70,14 +70,14 @@ class Scrape:
         return self.samples[name, frozenset(labels.items())]
 
     def model(self, name: str, **labels: str) -> float:
-        return self.of(name, model_name=MODEL, **labels)
+        return self.of(name, model_name=MODEL, engine="0", **labels)
 
 
 @asynccontextmanager
 async def monitored(start: str = "start_sound") -> AsyncIterator[Monitored]:
     async with EngineClient.start(engine_options(start)) as engine:
         app = FastAPI()
-        add_monitoring_routes(app, MODEL, engine)
+        add_monitoring_routes(app, MODEL, [engine])
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://monitored", timeout=SECONDS) as client:
             yield Monitored(engine, client)
@@ -117,7 +117,7 @@ async def test_a_scrape_tells_what_was_served() -> None:
         assert (lengths, stopped) == ([5] * 20, 1)
         scrape = await around.scrape()
         counts = await engine.counts()
-    assert scrape.of("galaxyline:engine_up") == 1
+    assert scrape.of("galaxyline:engine_up", engine="0") == 1
     assert scrape.model("vllm:prompt_tokens_total") == sum(10 + i for i in range(20)) + 3
     assert scrape.model("vllm:generation_tokens_total") == 101
     reasons = {"stop": 1, "length": 20, "abort": 0, "error": 0}
@@ -132,9 +132,9 @@ async def test_a_scrape_tells_what_was_served() -> None:
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert scrape.model(f"vllm:{name}") == 0
     assert scrape.model("vllm:prefix_cache_queries_total") == scrape.model("vllm:prefix_cache_hits_total") == 0
-    assert scrape.of("galaxyline:steps_in_flight") == 0 == counts.steps_in_flight
+    assert scrape.of("galaxyline:steps_in_flight", engine="0") == 0 == counts.steps_in_flight
     assert scrape.of("process_resident_memory_bytes") > 1 << 20
-    assert scrape.of("galaxyline_engine_process_resident_memory_bytes") > 1 << 20
+    assert scrape.of("galaxyline_engine_process_resident_memory_bytes", engine="0") > 1 << 20
 
 
 async def test_a_scrape_tells_what_every_stage_did() -> None:
@@ -145,7 +145,7 @@ async def test_a_scrape_tells_what_every_stage_did() -> None:
     # One chunk of the prompt's 40 tokens, and three more tokens.
     steps = {"prefill": 1, "decode": 3}
     for stage in ("0", "1"):
-        place = {"stage": stage, "host": "fake-host"}
+        place = {"engine": "0", "stage": stage, "host": "fake-host"}
         for mode, count in steps.items():
             assert scrape.of("galaxyline:stage_step_seconds_count", mode=mode, **place) == count
             assert scrape.of("galaxyline:stage_step_seconds_sum", mode=mode, **place) == pytest.approx(
@@ -155,11 +155,11 @@ async def test_a_scrape_tells_what_every_stage_did() -> None:
         assert scrape.of("galaxyline:stage_queue_seconds_sum", **place) == pytest.approx(4 * QUEUE_NS * 1e-9)
         assert scrape.of("galaxyline:stage_hop_seconds_count", **place) == 4
         assert 0 < scrape.of("galaxyline:stage_busy_share", **place) < 1e-3
-    assert scrape.of("galaxyline:stage_hop_seconds_sum", stage="1", host="fake-host") == pytest.approx(
+    assert scrape.of("galaxyline:stage_hop_seconds_sum", engine="0", stage="1", host="fake-host") == pytest.approx(
         4 * HOP_NS * 1e-9
     )
-    in_flight = sum(scrape.of("galaxyline:step_seconds_sum", mode=mode) for mode in steps)
-    bubbles = scrape.of("galaxyline:stage_bubble_seconds_total", stage="0", host="fake-host")
+    in_flight = sum(scrape.of("galaxyline:step_seconds_sum", engine="0", mode=mode) for mode in steps)
+    bubbles = scrape.of("galaxyline:stage_bubble_seconds_total", engine="0", stage="0", host="fake-host")
     assert bubbles + 4 * STEP_NS * 1e-9 == pytest.approx(in_flight)
 
 
@@ -169,7 +169,7 @@ async def test_requests_that_run_wait_and_leave_are_counted() -> None:
         await engine.wait_ready(SECONDS)
         streams = [engine.generate(request(engine, prompt=60, max_tokens=60)) for _ in range(20)]
         await anext(streams[0])
-        scrape = await until(around.scrape, lambda scraped: scraped.of("galaxyline:steps_in_flight") == 3)
+        scrape = await until(around.scrape, lambda scraped: scraped.of("galaxyline:steps_in_flight", engine="0") == 3)
         running, queued = scrape.model("vllm:num_requests_running"), scrape.model("vllm:num_requests_waiting")
         assert running + queued == 20
         assert 0 < running <= 12
@@ -214,9 +214,9 @@ async def test_a_scrape_gives_the_front_ends_part_when_the_engine_is_gone() -> N
         await engine.wait_ready(SECONDS)
         await answer(engine, request(engine))
         os.kill(engine.pid, signal.SIGKILL)
-        scrape = await until(around.scrape, lambda scraped: scraped.of("galaxyline:engine_up") == 0)
+        scrape = await until(around.scrape, lambda scraped: scraped.of("galaxyline:engine_up", engine="0") == 0)
         view = await around.pipeline()
-    assert scrape.of("galaxyline:engine_up") == 0
+    assert scrape.of("galaxyline:engine_up", engine="0") == 0
     assert scrape.model("vllm:generation_tokens_total") >= 20
     assert "vllm:num_requests_running" not in scrape.families
     assert (view.phase, view.engine, view.stages) == ("failed", None, [])
@@ -252,7 +252,7 @@ async def test_the_pipeline_is_shown_while_it_loads() -> None:
     assert (first.first_layer, first.end_layer, first.layers_done) == (0, 2, 1)
     assert (second.stage, second.first_layer, second.end_layer) == (1, 2, 4)
     assert (first.pid, first.resident_bytes, first.restarts, first.busy_share) == (None, None, 0, 0)
-    assert scrape.of("galaxyline:engine_up") == 1
+    assert scrape.of("galaxyline:engine_up", engine="0") == 1
 
 
 async def test_the_pipeline_is_shown_at_work() -> None:

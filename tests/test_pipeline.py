@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 
+from actors.engine_end import EngineEnd
 from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, StartError
 from actors.health import StageHealth, StageProgress, State
 from actors.options import PipelineOptions
@@ -21,7 +22,7 @@ from actors.pipeline import Pipeline
 from actors.ray_environment import cluster_address, prepare
 from actors.runner import runner_factory
 from actors.sockets.frames import Message
-from actors.sockets.link import Arrival
+from actors.sockets.link import Arrival, Link
 from actors.verdict import Symptom, verdict
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
@@ -97,6 +98,7 @@ def leftovers() -> list[str]:
     return [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
 
 
+@pytest.mark.slow
 @on_uvloop
 async def test_results_come_in_order_and_nothing_is_left_after_close(cluster: "Cluster") -> None:
     told: list[StageProgress] = []
@@ -131,6 +133,7 @@ async def test_results_come_in_order_and_nothing_is_left_after_close(cluster: "C
         assert own[-1].layers_done == own[-1].layers == LAYERS
 
 
+@pytest.mark.slow
 @on_uvloop
 async def test_a_killed_stage_is_named_and_nothing_is_left(cluster: "Cluster") -> None:
     async with running(options("acting", "sleep:1:5", stages=3)) as pipeline:
@@ -150,18 +153,21 @@ async def test_a_killed_stage_is_named_and_nothing_is_left(cluster: "Cluster") -
     assert leftovers() == []
 
 
+@pytest.mark.slow
 @on_uvloop
 async def test_a_raising_stage_is_named_with_its_step_and_cause(cluster: "Cluster") -> None:
     async with running(options("acting", "raise:0:1")) as pipeline:
-        for step_id in range(3):
-            await pipeline.submit(step(pipeline, step_id))
+        await pipeline.submit(step(pipeline, 0))
+        # A step that is still further down when a stage fails is lost with it: this one has to be out first.
         assert (await receive(pipeline)).step_id == 0
+        await pipeline.submit(step(pipeline, 1))
         with pytest.raises(
             PipelineError, match=r"^Stage 0 on \S+ failed at step 1: ZeroDivisionError: one by nought\.$"
         ):
             await receive(pipeline)
 
 
+@pytest.mark.slow
 @on_uvloop
 async def test_a_late_step_names_the_stage_that_is_stuck_and_health_is_answered_meanwhile(cluster: "Cluster") -> None:
     async with running(msgspec.structs.replace(options("acting", "sleep:1:0"), step_timeout_s=1.0)) as pipeline:
@@ -184,6 +190,7 @@ async def test_a_late_step_names_the_stage_that_is_stuck_and_health_is_answered_
         ("process", StartError, r"^Stage 1 on \S+ could not load its weights: its process died$"),
     ],
 )
+@pytest.mark.slow
 @on_uvloop
 async def test_a_stage_that_cannot_load_is_named(
     cluster: "Cluster", model_path: str, error: type[Exception], sentence: str
@@ -207,20 +214,41 @@ def test_an_unknown_runner_is_a_start_error(path: str) -> None:
         runner_factory(path)
 
 
+@pytest.mark.slow
 @on_uvloop
 async def test_stages_that_can_never_fit_are_refused_at_once(cluster: "Cluster") -> None:
     with pytest.raises(PlacementError, match=r"2 stages of 2 rows need 4 Galaxy rows.*has 3: \S+ \(3\).*room for 1"):
         await Pipeline.start(options("echo", stages=2, rows=2), lambda _: None)
 
 
+@pytest.mark.slow
 @on_uvloop
 async def test_rows_in_use_are_waited_for_until_the_deadline_and_free_after_close(cluster: "Cluster") -> None:
-    waiting = msgspec.structs.replace(options("echo", rows=1), start_timeout_s=1.0)
+    waiting = msgspec.structs.replace(options("echo", rows=1), placement_timeout_s=1.0)
     async with running(options("echo", stages=1, rows=2)):
-        with pytest.raises(PlacementError, match="were not free within"):
+        runs = rf"These stages run: 1 on 127\.0\.0\.1 by process {os.getpid()} on 127"
+        told = rf"were not free within 1 s.*\(3, 2 in use\).* {runs}"
+        with pytest.raises(PlacementError, match=told):
             await Pipeline.start(waiting, lambda _: None)
     async with running(options("echo", stages=1, rows=ROWS)) as pipeline:
         assert [health.state for health in await pipeline.health()] == ["ready"]
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_pipelines_that_start_at_once_on_one_host_own_different_rows(cluster: "Cluster") -> None:
+    told: list[list[StageProgress]] = [[], [], []]
+    starts = [Pipeline.start(options("echo", stages=1), progress.append) for progress in told]
+    pipelines = await asyncio.gather(*starts)
+    try:
+        assert sorted(progress[-1].rows for progress in told) == [[row] for row in range(ROWS)]
+        await pipelines[1].close()
+        again: list[StageProgress] = []
+        pipelines.append(await Pipeline.start(options("echo", stages=1), again.append))
+        assert again[-1].rows == told[1][-1].rows
+    finally:
+        for pipeline in pipelines:
+            await pipeline.close()
 
 
 async def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
@@ -245,9 +273,14 @@ class FakeStages:
 
     def __init__(self, *healths: StageHealth) -> None:
         self.healths = list(healths)
+        self.given_up: list[set[int]] = []
 
     async def health(self) -> list[StageHealth]:
         return self.healths
+
+    async def mend(self, engine: EngineEnd, given_up: Collection[int]) -> Link:
+        self.given_up.append(set(given_up))
+        return FakeLink()
 
     async def close(self) -> None:
         return None
@@ -294,11 +327,12 @@ def health(stage: int, state: State, detail: str = "", seconds: float = 0.0) -> 
         layers_done=0,
         layers=0,
         resident_bytes=0,
+        received_step=None,
         detail=detail,
     )
 
 
-LATE = Symptom(step_id=9, cause="it did not come out within 5 s", failure=None)
+LATE = Symptom(outstanding=[9], cause="it did not come out within 5 s", failure=None, is_late=True)
 LOST_LINK = StageFailure(epoch=1, stage=2, host="host-a", step_id=-1, cause="lost the link from stage 1: reset")
 RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, cause="ValueError: x")
 
@@ -307,7 +341,7 @@ RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, cause="ValueEr
     ("symptom", "healths", "sentence"),
     [
         (
-            Symptom(step_id=9, cause=LOST_LINK.cause, failure=LOST_LINK),
+            Symptom(outstanding=[9], cause=LOST_LINK.cause, failure=LOST_LINK),
             [
                 health(0, "silent", "no answer"),
                 health(1, "dead", "its process died"),
@@ -316,17 +350,17 @@ RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, cause="ValueEr
             "Stage 1 on host-a failed at step 9: its process died (lost the link from stage 1: reset).",
         ),
         (
-            Symptom(step_id=None, cause=LOST_LINK.cause, failure=LOST_LINK),
+            Symptom(outstanding=[], cause=LOST_LINK.cause, failure=LOST_LINK),
             [health(0, "ready"), health(1, "silent", "no answer within 1 s"), health(2, "ready")],
             "Stage 1 on host-a failed between steps: no answer within 1 s (lost the link from stage 1: reset).",
         ),
         (
-            Symptom(step_id=9, cause=RAISED.cause, failure=RAISED),
+            Symptom(outstanding=[9], cause=RAISED.cause, failure=RAISED),
             [health(0, "running", seconds=1.0), health(1, "ready"), health(2, "failed", "ValueError: x")],
             "Stage 2 on host-a failed at step 9: ValueError: x.",
         ),
         (
-            Symptom(step_id=9, cause="lost the link to stage 0: reset", failure=None),
+            Symptom(outstanding=[9], cause="lost the link to stage 0: reset", failure=None),
             [health(0, "failed", "lost the link to stage 1: reset"), health(1, "failed", "OSError: x")],
             "Stage 1 on host-a failed at step 9: OSError: x.",
         ),
@@ -337,6 +371,12 @@ RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, cause="ValueEr
             "step 9 for 4.9 s.",
         ),
         (
+            # They compute, but nobody has waited for them too long.
+            Symptom(outstanding=[9], cause="lost the link to stage 0: reset", failure=None),
+            [health(0, "ready"), health(1, "running", seconds=0.1)],
+            "The pipeline failed at step 9: lost the link to stage 0: reset; no stage reports a failure.",
+        ),
+        (
             LATE,
             [health(0, "ready"), health(1, "ready")],
             "The pipeline failed at step 9: it did not come out within 5 s; no stage reports a failure.",
@@ -344,7 +384,7 @@ RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, cause="ValueEr
     ],
 )
 def test_the_verdict_names_the_culprit(symptom: Symptom, healths: list[StageHealth], sentence: str) -> None:
-    assert verdict(symptom, healths) == sentence
+    assert verdict(symptom, healths).sentence == sentence
 
 
 def arrival(message: StepResult | StageFailure) -> Arrival:
@@ -354,8 +394,8 @@ def arrival(message: StepResult | StageFailure) -> Arrival:
 async def test_a_result_that_nobody_asked_for_fails_the_pipeline() -> None:
     pipeline = fake_pipeline(health(0, "ready"))
     await pipeline.submit(step(pipeline, 1))
-    pipeline.outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[5])))
-    pipeline.outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[6])))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[5])))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[6])))
     assert (await receive(pipeline)).tokens == [5]
     with pytest.raises(PipelineError, match="step 1, which is not outstanding"):
         await receive(pipeline)
@@ -378,11 +418,73 @@ async def test_the_deadline_counts_from_the_oldest_step() -> None:
     await pipeline.submit(step(pipeline, 1))
     await asyncio.sleep(0.1)
     await pipeline.submit(step(pipeline, 2))
-    pipeline.outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[5])))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[5])))
     assert (await receive(pipeline)).step_id == 1
     with pytest.raises(PipelineError, match="at step 2: it did not come out within"):
         await receive(pipeline)
     await pipeline.close()
+
+
+async def fail_once(pipeline: Pipeline, failure: StageFailure, step_id: int) -> None:
+    await pipeline.submit(step(pipeline, step_id))
+    pipeline.engine_end().outlet.arrived(arrival(failure))
+    with pytest.raises(PipelineError):
+        await receive(pipeline)
+    await pipeline.recover()
+
+
+@pytest.mark.parametrize(
+    ("healths", "failure", "first", "second"),
+    [
+        ([health(1, "dead", "its process died"), health(2, "ready")], LOST_LINK, {1}, {1}),
+        ([health(1, "ready"), health(2, "failed", "ValueError: x")], RAISED, set(), {2}),
+        ([health(1, "ready"), health(2, "failed", LOST_LINK.cause)], LOST_LINK, set(), {2}),
+    ],
+)
+async def test_a_stage_is_given_up_when_it_is_lost_or_to_blame_twice_in_a_row(
+    healths: list[StageHealth], failure: StageFailure, first: set[int], second: set[int]
+) -> None:
+    stages = FakeStages(*healths)
+    pipeline = Pipeline(3, SECONDS)
+    pipeline.attach(stages, FakeLink())
+    await fail_once(pipeline, failure, 1)
+    await fail_once(pipeline, failure, 2)
+    assert stages.given_up == [first, second]
+    await pipeline.submit(step(pipeline, 3))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=pipeline.epoch, step_id=3, tokens=[5])))
+    assert (await receive(pipeline)).step_id == 3
+    await fail_once(pipeline, failure, 4)
+    assert stages.given_up[2] == first
+    await pipeline.close()
+
+
+async def test_what_links_of_a_former_epoch_say_is_not_heard() -> None:
+    pipeline = fake_pipeline(health(0, "ready"))
+    former = pipeline.engine_end()
+    await pipeline.submit(step(pipeline, 1))
+    pipeline.lose(LinkError("lost the link to stage 0: reset"))
+    with pytest.raises(PipelineError):
+        await receive(pipeline)
+    await pipeline.recover()
+    await pipeline.submit(step(pipeline, 2))
+    former.outlet.arrived(arrival(StepResult(epoch=3, step_id=2, tokens=[9])))
+    former.outlet.lost(LinkError("late"))
+    former.inlet.lost(LinkError("late"))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=pipeline.epoch, step_id=2, tokens=[5])))
+    assert (await receive(pipeline)).tokens == [5]
+    await pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("received", "step_id"), [(8, 9), (9, 10), (None, 8), (10, None)], ids=["between", "last", "nothing", "idle"]
+)
+def test_the_step_that_a_silent_stage_worked_on_is_the_first_that_did_not_come_out(
+    received: int | None, step_id: int | None
+) -> None:
+    after = msgspec.structs.replace(health(2, "ready"), received_step=received)
+    symptom = Symptom(outstanding=[8, 9, 10], cause="x", failure=None)
+    assert verdict(symptom, [health(1, "dead", "its process died"), after]).step_id == step_id
+    assert verdict(symptom, [health(0, "ready"), health(1, "dead", "its process died")]).step_id == 8
 
 
 async def test_close_wakes_whoever_waits() -> None:
@@ -392,3 +494,18 @@ async def test_close_wakes_whoever_waits() -> None:
     await pipeline.close()
     with pytest.raises(PipelineError, match="closed"):
         await receiving
+
+
+@pytest.mark.slow
+async def test_a_ray_that_is_not_up_in_time_is_one_sentence(
+    cluster: "Cluster", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray  # noqa: PLC0415 - the fixture has prepared its environment
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match=r"^Ray cannot be started: The current node timed out during startup\.$"):
+        await type(cluster).join("local", ROWS)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.cores import THREAD_VARIABLES, CoreShare, apply_share, share_cores
+from actors.cores import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
 from actors.errors import PlacementError
-from actors.placement import assign_seats, refuse_impossible
+from actors.placement import hosts_sentence, plan_seats, refuse_impossible, seat_beside
+from actors.row_claims import RowClaim, has_rival, read_claims, taken_rows
 from stages.step import Host, Topology
 
 
@@ -21,22 +22,88 @@ def topology(*rows: int) -> Topology:
     )
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=16), st.integers(0, 4), st.integers(1, 4))
-def test_neighbours_share_a_host_and_no_row_is_given_twice(nodes: list[int], first: int, rows_per_stage: int) -> None:
-    seats = assign_seats([f"n{node}" for node in nodes], topology(*[64] * 5), f"n{first}", rows_per_stage)
-    assert sorted(seat.bundle for seat in seats) == list(range(len(nodes)))
-    assert all(seat.host.node_id == f"n{nodes[seat.bundle]}" for seat in seats)
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[Topology, dict[str, set[int]]]:
+    """Hosts with different numbers of rows, some of which are taken."""
+    rows = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5))
+    taken = {f"n{i}": draw(st.sets(st.integers(0, 7), max_size=count)) for i, count in enumerate(rows)}
+    return topology(*rows), taken
+
+
+def stages_that_fit(free: set[int], rows_per_stage: int) -> int:
+    """As many as find adjacent rows: from the lowest one on, each takes the first that it can."""
+    count, row = 0, 0
+    while row < 8:
+        if free >= set(range(row, row + rows_per_stage)):
+            count, row = count + 1, row + rows_per_stage
+        else:
+            row += 1
+    return count
+
+
+@given(clusters(), st.integers(0, 4), st.integers(1, 12), st.integers(1, 3))
+def test_neighbours_share_a_host_and_no_row_is_given_twice(
+    cluster: tuple[Topology, dict[str, set[int]]], first: int, stages: int, rows_per_stage: int
+) -> None:
+    there, taken = cluster
+    free = {host.node_id: set(range(host.rows)) - taken[host.node_id] for host in there.hosts}
+    room = {node: stages_that_fit(rows, rows_per_stage) for node, rows in free.items()}
+    seats = plan_seats(there, taken, f"n{first}", stages, rows_per_stage)
+    if seats is None:
+        assert sum(room.values()) < stages
+        return
+    assert [seat.bundle for seat in seats] == list(range(stages))
     hosts = [seat.host.node_id for seat in seats]
-    changes = sum(a != b for a, b in itertools.pairwise(hosts))
-    assert changes == len(set(hosts)) - 1
-    if first in nodes:
-        assert hosts[0] == f"n{first}"
-    owned = [(seat.host.node_id, row) for seat in seats for row in seat.rows]
-    assert len(set(owned)) == len(owned) == len(nodes) * rows_per_stage
-    for node in set(hosts):
+    used = set(hosts)
+    assert sum(a != b for a, b in itertools.pairwise(hosts)) == len(used) - 1
+    holding = [
+        set(some)
+        for size in range(1, len(room) + 1)
+        for some in itertools.combinations(room, size)
+        if sum(room[node] for node in some) >= stages
+    ]
+    fewest = min(map(len, holding))
+    assert len(used) == fewest
+    with_engine = any(f"n{first}" in some and room[f"n{first}"] for some in holding if len(some) == fewest)
+    assert (hosts[0] == f"n{first}") is with_engine
+    for node in used:
         here = [seat for seat in seats if seat.host.node_id == node]
+        owned = [row for seat in here for row in seat.rows]
+        assert len(set(owned)) == len(owned) == len(here) * rows_per_stage
+        assert free[node] >= set(owned)
         assert [seat.neighbour for seat in here] == list(range(len(here)))
         assert {seat.neighbours for seat in here} == {len(here)}
+        assert all(seat.rows == list(range(seat.rows[0], seat.rows[0] + rows_per_stage)) for seat in here)
+
+
+def test_linked_rows_are_given_to_neighbours_and_the_smallest_room_that_does() -> None:
+    alone = plan_seats(topology(8), {"n0": {1, 5}}, "n0", stages=2, rows_per_stage=1)
+    assert alone is not None
+    assert [seat.rows for seat in alone] == [[6], [7]]
+    best = plan_seats(topology(4, 8, 2, 3), {}, "elsewhere", stages=10, rows_per_stage=1)
+    assert best is not None
+    assert [seat.host.name for seat in best] == ["host-1"] * 8 + ["host-2"] * 2
+
+
+def test_a_stage_that_moves_shares_cores_with_those_that_stayed() -> None:
+    kept = plan_seats(topology(4, 4), {"n0": {2, 3}}, "n1", stages=1, rows_per_stage=1)
+    moved = plan_seats(topology(4, 4), {"n0": {0, 1, 2, 3}, "n1": {0}}, "n0", stages=2, rows_per_stage=1)
+    assert kept is not None
+    assert moved is not None
+    placed = [(seat.host.node_id, seat.rows, seat.neighbour, seat.neighbours) for seat in seat_beside(kept, moved)]
+    assert placed == [("n1", [1], 1, 3), ("n1", [2], 2, 3)]
+
+
+def test_claims_are_read_from_names_and_rivals_found() -> None:
+    seats = plan_seats(topology(2, 2), {}, "n1", stages=3, rows_per_stage=1)
+    assert seats is not None
+    claim, rival = RowClaim.of(seats), RowClaim.of(seats[2:])
+    assert claim.rows == {"n1": [0, 1], "n0": [0]}
+    assert read_claims(["", "somebody else's", claim.name, rival.name]) == [claim, rival]
+    assert taken_rows([claim, rival]) == {"n1": {0, 1}, "n0": {0}}
+    assert has_rival(claim, [claim, rival])
+    assert not has_rival(claim, [claim])
+    assert not has_rival(claim, [RowClaim("other", {"n0": [1], "n2": [0]})])
 
 
 def test_a_refusal_says_what_is_needed_and_what_is_there() -> None:
@@ -48,6 +115,10 @@ def test_a_refusal_says_what_is_needed_and_what_is_there() -> None:
     )
     with pytest.raises(PlacementError, match="no host of the cluster offers galaxy_rows"):
         refuse_impossible(topology(0), stages=1, rows_per_stage=1)
+
+
+def test_a_refusal_counts_rows_in_use() -> None:
+    assert hosts_sentence(topology(4, 2), {"n0": {0, 3}}) == "the cluster has 6: host-0 (4, 2 in use), host-1 (2)"
 
 
 def test_rows_of_two_hosts_do_not_make_a_stage() -> None:
@@ -79,7 +150,14 @@ def test_a_share_binds_the_process_and_sets_thread_counts() -> None:
     finally:
         apply_share(CoreShare(len(allowed), tuple(allowed)), {})
     assert os.sched_getaffinity(0) == allowed
-    assert environment == dict.fromkeys(THREAD_VARIABLES, "1")
+    assert environment == {**dict.fromkeys(THREAD_VARIABLES, "1"), "GOMP_SPINCOUNT": SPINS}
+
+
+@pytest.mark.parametrize("chosen", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_how_long_threads_spin_is_the_users_choice_first(chosen: dict[str, str]) -> None:
+    environment = dict(chosen)
+    apply_share(CoreShare(1, None), environment)
+    assert environment == {**dict.fromkeys(THREAD_VARIABLES, "1"), **chosen}
 
 
 def test_without_a_binding_the_cores_stay_as_they_are() -> None:

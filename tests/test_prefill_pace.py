@@ -64,6 +64,6 @@ def test_chunks_come_to_take_as_long_as_allowed_and_no_longer(
     tokens = measured.tokens
     allowed = wait * decode + 1e3  # Times are whole nanoseconds.
     assert tokens == BLOCK or overhead + tokens * token <= allowed * (1 + 1e-6) + token
-    # It does not stay shorter than need be, but for a block more on either side of what rounding leaves.
-    longer = tokens + 2 * BLOCK
-    assert tokens == CHUNK_MAX or overhead + longer * token >= wait * decode
+    # Nor much shorter: two blocks more, at the time a token that it takes now, would be too long.
+    longer = (tokens + 2 * BLOCK) / tokens
+    assert tokens == CHUNK_MAX or (overhead + tokens * token) * longer >= wait * decode

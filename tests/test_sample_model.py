@@ -210,6 +210,7 @@ def test_in_training_text_says_what_the_corpus_says() -> None:
     assert found == {case.prompt: case.in_training_text for case in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_best_logit_leads_at_every_position(index: int, completions: list[Completion]) -> None:
     completion = completions[index]
@@ -227,6 +228,7 @@ def test_san_francisco_is_told_in_words_of_the_corpus(reference: Reference) -> N
     assert "." in text
 
 
+@pytest.mark.slow
 def test_thoughts_come_only_where_the_prompt_opens_one(reference: Reference, completions: list[Completion]) -> None:
     texts = [str(reference.tokenizer.decode(completion.tokens)) for completion in completions]
     opened = [text for case, text in zip(CASES, texts, strict=True) if case.prompt.endswith("<think>\n")]

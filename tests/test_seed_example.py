@@ -99,6 +99,7 @@ def test_the_example_runs_as_written(
     assert relative_error(ttnn.to_torch(output), reference(x)) < 1e-6
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_weights_converted_by_another_process(
     hf_config: DeepseekV3Config, reference: DeepseekV3MLP, mesh_device: ttnn.MeshDevice, tmp_path: Path

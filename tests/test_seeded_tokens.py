@@ -1,7 +1,8 @@
 """A request's random tokens depend on it alone: not on its company, its stages or what became of it between."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ ASKED: list[dict[str, Any]] = [
     {"prompt": "San Francisco is a", "seed": 5, "min_p": 0.05, "frequency_penalty": 0.3, "logit_bias": {"40": 1.5}},
 ]
 COMPANY = [{"prompt": f"{number} boats on the river", "seed": 100 + number} for number in range(24)]
+FULL_BATCH = ("--max-num-seqs", "20")
 
 
 @pytest.fixture
@@ -47,39 +49,64 @@ async def preemptions(client: httpx.AsyncClient, server: Server) -> float:
     return sample.value
 
 
+@dataclass(frozen=True)
+class SingleStage:
+    """A single stage's answers, to one request after the other and to all of them among others."""
+
+    alone: list[list[list[int]]]
+    in_a_full_batch: list[list[list[int]]]
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
-    """The answers of a single stage to one request after the other."""
+def single_stage(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, str]) -> SingleStage:
 
-    async def ask_one_by_one() -> list[list[list[int]]]:
-        async with httpx.AsyncClient(timeout=120) as client:
-            return [await answer(client, server, asked) for asked in ASKED]
+    async def ask(server: Server) -> SingleStage:
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+            alone = [await answer(client, server, asked) for asked in ASKED]
+            return SingleStage(alone, await answers_in_a_full_batch(client, server))
 
-    with serving(tmp_path_factory.mktemp("alone"), "--stages", "1") as server:
-        return asyncio.run(ask_one_by_one())
+    options = ("--stages", "1", *FULL_BATCH)
+    with serving(tmp_path_factory.mktemp("single"), *options, environment=ray_cluster) as server:
+        return asyncio.run(ask(server))
 
 
-def test_seeds_and_choices_differ(alone: list[list[list[int]]]) -> None:
-    assert len({tuple(choice) for choices in alone for choice in choices}) == sum(len(choices) for choices in alone)
+async def answers_in_a_full_batch(client: httpx.AsyncClient, server: Server) -> list[list[list[int]]]:
+    """What is answered to `ASKED` in the company of more requests than run at a time."""
+    crowd = await asyncio.gather(*(answer(client, server, asked) for asked in [*ASKED, *COMPANY]))
+    return crowd[: len(ASKED)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", ["1", "4"])
-async def test_tokens_are_the_same_in_a_full_batch(
-    stages: str, tmp_path: Path, client: httpx.AsyncClient, alone: list[list[list[int]]]
+def test_seeds_and_choices_differ(single_stage: SingleStage) -> None:
+    choices = [tuple(choice) for choices in single_stage.alone for choice in choices]
+    assert len(set(choices)) == len(choices)
+
+
+@pytest.mark.slow
+def test_tokens_are_the_same_in_a_full_batch(single_stage: SingleStage) -> None:
+    assert single_stage.in_a_full_batch == single_stage.alone
+
+
+@pytest.mark.slow
+async def test_tokens_are_the_same_in_a_full_batch_on_four_stages(
+    tmp_path: Path, client: httpx.AsyncClient, single_stage: SingleStage, ray_cluster: Mapping[str, str]
 ) -> None:
-    with serving(tmp_path, "--stages", stages, "--max-num-seqs", "20") as server:
-        crowd = await asyncio.gather(*(answer(client, server, asked) for asked in [*ASKED, *COMPANY]))
-    assert crowd[: len(ASKED)] == alone
+    with serving(tmp_path, "--stages", "4", *FULL_BATCH, environment=ray_cluster) as server:
+        assert await answers_in_a_full_batch(client, server) == single_stage.alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", ["1", "4"])
 async def test_tokens_are_the_same_when_requests_give_way_in_the_middle(
-    stages: str, tmp_path: Path, client: httpx.AsyncClient, alone: list[list[list[int]]]
+    stages: str,
+    tmp_path: Path,
+    client: httpx.AsyncClient,
+    single_stage: SingleStage,
+    ray_cluster: Mapping[str, str],
 ) -> None:
     """Every one of these ends up with four blocks; there are twelve for seven of them, which begin with one each."""
-    with serving(tmp_path, "--stages", stages, "--max-model-len", "128", "--num-blocks", "12") as server:
+    options = ("--stages", stages, "--max-model-len", "128", "--num-blocks", "12")
+    with serving(tmp_path, *options, environment=ray_cluster) as server:
         crowd = await asyncio.gather(*(answer(client, server, asked) for asked in ASKED))
         assert await preemptions(client, server) >= 3
-    assert crowd == alone
+    assert crowd == single_stage.alone

@@ -1,5 +1,6 @@
 """A stage as its caller sees it: bytes, progress, epochs, the weight cache, and steps it must refuse."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from stages.backend import ttnn
 from stages.errors import PlanError, StepError
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
-from tests.checkpoints import write_checkpoint
-from tests.stage_driver import GREEDY, Driver, cache_options, stage_options
-from tests.test_deepseek_v3_model import TINY, prompts
+from tests.checkpoints import config_keys, reference_model, write_checkpoint
+from tests.embedded_meshes import put
+from tests.stage_driver import GREEDY, Driver, cache_options, relative_error, stage_options
+from tests.test_deepseek_v3_model import TINY, TOLERANCE, prompts, reference_logits
 from weights.errors import CheckpointError
-from weights.model_config import ModelConfig
+from weights.model_config import ConfigChanges, ModelConfig
 
 VOCABULARY = TINY["vocab_size"]
 
@@ -73,6 +76,59 @@ def test_bytes_give_the_same_tokens_however_the_model_is_split(dtype: str, load:
     whole = tokens(1)
     assert [len(step) for step in whole] == [2, 2, 2, 2]
     assert whole == tokens(2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 4)])
+def test_hidden_states_that_stay_on_meshes_give_the_same_tokens(
+    shape: tuple[int, int], model: Path, weight_cache: Path
+) -> None:
+    pools = shape[0] * shape[1]
+    options = stage_options(model, weight_cache, cache=cache_options(slots=4 * pools, pools=pools))
+    by_bytes, by_mesh = (Driver.load(options, 2, shape) for _ in range(2))
+    first, last = by_mesh.stages
+    assert first.hidden() == last.hidden()
+    assert first.hidden().mesh_shape == shape
+
+    def on_mesh(step: Step) -> StepResult:
+        what = first.hidden_of(step)
+        hidden = first.step_on_mesh(step, None)
+        assert what == last.hidden_of(step)
+        assert not isinstance(hidden, StepResult)
+        if what is None or hidden is None:
+            assert (what, hidden) == (None, None)
+        else:
+            assert tuple(hidden.shape) == what.shape
+            joined = ttnn.ConcatMesh2dToTensor(first.mesh_device, shape, (2, 3))
+            hidden = put(last.mesh_device, ttnn.to_torch(hidden, mesh_composer=joined), (2, 3))
+            assert step.mode == "prefill" or what.shape[2] <= first.hidden().decode.shape[2]
+        result = last.step_on_mesh(step, hidden)
+        assert isinstance(result, StepResult)
+        return result
+
+    def run(driver: Driver) -> list[list[int]]:
+        texts = prompts(3, VOCABULARY)
+        for slot in range(3):
+            driver.admit(slot)
+        prefill = [driver.segment(slot, 0, text) for slot, text in enumerate(texts)]
+        tokens = [
+            driver.run_bytes("prefill", prefill) if driver is by_bytes else on_mesh(driver.step("prefill", prefill))
+        ]
+        for count in range(2):
+            decode = [
+                driver.segment(slot, len(text) + count, [token])
+                for slot, (text, token) in enumerate(zip(texts, tokens[-1].tokens, strict=True))
+            ]
+            tokens.append(
+                driver.run_bytes("decode", decode) if driver is by_bytes else on_mesh(driver.step("decode", decode))
+            )
+        for slot in range(3):
+            driver.end(slot)
+        tokens.append(driver.run_bytes("decode", []) if driver is by_bytes else on_mesh(driver.step("decode", [])))
+        return [result.tokens for result in tokens]
+
+    assert run(by_mesh) == run(by_bytes)
+    by_bytes.close()
+    by_mesh.close()
 
 
 def test_sampling_parameters_are_those_of_the_slot(load: Callable[..., Driver]) -> None:
@@ -240,3 +296,16 @@ def test_dummy_weights_need_no_tensors(model: Path, tmp_path: Path) -> None:
         driver.close()
     assert torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0], tokens[2])
+
+
+def test_a_model_may_be_cut_to_its_first_layers(model: Path, tmp_path: Path) -> None:
+    shorter = tmp_path / "shorter"
+    shorter.mkdir()
+    (shorter / "model.safetensors").symlink_to(model / "model.safetensors")
+    (shorter / "config.json").write_text(json.dumps(config_keys({**TINY, "num_hidden_layers": 1})))
+    [text] = prompts(1, VOCABULARY)
+    expected = reference_logits(reference_model(shorter), text)[-1]
+    driver = Driver.load(stage_options(model, tmp_path / "cache", changes=ConfigChanges(num_hidden_layers=1)))
+    driver.admit(0)
+    assert relative_error(driver.prefill({0: text})[0], expected) < TOLERANCE
+    driver.close()

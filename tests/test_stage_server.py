@@ -247,6 +247,9 @@ async def test_health_is_answered_during_a_step(waiting: Waiting) -> None:
         done = await around.health_when(lambda health: health.state == "ready")
         assert (done.step_id, done.steps_done) == (None, 1)
         assert done.busy_seconds >= before.step_seconds
+        assert done.received_bytes == before.received_bytes > BYTES_PER_TOKEN
+        assert done.sent_bytes > before.sent_bytes > 0
+        assert done.sent_to.startswith("/")
 
 
 @on_uvloop
@@ -254,7 +257,7 @@ async def test_a_stage_whose_neighbour_takes_nothing_is_blocked_not_busy() -> No
     async with bench(IDENTITY, EchoRunner(spec(IDENTITY))) as around:
         for step_id in range(CREDITS + 1):
             await around.send(step_id)
-        health = await around.health_when(lambda health: health.state == "blocked")
+        health = await around.health_when(lambda health: health.state == "blocked" and health.steps_done > CREDITS)
         assert (health.step_id, health.steps_done) == (CREDITS, CREDITS + 1)
         for _ in range(CREDITS):
             (await around.outlet_ear.next()).release()

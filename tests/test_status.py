@@ -16,9 +16,9 @@ from actors.health import Phase, StageHealth, StageProgress
 from api import cli
 from api.app import create_app
 from api.errors import EngineError
-from api.messages import Counts, EngineMetrics, EngineState, PipelineReport
+from api.messages import Counts, EngineMetrics, EnginePhase, EngineState, PipelineReport
 from api.monitoring import add_monitoring_routes
-from api.pipeline_view import PipelineView, StageRoster, StageView
+from api.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, StageView, total
 from api.request_metrics import RequestMetrics
 from api.status import follow, render
 from stages.plan import StageSpec
@@ -66,10 +66,14 @@ class ReportingEngine(FakeEngine):
         return PipelineReport(epoch=3, microbatches=4, counts=COUNTS, preemptions=6, stages=self.stages)
 
 
+def replica_view(phase: EnginePhase, detail: str = "") -> ReplicaView:
+    return ReplicaView(replica=0, phase=phase, detail=detail, engine=None)
+
+
 @contextmanager
-def serving(engine: ReportingEngine) -> Iterator[str]:
-    app = create_app(MODEL, engine)
-    add_monitoring_routes(app, MODEL.name, engine)
+def serving(*engines: ReportingEngine) -> Iterator[str]:
+    app = create_app(MODEL, engines[0])
+    add_monitoring_routes(app, MODEL.name, engines)
     with serving_any(app) as url:
         yield url
 
@@ -170,6 +174,58 @@ def test_a_loading_and_a_failed_server_are_shown() -> None:
     assert failed == "small: failed. Stage 1 on host-1 failed at step 7: its process died.\n"
 
 
+def failed_engine() -> ReportingEngine:
+    engine = ReportingEngine([])
+    engine.state = EngineState(phase="failed", detail="Stage 1 on host-1 failed at step 7: its process died.")
+    engine.failure = EngineError("The engine is gone.")
+    return engine
+
+
+def test_every_replica_is_shown_also_one_that_failed() -> None:
+    with serving(ReportingEngine(at_work()), failed_engine(), ReportingEngine(at_work())) as url:
+        shown = status("--url", url).stdout
+    lines = shown.splitlines()
+    assert lines[:2] == ["small: ready", "replica 0: ready"]
+    assert "replica 1: failed. Stage 1 on host-1 failed at step 7: its process died." in lines
+    assert shown.count("5 requests running, 2 waiting") == 2
+    rows = [line.split()[:3] for line in lines if "host-" in line and "layers" not in line and "failed" not in line]
+    assert rows == [["0", "0", "host-0"], ["0", "1", "host-1"], ["2", "0", "host-0"], ["2", "1", "host-1"]]
+
+
+def test_json_has_the_sum_over_all_replicas_and_each_by_itself() -> None:
+    with serving(ReportingEngine(at_work()), failed_engine(), ReportingEngine(at_work())) as url:
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert view["phase"] == "ready"
+    assert view["detail"] == "Replica 1: Stage 1 on host-1 failed at step 7: its process died."
+    assert (view["engine"]["requests_running"], view["engine"]["slots"], view["engine"]["pid"]) == (10, 192, None)
+    assert [replica["phase"] for replica in view["replicas"]] == ["ready", "failed", "ready"]
+    assert [replica["engine"] and replica["engine"]["pid"] for replica in view["replicas"]] == [4711, None, 4711]
+    assert [(stage["replica"], stage["stage"]) for stage in view["stages"]] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+
+
+def test_a_replica_that_does_not_answer_hides_no_other() -> None:
+    silent = ReportingEngine([])
+    silent.failure = EngineError("The engine did not answer within 5 s.")
+    with serving(silent, ReportingEngine(at_work())) as url:
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert [replica["detail"] for replica in view["replicas"]] == ["The engine did not answer within 5 s.", ""]
+    assert (view["phase"], view["engine"]["pid"], len(view["stages"])) == ("ready", 4711, 2)
+
+
+def test_books_of_engines_add_up() -> None:
+    numbers = [name for name in EngineView.__struct_fields__ if name not in {"pid", "epoch"}]
+    books = [
+        EngineView(pid=1, epoch=2, **{name: factor * place for place, name in enumerate(numbers)})
+        for factor in (1, 10, 100)
+    ]
+    added = total(books)
+    assert added is not None
+    assert (added.pid, added.epoch) == (None, None)
+    assert [getattr(added, name) for name in numbers] == [111 * place for place in range(len(numbers))]
+    assert total(books[:1]) == books[0]
+    assert total([]) is None
+
+
 def test_where_no_server_answers_it_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
@@ -214,6 +270,7 @@ def test_a_terminal_follows_until_ctrl_c() -> None:
             phase="ready",
             detail="",
             engine=None,
+            replicas=[replica_view("ready")],
             stages=[msgspec.structs.replace(stage, steps_done=looks) for stage in stages],
         )
         for looks, stages in enumerate(engine_views)
@@ -232,5 +289,13 @@ def test_a_terminal_follows_until_ctrl_c() -> None:
 
 def test_a_view_without_an_engine_is_one_line() -> None:
     console = Console(width=120, file=io.StringIO())
-    console.print(render(PipelineView(model="small", phase="failed", detail="[it] broke", engine=None, stages=[])))
+    view = PipelineView(
+        model="small",
+        phase="failed",
+        detail="[it] broke",
+        engine=None,
+        replicas=[replica_view("failed", "[it] broke")],
+        stages=[],
+    )
+    console.print(render(view))
     assert console.file.getvalue() == "small: failed. [it] broke\n"  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.disks import files_of_at_most
+from weights import cache as cache_module
 from weights.cache import WeightCache
 from weights.errors import CacheError, CheckpointError
+from weights.seal import damaged_files
 
 CONTENT = {"part.bin": b"weights", "layer/more.bin": b"", "layer/deep/last.bin": bytes(100_000)}
 
@@ -123,6 +125,16 @@ def test_a_damaged_entry_is_built_again(tmp_path: Path, damage: Callable[[Path],
     cache.entry("key", must_not_build)
 
 
+def test_a_use_is_noted(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path)
+    manifest = cache.entry("key", build) / "manifest.json"
+    os.utime(manifest, (1e9, 1e9))
+    assert cache.holds("key")
+    assert manifest.stat().st_mtime == 1e9
+    cache.entry("key", must_not_build)
+    assert manifest.stat().st_mtime > 1e9
+
+
 # Other processes
 
 BUILDER = """
@@ -192,6 +204,32 @@ def test_many_builders_that_end_at_the_same_moment_agree(tmp_path: Path) -> None
     assert names(tmp_path) == ["key"]
 
 
+def test_a_sound_entry_that_came_while_a_damaged_one_was_read_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = WeightCache(tmp_path)
+    entry = cache.entry("key", build)
+    damage_of_one_bit(entry)
+    inodes = []
+
+    def building(directory: Path) -> None:
+        build(directory)
+        monkeypatch.setattr(cache_module, "damaged_files", read_slowly)
+
+    def read_slowly(path: Path) -> list[str]:
+        """Meanwhile another process replaces the entry."""
+        found = damaged_files(path)
+        monkeypatch.setattr(cache_module, "damaged_files", damaged_files)
+        WeightCache(tmp_path).entry("key", build)
+        inodes.append(entry.stat().st_ino)
+        return found
+
+    assert cache.entry("key", building) == entry
+    assert inodes == [entry.stat().st_ino]
+    assert contents(entry) == CONTENT
+    assert names(tmp_path) == ["key"]
+
+
 # Disks that fail
 
 
@@ -231,17 +269,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         WeightCache(tmp_path).entry("key", fill)
     assert str(refusal.value) == sentence(tmp_path, os.strerror(errno.ENOSPC))
     assert names(tmp_path) == []
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes fail with EFBIG in this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_does_not_fit_the_disk_is_refused_before_it_is_built(tmp_path: Path) -> None:

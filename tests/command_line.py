@@ -1,0 +1,24 @@
+"""`galaxyline` in the test's own process."""
+
+import pytest
+from click.testing import CliRunner, Result
+
+from api import cli
+
+VARIABLES = ("DEEPSEEK_V3_HF_MODEL", "HF_MODEL", "HF_HOME", "DEEPSEEK_V3_CACHE", "MESH_DEVICE", "RAY_ADDRESS")
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    """The command with these arguments; of the VARIABLES, only those given are set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "configure_logging", lambda: None)
+        variables = {**dict.fromkeys(VARIABLES), **environment}
+        return CliRunner().invoke(cli.main, arguments, env=variables, prog_name="galaxyline")
+
+
+def refused(*arguments: str, code: int = 2, **environment: str) -> str:
+    """The error of a command that must fail, on the last line of stderr."""
+    result = run(*arguments, **environment)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stderr.strip().splitlines()[-1]

@@ -1,0 +1,103 @@
+"""Decoder layers on a mock mesh with weights of the right shapes and no values: opened in no time and no memory."""
+
+from typing import Any
+
+import ttnn
+
+from stages.batch_builder import BatchBuilder
+from stages.capacity.chip_tensor import ChipTensor
+from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.deployment import Deployment
+from stages.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.deepseek_v3.rope import RopeTables
+from stages.kv_cache import PageTables
+from stages.step import Admission, SamplingParams, Segment, Step
+from weights.model_config import ModelConfig
+
+LAYOUTS = {"tile": ttnn.TILE_LAYOUT, "row_major": ttnn.ROW_MAJOR_LAYOUT}
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+
+
+def empty(tensor: ChipTensor, mesh: ttnn.MeshDevice) -> ttnn.Tensor:
+    """A tensor of which every chip has `tensor`."""
+    dtype, layout = getattr(ttnn, tensor.dtype), LAYOUTS[tensor.layout]
+    return ttnn.empty(tensor.shape, dtype=dtype, layout=layout, device=mesh)
+
+
+class EmptyBlock:
+    """One layer of a deployment's stage."""
+
+    def __init__(self, config: ModelConfig, plan: Deployment, layer: int, mesh: ttnn.MeshDevice) -> None:
+        self._mesh = mesh
+        self._config = config
+        self._block: Any = MoEBlock if config.is_moe(layer) else DenseBlock
+        self._cache = plan.cache
+        self._state = self._block.create_state(config, mesh, plan.cache)
+        self._rope = RopeTables.create(config, mesh, plan.cache.blocks_per_slot * plan.cache.block_size)
+        self._files: dict[str, Any] = {}
+        self._loaded: dict[str, ttnn.Tensor] = {}
+        for tensor in ChipWeights(config, plan.dtypes, plan.rows_per_stage).layer(layer):
+            self._add(tensor)
+
+    def prefill(self, tokens: int) -> list[dict[str, Any]]:
+        """Runs a prompt of one request through the layer; gives ttnn's record of what was allocated."""
+        tables = PageTables(self._cache)
+        blocks = list(range(-(-tokens // self._cache.block_size)))
+        segment = Segment(slot=0, start=0, tokens=[0] * tokens, new_blocks=blocks, sample=True)
+        admission = Admission(slot=0, sampling=GREEDY, tokens=[0] * tokens, prompt_tokens=tokens)
+        step = Step(epoch=1, step_id=1, mode="prefill", segments=[segment], admissions=[admission], ended=[])
+        tables.apply(step)
+        batch = BatchBuilder(self._config, self._mesh, tables, self._rope).prefill(step)
+        config = self._run_config(self._block.prefill_model_config)
+        x = self._hidden(tokens, ttnn.DRAM_MEMORY_CONFIG)
+        _begin_record()
+        self._block.forward_prefill(x, config, batch)
+        return _end_record()
+
+    def decode_feed_forward(self, users_per_row: int) -> list[dict[str, Any]]:
+        """Runs a token of each user through the feed-forward part, whose results stay in L1; the same record."""
+        config = self._run_config(self._block.decode_model_config)
+        x = self._hidden(users_per_row, ttnn.L1_MEMORY_CONFIG)
+        _begin_record()
+        self._block.feed_forward.forward_decode(x, config["mlp"])
+        return _end_record()
+
+    def _add(self, tensor: ChipTensor) -> None:
+        """As a weight file that has been loaded."""
+        path = f"/nowhere/{tensor.name}.tensorbin"
+        self._loaded[path] = empty(tensor, self._mesh)
+        *modules, file = tensor.name.split("/")
+        operation, operand = file.split(".")
+        place = self._files
+        for module in modules:
+            place = place.setdefault(module, {})
+        place.setdefault(operation, {})[operand] = path
+
+    def _run_config(self, model_config: Any) -> Any:
+        return self._block.run_config(model_config(self._config, self._mesh), self._files, self._state, self._loaded)
+
+    def _hidden(self, tokens: int, memory_config: ttnn.MemoryConfig) -> ttnn.Tensor:
+        shape = (1, 1, tokens, self._config.hidden_size // self._mesh.shape[1])
+        return ttnn.empty(
+            shape, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=self._mesh, memory_config=memory_config
+        )
+
+
+def _begin_record() -> None:
+    ttnn.graph.begin_graph_capture(ttnn.graph.RunMode.NORMAL)
+
+
+def _end_record() -> list[dict[str, Any]]:
+    record: list[dict[str, Any]] = ttnn.graph.end_graph_capture()
+    return record
+
+
+def peak_bytes(record: list[dict[str, Any]], memory: str) -> int:
+    """The most that was allocated at once, on each chip, of "DRAM" or "L1"."""
+    signs = {"buffer_allocate": 1, "buffer_deallocate": -1}
+    held = peak = 0
+    for node in record:
+        if node["node_type"] in signs and node["params"]["type"] == memory:
+            held += signs[node["node_type"]] * int(node["params"]["size"])
+            peak = max(peak, held)
+    return peak

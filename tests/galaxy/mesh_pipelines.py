@@ -1,0 +1,156 @@
+"""Pipelines of mock Galaxies for tests: started, given steps, and held to what both ends of every socket noted."""
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import psutil
+
+from actors.options import PipelineOptions
+from actors.pipeline import Pipeline
+from stages.options import CacheOptions, StageOptions
+from stages.plan import StageSpec
+from stages.step import Mode, Segment, Step
+from tests.galaxy.mesh_runners import DECODE, HIDDEN_SIZE, PREFILL, Call, calls_of
+from tests.mock_galaxy.descriptors import cluster_descriptor
+from tests.mock_galaxy.environment import mock_environment
+from tests.mock_galaxy.wiring import COLUMNS, ROWS
+
+if TYPE_CHECKING:
+    from actors.launch import Launch
+
+SECONDS = 120
+GALAXIES = 2
+
+
+def galaxy_environments(folder: Path) -> list[dict[str, str]]:
+    """For two hosts with a mock Galaxy each."""
+    shared = mock_environment(folder, range(ROWS), GALAXIES * ROWS)
+    environments = []
+    for host in range(GALAXIES):
+        descriptor = folder / f"cluster-{host}.yaml"
+        own = range(host * ROWS, (host + 1) * ROWS)
+        descriptor.write_text(cluster_descriptor(own, GALAXIES * ROWS), encoding="utf-8")
+        changes = {
+            "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(descriptor),
+            "TT_METAL_CACHE": str(folder / f"cache-{host}"),
+        }
+        environments.append({**shared, **changes})
+    return environments
+
+
+def options(
+    runner: str,
+    environments: list[dict[str, str]],
+    folder: Path,
+    rows_per_stage: int = 1,
+    ray_address: str | None = None,
+) -> PipelineOptions:
+    stages = len(environments)
+    pools = rows_per_stage * COLUMNS
+    cache = CacheOptions(slots=pools, pools=pools, blocks=2, block_size=32, max_model_len=64)
+    return PipelineOptions(
+        hidden_size=HIDDEN_SIZE,
+        specs=[
+            StageSpec(index=index, stages=stages, first_layer=index, end_layer=index + 1) for index in range(stages)
+        ],
+        stage=StageOptions(
+            model_path=str(folder), cache_dir="", dtype="bfloat16", load_format="dummy", seed=0, cache=cache
+        ),
+        device="ttnn",
+        rows_per_stage=rows_per_stage,
+        ray_address=ray_address,
+        start_timeout_s=SECONDS,
+        step_timeout_s=SECONDS,
+        runner=f"tests.galaxy.mesh_runners:{runner}",
+        transport="mesh",
+        environments=environments,
+    )
+
+
+def mode(step_id: int) -> Mode:
+    return "prefill" if step_id % 10 == 0 else "decode"
+
+
+def step(pipeline: Pipeline, step_id: int) -> Step:
+    segment = Segment(slot=0, start=0, tokens=[1], new_blocks=[], sample=True)
+    return Step(epoch=pipeline.epoch, step_id=step_id, mode=mode(step_id), segments=[segment], admissions=[], ended=[])
+
+
+@asynccontextmanager
+async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
+    """A pipeline of which nothing is left afterwards, neither a process nor a file."""
+    pipeline = await Pipeline.start(how, lambda _: None)
+    try:
+        pids = [health.pid for health in await pipeline.health()] + launched(pipeline).world_pids
+        processes = [psutil.Process(pid) for pid in pids]
+        assert len(set(pids)) == 2 * len(how.specs) + 1
+        yield pipeline
+    finally:
+        await pipeline.close()
+    assert [process for process in processes if runs(process)] == []
+    assert leftovers() == []
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that nobody has asked for yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def launched(pipeline: Pipeline) -> "Launch":
+    return cast("Launch", pipeline._running)
+
+
+def leftovers() -> list[str]:
+    """Files of the pipeline, and processes of its world."""
+    files = [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
+    children = psutil.Process().children(recursive=True)
+    return files + [process.name() for process in children if process.name().startswith(("prte", "mpirun"))]
+
+
+async def run_steps(pipeline: Pipeline, count: int) -> None:
+    async def submit() -> None:
+        for step_id in range(1, count + 1):
+            await pipeline.submit(step(pipeline, step_id))
+
+    submitting = asyncio.ensure_future(submit())
+    try:
+        for step_id in range(1, count + 1):
+            result = await asyncio.wait_for(pipeline.receive(), SECONDS)
+            assert (result.step_id, result.tokens) == (step_id, [step_id])
+    finally:
+        submitting.cancel()
+
+
+def expected_calls(name: str, count: int) -> list[Call]:
+    whats = [(step_id, PREFILL if mode(step_id) == "prefill" else DECODE) for step_id in range(1, count + 1)]
+    return [Call(name, step_id, what.shape, "DataType.BFLOAT16") for step_id, what in whats]
+
+
+def check_pairs(folder: Path, stages: int, count: int) -> None:
+    """On every socket each end made the calls that it should have made, in the order of steps."""
+    for stage in range(stages):
+        calls = calls_of(folder, stage)
+        received = [call for call in calls if call.name == "receive"]
+        sent = [call for call in calls if call.name == "send"]
+        assert received == (expected_calls("receive", count) if stage else [])
+        assert sent == (expected_calls("send", count) if stage < stages - 1 else [])
+
+
+async def check_passages(pipeline: Pipeline, stages: int, count: int) -> None:
+    """The pipeline's own record says the same of both ends of each socket."""
+    passages = await launched(pipeline).passages()
+    for before, after in itertools.pairwise(passages):
+        sent = [passage for passage in before if passage.direction == "send"]
+        received = [passage for passage in after if passage.direction == "receive"]
+        assert [passage.sent for passage in sent] == [passage.sent for passage in received]
+        assert {passage.socket for passage in sent} == {passage.socket for passage in received}
+        assert [passage.sent.step_id for passage in sent] == list(range(1, count + 1))
+    assert len(passages) == stages

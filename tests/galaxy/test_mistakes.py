@@ -1,0 +1,100 @@
+"""The tests of the modules on mock Galaxies can fail: every mistake planted here makes them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from stages.backend import composite, ttnn
+from stages.batch_builder import BatchBuilder
+from stages.deepseek_v3.decoder_block import MoEBlock
+from stages.deepseek_v3.mla import MLA
+from stages.deepseek_v3.mlp import MLP
+from stages.deepseek_v3.moe import MoE
+from stages.step import Mode
+from stages.weight_specs import INPUTS, OUTPUTS, attention_weights
+from tests.galaxy import test_modules
+from tests.galaxy.meshes import opened
+from tests.galaxy.r1 import COLUMNS, R1, FullSteps
+
+ROWS = 4
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="module")
+def steps() -> Iterator[FullSteps]:
+    with opened(ROWS, COLUMNS) as mesh:
+        yield FullSteps.on(mesh)
+
+
+def gathered_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong axis: hidden states are joined with those of other tokens."""
+    true_gather = composite.all_gather
+    monkeypatch.setattr(
+        composite, "all_gather", lambda x, dim, **options: true_gather(x, dim, **{**options, "cluster_axis": 0})
+    )
+
+
+def weights_cut_along_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong axis: the down-projection is cut along the dimension that is summed over."""
+    specs = attention_weights(R1)
+    assert specs["wq_kv_a"].dims == (None, INPUTS)
+    monkeypatch.setitem(test_modules.SPECS, MLA, {**specs, "wq_kv_a": specs["wq_kv_a"]._replace(dims=(None, OUTPUTS))})
+
+
+def page_tables_without_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong dtype: page tables as uint32."""
+    true_integers = BatchBuilder._integers
+    monkeypatch.setattr(
+        BatchBuilder,
+        "_integers",
+        lambda self, values, _dtype, mapper: true_integers(self, values, ttnn.uint32, mapper),
+    )
+
+
+def cache_of_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong dtype: what is written to the cache is not converted to the cache's."""
+    monkeypatch.setattr(ttnn, "typecast", lambda x, _dtype: x)
+
+
+def no_gather_of_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing collective: the feed-forward network sees its column's part of the hidden states only."""
+    monkeypatch.setattr(composite, "all_gather", lambda x, _dim, **_options: x)
+
+
+def no_reduce_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing collective: each column keeps its own part of a sum."""
+    monkeypatch.setattr(composite, "reduce_scatter", lambda x, _dim, **_options: x)
+
+
+def no_exchange_of_heads_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing collective: attention gets the heads of its column for all users of the row."""
+    monkeypatch.setattr(composite, "all_to_all", lambda x, **_options: x)
+
+
+CASES: list[tuple[Plant, Any, Mode]] = [
+    (gathered_over_rows, MLP, "prefill"),
+    (gathered_over_rows, MoE, "decode"),
+    (weights_cut_along_outputs, MLA, "decode"),
+    (page_tables_without_sign, MLA, "prefill"),
+    (page_tables_without_sign, MLA, "decode"),
+    (cache_of_another_dtype, MLA, "prefill"),
+    (no_gather_of_hidden_states, MLP, "decode"),
+    (no_reduce_scatter, MLP, "prefill"),
+    (no_reduce_scatter, MoEBlock, "decode"),
+    (no_exchange_of_heads_for_users, MLA, "decode"),
+]
+
+
+@pytest.mark.parametrize(
+    ("plant", "module", "mode"), CASES, ids=[f"{plant.__name__}-{module.__name__}" for plant, module, _ in CASES]
+)
+def test_a_mistake_is_found(
+    plant: Plant, module: Any, mode: Mode, steps: FullSteps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_modules.check_module(module, mode, steps)
+    plant(monkeypatch)
+    # What goes onto the mesh has to be made with the mistake, too.
+    with pytest.raises((RuntimeError, TypeError, AssertionError)):
+        test_modules.check_module(module, mode, FullSteps.on(steps.mesh))

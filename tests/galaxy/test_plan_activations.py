@@ -1,0 +1,45 @@
+"""The memory that steps are planned to take beside weights and cache, against what the modules make ttnn allocate."""
+
+import pytest
+
+from stages.capacity.activations import Activations
+from stages.capacity.chip_memory import chip_memory
+from stages.wormhole import L1_BYTES
+from tests.galaxy.empty_block import EmptyBlock, peak_bytes
+from tests.galaxy.meshes import opened
+from tests.plans import deployment, r1_config
+
+R1 = r1_config()
+DENSE, MIXTURE = 0, 3
+TOLERANCE = 0.05
+
+
+@pytest.mark.parametrize(
+    ("rows", "layer", "tokens"),
+    # The last one's tokens pass the experts in two parts.
+    [(1, MIXTURE, 256), (4, MIXTURE, 256), (4, DENSE, 256), (4, MIXTURE, 1024)],
+)
+def test_of_a_prefill_step(rows: int, layer: int, tokens: int) -> None:
+    plan = deployment(1, rows, microbatches=1)
+    made = Activations(R1, rows, tokens)
+    parts = (made.attention(), made.feed_forward(layer))
+    with opened(rows, 8) as mesh:
+        peak = peak_bytes(EmptyBlock(R1, plan, layer, mesh).prefill(tokens), "DRAM")
+    assert peak == pytest.approx(max(sum(tensor.bytes for tensor in part) for part in parts), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "users"), [(1, 32), (4, 32), (1, 64)])
+def test_of_a_decode_step_in_l1(rows: int, users: int) -> None:
+    plan = deployment(1, rows, microbatches=1)
+    planned = sum(tensor.bytes for tensor in Activations(R1, rows, users).feed_forward(MIXTURE))
+    with opened(rows, 8) as mesh:
+        peak = peak_bytes(EmptyBlock(R1, plan, MIXTURE, mesh).decode_feed_forward(users), "L1")
+    assert peak == pytest.approx(planned, rel=TOLERANCE)
+    assert peak < L1_BYTES
+
+
+def test_a_decode_step_that_is_refused_has_no_room() -> None:
+    [memory] = chip_memory(R1, deployment(1, 2, microbatches=1, users_per_row=96))
+    assert memory.decode_l1 > memory.available_l1
+    with opened(2, 8) as mesh, pytest.raises(RuntimeError, match="Out of Memory"):
+        EmptyBlock(R1, deployment(1, 2, microbatches=1), MIXTURE, mesh).decode_feed_forward(96)

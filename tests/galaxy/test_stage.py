@@ -1,0 +1,107 @@
+"""Whole stages of R1 on mock Galaxies: layers of real size, and KV for all users in flight, open and step."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stages.capacity.chip_weights import ChipWeights
+from stages.plan import StageSpec, plan_stages
+from stages.stage import Stage
+from stages.step import StepResult
+from stages.tensor_dtypes import WeightDtypes
+from tests.galaxy.allocated import allocate_in_place_of_files
+from tests.galaxy.meshes import allocated_bytes
+from tests.galaxy.r1 import COLUMNS, KEYS, PROMPT, R1, USERS_PER_ROW, admissions, r1_cache, segments, step
+from tests.stage_driver import stage_options
+
+HIDDEN_BYTES = 2 * R1.hidden_size
+SMALL_THINGS = 1.01
+"""The allocator's own rounding, rope tables and the like: a hundredth of what weights and caches take, at most."""
+
+Load = Callable[[StageSpec, int], Stage]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Loads a stage of R1 onto so many rows, with KV for a microbatch of each stage."""
+    (tmp_path / "config.json").write_text(json.dumps(KEYS), encoding="utf-8")
+    allocate_in_place_of_files(monkeypatch)
+    loaded = []
+
+    def load_stage(spec: StageSpec, rows: int) -> Stage:
+        cache = r1_cache(rows, microbatches=spec.stages)
+        options = stage_options(tmp_path, tmp_path / "cache", dtype="bfloat16", cache=cache, load_format="dummy")
+        loaded.append(Stage.load(spec, options, lambda _done, _of: None))
+        return loaded[-1]
+
+    yield load_stage
+    for stage in loaded:
+        stage.close()
+
+
+def expected_bytes(spec: StageSpec, rows: int) -> int:
+    """Weights and caches of a stage, on each chip."""
+    weights = ChipWeights(R1, WeightDtypes(), rows)
+    cache = weights.kv_cache(r1_cache(rows, microbatches=spec.stages))
+    return sum(weight.bytes for weight in weights.of_stage(spec)) + len(spec.layers) * cache.bytes
+
+
+def check_output(output: memoryview | StepResult, spec: StageSpec, tokens: int, sampled: int) -> None:
+    if isinstance(output, StepResult):
+        assert spec.is_last
+        assert len(output.tokens) == sampled
+    else:
+        assert not spec.is_last
+        assert output.nbytes == tokens * HIDDEN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rows", "stages", "index"),
+    [(1, 16, 0), (1, 16, 7), (1, 16, 15), (4, 4, 1)],
+    ids=["first-of-16-rows", "middle-of-16-rows", "last-of-16-rows", "one-of-4-galaxies"],
+)
+def test_a_stage_of_r1_opens_and_steps(
+    rows: int, stages: int, index: int, load: Load, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = plan_stages(R1, stages)[index]
+    cache = r1_cache(rows, microbatches=stages)
+    users = USERS_PER_ROW * rows
+    assert (cache.slots, cache.blocks_per_slot) == (users * stages, 128)
+
+    stage = load(spec, rows)
+
+    taken, expected = allocated_bytes(stage.mesh_device), expected_bytes(spec, rows)
+    layers = f"layers {spec.layers.start} to {spec.layers.stop - 1}"
+    with capsys.disabled():
+        sys.stdout.write(f"\n{layers} on {rows} x {COLUMNS} chips: {taken / 2**30:.2f} GiB a chip\n")
+    assert expected <= taken <= SMALL_THINGS * expected
+
+    first = range(cache.pools)
+    outputs = []
+    for start in (0, PROMPT):
+        prompts = segments(cache, first, start, PROMPT)
+        admitted = admissions(cache) if start == 0 else []
+        prefill = step("prefill", prompts, step_id=start + 1, admitted=admitted)
+        outputs.append((stage.step(prefill, hidden(spec, prefill.token_count)), prefill))
+    decode = step("decode", [*segments(cache, first, 2 * PROMPT, 1), *segments(cache, range(cache.pools, users), 0, 1)])
+    outputs.append((stage.step(decode, hidden(spec, users)), decode))
+    for output, done in outputs:
+        check_output(output, spec, done.token_count, len(done.segments))
+
+    # What steps computed was given back, up to the programs of their ops.
+    del outputs
+    assert allocated_bytes(stage.mesh_device) <= SMALL_THINGS * expected
+
+
+def hidden(spec: StageSpec, tokens: int) -> memoryview:
+    """Zeros of a former stage, or nothing."""
+    return memoryview(bytearray(0 if spec.is_first else tokens * HIDDEN_BYTES))
+
+
+def test_a_chip_that_is_full_says_so(load: Load) -> None:
+    spec = plan_stages(R1, 4)[1]
+    with pytest.raises(RuntimeError, match=r"(?i)out of memory"):
+        load(spec, 1)

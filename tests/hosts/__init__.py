@@ -1,0 +1,1 @@
+"""Several hosts on one machine, with a network of their own."""

@@ -1,0 +1,19 @@
+"""The functions of the embedded device under their names in ttnn."""
+
+import types
+from collections.abc import Iterator
+
+from stages.backend import embedded
+from stages.backend.embedded import experimental, transformer
+
+
+def _functions() -> Iterator[tuple[str, types.FunctionType]]:
+    for prefix, module in (("", embedded), ("experimental.", experimental), ("transformer.", transformer)):
+        for name in module.__all__:
+            function = getattr(module, name)
+            if isinstance(function, types.FunctionType):
+                yield prefix + name, function
+
+
+OPS = dict(_functions())
+"""Synonyms are keys of one function."""

@@ -1,0 +1,30 @@
+"""A network of the test's own, with nothing but loopback in it: what binds an outward address finds none."""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+CLONE_NEWNET = 0x40000000
+"""linux/sched.h."""
+
+
+@contextlib.contextmanager
+def private_network() -> Iterator[None]:
+    """This thread, and all threads and processes that it starts, are in the network. Needs to be root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/proc/thread-self/ns/net").open("rb") as former:
+        _check(libc.unshare(CLONE_NEWNET))
+        try:
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            yield
+        finally:
+            _check(libc.setns(former.fileno(), CLONE_NEWNET))
+
+
+def _check(result: int) -> None:
+    if result:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

@@ -1,0 +1,86 @@
+"""A Ray head that a test starts with `ray start`, to kill parts of it."""
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from actors.placement import ROWS
+from tests.servers import free_port
+
+SECONDS = 200
+LOOPBACK = "127.0.0.1"
+
+
+class Cluster:
+    """A head on loopback."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._address = f"{LOOPBACK}:{free_port()}"
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        once = {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_raylet_start_wait_time_s": str(SECONDS),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
+        self.environment: Mapping[str, str] = {**own, **once, "RAY_ADDRESS": self._address}
+
+    def start(self, rows: int) -> None:
+        """Starts GCS and a node with so many rows; returns when they are up."""
+        port = self._address.rpartition(":")[2]
+        options = ["--head", "--port", port, "--include-dashboard", "false", "--disable-usage-stats"]
+        sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20), "--resources", json.dumps({ROWS: rows})]
+        own = ["--node-ip-address", LOOPBACK, "--temp-dir", self._directory]
+        environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("ray")), "start", *options, *own, *sizes],
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def process(self, program: str) -> psutil.Process:
+        """The GCS ("gcs_server") or the raylet ("raylet")."""
+        [found] = [each for each in self._processes() if Path(each.cmdline()[0]).name == program]
+        return found
+
+    def end(self) -> None:
+        """Kills all that is left."""
+        left = self._processes()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=SECONDS)
+
+    def _processes(self) -> list[psutil.Process]:
+        """Ray's daemons, which all know the directory."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if any(self._directory in argument for argument in process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@contextlib.contextmanager
+def head_of_a_cluster(rows: int) -> Iterator[Cluster]:
+    """A cluster of one node with so many rows; all of it ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        cluster = Cluster(directory)
+        try:
+            cluster.start(rows)
+            yield cluster
+        finally:
+            cluster.end()

@@ -1,0 +1,1 @@
+"""Pipelines of many stages: the timed device, and what is measured on it."""

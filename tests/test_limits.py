@@ -1,0 +1,63 @@
+"""How long a step may take, and how often a pipeline may fail."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.errors import PipelineError, StartError
+from actors.step_deadline import FACTOR, LEAST_S, RECENT, StepDeadline
+from api.restart_limit import RestartLimit
+
+SECONDS = st.floats(1e-4, 100)
+
+
+@given(most_s=SECONDS, took_s=st.lists(SECONDS, max_size=3 * RECENT))
+def test_a_step_may_take_a_multiple_of_the_longest_of_the_last_ones(most_s: float, took_s: list[float]) -> None:
+    deadline = StepDeadline(most_s)
+    for number, seconds in enumerate(took_s):
+        assert number >= RECENT or deadline.allowed_s == most_s
+        deadline.note(seconds)
+    if len(took_s) >= RECENT:
+        longest = max(took_s[-RECENT:])
+        assert deadline.allowed_s == min(most_s, max(LEAST_S, FACTOR * longest))
+    deadline.forget()
+    assert deadline.allowed_s == most_s
+
+
+def failure(stage: int | None) -> PipelineError | StartError:
+    return StartError("It did not start.") if stage is None else PipelineError("It failed.", stage)
+
+
+@given(
+    most=st.integers(0, 5), happenings=st.lists(st.one_of(st.none(), st.integers(0, 3), st.just("token")), max_size=60)
+)
+def test_one_failure_more_than_allowed_with_no_token_between_is_the_last(
+    most: int, happenings: list[int | str | None]
+) -> None:
+    limit = RestartLimit(most)
+    counted: Counter[int | None] = Counter()
+    for happening in happenings:
+        if happening == "token":
+            limit.progress()
+            counted.clear()
+            continue
+        assert not isinstance(happening, str)
+        counted[happening] += 1
+        if counted[happening] <= most:
+            limit.note(failure(happening))
+            continue
+        who = "The pipeline" if happening is None else f"Stage {happening}"
+        with pytest.raises(PipelineError, match=rf"^{who} failed {most + 1} times .* the last time: It") as given_up:
+            limit.note(failure(happening))
+        assert given_up.value.stage == happening
+        return
+
+
+def test_the_failure_that_finds_its_request_ends_nothing_but_counts() -> None:
+    limit = RestartLimit(1)
+    limit.note(failure(2))
+    limit.note(failure(2), is_explained=True)
+    with pytest.raises(PipelineError, match="Stage 2 failed 3 times"):
+        limit.note(failure(2))

@@ -1,0 +1,180 @@
+"""A pipeline of real processes on a real Ray cluster that loses stages and comes back."""
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+import pytest
+
+from actors.errors import PipelineError, StartError
+from actors.health import StageProgress
+from actors.pipeline import Pipeline
+from actors.ray_environment import prepare
+from tests.loops import on_uvloop
+from tests.test_pipeline import leftovers, options, receive, step
+
+if TYPE_CHECKING:
+    from actors.cluster import Cluster
+
+STAGES = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> "Iterator[Cluster]":
+    """One Ray for all tests of this module."""
+    directory = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets need a short path.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
+        environment.setenv("RAY_TMPDIR", directory)
+        environment.setattr(tempfile, "tempdir", directory)  # So that what is left there is ours.
+        prepare(None)
+        from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+
+        joined = asyncio.run(Cluster.join(None, STAGES))
+        yield joined
+        asyncio.run(joined.leave())
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+async def pass_steps(pipeline: Pipeline, first: int, count: int = 40) -> None:
+    """Steps that all come back, in order, with what the stages made of them."""
+    for step_id in range(first, first + count):
+        await pipeline.submit(step(pipeline, step_id))
+        result = await receive(pipeline)
+        assert (result.step_id, result.epoch, result.tokens) == (step_id, pipeline.epoch, [(step_id + STAGES) % 256])
+
+
+async def pids(pipeline: Pipeline) -> list[int]:
+    return [health.pid for health in await pipeline.health()]
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hurt", "cause"), [(kill, "its process died"), (stop, "no answer within 1 s")], ids=["killed", "stopped"]
+)
+@pytest.mark.parametrize("victim", range(STAGES))
+@on_uvloop
+async def test_a_lost_stage_is_replaced_and_the_others_stay(
+    cluster: "Cluster", hurt: Callable[[int], None], cause: str, victim: int
+) -> None:
+    told: list[StageProgress] = []
+    pipeline = await Pipeline.start(options("echo", stages=STAGES), told.append)
+    try:
+        await pass_steps(pipeline, 0)
+        before = await pids(pipeline)
+        hurt(before[victim])
+        with pytest.raises(PipelineError, match=rf"^Stage {victim} on \S+ failed.*: {cause}") as lost:
+            await receive(pipeline)
+        assert lost.value.stage == victim
+        epoch = pipeline.epoch
+        await pipeline.recover()
+        assert pipeline.epoch > epoch
+        await pass_steps(pipeline, 100)
+        after = await pids(pipeline)
+        assert [stage for stage in range(STAGES) if before[stage] != after[stage]] == [victim]
+        starts = [progress.stage for progress in told if progress.phase == "starting"]
+        assert starts == [*range(STAGES), victim]
+    finally:
+        await pipeline.close()
+    assert not any(psutil.pid_exists(pid) for pid in [*before, *after])
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_stage_that_raises_keeps_its_process_the_first_time_and_gets_another_the_second(
+    cluster: "Cluster",
+) -> None:
+    pipeline = await Pipeline.start(options("acting", "raise:1:5", stages=STAGES), lambda _: None)
+    try:
+        before = await pids(pipeline)
+        for is_second in (False, True):
+            await pipeline.submit(step(pipeline, 5))
+            with pytest.raises(PipelineError, match=r"^Stage 1 on \S+ failed at step 5: ZeroDivisionError") as raised:
+                await receive(pipeline)
+            assert raised.value.step_id == 5
+            await pipeline.recover()
+            after = await pids(pipeline)
+            assert [one == other for one, other in zip(before, after, strict=True)] == [True, not is_second, True]
+        await pass_steps(pipeline, 6)
+    finally:
+        await pipeline.close()
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_stuck_stage_is_replaced_and_its_step_is_named(cluster: "Cluster") -> None:
+    how = msgspec.structs.replace(options("acting", "sleep:1:5", stages=STAGES), step_timeout_s=2.0)
+    pipeline = await Pipeline.start(how, lambda _: None)
+    try:
+        before = await pids(pipeline)
+        for step_id in (4, 5, 6):
+            await pipeline.submit(step(pipeline, step_id))
+        assert (await receive(pipeline)).step_id == 4
+        with pytest.raises(PipelineError, match=r"^Stage 1 on \S+ failed at step 5: it did not come out") as late:
+            await receive(pipeline)
+        assert (late.value.stage, late.value.step_id) == (1, 5)
+        await pipeline.recover()
+        await pass_steps(pipeline, 7)
+        after = await pids(pipeline)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
+    finally:
+        await pipeline.close()
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_cut_link_costs_nobody_its_process(cluster: "Cluster") -> None:
+    pipeline = await Pipeline.start(options("cutting", "", stages=STAGES), lambda _: None)
+    try:
+        await pass_steps(pipeline, 0, 5)
+        before = await pids(pipeline)
+        await pipeline.submit(step(pipeline, 1000))
+        # The link by which it came in is cut while it is computed: it gets out.
+        assert (await receive(pipeline)).step_id == 1000
+        with pytest.raises(PipelineError, match="lost the link"):
+            await receive(pipeline)
+        await pipeline.recover()
+        await pass_steps(pipeline, 6)
+        assert await pids(pipeline) == before
+    finally:
+        await pipeline.close()
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_stage_that_dies_while_another_is_replaced_is_replaced_next(cluster: "Cluster") -> None:
+    pipeline = await Pipeline.start(options("echo", stages=STAGES), lambda _: None)
+    try:
+        before = await pids(pipeline)
+        kill(before[0])
+        with pytest.raises(PipelineError):
+            await receive(pipeline)
+        recovering = asyncio.ensure_future(pipeline.recover())
+        kill(before[2])
+        # It may die before it is asked to be joined anew, or while the other one loads.
+        [failed] = await asyncio.gather(recovering, return_exceptions=True)
+        if failed is not None:
+            assert isinstance(failed, StartError)
+            await pipeline.recover()
+        await pass_steps(pipeline, 6)
+        after = await pids(pipeline)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, False]
+    finally:
+        await pipeline.close()
+    assert leftovers() == []

@@ -1,0 +1,62 @@
+"""Hosts that run something else than the engine: what is said of them."""
+
+import os
+import re
+
+import msgspec
+import pytest
+
+from actors.errors import ReleaseError, StartError
+from actors.release import own_release, refuse_other_release
+from actors.setup_failure import setup_failure
+from actors.stage_actor import StageActor
+from api.errors import exit_code
+from weights.release import VERSION
+
+OTHER = "galaxyline 9.9.9 with protocol 1 on Python 3.9"
+
+
+def test_the_same_release_is_accepted() -> None:
+    assert VERSION in own_release()
+    refuse_other_release(own_release(), "host-1")
+
+
+def test_another_release_is_refused_before_anything_of_it_is_read() -> None:
+    environment = dict(os.environ)
+    with pytest.raises(ReleaseError) as refused:
+        StageActor(OTHER, "host-1", b"no setup of this release")
+    assert str(refused.value) == (
+        f"host-1 runs {own_release()}, and the pipeline needs {OTHER}: install the same on every host of the cluster."
+    )
+    assert exit_code(refused.value) == 2
+    assert dict(os.environ) == environment
+
+
+def test_a_setup_of_the_same_release_has_to_be_one() -> None:
+    with pytest.raises(msgspec.DecodeError):
+        StageActor(own_release(), "host-1", b"")
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "sentence"),
+    [
+        (
+            "The actor died because of an error raised in its creation task\n  File ...\n"
+            "actors.errors.ReleaseError: host-1 runs another one: install the same.\n",
+            ReleaseError,
+            "^host-1 runs another one: install the same.$",
+        ),
+        (
+            "The actor died\nModuleNotFoundError: No module named 'actors'",
+            ReleaseError,
+            rf"^host-1 has no galaxyline .*'actors'\), and the pipeline needs {re.escape(own_release())}: install",
+        ),
+        ("ImportError: cannot import name 'x' from 'stages.step' (/x.py)", ReleaseError, "host-1 has no galaxyline"),
+        ("ModuleNotFoundError: No module named 'torch'", StartError, "^Stage 2 on host-1 could not be .* 'torch'$"),
+        ("", StartError, "^Stage 2 on host-1 could not be set up: no cause was given$"),
+    ],
+)
+def test_what_ray_tells_becomes_one_sentence(told: str, kind: type[Exception], sentence: str) -> None:
+    failure = setup_failure(2, "host-1", told)
+    assert type(failure) is kind
+    assert re.search(sentence, str(failure))
