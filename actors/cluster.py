@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import ray
+import structlog
 
 from actors.errors import ClusterError
 from actors.placement import ROWS
@@ -100,7 +101,7 @@ def _connect(address: str | None, rows: int) -> bool:
         return False
     try:
         if address is None:
-            _start(rows)
+            _start_despite_load(rows)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises Exception itself where its processes are not up in time
@@ -116,6 +117,18 @@ def _take_signals_back() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.getsignal(number))
             signal.siginterrupt(number, False)
+
+
+def _start_despite_load(rows: int) -> None:
+    """Once more if Ray's processes are not up in time: a raylet ends after 15 s without word of its agents, which on a
+    busy host have just been read from disk then (ray-project/ray, issue 65983)."""
+    try:
+        _start(rows)
+    except ClusterError:
+        raise
+    except Exception as error:  # Ray raises Exception itself
+        structlog.get_logger().warning("Ray did not start: once more", cause=" ".join(str(error).split()))
+        _start(rows)
 
 
 def _start(rows: int) -> None:

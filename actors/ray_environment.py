@@ -3,7 +3,7 @@
 import os
 import secrets
 
-RAY_START_SECONDS = 120
+RAY_START_SECONDS = 60
 """Ray itself gives its processes 30 s, which a busy host misses."""
 
 

@@ -20,7 +20,8 @@ from api.model_source import ModelSource, resolve_model
 from api.serve import ServeSettings, serve
 from api.settings import EngineSettings
 from benchmarks.chaos_stage import DIRECTORY_VARIABLE, RUNNER
-from benchmarks.server_process import STAGE_TITLE, ServerError, end, engines_of, free_port, title, wait_until_ready
+from benchmarks.ports import free_port
+from benchmarks.server_process import STAGE_TITLE, ServerError, end, engines_of, title, wait_until_ready
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 STEP_TIMEOUT_S = 10.0

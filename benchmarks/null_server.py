@@ -16,7 +16,8 @@ from api.model_source import ModelSource
 from api.serve import ServeSettings, serve
 from api.settings import EngineSettings
 from benchmarks.null_stage import RUNNER
-from benchmarks.server_process import ServerProcesses, free_port, running_server
+from benchmarks.ports import free_port
+from benchmarks.server_process import ServerProcesses, running_server
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 

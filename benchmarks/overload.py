@@ -21,8 +21,9 @@ from benchmarks.null_model import write_null_model
 from benchmarks.open_loop_client import Notes
 from benchmarks.options import benchmark_command
 from benchmarks.overload_figures import Capacity, OverloadRow, Turn, row_of
+from benchmarks.ports import free_port
 from benchmarks.report import Report, Target, publish, table_of
-from benchmarks.server_process import ServerProcesses, free_port, processor_seconds, running_server
+from benchmarks.server_process import ServerProcesses, processor_seconds, running_server
 from benchmarks.stream_client import StreamError
 
 STAGES = 2

@@ -20,8 +20,9 @@ from rich.table import Table
 from actors.options import Device
 from benchmarks.machine import Machine
 from benchmarks.options import benchmark_command
+from benchmarks.ports import free_port
 from benchmarks.report import Report, Target, publish, table_of
-from benchmarks.server_process import ServerProcesses, free_port, running_server
+from benchmarks.server_process import ServerProcesses, running_server
 from benchmarks.spread import Spread, ratios
 from benchmarks.stream_client import StreamError, stream_all
 

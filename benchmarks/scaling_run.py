@@ -14,8 +14,9 @@ import psutil
 from actors.options import Device
 from api.pipeline_view import PipelineView
 from benchmarks.ideal import Ideal
+from benchmarks.ports import free_port
 from benchmarks.scaling_case import PLACES, USERS, Case
-from benchmarks.server_process import ServerProcesses, free_port, processor_seconds, running_server
+from benchmarks.server_process import ServerProcesses, processor_seconds, running_server
 from benchmarks.steady_client import SteadyTimes
 from benchmarks.stream_client import StreamError
 

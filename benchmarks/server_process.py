@@ -12,8 +12,6 @@ import httpx
 import msgspec
 import psutil
 
-from api.listener import listen
-
 READY_SECONDS = 300.0
 POLL_SECONDS = 0.1
 END_SECONDS = 60.0
@@ -48,12 +46,6 @@ def running_server(command: Sequence[str], port: int, stages: int) -> Iterator[S
         yield ServerProcesses(url, front_end, engines_of(front_end), _stages_of(front_end, stages))
     finally:
         end(process)
-
-
-def free_port() -> int:
-    """One that nobody listened on just now."""
-    with contextlib.closing(listen("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def processor_seconds(process: psutil.Process) -> float:

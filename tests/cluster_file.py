@@ -23,8 +23,8 @@ import httpx
 import psutil
 import yaml
 
+from benchmarks.ports import free_port
 from tests.private_network import private_network
-from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "cluster.yaml"

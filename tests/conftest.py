@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROWS = 8
+LOG_CHARACTERS = 8000
+"""Of each log of a failed test that are shown."""
 
 # Where ttnn is not installed; `make test-ttnn` says so if it cannot be.
 collect_ignore = [] if importlib.util.find_spec("ttnn") else ["galaxy"]
@@ -29,6 +32,20 @@ def pytest_configure() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if worker is not None and workers <= len(cores):
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows the end of the logs that a failed test leaves behind: what a server said is gone with its machine."""
+    report = yield
+    folder = item.funcargs.get("tmp_path") if isinstance(item, pytest.Function) else None
+    if report.failed and isinstance(folder, Path):
+        for log in sorted(folder.rglob("*.log")):
+            said = log.read_text(encoding="utf-8", errors="replace")
+            report.sections.append((f"end of {log.relative_to(folder)}", said[-LOG_CHARACTERS:]))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,19 @@ from pathlib import Path
 import psutil
 
 from actors.placement import ROWS
-from tests.servers import free_port
+from benchmarks.ports import free_port
 
+AGENT_PORTS = (
+    "--metrics-export-port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--runtime-env-agent-port",
+)
+"""Options of `ray start`. A raylet ends if it has not heard within 15 s which ports its agents chose, and their imports
+take longer on a busy machine: they are told which."""
 SECONDS = 200
+START_SECONDS = 60
+ATTEMPTS = 3
 LOOPBACK = "127.0.0.1"
 
 
@@ -28,7 +38,7 @@ class Cluster:
         own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         once = {
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_raylet_start_wait_time_s": str(SECONDS),
+            "RAY_raylet_start_wait_time_s": str(START_SECONDS),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
@@ -36,20 +46,24 @@ class Cluster:
 
     def start(self, rows: int) -> None:
         """Starts GCS and a node with so many rows; returns when they are up."""
-        port = self._address.rpartition(":")[2]
-        options = ["--head", "--port", port, "--include-dashboard", "false", "--disable-usage-stats"]
-        sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20), "--resources", json.dumps({ROWS: rows})]
-        own = ["--node-ip-address", LOOPBACK, "--temp-dir", self._directory]
-        environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name("ray")), "start", *options, *own, *sizes],
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        for _ in range(ATTEMPTS):
+            port = self._address.rpartition(":")[2]
+            options = ["--head", "--port", port, "--include-dashboard", "false", "--disable-usage-stats"]
+            sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20), "--resources", json.dumps({ROWS: rows})]
+            own = ["--node-ip-address", LOOPBACK, "--temp-dir", self._directory]
+            agents = [part for option in AGENT_PORTS for part in (option, str(free_port()))]
+            done = subprocess.run(
+                [str(Path(sys.executable).with_name("ray")), "start", *options, *own, *sizes, *agents],
+                env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+            if done.returncode == 0:
+                return
+            self.end()
+        raise AssertionError(done.stdout + done.stderr)
 
     def process(self, program: str) -> psutil.Process:
         """The GCS ("gcs_server") or the raylet ("raylet")."""

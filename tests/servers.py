@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from benchmarks.ports import free_port
 
 READY_DEADLINE = 300.0
 EXIT_DEADLINE = 60.0
@@ -47,13 +48,6 @@ class Server:
     @property
     def completions(self) -> str:
         return f"{self.url}/v1/completions"
-
-
-def free_port() -> int:
-    """A port that nobody listened on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launch(

@@ -23,6 +23,7 @@ from api.model_source import resolve_model
 from api.serve import ServeSettings
 from api.settings import EngineSettings
 from api.start_progress import StartProgress
+from benchmarks.ports import free_port
 from tests.api_server import DEADLINE_S, endless_text
 from tests.fake_engine import FakeEngine, Script
 
@@ -66,12 +67,6 @@ class FakeEngineClient(FakeEngine):
         self.closed = True
         for stream in self.streams:
             stream.fail()
-
-
-def free_port() -> int:
-    with listen("127.0.0.1", 0) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Server:

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.ports import free_port
 from tests.cluster_file import ROOT, FileCluster, joined, running_cluster
-from tests.servers import free_port
 
 DEADLINE = 120.0
 BODY = {"prompt": "San Francisco is a", "max_tokens": 200, "n": 8, "seed": 1, "stream": True, "ignore_eos": True}

@@ -502,10 +502,14 @@ async def test_a_ray_that_is_not_up_in_time_is_one_sentence(
 ) -> None:
     import ray  # noqa: PLC0415 - the fixture has prepared its environment
 
-    def init(**_: object) -> None:
+    attempts: list[object] = []
+
+    def init(**told: object) -> None:
+        attempts.append(told["resources"])
         raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ClusterError, match=r"^Ray cannot be started: The current node timed out during startup\.$"):
         await type(cluster).join("local", ROWS)
+    assert attempts == [{"galaxy_rows": ROWS}] * 2

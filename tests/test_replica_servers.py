@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import Prompt, Server, complete, free_port, sample_prompts, serving
+from benchmarks.ports import free_port
+from tests.servers import Prompt, Server, complete, sample_prompts, serving
 from tests.test_monitoring import Scrape
 from weights.sample import SAMPLE_DIR
 from weights.sample.margins import Reference

@@ -14,8 +14,9 @@ from api.errors import OptionError
 from api.front_options import FrontSettings, TlsFiles
 from api.serve import ServeSettings
 from api.settings import EngineSettings
+from benchmarks.ports import free_port
 from tests.api_server import DEADLINE_S, endless_text
-from tests.test_api_serve import SAMPLE, FakeEngineClient, free_port
+from tests.test_api_serve import SAMPLE, FakeEngineClient
 
 
 @pytest.fixture(scope="module")

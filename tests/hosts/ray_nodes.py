@@ -13,8 +13,11 @@ from pathlib import Path
 
 from actors.placement import ROWS
 from tests.hosts.network import Host
+from tests.ray_nodes import AGENT_PORTS
 
 PORT = 6379
+FIRST_AGENT_PORT = 6400
+"""On every host: each has ports of its own."""
 SECONDS = 120
 LOST_SOON = {
     "RAY_health_check_initial_delay_ms": "2000",
@@ -68,9 +71,10 @@ def _node(host: Host, environment: Mapping[str, str], *options: str) -> Iterator
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
         own = ["--node-ip-address", host.address, "--temp-dir", directory]
         sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20)]
+        agents = [part for port, option in enumerate(AGENT_PORTS, FIRST_AGENT_PORT) for part in (option, str(port))]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                host.command(*command, *own, *sizes, *options),
+                host.command(*command, *own, *sizes, *agents, *options),
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
