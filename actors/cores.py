@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
@@ -40,12 +41,9 @@ def share_cores(cores: Sequence[int], stages: int) -> list[CoreShare]:
 def apply_share(share: CoreShare, environment: MutableMapping[str, str]) -> None:
     """Binds every thread of this process, sets its thread counts and, unless the user has, how long threads spin.
 
-    Has to come before torch is imported.
+    Where torch is imported already, only `tell_torch` changes how many threads it uses.
     """
-    for variable in THREAD_VARIABLES:
-        environment[variable] = str(share.threads)
-    if not any(variable in environment for variable in WAIT_VARIABLES):
-        environment["GOMP_SPINCOUNT"] = SPINS
+    set_thread_variables(share.threads, environment)
     if share.cores is None:
         return
     for task in Path("/proc/self/task").iterdir():
@@ -53,3 +51,20 @@ def apply_share(share: CoreShare, environment: MutableMapping[str, str]) -> None
             os.sched_setaffinity(int(task.name), share.cores)
         except ProcessLookupError:
             continue  # The thread ended while we went through the list.
+
+
+def set_thread_variables(threads: int, environment: MutableMapping[str, str]) -> None:
+    """Sets what libraries read when they are imported: how many threads they use and, unless the user has, how long
+    these spin.
+    """
+    for variable in THREAD_VARIABLES:
+        environment[variable] = str(threads)
+    if not any(variable in environment for variable in WAIT_VARIABLES):
+        environment["GOMP_SPINCOUNT"] = SPINS
+
+
+def tell_torch(threads: int) -> None:
+    """Sets torch's threads where it has been imported, and has read another count then."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.listener import HostListener, connect
 from actors.sockets.passages import Passage
+from actors.spares import Spares
 from actors.stage_actor import StageSetup
 from actors.stage_group import StageGroup
 from actors.stage_identity import ENGINE, StageIdentity, stage_name
@@ -47,6 +48,7 @@ class Launch:
         self._world: World | None = None
         self._world_lost: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
         self._group: StageGroup | None = None
+        self._spares: Spares | None = None
         self._listener: HostListener | None = None
         self._inlet: HostLink | None = None
         self._outlet: HostLink | None = None
@@ -69,7 +71,7 @@ class Launch:
         self._close_links()
         if self._cluster is None:
             raise StartError("The pipeline is closed.")
-        if self._world is not None or self._group is None or self._placement is None:
+        if self._world is not None or self._group is None or self._placement is None or self._spares is None:
             await self._close_stages()
             return await self._start(self._cluster)
         lost = await self._group.reset(engine.epoch, engine.secret, given_up)
@@ -77,9 +79,11 @@ class Launch:
             await self._group.give_up(lost)
             await self._placement.settle(self._deadline - asyncio.get_running_loop().time())
             setups = self._setups(self._placement.seats)
-            await self._group.replace({index: setups[index] for index in lost}, self._deadline, self._on_progress)
+            replaced = {index: setups[index] for index in lost}
+            await self._group.replace(replaced, self._spares, self._deadline, self._on_progress)
         inlet = await self._join(self._group, self._placement.seats, await self._here(self._cluster))
         self._tell_ready(self._placement.seats)
+        self._spares.provide(self._placement.seats)
         return inlet
 
     async def _start(self, cluster: Cluster) -> HostLink:
@@ -99,6 +103,9 @@ class Launch:
         outlet = self._engine.outlet
         self._world_lost.add_done_callback(lambda lost: outlet.lost(lost.result()))
         self._tell_ready(placement.seats)
+        # Only now, so that what is to serve starts first.
+        self._spares = Spares(cluster, options, here.node_id)
+        self._spares.provide(placement.seats)
         return inlet
 
     async def _here(self, cluster: Cluster) -> Host:
@@ -132,6 +139,10 @@ class Launch:
         """The processes that hold an MPI world together, mpirun's own first; none without one."""
         return [] if self._world is None else self._world.pids
 
+    async def spare_pids(self) -> list[int]:
+        """The processes that wait to become a stage, once they can."""
+        return [] if self._spares is None else await self._spares.pids()
+
     async def close(self) -> None:
         """Ends and removes what was started. May be repeated, also after it failed half-way."""
         self._close_links()
@@ -148,10 +159,11 @@ class Launch:
                 end.close()
 
     async def _close_stages(self) -> None:
-        """Ends the stages, then the world that they were in, and gives back the rows."""
+        """Ends spares and stages, then the world that they were in, and gives back the rows."""
         group, self._group = self._group, None
         world, self._world = self._world, None
         placement, self._placement = self._placement, None
+        spares, self._spares = self._spares, None
         async with AsyncExitStack() as last_first:
             if group is None and placement is not None:
                 last_first.push_async_callback(placement.remove)
@@ -159,6 +171,8 @@ class Launch:
                 last_first.push_async_callback(world.close)
             if group is not None:
                 last_first.push_async_callback(group.close)
+            if spares is not None:
+                last_first.push_async_callback(spares.close)
 
     def _setups(self, seats: list[Seat]) -> list[StageSetup]:
         options = self._options

@@ -32,7 +32,8 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     By the transport "host" hidden states travel beside steps, through host sockets; by "mesh", which needs the device
     "ttnn" and links between the stages' chips, they go from mesh to mesh, `fifo_bytes` of them at a time to each chip.
     `environments` is what is added to each stage's environment, nothing where it is empty. The cluster is to hold
-    `pipelines` of this size, this one and others like it: it is refused at once where it could not.
+    `pipelines` of this size, this one and others like it: it is refused at once where it could not. With `spare` a
+    process on each host waits to take the place of a stage that is lost.
     """
 
     hidden_size: int
@@ -49,6 +50,7 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     fifo_bytes: int = FIFO_BYTES
     environments: list[dict[str, str]] = []
     pipelines: int = 1
+    spare: bool = True
 
     def __post_init__(self) -> None:
         if self.transport == "mesh" and self.device != "ttnn":

@@ -11,7 +11,10 @@ ENTRYPOINT_CHARACTERS_MAX = 80
 
 
 def row_holders() -> str:
-    """A sentence that names the processes that have stages in the cluster, and the hosts of these; or nothing."""
+    """A sentence that names the processes that have stages in the cluster, and the hosts of these; or nothing.
+
+    Spares are counted with them: Ray does not tell them apart.
+    """
     stages = Counter(
         (actor["JobID"], actor["Address"]["IPAddress"])
         for actor in state.state.actor_table(None, actor_state_name="ALIVE").values()
@@ -21,7 +24,7 @@ def row_holders() -> str:
         return ""
     jobs = {job["JobID"]: job for job in state.state.job_table()}  # type: ignore[no-untyped-call]
     held = (f"{count} on {address} by {_process(jobs.get(job))}" for (job, address), count in sorted(stages.items()))
-    return f" These stages run: {', '.join(held)}."
+    return f" These processes of stages run: {', '.join(held)}."
 
 
 def _process(job: dict[str, Any] | None) -> str:

@@ -5,15 +5,17 @@ Nothing here may import torch: the actor's environment has to be set before that
 
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import msgspec
 import structlog
 
-from actors.cores import apply_share, share_cores
+from actors.cores import apply_share, share_cores, tell_torch
 from actors.health import StageHealth
 from actors.log import configure_logging
 from actors.options import Device
+from actors.preparation import Preparation, prepare
 from actors.release import refuse_other_release
 from actors.runner import MeshRunner, OnProgress, StageRunner, runner_factory
 from actors.sockets.address import Address
@@ -48,15 +50,38 @@ class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageActor:
-    """One stage of a pipeline in a process of its own. Asynchronous, so that health is answered at any time."""
+    """One stage of a pipeline in a process of its own, or a spare that has not been told yet which one.
 
-    def __init__(self, release: str, host: str, packed: bytes) -> None:
+    Asynchronous, so that health is answered at any time.
+    """
+
+    def __init__(self, release: str, host: str, packed: bytes | None) -> None:
         """`packed` is a StageSetup as msgpack, which another release than `release` might not be able to read: nothing
         is read of it where this process, on `host`, runs another one. Raises ReleaseError then.
+
+        A spare gets None: all it can do until `take_up` is to `prepare`.
         """
         refuse_other_release(release, host)
-        setup = msgspec.msgpack.decode(packed, type=StageSetup)
+        setup = None if packed is None else msgspec.msgpack.decode(packed, type=StageSetup)
         configure_logging()
+        if setup is not None:
+            self._become(setup)
+
+    async def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+    async def prepare(self, packed: bytes) -> None:
+        """Imports ahead what `packed`, a Preparation as msgpack, asks for. Raises StartError."""
+        preparation = msgspec.msgpack.decode(packed, type=Preparation)
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as thread:
+            await asyncio.get_running_loop().run_in_executor(thread, prepare, preparation)
+
+    async def take_up(self, packed: bytes) -> None:
+        """Makes a spare the stage of `packed`, as the constructor does."""
+        self._become(msgspec.msgpack.decode(packed, type=StageSetup))
+
+    def _become(self, setup: StageSetup) -> None:
         os.environ[DEVICE_VARIABLE] = setup.device
         if setup.membership is not None:
             setup.membership.take_up(os.environ)
@@ -64,11 +89,10 @@ class StageActor:
         shares = share_cores(sorted(os.sched_getaffinity(0)), setup.neighbours)
         apply_share(shares[setup.neighbour], os.environ)
         self._setup = setup
+        self._threads = shares[setup.neighbour].threads
         self._server = StageServer(setup.identity)
         self._hop: MeshHop | None = None
-        structlog.get_logger().info(
-            "stage starts", stage=setup.spec.index, rows=setup.rows, threads=shares[setup.neighbour].threads
-        )
+        structlog.get_logger().info("stage starts", stage=setup.spec.index, rows=setup.rows, threads=self._threads)
 
     async def load(self) -> None:
         """Loads the stage's weights; `health` tells the progress. Raises what loading raises."""
@@ -117,6 +141,7 @@ class StageActor:
     def _make_runner(self, on_progress: OnProgress) -> StageRunner:
         setup = self._setup
         make = runner_factory(setup.runner)
+        tell_torch(self._threads)
         if setup.membership is None:
             return make(setup.spec, setup.options, on_progress)
         from stages.backend import mesh_sockets  # noqa: PLC0415 - imports ttnn, which reads the environment

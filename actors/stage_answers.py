@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from ray import ObjectRef
@@ -34,15 +34,17 @@ class StageAnswers:
         deadline: float,
         silence_s: float,
         starting_s: float | None = None,
+        heard: Collection[int] = (),
     ) -> list[Result]:
         """The answers of these stages. `task` says what was asked.
 
         The first failure raises, and so does the loop's clock when it shows `deadline`, or a stage that does not even
-        say how it does for `silence_s` seconds; it may take `starting_s` until it says so for the first time.
+        say how it does for `silence_s` seconds; it may take `starting_s` until it says so for the first time, which
+        those `heard` have done.
         """
         asked = {index: asyncio.ensure_future(answer(ref)) for index, ref in refs.items()}
         answering = asyncio.ensure_future(self._within(task, asked, deadline))
-        missing = asyncio.ensure_future(self._first_absent(task, asked, silence_s, starting_s or silence_s))
+        missing = asyncio.ensure_future(self._first_absent(task, asked, silence_s, starting_s or silence_s, heard))
         try:
             await asyncio.wait({answering, missing}, return_when=asyncio.FIRST_COMPLETED)
             return answering.result() if answering.done() else missing.result()
@@ -62,25 +64,30 @@ class StageAnswers:
         return [given.result() for given in asked.values()]
 
     async def _first_absent(
-        self, task: str, asked: "Mapping[int, asyncio.Future[Result]]", silence_s: float, starting_s: float
+        self,
+        task: str,
+        asked: "Mapping[int, asyncio.Future[Result]]",
+        silence_s: float,
+        starting_s: float,
+        heard: Collection[int],
     ) -> NoReturn:
         """Raises StartError for the first stage that is stopped, or worse: no answer of its can be hoped for.
 
         Silence is counted in looks, so that a machine that stood still does not look like a stage that did.
         """
         missed: Counter[int] = Counter()
-        heard: set[int] = set()
+        known = set(heard)
         while True:
             await asyncio.sleep(POLL_SECONDS)
             late = [index for index, given in asked.items() if not given.done()]
             for health in await asyncio.gather(*(self._health(index) for index in late)):
                 index = health.stage
                 if health.state != "silent":
-                    heard.add(index)
+                    known.add(index)
                     missed[index] = 0
                     continue
                 missed[index] += 1
-                allowed_s = silence_s if index in heard else starting_s
+                allowed_s = silence_s if index in known else starting_s
                 if 2 * POLL_SECONDS * missed[index] > allowed_s:
                     raise StartError(
                         f"Stage {index} on {self._host(index)} did not {task}: it has said nothing for {allowed_s:g} s."

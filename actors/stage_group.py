@@ -1,11 +1,7 @@
 """The actors of one pipeline: made, asked and ended together. The module imports Ray; see `cluster`."""
 
 import asyncio
-import contextlib
 import math
-import os
-import signal
-import socket
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
@@ -17,13 +13,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import Cluster
-from actors.errors import PipelineError
 from actors.health import Phase, StageHealth, StageProgress, State
 from actors.placement import ROWS
 from actors.placement_group import Placement
+from actors.process_end import kill, until_gone
 from actors.release import own_release
 from actors.sockets.address import Address
 from actors.sockets.passages import Passage
+from actors.spares import Spares
 from actors.stage_actor import StageActor, StageSetup
 from actors.stage_answers import StageAnswers, answer, death
 
@@ -39,8 +36,6 @@ STARTING_SECONDS = 30.0
 PROGRESS_SECONDS = 0.2
 CLOSE_SECONDS = 5.0
 """A little more than a stage server allows itself for its own close."""
-GONE_SECONDS = 5.0
-GONE_POLL_SECONDS = 0.02
 
 _log = structlog.get_logger()
 
@@ -108,34 +103,48 @@ class StageGroup:
             await asyncio.wait(busy, timeout=RESET_SECONDS - silence_s)
 
     async def give_up(self, indexes: Sequence[int]) -> None:
-        """Ends the processes of these stages.
-
-        Ray gives one that is stopped five seconds before it kills it; on this host that can be had at once.
-        """
+        """Ends the processes of these stages."""
         for index in indexes:
-            pid = self._pids.pop(index, None)
-            if pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            await self._cluster.call(_kill, self._actors[index])
+            await kill(self._cluster, self._actors[index], self._pids.pop(index, None))
 
-    async def replace(self, setups: Mapping[int, StageSetup], deadline: float, on_progress: OnStageProgress) -> None:
-        """Loads new processes in the place of those given up. Raises StartError, or what loading has to object."""
+    async def replace(
+        self, setups: Mapping[int, StageSetup], spares: Spares, deadline: float, on_progress: OnStageProgress
+    ) -> None:
+        """Loads other processes, spare or new, in the place of those given up.
+
+        Raises StartError, or what loading has to object.
+        """
+        were_spare = []
         for index, setup in setups.items():
             self._setups[index] = setup
-            self._actors[index] = self._make(setup, self._placement.seats[index].bundle)
-        await self._load(list(setups), deadline, on_progress, starting_s=STARTING_SECONDS)
+            seat = self._placement.seats[index]
+            spare = await spares.take(seat.host, setup)
+            if spare is None:
+                self._actors[index] = self._make(setup, seat.bundle)
+                continue
+            were_spare.append(index)
+            self._actors[index] = spare.actor
+            if spare.pid is not None:
+                self._note_pid(index, spare.pid)
+        await self._load(list(setups), deadline, on_progress, starting_s=STARTING_SECONDS, heard=were_spare)
 
     async def _load(
-        self, indexes: Sequence[int], deadline: float, on_progress: OnStageProgress, *, starting_s: float
+        self,
+        indexes: Sequence[int],
+        deadline: float,
+        on_progress: OnStageProgress,
+        *,
+        starting_s: float,
+        heard: Collection[int] = (),
     ) -> None:
+        """Those `heard` have said something already: they may not be silent for `starting_s`."""
         for index in indexes:
             on_progress(self._progress(index, "starting", 0, len(self._setups[index].spec.layers)))
         watching = asyncio.create_task(self._watch(indexes, on_progress))
         try:
             refs = {i: self._actors[i].load.remote() for i in indexes}
             await self._answers.all(
-                "load its weights", refs, deadline, self._silence_s, max(starting_s, self._silence_s)
+                "load its weights", refs, deadline, self._silence_s, max(starting_s, self._silence_s), heard
             )
         finally:
             watching.cancel()
@@ -143,7 +152,7 @@ class StageGroup:
             layers = len(self._setups[index].spec.layers)
             on_progress(self._progress(index, "connecting", layers, layers))
         for health in await self.health():
-            self._note_pid(health)
+            self._note_pid(health.stage, health.pid)
 
     async def listen(self, addresses: Sequence[Address], deadline: float) -> list[Address]:
         """Opens one address a stage; returns those they were bound to. Raises StartError."""
@@ -178,13 +187,9 @@ class StageGroup:
         closing = [asyncio.ensure_future(_settled(answer(actor.close.remote()))) for actor in self._actors]
         await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         for actor in self._actors:
-            await self._cluster.call(_kill, actor)
+            await kill(self._cluster, actor, None)
         await self._placement.remove()
-        deadline = asyncio.get_running_loop().time() + GONE_SECONDS
-        while left := [pid for pid in self._pids.values() if _exists(pid)]:
-            if asyncio.get_running_loop().time() > deadline:
-                raise PipelineError(f"The stage processes {left} on {socket.gethostname()} did not end when killed.")
-            await asyncio.sleep(GONE_POLL_SECONDS)
+        await until_gone(self._pids.values())
 
     async def _health(self, index: int) -> StageHealth:
         try:
@@ -225,15 +230,15 @@ class StageGroup:
             except RayActorError:
                 return  # Whoever waits for its weights is told why.
             if health.state == "loading":
-                self._note_pid(health)
+                self._note_pid(index, health.pid)
                 if told != health.layers_done:
                     told = health.layers_done
                     on_progress(self._progress(index, "loading", told, len(self._setups[index].spec.layers)))
             await asyncio.sleep(PROGRESS_SECONDS)
 
-    def _note_pid(self, health: StageHealth) -> None:
-        if self._placement.seats[health.stage].host.node_id == self._here:
-            self._pids[health.stage] = health.pid
+    def _note_pid(self, index: int, pid: int) -> None:
+        if self._placement.seats[index].host.node_id == self._here:
+            self._pids[index] = pid
 
     def _progress(self, index: int, phase: Phase, done: int, layers: int) -> StageProgress:
         return StageProgress(
@@ -257,15 +262,3 @@ async def _settled(answer: Coroutine[Any, Any, None]) -> None:
         return
     except RayTaskError as error:
         _log.warning("stage did not close by itself", cause=str(error.cause))
-
-
-def _kill(actor: "ActorHandle[StageActor]") -> None:
-    ray.kill(actor, no_restart=True)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

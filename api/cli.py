@@ -83,6 +83,12 @@ def main() -> None:
     help=f"Where defaults of requests come from: {MODELS_OWN}: the model's generation_config.json; {NO_ADVICE}: vLLM's "
     "own; or a directory with such a file.",
 )
+@click.option(
+    "--spare/--no-spare",
+    default=True,
+    show_default=True,
+    help="Keep a process on each host that has all imported and takes the place of a stage that is lost.",
+)
 @num_scheduler_steps
 @front_options
 @engine_options

@@ -260,7 +260,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_settings(**options: Any) -> None:
         options["weight_dtypes"] = take_weight_dtypes(options)
-        given = {name: options.pop(name) for name in EngineSettings.__struct_fields__}
+        given = {name: options.pop(name) for name in EngineSettings.__struct_fields__ if name in options}
         given["enable_trace"] |= options.pop("override_tt_config")[TRACE_MODE]
         note_environment(os.environ)
         command(engine=EngineSettings(**given), **options)

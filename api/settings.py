@@ -38,8 +38,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's options, None where the model decides. Counts are positive; times are in seconds.
 
     `seed` is that of dummy weights, 0 by default. `max_model_len`, `block_size` and `prefill_chunk` are in tokens,
-    `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps. A trace of all steps is written to
-    `timeline`. `stage_time` and `prompt_token_time` are milliseconds, of the timed device.
+    `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps. With `spare` a process on each host waits to
+    take the place of a lost stage. A trace of all steps is written to `timeline`. `stage_time` and `prompt_token_time`
+    are milliseconds, of the timed device.
     """
 
     cache_dir: Path
@@ -67,6 +68,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     placement_timeout_s: float = 30.0
     step_timeout_s: float = 60.0
     max_restarts: int = DEFAULT_MAX_RESTARTS
+    spare: bool = True
     timeline: Path | None = None
 
     def engine_options(
@@ -112,6 +114,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                 start_timeout_s=self.start_timeout_s,
                 placement_timeout_s=self.placement_timeout_s,
                 step_timeout_s=self.step_timeout_s,
+                spare=self.spare,
             ),
             prefill_chunk=self._prefill_chunk(),
             microbatches=self.microbatches,

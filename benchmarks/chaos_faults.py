@@ -30,8 +30,8 @@ HICCUP_SECONDS = (0.1, 1.5)
 CALM_SECONDS = 2.0
 """How long after a hiccup nothing may happen."""
 NOTICE_SECONDS = 15.0
-IN_RECOVERY_SECONDS = (0.0, 2.0)
-"""After the pipeline has noticed the first fault: a stage needs some 2 s to start."""
+IN_RECOVERY_SECONDS = (0.0, 0.5)
+"""After the pipeline has noticed the first fault: a spare needs some 0.3 s to become a stage, a new process 3 s."""
 POLL_SECONDS = 0.02
 
 

@@ -128,6 +128,7 @@ async def contenders(plan: Plan) -> AsyncIterator[dict[str, Contender]]:
         max_model_len=MAX_MODEL_LEN,
         dtype="bfloat16",
         device=plan.device,
+        spare=False,
     )
     two = msgspec.structs.replace(one, stages=2, microbatches=2, max_num_seqs=2 * MICROBATCH)
     starts: dict[str, Callable[[], AbstractAsyncContextManager[Contender]]] = {

@@ -51,7 +51,13 @@ def main(model: Path, stages: int, streams: int, device: Device, port: int) -> N
     """Serve MODEL until a signal ends it."""
     configure_logging()
     engine = NullSettings(
-        cache_dir=model, stages=stages, max_num_seqs=streams, load_format="dummy", dtype="bfloat16", device=device
+        cache_dir=model,
+        stages=stages,
+        max_num_seqs=streams,
+        load_format="dummy",
+        dtype="bfloat16",
+        device=device,
+        spare=False,
     )
     source = ModelSource(path=model, name=model.name, root=str(model))
     settings = ServeSettings(engine=engine, source=source, host="127.0.0.1", port=port, shutdown_timeout_s=5.0)

@@ -65,7 +65,7 @@ def _server(folder: Path) -> Iterator[ServerProcesses]:
     command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port), "--model", str(folder)]
     command += ["--device", "timed", "--stages", str(STAGES), "--stage-time", f"{STAGE_MS:g}"]
     command += ["--max-num-seqs", str(CAPACITY.slots), "--max-num-queued-reqs", str(QUEUED)]
-    command += ["--cache-dir", str(folder / "cache")]
+    command += ["--cache-dir", str(folder / "cache"), "--no-spare"]
     with running_server(command, port, STAGES) as server:
         yield server
 

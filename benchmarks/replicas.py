@@ -69,6 +69,7 @@ def _server(replicas: int) -> AbstractContextManager[ServerProcesses]:
     port = free_port()
     command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port), "--replicas", str(replicas)]
     options = ["--device", "timed", "--stage-time", str(STEP_MS), "--stages", str(STAGES), "--max-num-seqs", str(SLOTS)]
+    options.append("--no-spare")
     return running_server([*command, *options], port, STAGES * replicas)
 
 

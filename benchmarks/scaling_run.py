@@ -67,7 +67,7 @@ def measure(case: Case, device: Device, cache_dir: Path, effort: Effort, timelin
     command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port), "--device", device]
     command += ["--model", case.model, "--stages", str(case.stages), "--max-num-seqs", str(PLACES * case.microbatches)]
     command += ["--microbatches", str(case.microbatches)]
-    command += ["--cache-dir", str(cache_dir), *case.options]
+    command += ["--cache-dir", str(cache_dir), *case.options, "--no-spare"]
     if timeline is not None:
         command += ["--timeline", str(timeline)]
     with running_server(command, port, case.stages) as server, _clients(server, case, effort) as clients:

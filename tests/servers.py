@@ -53,10 +53,14 @@ class Server:
 def launch(
     folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
 ) -> Server:
-    """`galaxyline serve OPTIONS`, which is for the caller to wait for and to end."""
+    """`galaxyline serve OPTIONS`, which is for the caller to wait for and to end.
+
+    Without spares, which tests would have to wait for, unless OPTIONS ask for them.
+    """
     port = free_port()
     log = folder / "server.log"
     command = [sys.executable, "-m", *program, "serve", "--port", str(port), "--cache-dir", str(folder / "cache")]
+    command.append("--no-spare")
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *options], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}

@@ -49,6 +49,11 @@ def test_the_pipeline_is_brought_back_as_often_as_told() -> None:
     assert options(max_restarts=3).max_restarts == 3
 
 
+def test_spares_wait_unless_they_are_not_wanted() -> None:
+    assert options().pipeline.spare
+    assert not options(spare=False).pipeline.spare
+
+
 def test_stages_may_be_split_by_hand() -> None:
     made = options(layers_per_stage=[1, 4, 1])
     assert [len(spec.layers) for spec in made.pipeline.specs] == [1, 4, 1]

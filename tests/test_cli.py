@@ -36,7 +36,13 @@ def test_serve_without_options(served: list[ServeSettings]) -> None:
     assert settings.source.name == "galaxyline-sample"
     assert settings.engine.stages is None
     assert (settings.max_logprobs, settings.generation_config) == (20, "auto")
+    assert settings.engine.spare
     assert settings.engine.cache_dir == Path("generated/deepseek_v3")
+
+
+def test_spares_can_be_left_out(served: list[ServeSettings]) -> None:
+    assert run("serve", "--no-spare").exit_code == 0
+    assert not served[0].engine.spare
 
 
 @pytest.mark.parametrize("separator", ["-", "_"])

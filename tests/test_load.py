@@ -71,7 +71,7 @@ async def test_three_times_what_fits_is_answered_in_full_and_leaves_nothing(tmp_
     # A third of the clients fit the slots, and fewer the blocks when all are long: some are preempted.
     blocks = MAX_MODEL_LEN // 32 + SLOTS * 3
     settings = EngineSettings(
-        cache_dir=tmp_path, stages=2, max_num_seqs=SLOTS, num_blocks=blocks, max_model_len=MAX_MODEL_LEN
+        cache_dir=tmp_path, stages=2, max_num_seqs=SLOTS, num_blocks=blocks, max_model_len=MAX_MODEL_LEN, spare=False
     )
     async with front_end_and_engine(settings) as (base, engine):
         before = await engine.counts()

@@ -72,6 +72,7 @@ def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1
         ray_address=None,
         start_timeout_s=SECONDS,
         step_timeout_s=SECONDS,
+        spare=False,
         runner=f"tests.runners:{runner}",
     )
 
@@ -226,7 +227,7 @@ async def test_stages_that_can_never_fit_are_refused_at_once(cluster: "Cluster")
 async def test_rows_in_use_are_waited_for_until_the_deadline_and_free_after_close(cluster: "Cluster") -> None:
     waiting = msgspec.structs.replace(options("echo", rows=1), placement_timeout_s=1.0)
     async with running(options("echo", stages=1, rows=2)):
-        runs = rf"These stages run: 1 on 127\.0\.0\.1 by process {os.getpid()} on 127"
+        runs = rf"These processes of stages run: 1 on 127\.0\.0\.1 by process {os.getpid()} on 127"
         told = rf"were not free within 1 s.*\(3, 2 in use\).* {runs}"
         with pytest.raises(PlacementError, match=told):
             await Pipeline.start(waiting, lambda _: None)

@@ -1,12 +1,13 @@
 """A pipeline of real processes on a real Ray cluster that loses stages and comes back."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import psutil
@@ -14,15 +15,19 @@ import pytest
 
 from actors.errors import PipelineError, StartError
 from actors.health import StageProgress
+from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
 from actors.ray_environment import prepare
+from tests.early_runner import VARIABLE
 from tests.loops import on_uvloop
 from tests.test_pipeline import leftovers, options, receive, step
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
+    from actors.launch import Launch
 
 STAGES = 3
+SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,7 @@ async def test_a_cut_link_costs_nobody_its_process(cluster: "Cluster") -> None:
         await pipeline.recover()
         await pass_steps(pipeline, 6)
         assert await pids(pipeline) == before
+        assert await spare_pids(pipeline) == []
     finally:
         await pipeline.close()
 
@@ -178,3 +184,137 @@ async def test_a_stage_that_dies_while_another_is_replaced_is_replaced_next(clus
     finally:
         await pipeline.close()
     assert leftovers() == []
+
+
+def with_spares(runner: str = "echo") -> PipelineOptions:
+    return msgspec.structs.replace(options(runner, stages=STAGES), spare=True, start_timeout_s=SECONDS)
+
+
+async def spare_pids(pipeline: Pipeline) -> list[int]:
+    return await cast("Launch", pipeline._running).spare_pids()
+
+
+async def lose(pipeline: Pipeline, victims: Sequence[int]) -> None:
+    """Kills stages, and waits until that is noticed."""
+    before = await pids(pipeline)
+    for victim in victims:
+        kill(before[victim])
+    with pytest.raises(PipelineError):
+        await receive(pipeline)
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_spare_becomes_the_lost_stage_and_another_one_waits_then(cluster: "Cluster") -> None:
+    told: list[StageProgress] = []
+    pipeline = await Pipeline.start(with_spares(), told.append)
+    seen = set()
+    try:
+        for turn, victim in enumerate((1, 0, 1)):
+            before = await pids(pipeline)
+            [spare] = await spare_pids(pipeline)
+            seen |= {spare, *before}
+            await lose(pipeline, [victim])
+            await pipeline.recover()
+            before[victim] = spare
+            assert await pids(pipeline) == before
+            await pass_steps(pipeline, 100 * turn)
+        [waiting] = await spare_pids(pipeline)
+        assert waiting not in seen
+        starts = [progress.stage for progress in told if progress.phase == "starting"]
+        assert starts == [*range(STAGES), 1, 0, 1]
+    finally:
+        await pipeline.close()
+    assert not any(psutil.pid_exists(pid) for pid in [*seen, waiting])
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hurt", [kill, stop], ids=["killed", "stopped"])
+@on_uvloop
+async def test_a_spare_that_does_not_answer_is_not_used(cluster: "Cluster", hurt: Callable[[int], None]) -> None:
+    pipeline = await Pipeline.start(with_spares(), lambda _: None)
+    try:
+        before = await pids(pipeline)
+        [spare] = await spare_pids(pipeline)
+        hurt(spare)
+        await lose(pipeline, [2])
+        await pipeline.recover()
+        after = await pids(pipeline)
+        assert after[:2] == before[:2]
+        assert after[2] not in {spare, before[2]}
+        await pass_steps(pipeline, 0)
+        [another] = await spare_pids(pipeline)
+        assert another not in {spare, *before, *after}
+    finally:
+        await pipeline.close()
+    assert not any(psutil.pid_exists(pid) for pid in [spare, another, *before, *after])
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_of_two_stages_that_are_lost_at_once_one_gets_the_spare(cluster: "Cluster") -> None:
+    pipeline = await Pipeline.start(with_spares(), lambda _: None)
+    try:
+        before = await pids(pipeline)
+        [spare] = await spare_pids(pipeline)
+        await lose(pipeline, [0, 2])
+        await pipeline.recover()
+        first, second, third = await pids(pipeline)
+        assert (first, second) == (spare, before[1])
+        assert third not in {spare, *before}
+        await pass_steps(pipeline, 0)
+    finally:
+        await pipeline.close()
+    assert not any(psutil.pid_exists(pid) for pid in [spare, third, *before])
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_spare_that_is_only_starting_ends_with_the_pipeline(cluster: "Cluster") -> None:
+    pipeline = await Pipeline.start(with_spares(), lambda _: None)
+    await pipeline.close()
+    assert await spare_pids(pipeline) == []
+    deadline = asyncio.get_running_loop().time() + SECONDS
+    while left := stage_processes():
+        assert asyncio.get_running_loop().time() < deadline, left
+        await asyncio.sleep(0.1)
+
+
+def stage_processes() -> list[psutil.Process]:
+    """Those of spares as well, as Ray calls them."""
+    children = psutil.Process().children(recursive=True)
+    found = []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "StageActor" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_spare_has_its_environment_before_it_imports_torch(cluster: "Cluster") -> None:
+    how = msgspec.structs.replace(
+        with_spares(), runner="tests.early_runner:load", environments=[{VARIABLE: "1"}] * STAGES
+    )
+    pipeline = await Pipeline.start(how, lambda _: None)
+    try:
+        [spare] = await spare_pids(pipeline)
+        await lose(pipeline, [1])
+        await pipeline.recover()
+        assert (await pids(pipeline))[1] == spare
+        await pass_steps(pipeline, 0)
+    finally:
+        await pipeline.close()
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_there_are_no_spares_for_stages_of_different_environments(cluster: "Cluster") -> None:
+    environments = [{VARIABLE: str(stage)} for stage in range(STAGES)]
+    pipeline = await Pipeline.start(msgspec.structs.replace(with_spares(), environments=environments), lambda _: None)
+    try:
+        assert await spare_pids(pipeline) == []
+    finally:
+        await pipeline.close()

@@ -34,7 +34,7 @@ async def answer(folder: Path, tmp_path: Path, front: FrontSettings, brings_cert
     """The status of a completion over HTTPS."""
     port = free_port()
     settings = ServeSettings(
-        engine=EngineSettings(cache_dir=tmp_path),
+        engine=EngineSettings(cache_dir=tmp_path, spare=False),
         source=SAMPLE,
         host="127.0.0.1",
         port=port,

@@ -117,6 +117,8 @@ def _engine_settings(options: DemoOptions, settings: EngineSettings, config: Mod
         settings = msgspec.structs.replace(settings, stages=min(DEFAULT_STAGES, config.num_hidden_layers))
     if options.random_weights:
         settings = msgspec.structs.replace(settings, load_format="dummy")
+    # A demo is over before the imports of a spare would be of use.
+    settings = msgspec.structs.replace(settings, spare=False)
     if settings.max_num_seqs is None:
         stages = settings.stages or len(settings.layers_per_stage or [])
         microbatches = settings.microbatches or default_microbatches(stages)

@@ -1,0 +1,50 @@
+"""Ends of actors and of their processes. The module imports Ray; see `cluster`."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Collection
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.cluster import Cluster
+from actors.errors import PipelineError
+
+GONE_SECONDS = 5.0
+GONE_POLL_SECONDS = 0.02
+
+
+async def kill(cluster: Cluster, actor: "ActorHandle[Any]", pid: int | None) -> None:
+    """Kills an actor, whose process is `pid` if it is on this host.
+
+    Ray gives one that is stopped five seconds before it kills it; on this host that can be had at once.
+    """
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    await cluster.call(_kill, actor)
+
+
+async def until_gone(pids: Collection[int]) -> None:
+    """Waits until these processes of this host, which were killed, are gone. Raises PipelineError if they do not go."""
+    deadline = asyncio.get_running_loop().time() + GONE_SECONDS
+    while left := [pid for pid in pids if _exists(pid)]:
+        if asyncio.get_running_loop().time() > deadline:
+            raise PipelineError(f"The stage processes {left} on {socket.gethostname()} did not end when killed.")
+        await asyncio.sleep(GONE_POLL_SECONDS)
+
+
+def _kill(actor: "ActorHandle[Any]") -> None:
+    ray.kill(actor, no_restart=True)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
