@@ -50,13 +50,10 @@ def ray_cluster(head: Host, galaxies: Mapping[Host, int]) -> Iterator[Mapping[st
     with contextlib.ExitStack() as running:
         options = ["--head", "--include-dashboard", "false", "--port", str(PORT)]
         wait_for([running.enter_context(_node(head, environment, *options))])
-        joining = [
-            running.enter_context(
-                _node(host, environment, "--address", address, "--resources", json.dumps({ROWS: rows}))
-            )
-            for host, rows in galaxies.items()
-        ]
-        wait_for(joining)
+        for host, rows in galaxies.items():
+            joining = _node(host, environment, "--address", address, "--resources", json.dumps({ROWS: rows}))
+            # One after the other: a raylet ends itself if its agent takes 15 s to start, as several at once may.
+            wait_for([running.enter_context(joining)])
         yield {**environment, "RAY_ADDRESS": address}
 
 
