@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -87,6 +86,7 @@ async def lose_raylet(hosts: Hosts, server: Server, gate: Path) -> None:
         [first] = overheard(gate)
         assert [is_unix(address) for address in first.addresses] == [False, True, False]
         hosts.visit(free, lambda: nobody_listens(first.addresses))
+        gone = psutil.Process(before[2]["pid"])
         (gate / SHUT).touch()
         [raylet] = [process for process in hosts.others[lost].processes() if process.name() == "raylet"]
         raylet.kill()
@@ -104,8 +104,9 @@ async def lose_raylet(hosts: Hosts, server: Server, gate: Path) -> None:
         assert visitor.recv(1) == b""
         visitor.close()
     assert all(refusals(stage["pid"]) >= len(STRANGERS) for stage in after)
-    assert not psutil.pid_exists(before[2]["pid"])
-    assert re.search(rf'"error": "Stage 2 on {lost} failed [^"]*its process died', server.log.read_text())
+    gone.wait(SECONDS)
+    # Whether its process died or does not answer is more than anybody can know before Ray does.
+    assert f'"error": "Stage 2 on {lost} failed ' in server.log.read_text()
 
 
 def test_a_server_whose_host_loses_its_raylet_goes_on_with_rows_of_another(hosts: Hosts, tmp_path: Path) -> None:
