@@ -27,8 +27,9 @@ class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     "running" is within a step, `step_id`, since `step_seconds`; "blocked" has done it and waits for the next stage to
     take it; else `step_id` is None. "silent" did not answer in time and "dead" has lost its process: only `stage`,
-    `host`, `pid` and `detail` mean something then. `received_step` is the last step that came in, None before the first
-    since the stage was joined to its neighbours. `busy_seconds` of all steps done, together with the time between
+    `host`, `pid` and `detail` mean something then. `received_step` is the last step that came in and `passed_step` the
+    last that was handed on to the next stage, or to the engine; None before the first since the stage was joined to
+    its neighbours. `busy_seconds` of all steps done, together with the time between
     two reports, give the share of time that the stage computes. `resident_bytes` is its process's memory.
     `received_bytes` have come by the link from the stage before, or from the engine, and `sent_bytes` gone to the next
     one, which listens at `sent_to`, a socket's path or HOST:PORT: frames with all that is in them, of the links there
@@ -51,3 +52,4 @@ class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
     received_bytes: int = 0
     sent_bytes: int = 0
     sent_to: str = ""
+    passed_step: int | None = None

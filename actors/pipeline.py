@@ -101,14 +101,16 @@ class Pipeline:
             raise self._failed.result()
         if self._inlet is None:
             raise PipelineError("The pipeline was not started.")
-        self._outstanding[step.step_id] = self._loop.time()
-        if self._timer is None:
-            self._timer = self._loop.call_later(self._deadline.allowed_s, self._check_deadline)
+        submitted_at = self._loop.time()
         try:
             await self._inlet.send(step)
         except LinkError as error:
             self.lose(error)
             raise await asyncio.shield(self._failed) from error
+        # Not before: a step that never got into the pipeline has no part in its failures.
+        self._outstanding[step.step_id] = submitted_at
+        if self._timer is None:
+            self._timer = self._loop.call_at(submitted_at + self._deadline.allowed_s, self._check_deadline)
 
     async def receive(self) -> StepResult:
         """The next result, in the order of submission; waits for it, for ever if no step is outstanding.

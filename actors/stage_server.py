@@ -57,6 +57,7 @@ class StageServer:
         self._detail = ""
         self._current: tuple[int, float] | None = None
         self._received_step: int | None = None
+        self._passed_step: int | None = None
         self._steps_done = 0
         self._busy_seconds = 0.0
         self._progress = (0, 0)
@@ -126,6 +127,7 @@ class StageServer:
             received_bytes=0 if upstream is None else upstream.received_bytes,
             sent_bytes=0 if downstream is None else downstream.sent_bytes,
             sent_to=self._downstream_address,
+            passed_step=self._passed_step,
         )
 
     def close(self) -> None:
@@ -202,6 +204,8 @@ class StageServer:
             arrival.release()
             self._fail(step.step_id, "a step came before the next stage was joined")
             return
+        # Before it is sent: the next stage may die of it faster than this thread gets on.
+        passed_before, self._passed_step = self._passed_step, step.step_id
         try:
             if isinstance(output, StepResult):
                 arrival.release()
@@ -216,6 +220,7 @@ class StageServer:
                 downstream.send_from_thread(passed_on, output, arrival.release)
         except LinkError:
             # The loop was told of it as well, and tells the engine (`_Downstream.lost`).
+            self._passed_step = passed_before
             self._log.warning("step not passed on", step_id=step.step_id)
 
     def _begin_anew(self, identity: StageIdentity) -> None:
@@ -226,6 +231,7 @@ class StageServer:
         self._detail = ""
         self._current = None
         self._received_step = None
+        self._passed_step = None
 
     def _note_progress(self, layers_done: int, layers: int) -> None:
         self._progress = (layers_done, layers)

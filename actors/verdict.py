@@ -1,5 +1,6 @@
 """From what the engine noticed and what the stages say to who is to blame, and the one sentence that names it."""
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -73,12 +74,18 @@ LOST = "lost the link"
 
 
 def _interrupted(symptom: Symptom, healths: Sequence[StageHealth], stage: int) -> int | None:
-    """The step that a stage which says nothing worked on: the first one that has not come out of it."""
-    after = next((health for health in healths if health.stage == stage + 1), None)
-    if after is None or after.state in {"dead", "silent"}:
-        return symptom.oldest
-    passed_on = -1 if after.received_step is None else after.received_step
-    return next((step_id for step_id in symptom.outstanding if step_id > passed_on), None)
+    """The step that a stage which says nothing worked on: the first that was handed to it and has not come out of it.
+
+    The stages around it tell which those are. None where there is none: what never got there cannot have hurt it.
+    """
+    answering = [health for health in healths if health.state not in {"dead", "silent"}]
+    handed_on = min((_last(health.passed_step) for health in answering if health.stage < stage), default=math.inf)
+    came_out = max((_last(health.received_step) for health in answering if health.stage > stage), default=-1)
+    return next((step_id for step_id in symptom.outstanding if came_out < step_id <= handed_on), None)
+
+
+def _last(step_id: int | None) -> int:
+    return -1 if step_id is None else step_id
 
 
 def _blame(stage: int, host: str, step_id: int | None, cause: str, *, lost: bool = False) -> Verdict:

@@ -63,7 +63,12 @@ def launch(
     command.append("--no-spare")
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, *options], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            [*command, *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            # A group of its own, as a shell gives it: Ctrl-C goes to the whole group.
+            start_new_session=True,
         )
     return Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
 

@@ -225,6 +225,17 @@ async def test_a_closed_peer_is_named_by_both_ends(address: Address) -> None:
 
 
 @on_uvloop
+async def test_what_a_socket_does_not_take_is_not_sent_though_nobody_has_noticed_the_loss_yet(address: Address) -> None:
+    async with paired(address) as pair:
+        with pair.sender._writer._socket.dup() as same:
+            same.shutdown(socket.SHUT_WR)
+        with pytest.raises(LinkError, match="lost the link to stage 1: it takes no more"):
+            await pair.send(step(1), hidden(1, 1))
+        with pytest.raises(LinkError, match="lost the link to stage 1"):
+            await pair.sender.send(step(2))
+
+
+@on_uvloop
 async def test_a_sender_without_credits_is_cut_off(address: Address) -> None:
     async with paired(address) as pair:
         for index in range(CREDITS):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from actors.engine_end import EngineEnd
 from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, StartError
@@ -407,7 +409,7 @@ async def test_a_lost_first_link_fails_submit_and_receive_alike() -> None:
     lost = LinkError("lost the link to stage 0: reset")
     pipeline = fake_pipeline(health(0, "dead", "its process died"), lost=lost)
     receiving = asyncio.ensure_future(receive(pipeline))
-    with pytest.raises(PipelineError, match=r"Stage 0 on host-a failed at step 1: its process died"):
+    with pytest.raises(PipelineError, match=r"Stage 0 on host-a failed between steps: its process died"):
         await pipeline.submit(step(pipeline, 1))
     with pytest.raises(PipelineError, match="Stage 0 on host-a"):
         await receiving
@@ -485,7 +487,49 @@ def test_the_step_that_a_silent_stage_worked_on_is_the_first_that_did_not_come_o
     after = msgspec.structs.replace(health(2, "ready"), received_step=received)
     symptom = Symptom(outstanding=[8, 9, 10], cause="x", failure=None)
     assert verdict(symptom, [health(1, "dead", "its process died"), after]).step_id == step_id
-    assert verdict(symptom, [health(0, "ready"), health(1, "dead", "its process died")]).step_id == 8
+    assert verdict(symptom, [health(1, "dead", "its process died")]).step_id == 8
+
+
+@pytest.mark.parametrize(
+    ("passed", "step_id"), [(10, 9), (9, 9), (8, None), (None, None)], ids=["later", "just", "not yet", "nothing"]
+)
+def test_a_step_that_was_never_handed_to_a_dead_stage_is_not_to_blame(passed: int | None, step_id: int | None) -> None:
+    symptom = Symptom(outstanding=[8, 9, 10], cause="x", failure=None)
+    before = msgspec.structs.replace(health(0, "failed", "lost the link to stage 1"), passed_step=passed)
+    after = msgspec.structs.replace(health(2, "ready"), received_step=8)
+    found = verdict(symptom, [before, health(1, "dead", "its process died"), after])
+    assert (found.stage, found.step_id) == (1, step_id)
+
+
+@given(
+    stages=st.integers(1, 5),
+    counts=st.lists(st.integers(0, 12), min_size=12, max_size=12),
+    lost=st.sets(st.integers(0, 4), min_size=1),
+)
+def test_whatever_is_where_a_dead_stage_is_blamed_for_a_step_that_may_have_been_in_it(
+    stages: int, counts: list[int], lost: set[int]
+) -> None:
+    """Steps 0, 1, ... went in; each stage received so many of them, and handed so many on."""
+    submitted, *ways, results = sorted(counts[: 2 * stages + 2], reverse=True)
+    received, passed = ways[::2], ways[1::2]
+    healths = [
+        health(stage, "dead", "its process died")
+        if stage in lost
+        else msgspec.structs.replace(
+            health(stage, "ready"), received_step=received[stage] - 1, passed_step=passed[stage] - 1
+        )
+        for stage in range(stages)
+    ]
+    victim = min(lost)
+    assume(victim < stages)
+    symptom = Symptom(outstanding=list(range(results, submitted)), cause="x", failure=None)
+    found = verdict(symptom, healths)
+    assert found.stage == victim
+    if found.step_id is None:
+        assert received[victim] == passed[victim]
+    else:
+        assert all(found.step_id < passed[stage] for stage in range(victim))
+        assert all(found.step_id >= received[stage] for stage in range(victim, stages) if stage not in lost)
 
 
 async def test_close_wakes_whoever_waits() -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import msgspec
 import psutil
@@ -53,6 +53,12 @@ async def pass_steps(pipeline: Pipeline, first: int, count: int = 40) -> None:
         await pipeline.submit(step(pipeline, step_id))
         result = await receive(pipeline)
         assert (result.step_id, result.epoch, result.tokens) == (step_id, pipeline.epoch, [(step_id + STAGES) % 256])
+
+
+async def receive_all(pipeline: Pipeline) -> NoReturn:
+    """Takes results until the pipeline fails."""
+    while True:
+        await receive(pipeline)
 
 
 async def pids(pipeline: Pipeline) -> list[int]:
@@ -150,10 +156,9 @@ async def test_a_cut_link_costs_nobody_its_process(cluster: "Cluster") -> None:
         await pass_steps(pipeline, 0, 5)
         before = await pids(pipeline)
         await pipeline.submit(step(pipeline, 1000))
-        # The link by which it came in is cut while it is computed: it gets out.
-        assert (await receive(pipeline)).step_id == 1000
+        # The link by which it came in is cut while it is computed: it may get out before the loss is known.
         with pytest.raises(PipelineError, match="lost the link"):
-            await receive(pipeline)
+            await receive_all(pipeline)
         await pipeline.recover()
         await pass_steps(pipeline, 6)
         assert await pids(pipeline) == before

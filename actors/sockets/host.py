@@ -104,12 +104,12 @@ class HostLink(asyncio.BufferedProtocol):
             raise
         body = payload.cast("B") if payload.nbytes else memoryview(b"")
         head = memoryview(encode(message, message.epoch, body.nbytes))
-        self._writer.write([head, body], sent)
+        self._check_written(self._writer.write([head, body], sent))
 
     async def send(self, message: Message) -> None:
         """See `Link`."""
         await self._credits.take_soon()
-        self._writer.write([memoryview(encode(message, message.epoch))], _nothing)
+        self._check_written(self._writer.write([memoryview(encode(message, message.epoch))], _nothing))
 
     def post(self, message: Message) -> None:
         """See `Link`."""
@@ -147,6 +147,10 @@ class HostLink(asyncio.BufferedProtocol):
 
     def _broken(self, error: OSError) -> None:
         self._lose(self._loss(str(error.strerror)))
+
+    def _check_written(self, is_written: bool) -> None:
+        if not is_written:
+            raise self._loss("it takes no more")
 
     def _loss(self, cause: str) -> LinkError:
         return LinkError(f"lost the link {'from' if self._credits_given else 'to'} {self.peer}: {cause}")

@@ -38,13 +38,16 @@ class FrameWriter:
         self._is_closed = False
         self.sent_bytes = 0
 
-    def write(self, parts: list[memoryview], sent: Sent) -> None:
-        """Writes one frame; `sent` is called when its memory is no longer needed, even if the connection is lost."""
+    def write(self, parts: list[memoryview], sent: Sent) -> bool:
+        """Writes one frame; `sent` is called when its memory is no longer needed, even if the connection is lost.
+
+        Whether the connection is still there, as far as that is known: the frame may yet not come through.
+        """
         error: OSError | None = None
         with self._lock:
             if self._pending:
                 self._pending.append(_Pending(parts, sent))
-                return
+                return True
             if not self._is_closed:
                 try:
                     parts = self._send(parts)
@@ -54,10 +57,12 @@ class FrameWriter:
                     if parts:
                         self._pending.append(_Pending(parts, sent))
                         self._loop.call_soon_threadsafe(self._watch)
-                        return
+                        return True
+            is_written = not parts
         sent()
         if error is not None:
             self._loop.call_soon_threadsafe(self._lost, error)
+        return is_written
 
     def close(self) -> None:
         """Drops what is not yet written; belongs to the loop's thread."""

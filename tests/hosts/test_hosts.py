@@ -17,6 +17,7 @@ from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
 from tests.hosts.tcp import connections
 from tests.servers import Prompt, Server, sample_prompts, serving
+from tests.strangers import is_unix, nobody_listens
 from weights.model_config import ModelConfig
 from weights.sample import SAMPLE_DIR
 
@@ -147,6 +148,23 @@ def counted(hosts: Hosts, server: Server) -> tuple[list[StageView], dict[str, in
             break
         time.sleep(0.1)
     return before, kernel, after
+
+
+def test_strangers_find_no_stage_that_listens(hosts: Hosts, server: Server, of_one_host: Answers) -> None:
+    addresses = [str(stage.sent_to) for stage in stages(server)]
+    assert [is_unix(address) for address in addresses] == [False, True, False, False]
+
+    async def besieged() -> Answers:
+        answering = asyncio.ensure_future(ask_all(server))
+        for host in (hosts.head, *hosts.galaxies.values()):
+            with host.inside():
+                nobody_listens(addresses)
+            await asyncio.sleep(0)
+        return await answering
+
+    assert asyncio.run(besieged()).texts == of_one_host.texts
+    assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+    assert "the pipeline failed" not in server.log.read_text()
 
 
 def test_a_host_whose_link_fails_is_named(hosts: Hosts, server: Server) -> None:
