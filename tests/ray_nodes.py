@@ -15,17 +15,10 @@ import psutil
 from actors.placement import ROWS
 from benchmarks.ports import free_port
 
-AGENT_PORTS = (
-    "--metrics-export-port",
-    "--dashboard-agent-listen-port",
-    "--dashboard-agent-grpc-port",
-    "--runtime-env-agent-port",
-)
-"""Options of `ray start`. A raylet ends if it has not heard within 15 s which ports its agents chose, and their imports
-take longer on a busy machine: they are told which."""
 SECONDS = 200
 START_SECONDS = 60
 ATTEMPTS = 3
+"""A raylet ends if its agent takes 15 s to start, as one may on a busy machine."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -51,9 +44,8 @@ class Cluster:
             options = ["--head", "--port", port, "--include-dashboard", "false", "--disable-usage-stats"]
             sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20), "--resources", json.dumps({ROWS: rows})]
             own = ["--node-ip-address", LOOPBACK, "--temp-dir", self._directory]
-            agents = [part for option in AGENT_PORTS for part in (option, str(free_port()))]
             done = subprocess.run(
-                [str(Path(sys.executable).with_name("ray")), "start", *options, *own, *sizes, *agents],
+                [str(Path(sys.executable).with_name("ray")), "start", *options, *own, *sizes],
                 env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
                 check=False,
                 capture_output=True,

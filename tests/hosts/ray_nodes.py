@@ -13,11 +13,8 @@ from pathlib import Path
 
 from actors.placement import ROWS
 from tests.hosts.network import Host
-from tests.ray_nodes import AGENT_PORTS
 
 PORT = 6379
-FIRST_AGENT_PORT = 6400
-"""On every host: each has ports of its own."""
 SECONDS = 120
 LOST_SOON = {
     "RAY_health_check_initial_delay_ms": "2000",
@@ -53,13 +50,10 @@ def ray_cluster(head: Host, galaxies: Mapping[Host, int]) -> Iterator[Mapping[st
     with contextlib.ExitStack() as running:
         options = ["--head", "--include-dashboard", "false", "--port", str(PORT)]
         wait_for([running.enter_context(_node(head, environment, *options))])
-        joining = [
-            running.enter_context(
-                _node(host, environment, "--address", address, "--resources", json.dumps({ROWS: rows}))
-            )
-            for host, rows in galaxies.items()
-        ]
-        wait_for(joining)
+        for host, rows in galaxies.items():
+            joining = _node(host, environment, "--address", address, "--resources", json.dumps({ROWS: rows}))
+            # One after the other: a raylet ends itself if its agent takes 15 s to start, as several at once may.
+            wait_for([running.enter_context(joining)])
         yield {**environment, "RAY_ADDRESS": address}
 
 
@@ -71,10 +65,9 @@ def _node(host: Host, environment: Mapping[str, str], *options: str) -> Iterator
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
         own = ["--node-ip-address", host.address, "--temp-dir", directory]
         sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20)]
-        agents = [part for port, option in enumerate(AGENT_PORTS, FIRST_AGENT_PORT) for part in (option, str(port))]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                host.command(*command, *own, *sizes, *agents, *options),
+                host.command(*command, *own, *sizes, *options),
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
