@@ -176,7 +176,8 @@ def test_a_host_whose_link_fails_is_named(hosts: Hosts, server: Server) -> None:
             assert "choices" in json.loads(next(lines).removeprefix("data: "))
             lost.set_link("down")
             deadline = time.monotonic() + SECONDS
-            while re.search(r"Stage [12] on galaxy-b failed (at step \d+|between steps)", said := server.log.read_text()) is None:
+            failed = re.compile(r"Stage [12] on galaxy-b failed (at step \d+|between steps)")
+            while failed.search(said := server.log.read_text()) is None:
                 assert time.monotonic() < deadline, said
                 time.sleep(0.1)
     finally:
