@@ -131,7 +131,8 @@ class Spares:
         spares, self._spares = list(self._spares.values()), {}
         for spare in spares:
             spare.ready.cancel()
-            await kill(self._cluster, spare.actor, self._local_pid(spare))
+            # By Ray, which tells of a worker's death that it has not brought about.
+            await kill(self._cluster, spare.actor, None)
         await asyncio.gather(*(spare.ready for spare in spares), return_exceptions=True)
         await until_gone([pid for pid in map(self._local_pid, spares) if pid is not None])
 
