@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STAGES = 3
 VICTIM = 1
 PROMPTS = sample_prompts()[:6]
-TOKENS = 150
+TOKENS = 600
 
 
 @pytest.fixture
