@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import ray
 import structlog
 
+from actors.error_listener import stop_error_listener
 from actors.errors import ClusterError
 from actors.placement import ROWS
 from actors.ray_environment import cluster_address
@@ -108,6 +109,7 @@ def _connect(address: str | None, rows: int) -> bool:
         attempt = "started" if address is None else f"joined at {address}"
         # Ray refuses other releases of itself and of Python in five lines.
         raise ClusterError(f"Ray cannot be {attempt}: {' '.join(str(error).split())}") from error
+    stop_error_listener()
     return True
 
 

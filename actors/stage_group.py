@@ -32,7 +32,11 @@ RESET_SECONDS = 10.0
 ABSENT_SECONDS = 10.0
 """How long a stage that was asked for something may not even say how it does: it is stopped, or stuck in a start."""
 STARTING_SECONDS = 30.0
-"""The same for one that is only starting: imports take it 2 s, and much longer where all stages start at once."""
+"""The same for one that is only starting: imports take it 2 s, and much longer where all stages start at once.
+
+So it is while a pipeline loads for the first time: nobody is served yet, and stages that run at Ray's default niceness
+of 15, as under a Ray that somebody else started, get little of a busy host.
+"""
 PROGRESS_SECONDS = 0.2
 CLOSE_SECONDS = 5.0
 """A little more than a stage server allows itself for its own close."""
@@ -71,7 +75,9 @@ class StageGroup:
 
         Raises StartError naming stage and host, or what the weights, the plan or the device had to object.
         """
-        await self._load(range(len(self._actors)), deadline, on_progress, starting_s=math.inf)
+        await self._load(
+            range(len(self._actors)), deadline, on_progress, silence_s=STARTING_SECONDS, starting_s=math.inf
+        )
 
     async def reset(self, epoch: int, secret: bytes, given_up: Collection[int]) -> list[int]:
         """Takes all stages out of the chain, to be joined anew; returns those that cannot be, `given_up` among them.
@@ -126,7 +132,14 @@ class StageGroup:
             self._actors[index] = spare.actor
             if spare.pid is not None:
                 self._note_pid(index, spare.pid)
-        await self._load(list(setups), deadline, on_progress, starting_s=STARTING_SECONDS, heard=were_spare)
+        await self._load(
+            list(setups),
+            deadline,
+            on_progress,
+            silence_s=self._silence_s,
+            starting_s=STARTING_SECONDS,
+            heard=were_spare,
+        )
 
     async def _load(
         self,
@@ -134,6 +147,7 @@ class StageGroup:
         deadline: float,
         on_progress: OnStageProgress,
         *,
+        silence_s: float,
         starting_s: float,
         heard: Collection[int] = (),
     ) -> None:
@@ -143,9 +157,8 @@ class StageGroup:
         watching = asyncio.create_task(self._watch(indexes, on_progress))
         try:
             refs = {i: self._actors[i].load.remote() for i in indexes}
-            await self._answers.all(
-                "load its weights", refs, deadline, self._silence_s, max(starting_s, self._silence_s), heard
-            )
+            silence_s = max(silence_s, self._silence_s)
+            await self._answers.all("load its weights", refs, deadline, silence_s, max(starting_s, silence_s), heard)
         finally:
             watching.cancel()
         for index in range(len(self._actors)):

@@ -558,3 +558,10 @@ async def test_a_ray_that_is_not_up_in_time_is_one_sentence(
     with pytest.raises(ClusterError, match=r"^Ray cannot be started: The current node timed out during startup\.$"):
         await type(cluster).join("local", ROWS)
     assert attempts == [{"galaxy_rows": ROWS}] * 2
+
+
+@pytest.mark.slow
+def test_no_thread_is_left_that_would_spin_without_rays_head(cluster: "Cluster") -> None:
+    from ray._private.worker import global_worker  # noqa: PLC0415 - the fixture has prepared its environment
+
+    assert not global_worker.listener_thread.is_alive()  # type: ignore[attr-defined] # set as it connects

@@ -11,7 +11,7 @@ from tests.servers import EXIT_DEADLINE, Server, complete, launch, sample_prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * SECONDS)]
 
-TOKENS = 150
+TOKENS = 300
 PROMPTS = sample_prompts()[:4]
 
 
