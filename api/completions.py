@@ -15,8 +15,8 @@ from api.answer import Answer
 from api.choices import build_choices
 from api.completion_text import CompletionText
 from api.disconnect import ClientDisconnectedError, run_while_connected
-from api.engine_state import takes_requests
-from api.error_responses import not_ready, refusal
+from api.engine_state import not_ready, takes_requests
+from api.error_responses import refusal
 from api.errors import DeadlineError
 from api.event_stream import EventStream
 from api.pieces import Pieces
@@ -92,7 +92,7 @@ class Completions:
         state = self._engine.state
         # While a stage is replaced requests wait: all that a client shall see of it is a pause.
         if not takes_requests(state):
-            raise not_ready(state.phase, state.detail)
+            raise not_ready(state)
 
     async def _whole(self, answer: Answer, receive: Receive, deadline: RequestDeadline) -> Completion:
         async with aclosing(answer):

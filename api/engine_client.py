@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from api.engine_options import EngineOptions
-from api.engine_state import error_of, failed_state, refusal_of, takes_requests
+from api.engine_state import error_of, failed_state, not_ready, takes_requests
 from api.errors import EngineError
 from api.framing import Framing
 from api.load import Load
@@ -137,7 +137,7 @@ class EngineClient:
         """
         check_request(request, self._cache)
         if not takes_requests(self._state):
-            raise refusal_of(self._state)
+            raise not_ready(self._state)
         stream = RequestStream(request, self._abort)
         self._open.add(stream)
         self.requests.began(request)

@@ -27,11 +27,13 @@ def takes_requests(state: EngineState) -> bool:
     return state.phase in {"ready", "recovering"}
 
 
-def refusal_of(state: EngineState) -> NotReadyError:
-    """What a request is told that comes while an engine loads, or after it failed."""
+def not_ready(state: EngineState) -> NotReadyError:
+    """What is told to who comes while an engine loads or recovers, or after it failed."""
     if state.phase == "failed":
         return NotReadyError(f"The engine failed: {state.detail}")
-    return NotReadyError("The model is still loading: try again in a moment.")
+    if state.phase == "recovering":
+        return NotReadyError(f"No token can be made until a stage is replaced: {state.detail}")
+    return NotReadyError(f"The model is still loading: {state.detail or 'try again in a moment.'}")
 
 
 def named_state(state: EngineState, replica: int) -> EngineState:

@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from starlette.responses import Response
 
-from api.errors import NotReadyError, OverloadedError, RequestError, http_status
+from api.errors import OverloadedError, RequestError, http_status
 from api.responses import ErrorBody, ErrorDetail, encode
 from weights.errors import GalaxylineError
 
@@ -68,12 +68,3 @@ def public_text(text: str) -> str:
     line = text.strip().partition("\n")[0]
     line = _ABSOLUTE_PATH.sub(lambda match: match.group().rstrip("/").rpartition("/")[2], line)
     return _TENSOR_NAME.sub("a tensor", line)
-
-
-def not_ready(phase: str, detail: str) -> NotReadyError:
-    """The error for a request that comes while the engine loads or after it failed."""
-    if phase == "failed":
-        return NotReadyError(f"The engine failed: {detail}")
-    if phase == "recovering":
-        return NotReadyError(f"No token can be made until a stage is replaced: {detail}")
-    return NotReadyError(f"The model is still loading: {detail}" if detail else "The model is still loading.")

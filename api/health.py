@@ -4,8 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.responses import Response
 
-from api.engine_state import takes_requests
-from api.error_responses import not_ready
+from api.engine_state import not_ready, takes_requests
 from api.errors import EngineError, NotReadyError
 from api.responses import Status, encode
 from api.token_source import TokenSource
@@ -29,7 +28,7 @@ class Health:
         failed, and where its process does not answer."""
         state = self._engine.state
         if state.phase != "ready":
-            raise not_ready(state.phase, state.detail)
+            raise not_ready(state)
         if self._probe is not None:
             try:
                 await self._probe()
@@ -41,7 +40,7 @@ class Health:
         """200 where requests are taken: also while a lost stage is replaced, when they wait. Raises NotReadyError."""
         state = self._engine.state
         if not takes_requests(state):
-            raise not_ready(state.phase, state.detail)
+            raise not_ready(state)
         return _status(state.phase)
 
     async def live(self) -> Response:

@@ -11,7 +11,7 @@ import structlog
 from actors.ray_environment import cluster_address
 from api.engine_client import EngineClient
 from api.engine_options import EngineOptions
-from api.engine_state import common_state, error_of, failed_state, named_state, refusal_of, takes_requests
+from api.engine_state import common_state, error_of, failed_state, named_state, not_ready, takes_requests
 from api.health import PROBE_TIMEOUT_S
 from api.load import Load, least_loaded
 from api.messages import AddRequest, EngineState
@@ -101,7 +101,7 @@ class Replicas:
         chosen = least_loaded(self._loads(), self._last)
         if chosen is None:
             check_request(request, self._cache)
-            raise refusal_of(self.state)
+            raise not_ready(self.state)
         stream = self.engines[chosen].generate(request)
         self._last = chosen
         return stream

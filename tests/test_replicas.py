@@ -13,7 +13,7 @@ import pytest
 
 from actors.errors import PlacementError
 from api.engine_options import EngineOptions
-from api.error_responses import not_ready
+from api.engine_state import not_ready
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
 from api.messages import AddRequest, EngineState
 from api.model_source import resolve_model
@@ -148,7 +148,7 @@ async def test_when_all_have_failed_requests_are_refused_with_every_reason() -> 
         with pytest.raises(NotReadyError, match="The engine failed: Replica 0: Stage 1 failed 11 times"):
             replicas.generate(request(99))
         assert sum(engine.requests.finished["error"] for engine in replicas.engines) == 20
-        assert "Replica 1" in str(not_ready(state.phase, state.detail))
+        assert "Replica 1" in str(not_ready(state))
 
 
 async def test_closing_moves_no_request() -> None:
