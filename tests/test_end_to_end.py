@@ -7,9 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.reference_texts import reference_texts
 from tests.servers import Prompt, complete, sample_prompts, serving, stream
-from weights.sample import SAMPLE_DIR
-from weights.sample.margins import Reference
 
 PROMPTS = sample_prompts()
 LAYERS = 6
@@ -19,9 +18,7 @@ CLIENTS = 64
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
     """Hugging Face's text of every prompt."""
-    reference = Reference(SAMPLE_DIR)
-    completions = reference.complete([p.prompt for p in PROMPTS], [p.max_tokens for p in PROMPTS])
-    return [str(reference.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
+    return reference_texts(PROMPTS)
 
 
 @pytest.fixture

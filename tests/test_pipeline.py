@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
@@ -30,6 +29,7 @@ from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
 from stages.step import Segment, StageFailure, Step, StepResult
 from tests.loops import on_uvloop
+from tests.ray_cluster import ray_of_this_process
 from tests.runners import HIDDEN_SIZE
 from weights.errors import CheckpointError
 
@@ -44,18 +44,10 @@ LAYERS = 2
 @pytest.fixture(scope="module")
 def cluster() -> "Iterator[Cluster]":
     """One Ray for all tests of this module; pipelines find it and leave it running."""
-    directory = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets need a short path.
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_TMPDIR", directory)
-        environment.setattr(tempfile, "tempdir", directory)  # So that what is left there is ours.
-        prepare(None)
-        from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
-
-        joined = asyncio.run(Cluster.join(None, ROWS))
-        yield joined
-        asyncio.run(joined.leave())
-    shutil.rmtree(directory, ignore_errors=True)
+        with ray_of_this_process(ROWS) as joined:
+            yield joined
 
 
 def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1) -> PipelineOptions:

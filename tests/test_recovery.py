@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -17,9 +15,9 @@ from actors.errors import PipelineError, StartError
 from actors.health import StageProgress
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
-from actors.ray_environment import prepare
 from tests.early_runner import VARIABLE
 from tests.loops import on_uvloop
+from tests.ray_cluster import ray_of_this_process
 from tests.test_pipeline import leftovers, options, receive, step
 
 if TYPE_CHECKING:
@@ -33,18 +31,10 @@ SECONDS = 120
 @pytest.fixture(scope="module")
 def cluster() -> "Iterator[Cluster]":
     """One Ray for all tests of this module."""
-    directory = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets need a short path.
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_TMPDIR", directory)
-        environment.setattr(tempfile, "tempdir", directory)  # So that what is left there is ours.
-        prepare(None)
-        from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
-
-        joined = asyncio.run(Cluster.join(None, STAGES))
-        yield joined
-        asyncio.run(joined.leave())
-    shutil.rmtree(directory, ignore_errors=True)
+        with ray_of_this_process(STAGES) as joined:
+            yield joined
 
 
 async def pass_steps(pipeline: Pipeline, first: int, count: int = 40) -> None:

@@ -13,10 +13,9 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_port
+from tests.reference_texts import reference_texts
 from tests.servers import Prompt, Server, complete, sample_prompts, serving
 from tests.test_monitoring import Scrape
-from weights.sample import SAMPLE_DIR
-from weights.sample.margins import Reference
 
 SECONDS = 60.0
 PROMPTS = sample_prompts()[:12]
@@ -31,9 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
     """Hugging Face's text of every prompt."""
-    reference = Reference(SAMPLE_DIR)
-    completions = reference.complete([p.prompt for p in PROMPTS], [p.max_tokens for p in PROMPTS])
-    return [str(reference.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
+    return reference_texts(PROMPTS)
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +15,6 @@ import pytest
 from actors.errors import PipelineError, StartError
 from actors.options import STAGE_RUNNER
 from actors.pipeline import Pipeline
-from actors.ray_environment import prepare
 from actors.world.galaxy_chips import VISIBLE_DEVICES
 from stages.step import Admission, Segment, Step
 from tests.checkpoints import config_keys
@@ -40,6 +37,7 @@ from tests.loops import within
 from tests.mock_galaxy.descriptors import pci_address
 from tests.mock_galaxy.environment import mock_environment
 from tests.mock_galaxy.wiring import COLUMNS, ROWS
+from tests.ray_cluster import ray_of_this_process
 from tests.stage_driver import GREEDY
 
 if TYPE_CHECKING:
@@ -69,19 +67,11 @@ ALL_CHIPS = ",".join(pci_address(row, column) for row in range(ROWS) for column 
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]":
     """One Ray for all tests of this module; pipelines find it and leave it running."""
     tmp_path_factory.getbasetemp()  # Before the temporary directory is another one, for the time of this module.
-    directory = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets need a short path.
     with pytest.MonkeyPatch.context() as environment:
         if not ON_CHIPS:
             environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_TMPDIR", directory)
-        environment.setattr(tempfile, "tempdir", directory)  # So that what is left there is ours.
-        prepare(None)
-        from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
-
-        joined = asyncio.run(Cluster.join(None, GALAXIES * ROWS))
-        yield joined
-        asyncio.run(joined.leave())
-    shutil.rmtree(directory, ignore_errors=True)
+        with ray_of_this_process(GALAXIES * ROWS) as joined:
+            yield joined
 
 
 @pytest.fixture
