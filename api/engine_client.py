@@ -33,6 +33,7 @@ from api.messages import (
     RequestOutput,
 )
 from api.open_requests import OpenRequests
+from api.process_group import leave_group
 from api.questions import Questions
 from api.request_metrics import RequestMetrics
 from api.request_stream import RequestStream
@@ -199,6 +200,9 @@ class EngineClient:
         self._set_state(EngineState(phase="loading", detail="The engine process starts."))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
+            await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
+            # The first of all frames: nobody asks anything before there is a process.
+            self._framing.send(self._options)
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -207,17 +211,15 @@ class EngineClient:
                     stdin=DEVNULL,
                     # The standard output is the command's own; the engine and what it starts only log.
                     stdout=sys.__stderr__,
-                    # Ctrl-C is for the front end, which lets the open requests end before it ends the engine.
-                    start_new_session=True,
                     # The working directory's modules are not ours (Python 3.11 and later).
                     env={**os.environ, "PYTHONSAFEPATH": "1"},
+                    # Ctrl-C is for the front end, which lets the open requests end before it ends the engine.
+                    preexec_fn=leave_group,
                 )
             except BaseException:
-                ours.close()
+                self._framing.close()
                 raise
         self._watching = asyncio.create_task(self._watch(self._process))
-        await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
-        self._framing.send(self._options)
 
     async def _watch(self, process: Process) -> None:
         """Waits for the engine's end, and for its last words."""

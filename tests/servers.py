@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
+from api.process_group import leave_group
 from benchmarks.ports import free_port
 
 READY_DEADLINE = 300.0
@@ -68,7 +69,7 @@ def launch(
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
             # A group of its own, as a shell gives it: Ctrl-C goes to the whole group.
-            start_new_session=True,
+            preexec_fn=leave_group,  # noqa: PLW1509 - a single system call
         )
     return Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
 

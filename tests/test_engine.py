@@ -284,6 +284,27 @@ async def test_a_stream_that_ended_aborts_nothing_when_it_is_closed() -> None:
         assert await answer(again) == reference_answer(request(0).tokens, 3, [])
 
 
+async def test_whoever_asks_while_the_process_is_being_started_does_not_come_before_its_options() -> None:
+    client = EngineClient(engine_options())
+
+    async def ask() -> Counts:
+        while True:
+            try:
+                return await client.counts()
+            except EngineError as error:
+                if str(error) != "The engine process was not started.":
+                    raise
+                await asyncio.sleep(0)
+
+    asking = asyncio.ensure_future(ask())
+    try:
+        await client.launch()
+        assert (await asking).running == 0
+        await client.wait_ready(SECONDS)
+    finally:
+        await client.close()
+
+
 async def test_requests_are_refused_before_they_reach_the_engine() -> None:
     async with EngineClient.start(engine_options()) as engine:
         with pytest.raises(NotReadyError, match="still loading"):
