@@ -75,9 +75,8 @@ class StageGroup:
 
         Raises StartError naming stage and host, or what the weights, the plan or the device had to object.
         """
-        await self._load(
-            range(len(self._actors)), deadline, on_progress, silence_s=STARTING_SECONDS, starting_s=math.inf
-        )
+        silence_s = max(STARTING_SECONDS, self._silence_s)
+        await self._load(range(len(self._actors)), deadline, on_progress, silence_s=silence_s, starting_s=math.inf)
 
     async def reset(self, epoch: int, secret: bytes, given_up: Collection[int]) -> list[int]:
         """Takes all stages out of the chain, to be joined anew; returns those that cannot be, `given_up` among them.
@@ -157,7 +156,6 @@ class StageGroup:
         watching = asyncio.create_task(self._watch(indexes, on_progress))
         try:
             refs = {i: self._actors[i].load.remote() for i in indexes}
-            silence_s = max(silence_s, self._silence_s)
             await self._answers.all("load its weights", refs, deadline, silence_s, max(starting_s, silence_s), heard)
         finally:
             watching.cancel()
