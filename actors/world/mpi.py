@@ -7,6 +7,7 @@ processes have to be of the same Open MPI release series as ttnn's own library (
 import asyncio
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,8 +17,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from actors.errors import LinkError, PipelineError, StartError
 from actors.world import daemon_agent, placeholder
 from stages.step import Host
@@ -26,14 +25,8 @@ END_SECONDS = 5.0
 COMPLAINTS_MAX = 20
 """Lines of mpirun's own that are kept for the error that tells of its end."""
 LOOPBACK_INTERFACE = "lo"
-
-
-class Rank(msgspec.Struct, frozen=True):
-    """What a placeholder says of itself."""
-
-    rank: int
-    pid: int
-    identity: dict[str, str]
+_RANK_LINE = re.compile(r"RANK (?P<rank>\d+) (?P<pid>\d+)")
+"""What a placeholder prints."""
 
 
 def mpirun_command(hosts: Sequence[Host], here: str, agent: str) -> list[str]:
@@ -73,7 +66,10 @@ def write_agent(path: Path, socket_path: str) -> None:
 
 
 class MpiWorld:
-    """A running mpirun. Its `ranks` are there once `start` has returned; `close` ends every process of it."""
+    """A running mpirun. `close` ends every process of it.
+
+    `ranks` has each rank's placeholder, a process of the rank's host, by pid; all are there once `start` has returned.
+    """
 
     def __init__(self, process: "subprocess.Popen[str]", size: int, lost: Callable[[LinkError], None]) -> None:
         self._process = process
@@ -83,7 +79,7 @@ class MpiWorld:
         self._complete: asyncio.Future[None] = self._loop.create_future()
         self._complaints: deque[str] = deque(maxlen=COMPLAINTS_MAX)
         self._is_closed = False
-        self.ranks: dict[int, Rank] = {}
+        self.ranks: dict[int, int] = {}
         self._reader = threading.Thread(target=self._read, name="mpirun", daemon=True)
         self._reader.start()
 
@@ -118,7 +114,7 @@ class MpiWorld:
     @property
     def pids(self) -> list[int]:
         """mpirun's own, then the placeholders', by rank."""
-        return [self._process.pid, *(rank.pid for _, rank in sorted(self.ranks.items()))]
+        return [self._process.pid, *(pid for _, pid in sorted(self.ranks.items()))]
 
     async def close(self) -> None:
         """Ends mpirun, and thereby daemons and placeholders. Raises PipelineError if they do not go."""
@@ -145,16 +141,15 @@ class MpiWorld:
         """Until the pipe ends, which mpirun and all its children hold the other end of."""
         pipe = self._process.stdout
         for line in pipe or ():
-            if line.startswith(placeholder.MARK):
-                self._loop.call_soon_threadsafe(self._add, line.removeprefix(placeholder.MARK))
+            if rank := _RANK_LINE.fullmatch(line.strip()):
+                self._loop.call_soon_threadsafe(self._add, int(rank["rank"]), int(rank["pid"]))
             elif line.strip(" -\n"):
                 self._complaints.append(line.strip())
         if not self._is_closed:
             self._loop.call_soon_threadsafe(self._ended)
 
-    def _add(self, line: str) -> None:
-        rank = msgspec.json.decode(line, type=Rank)
-        self.ranks[rank.rank] = rank
+    def _add(self, rank: int, pid: int) -> None:
+        self.ranks[rank] = pid
         if len(self.ranks) == self._size and not self._complete.done():
             self._complete.set_result(None)
 

@@ -53,8 +53,7 @@ class World:
             await asyncio.shield(daemons.close())
             raise
         memberships = [
-            Membership(mesh_id=index, mesh_graph=graph, identity=mpi.ranks[index].identity)
-            for index in range(len(seats))
+            Membership(rank=index, mesh_graph=graph, placeholder=mpi.ranks[index]) for index in range(len(seats))
         ]
         return cls(daemons, mpi, memberships)
 
