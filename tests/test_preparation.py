@@ -8,6 +8,7 @@ import sys
 import msgspec
 import pytest
 
+from actors.cores import SPINS
 from actors.options import STAGE_RUNNER, TIMED_RUNNER, Device
 from actors.preparation import Preparation
 from actors.stage_actor import StageSetup
@@ -81,7 +82,7 @@ def test_a_spare_gets_its_share_of_the_cores_when_it_becomes_a_stage() -> None:
         VARIABLE: "1",
         "GALAXYLINE_DEVICE": "embedded",
         "OMP_NUM_THREADS": str(cores),
-        "GOMP_SPINCOUNT": "2000",
+        "GOMP_SPINCOUNT": SPINS,
     }
     assert (told["affinity"], told["bound"], told["threads"]) == (cores, 1, 1)
     assert told["pid"] == told["own_pid"]
