@@ -1,13 +1,14 @@
 """The paged latent cache and attention over it, by value against attention written out per user and head."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from stages.backend import set_float_dtype, ttnn
-from stages.backend.embedded import paging, transformer
+from stages.backend.embedded import paging, processor, transformer
 from stages.errors import DeviceError
 from tests.embedded_meshes import float32, integers, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
 from tests.op_cases.case import user_cores
@@ -158,7 +159,28 @@ def test_prefill_and_decode_agree(mesh: ttnn.MeshDevice) -> None:
     assert float((chunk - one_by_one).abs().max() / chunk.abs().max()) < 1e-6
 
 
+@pytest.fixture(params=[1, sys.maxsize], ids=["widened", "as it is"])
+def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is multiplied as on processors with instructions for it, or without."""
+    monkeypatch.setattr(processor, "WIDE_FROM_ROWS", request.param)
+
+
 @on_chip
+@pytest.mark.usefixtures("either_processor")
+def test_bfloat16_prefill_softens_in_float32(mesh: ttnn.MeshDevice) -> None:
+    set_float_dtype(torch.bfloat16)
+    latents, table = torch.randn(72, WIDTH).bfloat16(), shuffled_pages(1, 3)
+    q = torch.randn(1, HEADS, 40, WIDTH).bfloat16()
+    cache = put(mesh, paged([latents], table, 32))
+    attended = shards(prefill(put(mesh, q), cache, VALUES, integers(mesh, table), 32, scale=SCALE))[0]
+    assert attended.dtype == torch.bfloat16
+    for t in range(40):
+        expected = torch.stack([attend(q[0, head, t], latents[: 33 + t]) for head in range(HEADS)])
+        torch.testing.assert_close(attended[0, :, t].double(), expected, rtol=0.02, atol=0.02)
+
+
+@on_chip
+@pytest.mark.usefixtures("either_processor")
 def test_bfloat16_attention_softens_in_float32(mesh: ttnn.MeshDevice) -> None:
     set_float_dtype(torch.bfloat16)
     latents, table = torch.randn(100, WIDTH).bfloat16(), shuffled_pages(1, 4)

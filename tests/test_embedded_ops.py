@@ -132,12 +132,12 @@ def test_linear_with_a_matrix_for_each_head(mesh: ttnn.MeshDevice, transposed: b
 
 @on_chip
 @pytest.mark.parametrize("size", [64, 512], ids=["plain", "packed"])
+@pytest.mark.parametrize("rows", [3, 200], ids=["few rows", "many rows"])
 def test_linear_in_bfloat16_rounds_once_and_float32_weights_keep_float32(
-    mesh: ttnn.MeshDevice,
-    size: int,
+    mesh: ttnn.MeshDevice, size: int, rows: int
 ) -> None:
     set_float_dtype(torch.bfloat16)
-    x, w = torch.randn(1, 1, 3, size).bfloat16(), torch.randn(1, 1, size, size).bfloat16()
+    x, w = torch.randn(1, 1, rows, size).bfloat16(), torch.randn(1, 1, size, size).bfloat16()
     exact = x.double() @ w.double()
     narrow = ttnn.linear(put(mesh, x), put(mesh, w, dtype=ttnn.bfloat8_b))
     assert narrow.dtype is ttnn.bfloat16

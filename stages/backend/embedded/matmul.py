@@ -59,7 +59,8 @@ def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.dtype != y.dtype:
         x, y = x.float(), y.float()
     held = x.dtype
-    x, y = widened(x), widened(y)
+    rows = x.shape[-2]
+    x, y = widened(x, rows), widened(y, rows)
     if y.dim() == 4 and y.shape[0] == y.shape[1] == 1:
         return F.linear(x, y[0, 0].t()).to(held)
     return torch.matmul(x, y).to(held)

@@ -73,9 +73,9 @@ def _attend_decode(
     blocks = cache.view(cache.shape[0], -1)
     output = q.new_zeros(users, heads, head_dim_v)
     for bucket in pages.buckets:
-        queries = widened(q[0].index_select(0, bucket.users))
+        queries = widened(q[0].index_select(0, bucket.users), heads)
         gathered = blocks.index_select(0, bucket.blocks).view(len(bucket.users), -1, width)
-        latents = widened(gathered[:, : bucket.longest])
+        latents = widened(gathered[:, : bucket.longest], heads)
         output.index_copy_(0, bucket.users, _attend(queries, latents, bucket, head_dim_v, scale).to(q.dtype))
     return output[None]
 
@@ -137,13 +137,13 @@ def _attend_prefill(
     q: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, start: int, head_dim_v: int, scale: float
 ) -> torch.Tensor:
     heads, tokens, width = q.shape
-    latents = widened(cache.view(cache.shape[0], -1).index_select(0, blocks).view(-1, width))
     output = q.new_empty(1, heads, tokens, head_dim_v)
-    rows = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (start + tokens)) // heads)
+    rows = min(tokens, max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (start + tokens)) // heads))
+    latents = widened(cache.view(cache.shape[0], -1).index_select(0, blocks).view(-1, width), rows * heads)
     for first in range(0, tokens, rows):
         last = min(first + rows, tokens)
         seen = latents[: start + last]
-        queries = widened(q[:, first:last].reshape(-1, width))
+        queries = q[:, first:last].reshape(-1, width).to(latents.dtype)
         scores = torch.mm(queries, seen.t()).float().mul_(scale).view(heads, last - first, -1)
         own = scores[..., start + first :]
         own.masked_fill_(torch.ones(own.shape[1:], dtype=torch.bool).triu_(1), -torch.inf)
