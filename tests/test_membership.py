@@ -18,7 +18,7 @@ RANK = 2
 @pytest.fixture
 def identity(tmp_path: Path) -> dict[str, str]:
     """More of it than mpirun would pass on in one piece were it printed."""
-    variables = {"PMIX_SERVER_TMPDIR": str(tmp_path), "PMIX_URI": "a=b;c=d", "OMPI_LONG": 4096 * "x"}
+    variables = {"PMIX_SERVER_TMPDIR": str(tmp_path), "PMIX_URI": "a=b;c=\udcff", "OMPI_LONG": 4096 * "x"}
     return {"OMPI_COMM_WORLD_RANK": str(RANK), **variables}
 
 

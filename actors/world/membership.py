@@ -1,5 +1,6 @@
 """What one stage's process is told of its world, and how it takes that up before ttnn is imported."""
 
+import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
             raise StartError(
                 f"The placeholder of rank {self.rank}, process {self.placeholder}, cannot be read: {error.strerror}."
             ) from error
-        variables = dict(line.split("=", 1) for line in given.decode().split("\0") if "=" in line)
+        variables = dict(line.split("=", 1) for line in os.fsdecode(given).split("\0") if "=" in line)
         if variables.get(RANK_VARIABLE) != str(self.rank):
             raise StartError(
                 f"Process {self.placeholder} is not the placeholder of rank {self.rank}: a stage has to see the "
