@@ -9,23 +9,23 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import Cluster
+from actors.cluster.cluster import Cluster
+from actors.cluster.placement import Seat
+from actors.cluster.placement_group import Placement, place
 from actors.engine_end import EngineEnd
 from actors.errors import LinkError, ProtocolError, StartError
-from actors.health import StageHealth, StageProgress
+from actors.mpi.galaxy_chips import VISIBLE_DEVICES, visible_devices
+from actors.mpi.world import World
 from actors.options import PipelineOptions
-from actors.placement import Seat
-from actors.placement_group import Placement, place
 from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.listener import HostListener, connect
-from actors.sockets.passages import Passage
-from actors.spares import Spares
-from actors.stage_actor import StageSetup
-from actors.stage_group import StageGroup
-from actors.stage_identity import ENGINE, StageIdentity, stage_name
-from actors.world.galaxy_chips import VISIBLE_DEVICES, visible_devices
-from actors.world.world import World
+from actors.stage.actor import StageSetup
+from actors.stage.group import StageGroup
+from actors.stage.health import StageHealth, StageProgress
+from actors.stage.identity import ENGINE, StageIdentity, stage_name
+from actors.stage.passages import Passage
+from actors.stage.spares import Spares
 from stages.step import Host
 
 TEMPORARY_PATH_MAX = 60

@@ -9,12 +9,12 @@ from typing import Protocol
 
 import structlog
 
+from actors.cluster.environment import prepare
 from actors.engine_end import EngineEnd
 from actors.errors import LinkError, PipelineError
-from actors.health import StageHealth, StageProgress
 from actors.options import PipelineOptions
-from actors.ray_environment import prepare
 from actors.sockets.link import Arrival, Link
+from actors.stage.health import StageHealth, StageProgress
 from actors.step_deadline import StepDeadline
 from actors.verdict import Symptom, Verdict, verdict
 from stages.step import StageFailure, Step, StepResult

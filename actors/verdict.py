@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from actors.health import StageHealth
+from actors.stage.health import StageHealth
 from stages.step import StageFailure
 
 

@@ -15,10 +15,10 @@ import psutil
 import uvloop
 
 from actors.log import LEVEL_VARIABLE, configure_logging
-from api.engine_options import EngineOptions
-from api.model_source import ModelSource, resolve_model
-from api.serve import ServeSettings, serve
-from api.settings import EngineSettings
+from api.engine.options import EngineOptions
+from api.server.serve import ServeSettings, serve
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource, resolve_model
 from benchmarks.chaos_stage import DIRECTORY_VARIABLE, RUNNER
 from benchmarks.ports import free_port
 from benchmarks.server_process import STAGE_TITLE, ServerError, end, engines_of, title, wait_until_ready

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.stage import Stage

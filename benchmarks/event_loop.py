@@ -14,7 +14,7 @@ from typing import cast
 
 import uvloop
 
-from actors.cores import CoreShare
+from actors.stage.cores import CoreShare
 from benchmarks.peer import Pipe, answer, running_peer
 
 TURN_SECONDS = 120.0

@@ -6,10 +6,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from api.engine_client import EngineClient
-from api.messages import AddRequest
-from api.model_source import ModelSource
-from api.settings import EngineSettings
+from api.client.engine_client import EngineClient
+from api.messages.engine import AddRequest
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
 from benchmarks.contender import ANSWER_SECONDS
 from benchmarks.token_times import TokenTimes
 from stages.step import SamplingParams

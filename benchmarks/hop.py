@@ -17,8 +17,8 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from actors.cores import apply_share
 from actors.options import Device
+from actors.stage.cores import apply_share
 from benchmarks.bare_link import BareLink, bare_link
 from benchmarks.event_loop import EventLoop, event_loop
 from benchmarks.framing import Framing

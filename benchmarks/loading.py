@@ -12,8 +12,8 @@ from typing import NamedTuple
 import msgspec
 from rich.table import Table
 
-from actors.cores import apply_share, share_cores
 from actors.options import Device
+from actors.stage.cores import apply_share, share_cores
 from benchmarks.checkpoint import write_checkpoint
 from benchmarks.machine import Machine
 from benchmarks.options import benchmark_command

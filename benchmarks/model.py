@@ -16,7 +16,7 @@ import uvloop
 from rich.table import Table
 
 from actors.options import Device
-from api.settings import EngineSettings
+from api.settings.engine import EngineSettings
 from benchmarks.checkpoint import SIZES, write_checkpoint
 from benchmarks.contender import Contender
 from benchmarks.galaxyline_engine import galaxyline_engine

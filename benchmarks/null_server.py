@@ -11,10 +11,10 @@ import uvloop
 
 from actors.log import configure_logging
 from actors.options import Device
-from api.engine_options import EngineOptions
-from api.model_source import ModelSource
-from api.serve import ServeSettings, serve
-from api.settings import EngineSettings
+from api.engine.options import EngineOptions
+from api.server.serve import ServeSettings, serve
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
 from benchmarks.null_stage import RUNNER
 from benchmarks.ports import free_port
 from benchmarks.server_process import ServerProcesses, running_server

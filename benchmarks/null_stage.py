@@ -4,7 +4,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from actors.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.step import Step, StepResult

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from actors.cores import CoreShare
+from actors.stage.cores import CoreShare
 from benchmarks.peer import Pipe, answer, running_peer
 
 TURN = struct.Struct("<QQ")

@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 
 from actors.options import Device
-from api.model_source import ModelSource
-from api.settings import EngineSettings
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
 from benchmarks.ideal import Ideal
 from benchmarks.null_model import write_null_model
 from stages.plan import default_microbatches

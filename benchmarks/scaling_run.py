@@ -12,7 +12,7 @@ import msgspec
 import psutil
 
 from actors.options import Device
-from api.pipeline_view import PipelineView
+from api.messages.pipeline_view import PipelineView
 from benchmarks.ideal import Ideal
 from benchmarks.ports import free_port
 from benchmarks.scaling_case import PLACES, USERS, Case

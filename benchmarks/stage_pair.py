@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from actors.cores import CoreShare
 from actors.errors import LinkError
 from actors.sockets.address import Address, UnixAddress
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
 from actors.sockets.listener import HostListener, connect
-from actors.stage_identity import ENGINE, StageIdentity
-from actors.stage_server import StageServer
+from actors.stage.cores import CoreShare
+from actors.stage.identity import ENGINE, StageIdentity
+from actors.stage.server import StageServer
 from benchmarks.hop_steps import BYTES_PER_TOKEN, DTYPE, EPOCH, Secret, step_of
 from benchmarks.null_stage import NullStage
 from benchmarks.peer import START_SECONDS, Pipe, answer, running_peer, wait_for_end

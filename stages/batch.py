@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from stages.backend import ttnn
-from stages.deepseek_v3.rope import Rope
+from stages.models.deepseek_v3.rope import Rope
 
 HIDDEN_DTYPE = "bfloat16"
 """ttnn's name of the dtype of hidden states between layers and stages."""

@@ -6,8 +6,8 @@ import torch
 
 from stages.backend import PADDED_USERS_PER_ROW, ttnn
 from stages.batch import PADDING, DecodeBatch, Places, PrefillBatch, PrefillRound
-from stages.deepseek_v3.rope import Rope, RopeTables
 from stages.kv_cache import PageTables
+from stages.models.deepseek_v3.rope import Rope, RopeTables
 from stages.step import Segment, Step
 from stages.tensor_dtypes import TILE
 from weights.model_config import ModelConfig

@@ -12,11 +12,11 @@ from stages.converted_weights import ConvertedWeights
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError
 from stages.model_parts import ModelPart, stage_parts
+from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES
 from stages.options import Dtype, LoadFormat
 from stages.plan import StageSpec
 from stages.tensor_dtypes import WeightDtypes
-from stages.weight_specs import DEFAULT_DTYPES
-from weights.cache import WeightCache
+from weights.cache.cache import WeightCache
 from weights.load import open_weights
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from stages.backend import DEVICE, ttnn
 from stages.model_parts import ModelPart
+from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, dtype_letters
 from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype
 from stages.run_config import WeightConfig, load_weight_config, save_weight_config
 from stages.tensor_dtypes import WeightDtypes
-from stages.weight_specs import DEFAULT_DTYPES, dtype_letters
-from weights.cache import WeightCache
-from weights.entry_name import EntryName
+from weights.cache.cache import WeightCache
+from weights.cache.cache_key import EntryName
+from weights.cache.fingerprints import Fingerprints
 from weights.errors import CheckpointError
-from weights.fingerprints import Fingerprints
 from weights.source import WeightSource
 
 

@@ -6,8 +6,8 @@ import torch
 
 from stages.backend import ttnn
 from stages.batch_builder import BatchBuilder
-from stages.deepseek_v3.lm_head import LMHead
 from stages.model_slice import HiddenStates, ModelSlice
+from stages.models.deepseek_v3.lm_head import LMHead
 from stages.sampling.arrays import Floats
 from stages.sampling.logprobs import token_logprobs
 from stages.sampling.sampler import Sampler

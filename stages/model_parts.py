@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.backend import ttnn
-from stages.deepseek_v3.decoder_block import DenseBlock, MoEBlock
-from stages.deepseek_v3.embedding import Embedding
-from stages.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.models.deepseek_v3.embedding import Embedding
+from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.weight_specs import WeightSpecs, embedding_weights, head_weights, layer_weights
 from stages.plan import StageSpec
 from stages.run_config import StateDict, WeightConfig
 from stages.tensor_dtypes import WeightDtypes
-from stages.weight_specs import WeightSpecs, embedding_weights, head_weights, layer_weights
 from weights.model_config import ModelConfig
 from weights.tensor_shapes import layer_prefix
 

@@ -7,7 +7,8 @@ from typing import Any, Generic, NamedTuple
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
 from stages.converted_weights import ConvertedWeights
-from stages.deepseek_v3.decoder_block import (
+from stages.model_parts import EMBEDDING, HEAD, layer_part, stage_parts
+from stages.models.deepseek_v3.decoder_block import (
     BlockT,
     DecoderBlock,
     DenseBlock,
@@ -15,10 +16,9 @@ from stages.deepseek_v3.decoder_block import (
     MoEBlock,
     MoEBlockRunConfig,
 )
-from stages.deepseek_v3.embedding import Embedding, EmbeddingRunConfig
-from stages.deepseek_v3.lm_head import LMHead, LMHeadRunConfig
-from stages.deepseek_v3.module import Module, RunConfigT
-from stages.model_parts import EMBEDDING, HEAD, layer_part, stage_parts
+from stages.models.deepseek_v3.embedding import Embedding, EmbeddingRunConfig
+from stages.models.deepseek_v3.lm_head import LMHead, LMHeadRunConfig
+from stages.models.module import Module, RunConfigT
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.run_config import WeightConfig

@@ -11,8 +11,8 @@ import torch
 from stages.backend import ttnn
 from stages.dtypes import FLOATS
 from stages.errors import DeviceError
+from stages.models.deepseek_v3.weight_specs import WeightSpec
 from stages.op_configs import OpConfig, operand_names
-from stages.weight_specs import WeightSpec
 
 WeightConfig: TypeAlias = "dict[str, str | WeightConfig]"
 """Operation name -> path of its weight file, or paths by operand; a submodule's name -> its own WeightConfig."""

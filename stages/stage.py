@@ -10,7 +10,6 @@ from stages.batch import HIDDEN_DTYPE, DecodeBatch
 from stages.batch_builder import BatchBuilder
 from stages.converted_weights import ConvertedWeights
 from stages.decode_trace import DecodeTraces
-from stages.deepseek_v3.rope import RopeTables
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
@@ -18,11 +17,12 @@ from stages.last_stage import LastStage
 from stages.mesh import close_mesh, open_mesh
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
+from stages.models.deepseek_v3.rope import RopeTables
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.step import Step, StepResult
 from stages.wormhole import GALAXY_COLUMNS
-from weights.cache import WeightCache
+from weights.cache.cache import WeightCache
 from weights.load import open_weights
 from weights.model_config import ModelConfig
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import httpx
 
-from api.app import create_app
-from api.served_model import ServedModel
+from api.server.app import create_app
+from api.text.served_model import ServedModel
 from tests.api_server import MODEL
 from tests.fake_engine import FakeEngine
 

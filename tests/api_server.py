@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from api.app import create_app
-from api.client_protocol import DEFAULT_CLIENT_TIMEOUT_S, client_protocol
-from api.generation_config import GenerationConfig
-from api.listener import listen, url
-from api.messages import AddRequest
-from api.served_model import ServedModel
+from api.messages.engine import AddRequest
+from api.server.app import create_app
+from api.server.client_protocol import DEFAULT_CLIENT_TIMEOUT_S, client_protocol
+from api.server.listener import listen, url
+from api.text.generation_config import GenerationConfig
+from api.text.served_model import ServedModel
 from tests.fake_engine import FakeEngine
 from tests.small_tokenizer import EOS_ID, small_text_tokenizer
 

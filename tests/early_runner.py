@@ -10,7 +10,7 @@ SEEN = {name: os.environ.get(name) for name in NAMES}
 
 import torch  # noqa: E402 - the rest has to come first
 
-from actors.runner import OnProgress, StageRunner  # noqa: E402
+from actors.stage.runner import OnProgress, StageRunner  # noqa: E402
 from stages.options import StageOptions  # noqa: E402
 from stages.plan import StageSpec  # noqa: E402
 from tests.runners import EchoRunner  # noqa: E402

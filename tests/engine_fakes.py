@@ -15,9 +15,9 @@ import msgspec
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError
-from actors.health import StageHealth, StageProgress
 from actors.options import PipelineOptions
-from api.engine_options import EngineOptions
+from actors.stage.health import StageHealth, StageProgress
+from api.engine.options import EngineOptions
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
 from stages.step import Admission, Mode, Segment, StageTiming, Step, StepResult, TokenLogprobs

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
+from api.client.token_source import TokenStream
 from api.errors import EngineError
-from api.messages import AddRequest, EngineState, FinishReason, RequestOutput
-from api.token_source import TokenStream
+from api.messages.engine import AddRequest, EngineState, FinishReason, RequestOutput
 from stages.step import VOCABULARY, TokenLogprobs
 
 Script = Callable[[AddRequest], Sequence[int]]

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import msgspec
 
-from actors.health import StageProgress
+from actors.cluster.environment import prepare
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
-from actors.ray_environment import prepare
 from actors.sockets.address import Address
 from actors.sockets.frames import Hello, encode
+from actors.stage.health import StageProgress
 from api import cli
-from api.engine_options import EngineOptions
-from api.model_source import ModelSource
-from api.settings import EngineSettings
+from api.engine.options import EngineOptions
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 VARIABLE = "GATE"
@@ -52,7 +52,7 @@ def until_open(gate: Path) -> None:
 async def start(options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> Pipeline:
     """Of the engine's process: a pipeline like any other, behind the gate."""
     prepare(options.ray_address)
-    from actors.stage_group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    from actors.stage.group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
 
     listen = StageGroup.listen
 

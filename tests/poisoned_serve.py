@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from actors.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner
 from api import cli
-from api.engine_options import EngineOptions
-from api.model_source import ModelSource
-from api.settings import EngineSettings
+from api.engine.options import EngineOptions
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.stage import Stage

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from actors.ray_environment import prepare
+from actors.cluster.environment import prepare
 
 if TYPE_CHECKING:
-    from actors.cluster import Cluster
+    from actors.cluster.cluster import Cluster
 
 JOINING = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 """Variables of the process that starts a cluster which those that join it need too."""
@@ -55,7 +55,7 @@ def ray_of_this_process(rows: int) -> "Iterator[Cluster]":
         environment.setenv("RAY_TMPDIR", directory)
         environment.setattr(tempfile, "tempdir", directory)
         prepare(None)
-        from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+        from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
 
         joined = asyncio.run(Cluster.join(None, rows))
         yield joined
@@ -68,7 +68,7 @@ async def hold(rows: int) -> None:
     prepare(None)
     import ray  # noqa: PLC0415 - reads what `prepare` has set
 
-    from actors.cluster import Cluster  # noqa: PLC0415
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415
 
     cluster = await Cluster.join(None, rows)
     address = await cluster.call(lambda: str(ray.get_runtime_context().gcs_address))

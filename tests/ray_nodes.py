@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.placement import ROWS
+from actors.cluster.placement import ROWS
 from benchmarks.ports import free_port
 
 SECONDS = 200

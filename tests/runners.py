@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 
-from actors.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.step import Step, StepResult

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-from api.process_group import leave_group
+from api.client.process_group import leave_group
 from benchmarks.ports import free_port
 
 READY_DEADLINE = 300.0

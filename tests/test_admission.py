@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Place, QueueLimits
 from api.errors import OverloadedError, RequestError
+from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Place, QueueLimits
 
 
 class Clock:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from api.errors import NotReadyError, RequestError
-from api.generation_config import GenerationConfig
-from api.messages import AddRequest, EngineState
+from api.messages.engine import AddRequest, EngineState
+from api.text.generation_config import GenerationConfig
 from tests.api_client import Events, client, complete, error_of, post, stream
 from tests.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.fake_engine import FakeEngine

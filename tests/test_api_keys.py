@@ -8,12 +8,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from api import cli
-from api.api_keys import KEY_VARIABLES, ApiKeys, Authentication
-from api.app import create_app
+from api.cli.status import read_view
 from api.errors import OptionError
-from api.monitoring import add_monitoring_routes
-from api.serve import ServeSettings
-from api.status import read_view
+from api.server.api_keys import KEY_VARIABLES, ApiKeys, Authentication
+from api.server.app import create_app
+from api.server.monitoring import add_monitoring_routes
+from api.server.serve import ServeSettings
 from tests.api_client import error_of
 from tests.api_server import MODEL, AppServer, endless_text
 from tests.command_line import run

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.errors import RequestError
-from api.protocol import CompletionRequest, parse_completion_request
-from api.validation import MESSAGE_CHARACTERS_MAX
+from api.openai.protocol import CompletionRequest, parse_completion_request
+from api.openai.validation import MESSAGE_CHARACTERS_MAX
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 from transformers import AutoTokenizer
 
-from api.generation_config import GenerationConfig
-from api.messages import AddRequest
-from api.tokenizer import TextTokenizer
+from api.messages.engine import AddRequest
+from api.text.generation_config import GenerationConfig
+from api.text.tokenizer import TextTokenizer
 from stages.step import VOCABULARY, SamplingParams
 from tests.api_client import complete
 from tests.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text

@@ -13,16 +13,17 @@ import pytest
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from api import replicas, serve
-from api.engine_options import EngineOptions
+from api.client import replicas
+from api.client.load import Load
+from api.client.start_progress import StartProgress
+from api.engine.options import EngineOptions
 from api.errors import EngineError, OptionError
-from api.listener import listen
-from api.load import Load
-from api.messages import AddRequest, EngineState
-from api.model_source import resolve_model
-from api.serve import ServeSettings
-from api.settings import EngineSettings
-from api.start_progress import StartProgress
+from api.messages.engine import AddRequest, EngineState
+from api.server import serve
+from api.server.listener import listen
+from api.server.serve import ServeSettings
+from api.settings.engine import EngineSettings
+from api.text.model_source import resolve_model
 from benchmarks.ports import free_port
 from tests.api_server import DEADLINE_S, endless_text
 from tests.fake_engine import FakeEngine, Script

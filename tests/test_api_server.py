@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from api.errors import NotReadyError
-from api.request_body import BODY_BYTES_MAX
+from api.server.request_body import BODY_BYTES_MAX
 from tests.api_server import DEADLINE_S, TEXT_TOKENS, TOKENIZER, endless_text, never_ending, serving_app
 from tests.fake_engine import FakeEngine
 
@@ -202,7 +202,7 @@ async def test_many_streams_at_once_do_not_mix() -> None:
 def test_the_front_end_needs_neither_torch_nor_transformers_nor_ray() -> None:
     """Each would cost it seconds at the start, and hundreds of megabytes."""
     code = (
-        "import sys, api.cli, api.app;"
+        "import sys, api.cli, api.server.app;"
         "print([name for name in ('torch', 'transformers', 'ray', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

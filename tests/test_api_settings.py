@@ -7,10 +7,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from api import settings as settings_module
-from api.engine_options import EngineOptions
+from api.engine.options import EngineOptions
 from api.errors import OptionError
-from api.model_source import ModelSource, resolve_model
-from api.settings import EngineSettings
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource, resolve_model
 from stages.errors import PlanError
 from weights.model_config import ModelConfig
 from weights.sample import SAMPLE_DIR

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from transformers import AutoTokenizer
 
-from api.messages import EngineState
-from api.tokenizer import TextTokenizer
+from api.messages.engine import EngineState
+from api.text.tokenizer import TextTokenizer
 from tests.api_client import client, error_of
 from tests.api_server import MODEL, TEXT, TEXT_TOKENS, endless_text
 from tests.fake_engine import FakeEngine

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.messages import AddRequest, RequestOutput
-from api.scheduler import Scheduler
-from api.suspects import REPEATED, Suspects, Suspicion, acquit, group_of
+from api.messages.engine import AddRequest, RequestOutput
+from api.scheduler.scheduler import Scheduler
+from api.scheduler.suspects import REPEATED, Suspects, Suspicion, acquit, group_of
 from stages.step import Mode, StepResult
 from tests.engine_fakes import PoisonedStage, PoisonedStepError, reference_answer
 from tests.test_scheduler import nothing_in_use, request, scheduler_options

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from api.chat_template import ChatTemplate
 from api.demo.demands import Demands
 from api.demo.options import DemoOptions
 from api.demo.setup import DemoSetup
 from api.errors import OptionError, RequestError
-from api.settings import EngineSettings
-from api.tokenizer import TextTokenizer
+from api.settings.engine import EngineSettings
+from api.text.chat_template import ChatTemplate
+from api.text.tokenizer import TextTokenizer
 from tests.small_tokenizer import BOS, EOS, write_tokenizer
 from weights.errors import CheckpointError
 from weights.sample import SAMPLE_DIR

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from api.engine_options import EngineOptions
+from api.engine.options import EngineOptions
 from api.errors import OptionError
-from api.model_source import ModelSource
-from api.settings import EngineSettings
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
 from stages.errors import PlanError
 from tests.plans import r1_config
 

@@ -9,12 +9,12 @@ import torch
 from stages.backend import ttnn
 from stages.capacity.chip_tensor import ChipTensor
 from stages.capacity.chip_weights import ChipWeights
-from stages.deepseek_v3.decoder_block import DenseBlock, MoEBlock
-from stages.deepseek_v3.embedding import Embedding
-from stages.deepseek_v3.lm_head import LMHead
-from stages.deepseek_v3.mla import MLA
-from stages.deepseek_v3.moe import MoE
-from stages.deepseek_v3.rope import RopeTables
+from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.models.deepseek_v3.embedding import Embedding
+from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.mla import MLA
+from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.rope import RopeTables
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.run_config import SUFFIX

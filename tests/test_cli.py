@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 
 from api import cli
 from api.errors import EngineError
-from api.mesh_device import parse_mesh_device
-from api.serve import ServeSettings
+from api.server.serve import ServeSettings
+from api.settings.mesh_device import parse_mesh_device
 from stages.tensor_dtypes import WeightDtypes
 from tests.command_line import refused, run
 from weights.errors import CheckpointError

@@ -28,12 +28,12 @@ from stages.tensor_dtypes import WeightDtypes
 from tests.checkpoints import write_checkpoint
 from tests.disks import files_of_at_most
 from tests.stage_driver import Driver, stage_options
-from weights.cache import WeightCache
+from weights.cache.cache import WeightCache
+from weights.cache.inventory import cache_entries, remove_entries
+from weights.cache.manifest import is_complete
 from weights.checkpoint import Checkpoint
 from weights.errors import CheckpointError
-from weights.inventory import cache_entries, remove_entries
 from weights.model_config import ModelConfig
-from weights.seal import is_complete
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 8
@@ -356,7 +356,7 @@ def test_what_another_process_removes_meanwhile_is_left_out(filled: Path, monkey
         return is_complete(path)
 
     before = cache_entries(filled)
-    monkeypatch.setattr("weights.inventory.is_complete", remove_the_last)
+    monkeypatch.setattr("weights.cache.inventory.is_complete", remove_the_last)
     assert [entry.path.name for entry in cache_entries(filled)] == names[:-1]
     remove_entries(filled, before)
     assert entries(filled) == []

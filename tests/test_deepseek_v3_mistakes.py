@@ -10,10 +10,10 @@ from transformers import DeepseekV3ForCausalLM
 
 from stages.backend import composite, ttnn
 from stages.batch_builder import BatchBuilder
-from stages.deepseek_v3 import mla, mla_weights, moe, rope
-from stages.deepseek_v3.lm_head import LMHead
-from stages.deepseek_v3.mlp import MLP
 from stages.kv_cache import PageTables
+from stages.models.deepseek_v3 import mla, mla_weights, moe, rope
+from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.mlp import MLP
 from tests.checkpoints import config_keys, reference_model, write_checkpoint
 from tests.stage_driver import Driver, cache_options, stage_options
 from tests.test_deepseek_v3_model import TINY, TOLERANCE, worst_error

@@ -7,7 +7,7 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from stages.deepseek_v3.rope import cos_sin, pair_swap
+from stages.models.deepseek_v3.rope import cos_sin, pair_swap
 from tests.checkpoints import config_keys
 from tests.stage_driver import relative_error
 from weights.model_config import ModelConfig

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from api.demo import run_demo
 from api.errors import OptionError, RequestError
-from api.settings import EngineSettings
+from api.settings.engine import EngineSettings
 from tests.checkpoints import reference_model, write_checkpoint
 from tests.command_line import run
 from tests.servers import sample_prompts
@@ -63,7 +63,7 @@ def mini_references(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     """Two references of the random model, on different texts and of different lengths, predicted chunk by chunk."""
     folder = tmp_path_factory.mktemp("references")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("api.reference.CHUNK_TOKENS", 64)
+        patch.setattr("api.demo.reference.CHUNK_TOKENS", 64)
         return [
             write_reference(mini, folder / text.stem, "--text-file", str(text), "--total_length", str(length))
             for text, length in zip(TEXTS, MINI_LENGTHS, strict=True)

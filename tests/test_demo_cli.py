@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api import demo_cli
+from api.cli import demo as demo_cli
 from api.demo.options import DemoOptions
 from api.demo.run import Results
 from api.demo.setup import DemoSetup

@@ -20,8 +20,8 @@ from api.demo.results_file import check_results_path, default_results_path, writ
 from api.demo.results_log import LoggedResult, ResultsLog
 from api.demo.statistics import statistics
 from api.errors import OptionError, exit_code
-from api.histogram import Histogram
-from api.messages import Counts, EngineMetrics, StageMetrics
+from api.messages.engine import Counts, EngineMetrics, StageMetrics
+from api.messages.histogram import Histogram
 
 PROMPTS = [{"prompt": "First prompt"}, {"prompt": "Zweiter Ärger"}]
 

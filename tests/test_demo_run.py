@@ -11,11 +11,11 @@ import torch
 from structlog.testing import capture_logs
 
 from api.demo import run_demo
-from api.engine_options import EngineOptions
+from api.engine.options import EngineOptions
 from api.errors import OptionError
-from api.messages import AddRequest, EngineMetrics, EngineState
-from api.settings import EngineSettings
-from api.tokenizer import TextTokenizer
+from api.messages.engine import AddRequest, EngineMetrics, EngineState
+from api.settings.engine import EngineSettings
+from api.text.tokenizer import TextTokenizer
 from tests.command_line import VARIABLES
 from tests.fake_engine import FakeEngine, Script
 from tests.test_demo_files import metrics

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.placement import ROWS
+from actors.cluster.placement import ROWS
 from api.cli import main
-from api.environment import CACHE_VARIABLE
-from api.serve import CLOSE_MARGIN_S
+from api.server.serve import CLOSE_MARGIN_S
+from api.settings.environment import CACHE_VARIABLE
 from stages.wormhole import GALAXY_ROWS
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ BIN = "/opt/galaxyline/bin/"
 GALAXIES = 4
 RAY_PORT, DASHBOARD_PORT = 6379, 8265
 STAGES_END_S = 10.0
-"""What `actors.stage_group` gives stages to close and their processes to end. It is not imported, as it imports Ray,
+"""What `actors.stage.group` gives stages to close and their processes to end. It is not imported, as it imports Ray,
 whose first import in a process has to be a pipeline's."""
 
 PARSE = """

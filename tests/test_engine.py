@@ -18,14 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import PipelineError, PlacementError, ProtocolError
-from api.engine import Engine
-from api.engine_client import EngineClient
-from api.engine_options import PIPELINE_START, EngineOptions
-from api.engine_state import error_of, failed_state
+from api.client.engine_client import EngineClient
+from api.client.request_stream import RequestStream
+from api.engine.engine import Engine
+from api.engine.options import PIPELINE_START, EngineOptions
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
-from api.framing import FRAME_BYTES_MAX, Framing
-from api.messages import AbortRequest, AddRequest, Counts, EngineState, FromEngine, GetCounts, Outputs, RequestOutput
-from api.request_stream import RequestStream
+from api.messages.engine import (
+    AbortRequest,
+    AddRequest,
+    Counts,
+    EngineState,
+    FromEngine,
+    GetCounts,
+    Outputs,
+    RequestOutput,
+)
+from api.messages.framing import FRAME_BYTES_MAX, Framing
+from api.messages.state import error_of, failed_state
 from stages.step import SamplingParams
 from tests.engine_fakes import FakePipeline, engine_options, reference_answer
 from tests.runners import HIDDEN_SIZE
@@ -383,7 +392,7 @@ def test_options_that_do_not_fit_are_refused_before_the_process_starts() -> None
 
 FRONT_END = """
 import asyncio, sys
-from api.engine_client import EngineClient
+from api.client.engine_client import EngineClient
 from tests.engine_fakes import engine_options
 
 async def main():
@@ -439,6 +448,8 @@ async def test_stages_that_really_run_answer_and_end_with_the_engine(monkeypatch
 
 
 def test_the_engine_process_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, api.engine, actors.launch; print({'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+    code = (
+        "import sys, api.engine.engine, actors.launch; print({'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert ran.stdout == "set()\n"

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weights.cache import KEY_PATTERN
-from weights.entry_name import EntryName
+from weights.cache.cache import KEY_PATTERN
+from weights.cache.cache_key import EntryName
 
 FINGERPRINT = "0123456789abcdef" * 4
 

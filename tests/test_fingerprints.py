@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import write_checkpoint
 from weights import checkpoint as checkpoint_module
+from weights.cache.fingerprints import Fingerprints
 from weights.checkpoint import Checkpoint
-from weights.fingerprints import Fingerprints
 from weights.load import open_weights
 from weights.random import RandomCheckpoint
 

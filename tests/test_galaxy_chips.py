@@ -3,7 +3,7 @@
 import pytest
 
 from actors.errors import PlacementError
-from actors.world.galaxy_chips import visible_devices
+from actors.mpi.galaxy_chips import visible_devices
 from tests.mock_galaxy.descriptors import pci_address
 from tests.mock_galaxy.wiring import COLUMNS, ROWS
 

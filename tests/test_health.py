@@ -3,9 +3,9 @@
 import httpx
 import pytest
 
-from api.app import create_app
 from api.errors import EngineError
-from api.messages import EnginePhase, EngineState
+from api.messages.engine import EnginePhase, EngineState
+from api.server.app import create_app
 from tests.api_client import error_of
 from tests.api_server import MODEL, endless_text
 from tests.fake_engine import FakeEngine

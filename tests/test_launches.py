@@ -18,8 +18,8 @@ from stages.capacity.step_time import (
     RESIDUAL_OPS,
     Launches,
 )
-from stages.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope
-from stages.deepseek_v3.module import matmul_kernel
+from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope
+from stages.models.module import matmul_kernel
 from tests.checkpoints import write_checkpoint
 from tests.stage_driver import Driver, cache_options, stage_options
 

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from api import engine_client
+from api.client import engine_client
+from api.client.load import Load, least_loaded
+from api.client.replicas import Replicas
+from api.client.request_stream import RequestStream
 from api.errors import EngineError, NotReadyError
-from api.load import Load, least_loaded
-from api.messages import (
+from api.messages.engine import (
     AbortRequest,
     AddRequest,
     EngineState,
@@ -22,8 +24,6 @@ from api.messages import (
     Outputs,
     RequestOutput,
 )
-from api.replicas import Replicas
-from api.request_stream import RequestStream
 from stages.step import SamplingParams
 from tests.engine_fakes import engine_options
 

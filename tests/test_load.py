@@ -10,12 +10,12 @@ import httpx
 import pytest
 import uvicorn
 
-from api.app import create_app
-from api.engine_client import EngineClient
-from api.listener import listen, url
-from api.model_source import resolve_model
-from api.served_model import ServedModel
-from api.settings import EngineSettings
+from api.client.engine_client import EngineClient
+from api.server.app import create_app
+from api.server.listener import listen, url
+from api.settings.engine import EngineSettings
+from api.text.model_source import resolve_model
+from api.text.served_model import ServedModel
 from tests.servers import Prompt, sample_prompts
 from weights.model_config import ModelConfig
 

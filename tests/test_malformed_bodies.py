@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.app import create_app
 from api.errors import EngineError
-from api.protocol import CompletionRequest
+from api.openai.protocol import CompletionRequest
+from api.server.app import create_app
 from tests.api_server import MODEL, endless_text
 from tests.fake_engine import FakeEngine
 

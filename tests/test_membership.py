@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from actors.errors import StartError
-from actors.world import placeholder
-from actors.world.membership import Membership
+from actors.mpi import placeholder
+from actors.mpi.membership import Membership
 
 RANK = 2
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from actors.world.mesh_graph import mesh_graph_descriptor
+from actors.mpi.mesh_graph import mesh_graph_descriptor
 
 
 @pytest.mark.parametrize(("meshes", "rows"), [(1, 4), (2, 4), (4, 1), (8, 2)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from stages.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.lm_head import LMHead
 from stages.step import VOCABULARY, SamplingParams, TokenLogprobs
 from tests.checkpoints import reference_model, write_checkpoint
 from tests.stage_driver import Driver, cache_options, stage_options

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from api.errors import OptionError
-from api.model_source import SAMPLE_NAME, ModelSource, check_model_files, resolve_model
+from api.text.model_source import SAMPLE_NAME, ModelSource, check_model_files, resolve_model
 from weights.errors import CheckpointError
 from weights.sample import SAMPLE_DIR
 

@@ -14,13 +14,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from stages.backend import set_float_dtype, ttnn
-from stages.deepseek_v3.embedding import Embedding
-from stages.deepseek_v3.lm_head import LMHead
-from stages.deepseek_v3.mla_weights import convert_mla_weights
-from stages.deepseek_v3.mlp import MLP
-from stages.deepseek_v3.moe import MoE
-from stages.deepseek_v3.rms_norm import RMSNorm
 from stages.errors import DeviceError, PlanError
+from stages.models.deepseek_v3.embedding import Embedding
+from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.mla_weights import convert_mla_weights
+from stages.models.deepseek_v3.mlp import MLP
+from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.rms_norm import RMSNorm
 from stages.op_configs import LinearConfig, MulConfig
 from stages.run_config import SubStateDict, load_weight_config, merge_run_config, save_weight_config
 from tests.checkpoints import config_keys

@@ -12,8 +12,8 @@ import msgspec
 import psutil
 import pytest
 
-from api.pipeline_view import PipelineView
-from api.timeline import STAGE_PID
+from api.engine.timeline import STAGE_PID
+from api.messages.pipeline_view import PipelineView
 from tests.servers import Prompt, complete, serving
 from tests.test_monitoring import Scrape
 from tests.test_timeline import check_nesting, check_order, read, steps_by_track

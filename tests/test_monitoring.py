@@ -15,11 +15,11 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.engine_client import EngineClient
+from api.client.engine_client import EngineClient
 from api.errors import EngineError
-from api.messages import AddRequest
-from api.monitoring import add_monitoring_routes
-from api.pipeline_view import PipelineView
+from api.messages.engine import AddRequest
+from api.messages.pipeline_view import PipelineView
+from api.server.monitoring import add_monitoring_routes
 from stages.step import SamplingParams
 from tests.engine_fakes import HOP_NS, QUEUE_NS, STEP_NS, engine_options
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from actors.errors import LinkError, StartError
-from actors.world import placeholder
-from actors.world.mpi import MpiWorld, mpirun_command, write_agent
+from actors.mpi import placeholder
+from actors.mpi.mpirun import MpiWorld, mpirun_command, write_agent
 from stages.step import Host
 from tests.loops import on_uvloop
 

@@ -15,8 +15,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.types import Receive, Scope, Send
 
-from api.app import create_app
-from api.request_deadline import TIMEOUT_HEADER
+from api.server.app import create_app
+from api.server.request_deadline import TIMEOUT_HEADER
 from tests.api_server import MODEL, endless_text
 from tests.fake_engine import FakeEngine
 

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from api.admission import RETRY_AFTER_S, Admission, QueueLimits
-from api.app import create_app
+from api.server.admission import RETRY_AFTER_S, Admission, QueueLimits
+from api.server.app import create_app
 from tests.api_client import error_of
 from tests.api_server import MODEL, TEXT_TOKENS, endless_text, never_ending
 from tests.fake_engine import FakeEngine

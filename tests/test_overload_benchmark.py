@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.admission import Admission, QueueLimits
-from api.app import create_app
+from api.server.admission import Admission, QueueLimits
+from api.server.app import create_app
 from benchmarks.open_loop_client import Notes, OpenLoop, Outcome
 from benchmarks.overload_figures import Capacity, Turn, row_of
 from tests.api_server import MODEL, AppServer, endless_text

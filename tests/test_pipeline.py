@@ -15,15 +15,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from actors.cluster.environment import cluster_address, prepare
 from actors.engine_end import EngineEnd
 from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, StartError
-from actors.health import StageHealth, StageProgress, State
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
-from actors.ray_environment import cluster_address, prepare
-from actors.runner import runner_factory
 from actors.sockets.frames import Message
 from actors.sockets.link import Arrival, Link
+from actors.stage.health import StageHealth, StageProgress, State
+from actors.stage.runner import runner_factory
 from actors.verdict import Symptom, verdict
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
@@ -34,7 +34,7 @@ from tests.runners import HIDDEN_SIZE
 from weights.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from actors.cluster import Cluster
+    from actors.cluster.cluster import Cluster
 
 ROWS = 3
 SECONDS = 30
@@ -248,7 +248,7 @@ async def test_pipelines_that_start_at_once_on_one_host_own_different_rows(clust
 
 async def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
     prepare("127.0.0.1:1")
-    from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
 
     with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
         await Cluster.join("127.0.0.1:1", 1)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.cores import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
+from actors.cluster.placement import hosts_sentence, plan_seats, refuse_impossible, seat_beside
+from actors.cluster.row_claims import RowClaim, has_rival, read_claims, taken_rows
 from actors.errors import PlacementError
-from actors.placement import hosts_sentence, plan_seats, refuse_impossible, seat_beside
-from actors.row_claims import RowClaim, has_rival, read_claims, taken_rows
+from actors.stage.cores import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
 from stages.step import Host, Topology
 
 

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.prefill_pace import PrefillPace
-from api.scheduler_options import SchedulerOptions
+from api.scheduler.options import SchedulerOptions
+from api.scheduler.prefill_pace import PrefillPace
 from stages.options import CacheOptions
 from stages.step import StageTiming
 

@@ -8,11 +8,11 @@ import sys
 import msgspec
 import pytest
 
-from actors.cores import SPINS
 from actors.options import STAGE_RUNNER, TIMED_RUNNER, Device
-from actors.preparation import Preparation
-from actors.stage_actor import StageSetup
-from actors.stage_identity import StageIdentity
+from actors.stage.actor import StageSetup
+from actors.stage.cores import SPINS
+from actors.stage.identity import StageIdentity
+from actors.stage.preparation import Preparation
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
 from tests.early_runner import NAMES, VARIABLE
@@ -21,7 +21,7 @@ SECONDS = 200
 SCRIPT = """
 import asyncio, json, os, sys
 from actors.release import own_release
-from actors.stage_actor import StageActor
+from actors.stage.actor import StageActor
 
 async def main():
     actor = StageActor(own_release(), "host-1", None)

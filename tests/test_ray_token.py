@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from actors import ray_environment
+from actors.cluster import environment
 
 SECONDS = 120
 START = """
 import asyncio, os
-from actors.ray_environment import prepare
+from actors.cluster.environment import prepare
 
 async def start() -> None:
-    from actors.cluster import Cluster
+    from actors.cluster.cluster import Cluster
     cluster = await Cluster.join(None, rows=1)
     try:
         import ray
@@ -36,7 +36,7 @@ def test_each_start_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
             # Set first, so that what `prepare` sets is undone after the test.
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
-        ray_environment.prepare(None)
+        environment.prepare(None)
         assert os.environ["RAY_AUTH_MODE"] == "token"
         tokens.add(os.environ["RAY_AUTH_TOKEN"])
     assert [len(token) for token in tokens] == [64, 64]
@@ -45,7 +45,7 @@ def test_each_start_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
-    ray_environment.prepare(None)
+    environment.prepare(None)
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("disabled", "")
 
 

@@ -12,16 +12,16 @@ import psutil
 import pytest
 
 from actors.errors import PipelineError, StartError
-from actors.health import StageProgress
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
+from actors.stage.health import StageProgress
 from tests.early_runner import VARIABLE
 from tests.loops import on_uvloop
 from tests.ray_cluster import ray_of_this_process
 from tests.test_pipeline import leftovers, options, receive, step
 
 if TYPE_CHECKING:
-    from actors.cluster import Cluster
+    from actors.cluster.cluster import Cluster
     from actors.launch import Launch
 
 STAGES = 3

@@ -8,8 +8,8 @@ import pytest
 
 from actors.errors import ReleaseError, StartError
 from actors.release import own_release, refuse_other_release
-from actors.setup_failure import setup_failure
-from actors.stage_actor import StageActor
+from actors.stage.actor import StageActor
+from actors.stage.setup_failure import setup_failure
 from api.errors import exit_code
 from weights.release import VERSION
 

@@ -12,15 +12,15 @@ import msgspec
 import pytest
 
 from actors.errors import PlacementError
-from api.engine_options import EngineOptions
-from api.engine_state import not_ready
+from api.client.replicas import Replicas
+from api.client.request_stream import RequestStream
+from api.engine.options import EngineOptions
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
-from api.messages import AddRequest, EngineState
-from api.model_source import resolve_model
-from api.replica_options import replica_options
-from api.replicas import Replicas
-from api.request_stream import RequestStream
-from api.settings import EngineSettings
+from api.messages.engine import AddRequest, EngineState
+from api.messages.state import not_ready
+from api.settings.engine import EngineSettings
+from api.settings.replicas import replica_options
+from api.text.model_source import resolve_model
 from stages.step import SamplingParams
 from tests.engine_fakes import engine_options, reference_answer
 from weights.model_config import ModelConfig
@@ -185,7 +185,7 @@ def test_a_given_cluster_has_to_hold_all_replicas_and_this_host_shares_its_memor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("api.settings.memory_bytes", lambda: 1 << 26)
+    monkeypatch.setattr("api.settings.engine.memory_bytes", lambda: 1 << 26)
     [alone] = options_of(EngineSettings(cache_dir=tmp_path), 1)
     own = options_of(EngineSettings(cache_dir=tmp_path), 2)
     joined = options_of(EngineSettings(cache_dir=tmp_path, ray_address="10.0.0.1:6379"), 2)

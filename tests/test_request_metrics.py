@@ -2,8 +2,8 @@
 
 import pytest
 
-from api.messages import AddRequest, FinishReason, RequestOutput
-from api.request_metrics import RequestMetrics
+from api.client.request_metrics import RequestMetrics
+from api.messages.engine import AddRequest, FinishReason, RequestOutput
 from stages.step import SamplingParams, TokenLogprobs
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)

@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from actors.errors import ProtocolError
 from api.errors import OptionError, RequestError
-from api.messages import AddRequest, Counts, RequestOutput
-from api.scheduler import Scheduler
-from api.scheduler_options import DEFAULT_PREFILL_WAIT, SchedulerOptions
+from api.messages.engine import AddRequest, Counts, RequestOutput
+from api.scheduler.options import DEFAULT_PREFILL_WAIT, SchedulerOptions
+from api.scheduler.scheduler import Scheduler
 from stages.options import CacheOptions
 from stages.step import SamplingParams, Step, StepResult, TokenLogprobs
 from tests.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds

@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
 
 from stages.backend import set_float_dtype, ttnn
-from stages.deepseek_v3.mlp import MLP
+from stages.models.deepseek_v3.mlp import MLP
 from stages.op_configs import LinearConfig, MulConfig
 from tests.stage_driver import relative_error
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3Config
 from stages.backend import set_float_dtype, ttnn
-from stages.deepseek_v3.mlp import MLP
+from stages.models.deepseek_v3.mlp import MLP
 import json
 folder = Path(sys.argv[1])
 set_float_dtype(torch.float32)

@@ -11,10 +11,10 @@ import httpx
 import msgspec
 import pytest
 
-from api.client_protocol import HEADER_BYTES_MAX
+from api.client.request_stream import OUTPUTS_WAITING_MAX, RequestStream
 from api.errors import EngineError
-from api.messages import AddRequest, RequestOutput
-from api.request_stream import OUTPUTS_WAITING_MAX, RequestStream
+from api.messages.engine import AddRequest, RequestOutput
+from api.server.client_protocol import HEADER_BYTES_MAX
 from tests.api_server import DEADLINE_S, MODEL, TEXT_TOKENS, endless_text, never_ending, serving_app
 from tests.fake_engine import FakeEngine
 from tests.test_request_metrics import GREEDY

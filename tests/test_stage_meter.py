@@ -10,11 +10,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client import Histogram as PrometheusHistogram
 
 from actors.errors import ProtocolError
-from api.engine_metrics import EngineMeters
-from api.histogram import Histogram, one_two_five
-from api.messages import Counts, EngineMetrics
-from api.stage_meter import NS, NS_PER_S, RECENT_SECONDS, BusyWindow
-from api.step_record import StepRecord
+from api.engine.engine_metrics import EngineMeters
+from api.engine.stage_meter import NS, NS_PER_S, RECENT_SECONDS, BusyWindow
+from api.engine.step_record import StepRecord
+from api.messages.engine import Counts, EngineMetrics
+from api.messages.histogram import Histogram, one_two_five
 from stages.step import StageTiming, StepResult
 from tests.step_flows import EPOCH, Flow, flows, step_of
 

@@ -11,8 +11,8 @@ import pytest
 from actors.errors import LinkError
 from actors.sockets.address import UnixAddress
 from actors.sockets.listener import HostListener, connect
-from actors.stage_identity import StageIdentity, stage_name
-from actors.stage_server import StageServer
+from actors.stage.identity import StageIdentity, stage_name
+from actors.stage.server import StageServer
 from tests.loops import on_uvloop
 from tests.runners import EchoRunner
 from tests.test_host_link import Ear

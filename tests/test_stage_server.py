@@ -14,13 +14,13 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from actors.clock import now_ns
-from actors.health import StageHealth
-from actors.runner import StageRunner
 from actors.sockets.address import UnixAddress
 from actors.sockets.host import HostLink
 from actors.sockets.listener import CREDITS, HostListener, connect
-from actors.stage_identity import ENGINE, StageIdentity, stage_name
-from actors.stage_server import FAILED_BETWEEN_STEPS, StageServer
+from actors.stage.health import StageHealth
+from actors.stage.identity import ENGINE, StageIdentity, stage_name
+from actors.stage.runner import StageRunner
+from actors.stage.server import FAILED_BETWEEN_STEPS, StageServer
 from stages.plan import StageSpec
 from stages.step import Segment, StageFailure, StageTiming, Step, StepResult
 from tests.loops import on_uvloop

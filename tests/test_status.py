@@ -12,15 +12,15 @@ from click.testing import CliRunner, Result
 from fastapi import FastAPI
 from rich.console import Console
 
-from actors.health import Phase, StageHealth, StageProgress
+from actors.stage.health import Phase, StageHealth, StageProgress
 from api import cli
-from api.app import create_app
+from api.cli.status import follow, render
+from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages import Counts, EngineMetrics, EnginePhase, EngineState, PipelineReport
-from api.monitoring import add_monitoring_routes
-from api.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, StageView, total
-from api.request_metrics import RequestMetrics
-from api.status import follow, render
+from api.messages.engine import Counts, EngineMetrics, EnginePhase, EngineState, PipelineReport
+from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, StageView, total
+from api.server.app import create_app
+from api.server.monitoring import add_monitoring_routes
 from stages.plan import StageSpec
 from tests.api_server import MODEL, AppServer, endless_text
 from tests.engine_fakes import fake_health

@@ -34,7 +34,7 @@ TORCH_FREE = (
     "stages.capacity.prediction",
     "stages.capacity.fit",
     "stages.capacity.choice",
-    "api.plan_cli",
+    "api.cli.plan_cli",
 )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from api.engine import Engine
-from api.messages import AbortRequest, AddRequest
-from api.scheduler import Scheduler
+from api.engine.engine import Engine
+from api.messages.engine import AbortRequest, AddRequest
+from api.scheduler.scheduler import Scheduler
 from stages.step import SamplingParams, Step
 from tests.engine_fakes import FakePipeline, engine_options
 
@@ -22,7 +22,7 @@ Logs = list[MutableMapping[str, Any]]
 @pytest.fixture
 def debugging() -> Iterator[None]:
     """The level at which steps are logged."""
-    logger = logging.getLogger("api.step_watch")
+    logger = logging.getLogger("api.engine.step_watch")
     logger.setLevel(logging.DEBUG)
     yield
     logger.setLevel(logging.NOTSET)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.engine_options import EngineOptions
+from api.engine.options import EngineOptions
 from api.errors import OptionError
-from api.model_source import ModelSource, resolve_model, resolve_timed_model
-from api.settings import EngineSettings
-from api.tokenizer import TextTokenizer
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource, resolve_model, resolve_timed_model
+from api.text.tokenizer import TextTokenizer
 from stages.capacity.step_time import StageTimes
 from stages.step import Mode, Segment, Step
 from stages.tensor_dtypes import WeightDtypes

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.messages import AddRequest
-from api.scheduler import Scheduler
-from api.scheduler_options import SchedulerOptions
+from api.messages.engine import AddRequest
+from api.scheduler.options import SchedulerOptions
+from api.scheduler.scheduler import Scheduler
 from stages.errors import PlanError
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec

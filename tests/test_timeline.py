@@ -20,11 +20,11 @@ from hypothesis import given
 from structlog.testing import capture_logs
 
 from actors.clock import now_ns
-from api.engine_client import EngineClient
+from api.client.engine_client import EngineClient
+from api.engine.step_record import StepRecord
+from api.engine.timeline import ENGINE_PID, STAGE_PID, Timeline, open_timeline
 from api.errors import OptionError
-from api.messages import AddRequest
-from api.step_record import StepRecord
-from api.timeline import ENGINE_PID, STAGE_PID, Timeline, open_timeline
+from api.messages.engine import AddRequest
 from stages.step import SamplingParams, StageTiming
 from tests.engine_fakes import engine_options
 from tests.step_flows import Flow, flows, step_of

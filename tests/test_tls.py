@@ -9,11 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api import replicas, serve
+from api.cli.front_options import FrontSettings, TlsFiles
+from api.client import replicas
 from api.errors import OptionError
-from api.front_options import FrontSettings, TlsFiles
-from api.serve import ServeSettings
-from api.settings import EngineSettings
+from api.server import serve
+from api.server.serve import ServeSettings
+from api.settings.engine import EngineSettings
 from benchmarks.ports import free_port
 from tests.api_server import DEADLINE_S, endless_text
 from tests.test_api_serve import SAMPLE, FakeEngineClient

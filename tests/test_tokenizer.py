@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from api.generation_config import GenerationConfig
-from api.incremental_decoder import HELD_TOKENS_MAX, REPLACEMENT
-from api.tokenizer import TextTokenizer
+from api.text.generation_config import GenerationConfig
+from api.text.incremental_decoder import HELD_TOKENS_MAX, REPLACEMENT
+from api.text.tokenizer import TextTokenizer
 from tests.small_tokenizer import BOS, BOS_ID, EOS, EOS_ID, small_text_tokenizer, small_tokenizer, write_tokenizer
 from weights.errors import CheckpointError
 from weights.sample import SAMPLE_DIR

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.disks import files_of_at_most
 from weights import cache as cache_module
-from weights.cache import WeightCache
+from weights.cache.cache import WeightCache
+from weights.cache.manifest import damaged_files
 from weights.errors import CacheError, CheckpointError
-from weights.seal import damaged_files
 
 CONTENT = {"part.bin": b"weights", "layer/more.bin": b"", "layer/deep/last.bin": bytes(100_000)}
 
@@ -140,7 +140,7 @@ def test_a_use_is_noted(tmp_path: Path) -> None:
 BUILDER = """
 import sys
 from pathlib import Path
-from weights.cache import WeightCache
+from weights.cache.cache import WeightCache
 
 def build(directory: Path) -> None:
     (directory / "half.bin").write_bytes(bytes(1000))

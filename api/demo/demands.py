@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from api.chat_template import ChatTemplate
+from api.client.token_source import TokenSource
 from api.demo.accuracy import accuracy
 from api.demo.generation import Demand, Generation, TextDecoder, TokenIds
 from api.demo.reference_file import Reference, read_reference_file
 from api.demo.results_log import LoggedResult, ResultsLog
 from api.demo.setup import DemoSetup
 from api.errors import RequestError
-from api.messages import AddRequest
-from api.served_model import ServedModel
-from api.token_source import TokenSource
+from api.messages.engine import AddRequest
+from api.text.chat_template import ChatTemplate
+from api.text.served_model import ServedModel
 from stages.step import SamplingParams
 
 RANDOM_PROMPT_TOKENS = 16

@@ -8,12 +8,12 @@ from typing import Protocol
 
 import msgspec
 
-from api.messages import AddRequest
-from api.token_source import TokenSource
+from api.client.token_source import TokenSource
+from api.messages.engine import AddRequest
 
 
 class TextDecoder(Protocol):
-    """Turns tokens into text as they come; api.incremental_decoder.IncrementalDecoder is one."""
+    """Turns tokens into text as they come; api.text.incremental_decoder.IncrementalDecoder is one."""
 
     def add(self, token: int) -> str | None:
         """The text that a token completes, None while a character is short of bytes."""

@@ -13,17 +13,17 @@ import uvloop
 from rich.console import Console
 
 from actors.log import keep_logs_off_stdout
+from api.cli.long_work import LongWork
+from api.client.engine_client import EngineClient
+from api.client.start_progress import StartProgress
 from api.demo.demands import Demands
 from api.demo.generation import Generation, generate
 from api.demo.options import DemoOptions, read_options
 from api.demo.setup import DemoSetup
 from api.demo.statistics import Statistics, statistics
-from api.engine_client import EngineClient
-from api.environment import CACHE_VARIABLE
-from api.long_work import LongWork
-from api.settings import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
-from api.signals import on_stop_signal
-from api.start_progress import StartProgress
+from api.engine.signals import on_stop_signal
+from api.settings.engine import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
+from api.settings.environment import CACHE_VARIABLE
 
 Results: TypeAlias = "dict[str, Any]"
 """`generations`, a list of dicts; `statistics`; `model_params`: what the tt-metal demo's run_demo returns."""

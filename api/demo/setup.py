@@ -7,16 +7,16 @@ from typing import Any
 
 import msgspec
 
-from api.chat_template import ChatTemplate
 from api.demo.options import DemoOptions
 from api.demo.prompts_file import read_prompts_file
 from api.demo.results_log import ResultsLog
-from api.engine_options import EngineOptions
+from api.engine.options import EngineOptions
 from api.errors import OptionError
-from api.model_source import ModelSource, check_model_files, resolve_model, resolve_timed_model
-from api.served_model import ServedModel
-from api.settings import DEFAULT_STAGES, EngineSettings
-from api.tokenizer import TOKENIZER_FILE
+from api.settings.engine import DEFAULT_STAGES, EngineSettings
+from api.text.chat_template import ChatTemplate
+from api.text.model_source import ModelSource, check_model_files, resolve_model, resolve_timed_model
+from api.text.served_model import ServedModel
+from api.text.tokenizer import TOKENIZER_FILE
 from stages.plan import default_microbatches
 from weights.model_config import ConfigChanges, ModelConfig
 

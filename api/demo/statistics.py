@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from api.demo.generation import Generation
-from api.messages import EngineMetrics
+from api.messages.engine import EngineMetrics
 
 Statistics: TypeAlias = "dict[str, float | list[float] | None]"
 

@@ -1,16 +1,13 @@
 """What each chip of a stage holds for a part of the model: the shapes and dtypes of its weights and of its state.
 
 The weights are those of `weight_specs`, as a mesh of rows x columns chips shares them; they are named as their files
-below a part's directory. The state is what `create_state` of stages/deepseek_v3/ makes.
+below a part's directory. The state is what `create_state` of stages/models/deepseek_v3/ makes.
 """
 
 from collections.abc import Iterator
 
 from stages.capacity.chip_tensor import ChipTensor
-from stages.options import CacheOptions
-from stages.plan import StageSpec
-from stages.tensor_dtypes import TILE, WeightDtypes
-from stages.weight_specs import (
+from stages.models.deepseek_v3.weight_specs import (
     WeightSpec,
     WeightSpecs,
     embedding_weights,
@@ -18,6 +15,9 @@ from stages.weight_specs import (
     head_weights,
     layer_weights,
 )
+from stages.options import CacheOptions
+from stages.plan import StageSpec
+from stages.tensor_dtypes import TILE, WeightDtypes
 from stages.wormhole import GALAXY_COLUMNS
 from weights.model_config import ModelConfig
 

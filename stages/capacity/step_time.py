@@ -29,7 +29,7 @@ MATMUL_EFFICIENCY = 0.5
 to 67 %, smaller ones 9 to 19 % (tech_reports/GEMM_FLOPS, out-of-box results of n150)."""
 
 MATMUL_FIDELITY: Fidelity = "HiFi2"
-"""Of the modules' kernels (stages/deepseek_v3/module.py, matmul_kernel)."""
+"""Of the modules' kernels (stages/models/module.py, matmul_kernel)."""
 
 TRACED_LAUNCH_S = 8.5e-6
 UNTRACED_LAUNCH_S = 38e-6

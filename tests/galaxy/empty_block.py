@@ -8,9 +8,9 @@ from stages.batch_builder import BatchBuilder
 from stages.capacity.chip_tensor import ChipTensor
 from stages.capacity.chip_weights import ChipWeights
 from stages.capacity.deployment import Deployment
-from stages.deepseek_v3.decoder_block import DenseBlock, MoEBlock
-from stages.deepseek_v3.rope import RopeTables
 from stages.kv_cache import PageTables
+from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.models.deepseek_v3.rope import RopeTables
 from stages.step import Admission, SamplingParams, Segment, Step
 from weights.model_config import ModelConfig
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 import ttnn
 
-from actors.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner
 from stages.backend import mesh_sockets
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.options import StageOptions

@@ -7,8 +7,8 @@ import torch
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
 from stages.batch_builder import BatchBuilder
-from stages.deepseek_v3.rope import RopeTables
 from stages.kv_cache import PageTables
+from stages.models.deepseek_v3.rope import RopeTables
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step
 from tests.checkpoints import config_keys

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from actors.errors import PipelineError, StartError
+from actors.mpi.galaxy_chips import VISIBLE_DEVICES
 from actors.options import STAGE_RUNNER
 from actors.pipeline import Pipeline
-from actors.world.galaxy_chips import VISIBLE_DEVICES
 from stages.step import Admission, Segment, Step
 from tests.checkpoints import config_keys
 from tests.galaxy.chips import ON_CHIPS
@@ -41,7 +41,7 @@ from tests.ray_cluster import ray_of_this_process
 from tests.stage_driver import GREEDY
 
 if TYPE_CHECKING:
-    from actors.cluster import Cluster
+    from actors.cluster.cluster import Cluster
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ import pytest
 
 from stages.backend import composite, ttnn
 from stages.batch_builder import BatchBuilder
-from stages.deepseek_v3.decoder_block import MoEBlock
-from stages.deepseek_v3.mla import MLA
-from stages.deepseek_v3.mlp import MLP
-from stages.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.decoder_block import MoEBlock
+from stages.models.deepseek_v3.mla import MLA
+from stages.models.deepseek_v3.mlp import MLP
+from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.weight_specs import INPUTS, OUTPUTS, attention_weights
 from stages.step import Mode
-from stages.weight_specs import INPUTS, OUTPUTS, attention_weights
 from tests.galaxy import test_modules
 from tests.galaxy.meshes import opened
 from tests.galaxy.r1 import COLUMNS, R1, FullSteps

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 
 from stages.backend import ttnn
-from stages.deepseek_v3.decoder_block import DenseBlock, MoEBlock
-from stages.deepseek_v3.embedding import Embedding
-from stages.deepseek_v3.lm_head import LMHead
-from stages.deepseek_v3.mla import MLA
-from stages.deepseek_v3.mlp import MLP
-from stages.deepseek_v3.moe import MoE
-from stages.deepseek_v3.rms_norm import RMSNorm
-from stages.step import Mode
-from stages.weight_specs import (
+from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.models.deepseek_v3.embedding import Embedding
+from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.mla import MLA
+from stages.models.deepseek_v3.mlp import MLP
+from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.rms_norm import RMSNorm
+from stages.models.deepseek_v3.weight_specs import (
     WeightSpecs,
     attention_weights,
     embedding_weights,
@@ -24,6 +23,7 @@ from stages.weight_specs import (
     mlp_weights,
     moe_weights,
 )
+from stages.step import Mode
 from tests.galaxy.allocated import run_config
 from tests.galaxy.meshes import opened
 from tests.galaxy.r1 import COLUMNS, PROMPT, R1, USERS_PER_ROW, FullSteps

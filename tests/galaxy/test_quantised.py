@@ -21,7 +21,7 @@ from stages.options import DEVICE_VARIABLE
 from stages.plan import plan_stages
 from stages.run_config import WeightConfig
 from stages.tensor_dtypes import WeightDtypes
-from weights.cache import WeightCache
+from weights.cache.cache import WeightCache
 from weights.load import open_weights
 from weights.sample import SAMPLE_DIR
 

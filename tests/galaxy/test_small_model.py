@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from stages.backend import ttnn
-from stages.deepseek_v3.decoder_block import MoEBlock
 from stages.dtypes import FLOATS
 from stages.errors import PlanError
+from stages.models.deepseek_v3.decoder_block import MoEBlock
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.tensor_dtypes import WeightDtypes

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from actors.cluster.environment import prepare
 from actors.pipeline import Pipeline
-from actors.ray_environment import prepare
 from stages.options import DEVICE_VARIABLE
 from tests.galaxy import mesh_pipelines
 from tests.mock_galaxy.wiring import ROWS
@@ -107,7 +107,7 @@ def ray_on(host: TestHost, environment: Mapping[str, str], *arguments: str) -> I
 
 async def joined_by_all() -> None:
     """Waits for both nodes."""
-    from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
 
     cluster = await Cluster.join(f"{ADDRESSES[0]}:{PORT}", ROWS)
     for _ in range(TRIES):

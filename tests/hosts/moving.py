@@ -11,12 +11,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from actors.cluster.environment import prepare
+from actors.cluster.placement import Seat
 from actors.errors import PlacementError
-from actors.placement import Seat
-from actors.ray_environment import prepare
 
 if TYPE_CHECKING:
-    from actors.cluster import Cluster
+    from actors.cluster.cluster import Cluster
 
 SECONDS = 30
 STAGES = 2
@@ -41,8 +41,8 @@ async def hosts_when(cluster: "Cluster", count: int) -> None:
 
 async def move() -> None:
     prepare(os.environ["RAY_ADDRESS"])
-    from actors.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
-    from actors.placement_group import place  # noqa: PLC0415
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    from actors.cluster.placement_group import place  # noqa: PLC0415
 
     cluster = await Cluster.join(None, 0)
     hosts = len((await cluster.topology()).hosts)

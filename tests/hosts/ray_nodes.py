@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from actors.placement import ROWS
+from actors.cluster.placement import ROWS
 from tests.hosts.network import Host
 
 PORT = 6379

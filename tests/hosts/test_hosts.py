@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from api.pipeline_view import PipelineView, StageView
+from api.messages.pipeline_view import PipelineView, StageView
 from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
 from tests.hosts.tcp import connections

@@ -190,7 +190,7 @@ from stages.plan import StageSpec
 from stages.step import Admission, SamplingParams, Segment, Step
 from stages.timed.options import PredictedTimes, TimedOptions
 from stages.timed.stage import TimedStage
-import actors.stage_actor
+import actors.stage.actor
 cache = CacheOptions(slots=4, pools=1, blocks=64, block_size=32, max_model_len=512)
 timed = TimedOptions(times=PredictedTimes(rows=1), vocabulary=500, never=[])
 options = StageOptions(model_path={str(SAMPLE_DIR)!r}, cache_dir="", dtype="bfloat16", load_format="auto", seed=0,

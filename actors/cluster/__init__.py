@@ -1,0 +1,1 @@
+"""The Ray cluster: hosts, rows, placement, the ends of processes."""

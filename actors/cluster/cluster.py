@@ -1,0 +1,182 @@
+"""The Ray cluster that stages run on: joined where there is one, else started on this host alone.
+
+This module imports Ray, which reads its environment at that moment: `ray_environment.prepare` has to come first.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import ray
+import structlog
+
+from actors.cluster.environment import cluster_address
+from actors.cluster.error_listener import stop_error_listener
+from actors.cluster.placement import ROWS
+from actors.errors import ClusterError
+from stages.step import Host, Topology
+
+Result = TypeVar("Result")
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 << 20
+"""Hardly anything passes through Ray's object store; this is near the least it accepts (75 MiB)."""
+REACH_SECONDS = 5.0
+
+
+class Cluster:
+    """A connection to Ray, made by `join`.
+
+    All of Ray's blocking calls run in one thread that lives as long as the connection: Ray's processes ask the kernel
+    to be killed when the thread that started them ends. Off the main thread Ray installs no SIGTERM handler either,
+    so the process keeps its own.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor, *, is_ours: bool) -> None:
+        self._thread = thread
+        self._is_ours = is_ours
+
+    @classmethod
+    async def join(cls, address: str | None, rows: int) -> "Cluster":
+        """Joins the cluster at `address`, or at RAY_ADDRESS, or the one this process is in; else starts one that has
+        `rows` galaxy rows, on the loopback interface. Raises ClusterError.
+        """
+        address = cluster_address(address)
+        if address is not None:
+            await _reach(address)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="Ray")
+        connecting = asyncio.get_running_loop().run_in_executor(thread, _connect, address, rows)
+        try:
+            is_ours = await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            # Ray's start cannot be called off: let it finish, so that it can be undone.
+            await cls(thread, is_ours=await connecting).leave()
+            raise
+        except ClusterError:
+            thread.shutdown(wait=False)
+            raise
+        _take_signals_back()
+        return cls(thread, is_ours=is_ours)
+
+    async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs one of Ray's blocking functions in the connection's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def topology(self) -> Topology:
+        """The hosts that are alive, and all rows they have, in use or not."""
+        return await self.call(_topology)
+
+    async def node_id(self) -> str:
+        """The node that this process is on."""
+        return await self.call(_node_id)
+
+    async def leave(self) -> None:
+        """Leaves the cluster, and ends it if `join` started it."""
+        if self._is_ours:
+            await self.call(_shut_down)
+        self._thread.shutdown(wait=False)
+
+
+async def _reach(address: str) -> None:
+    """Ray tries for a minute before it says that nobody is there; look first. Raises ClusterError."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), timeout=REACH_SECONDS)
+    except (OSError, ValueError, asyncio.TimeoutError) as error:
+        raise ClusterError(
+            f"No Ray cluster answers at {address}: give HOST:PORT of one that runs (`ray start --head`), or no address."
+        ) from error
+    writer.close()
+
+
+def _connect(address: str | None, rows: int) -> bool:
+    """Returns whether the connection is ours to end, and was not there before."""
+    if ray.is_initialized():
+        return False
+    try:
+        if address is None:
+            _start_despite_load(rows)
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises Exception itself where its processes are not up in time
+        attempt = "started" if address is None else f"joined at {address}"
+        # Ray refuses other releases of itself and of Python in five lines.
+        raise ClusterError(f"Ray cannot be {attempt}: {' '.join(str(error).split())}") from error
+    stop_error_listener()
+    return True
+
+
+def _take_signals_back() -> None:
+    """Puts back the process's own handlers: Ray's core calls them after its own, which aborts three seconds later."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.getsignal(number))
+            signal.siginterrupt(number, False)
+
+
+def _start_despite_load(rows: int) -> None:
+    """Once more if Ray's processes are not up in time: a raylet ends after 15 s without word of its agents, which on a
+    busy host have just been read from disk then (ray-project/ray, issue 65983)."""
+    try:
+        _start(rows)
+    except ClusterError:
+        raise
+    except Exception as error:  # Ray raises Exception itself
+        structlog.get_logger().warning("Ray did not start: once more", cause=" ".join(str(error).split()))
+        _start(rows)
+
+
+def _start(rows: int) -> None:
+    ray.init(
+        address="local",
+        _node_ip_address=LOOPBACK,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        num_cpus=1,
+        resources={ROWS: rows},
+        object_store_memory=OBJECT_STORE_BYTES,
+        # By default as many stages start at once as `num_cpus` says, and each takes a second of a core to import Ray.
+        _system_config={"worker_maximum_startup_concurrency": len(os.sched_getaffinity(0))},
+    )
+    bound = {node["NodeManagerAddress"] for node in _nodes()}
+    if bound != {LOOPBACK}:
+        ray.shutdown()
+        raise ClusterError(
+            f"Ray bound {', '.join(sorted(bound))} instead of {LOOPBACK}: it was imported before the pipeline started."
+        )
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def _topology() -> Topology:
+    hosts = [
+        Host(
+            node_id=node["NodeID"],
+            name=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            rows=int(node["Resources"].get(ROWS, 0)),
+        )
+        for node in _nodes()
+        if node["Alive"]
+    ]
+    return Topology(hosts=sorted(hosts, key=lambda host: (host.name, host.node_id)))
+
+
+def _node_id() -> str:
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id
+
+
+def _shut_down() -> None:
+    ray.shutdown()

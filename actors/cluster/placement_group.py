@@ -1,0 +1,131 @@
+"""Rows reserved for all stages of a pipeline together, within a deadline."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from actors.cluster.cluster import Cluster
+from actors.cluster.placement import ROWS, Seat, hosts_sentence, needed_rows, plan_seats, refuse_impossible, seat_beside
+from actors.cluster.row_claims import RowClaim, has_rival, read_claims, taken_rows
+from actors.cluster.row_holders import row_holders
+from actors.errors import PlacementError
+
+NODE_LABEL = "ray.io/node-id"
+"""Ray gives it to every node."""
+RETRY_SECONDS = 0.3
+GRANT_SECONDS = 5.0
+"""In which rows that nobody claims are granted, else the hosts are looked at again."""
+
+
+class Placement:
+    """Rows for all stages, in one placement group, and in others for stages that had to move; made by `place`."""
+
+    def __init__(self, cluster: Cluster, group: PlacementGroup, seats: list[Seat]) -> None:
+        self._cluster = cluster
+        self._groups = [group] * len(seats)
+        self._all_groups = [group]
+        self.seats = seats
+
+    def group_of(self, stage: int) -> PlacementGroup:
+        """The group that has the bundle of the stage's seat."""
+        return self._groups[stage]
+
+    async def settle(self, seconds: float) -> None:
+        """Finds other rows for the stages of hosts that are gone, on as few hosts as can hold them.
+
+        Raises PlacementError where there are none within `seconds`.
+        """
+        alive = {host.node_id for host in (await self._cluster.topology()).hosts}
+        lost = [stage for stage, seat in enumerate(self.seats) if seat.host.node_id not in alive]
+        if not lost:
+            return
+        before = self.seats[max(0, lost[0] - 1)]
+        group, moved = await _reserve(self._cluster, len(lost), len(before.rows), before.host.node_id, seconds)
+        self._all_groups.append(group)
+        kept = [seat for stage, seat in enumerate(self.seats) if stage not in lost]
+        replaced = dict(zip(lost, seat_beside(kept, moved), strict=True))
+        self.seats = [replaced.get(stage, seat) for stage, seat in enumerate(self.seats)]
+        self._groups = [group if stage in replaced else old for stage, old in enumerate(self._groups)]
+
+    async def remove(self) -> None:
+        """Gives the rows back; actors that are still on them end."""
+        for group in self._all_groups:
+            await _remove(self._cluster, group)
+
+
+async def place(cluster: Cluster, stages: int, rows_per_stage: int, pipelines: int = 1, *, seconds: float) -> Placement:
+    """Reserves rows for all stages of one pipeline, or for none: no other pipeline of the cluster has the same ones.
+
+    Raises PlacementError at once if the hosts could not hold so many `pipelines` even if they were empty, and after
+    `seconds` if the rows are in use.
+    """
+    refuse_impossible(await cluster.topology(), stages * pipelines, rows_per_stage)
+    group, seats = await _reserve(cluster, stages, rows_per_stage, await cluster.node_id(), seconds)
+    return Placement(cluster, group, seats)
+
+
+async def _reserve(
+    cluster: Cluster, stages: int, rows_per_stage: int, first: str, seconds: float
+) -> tuple[PlacementGroup, list[Seat]]:
+    """A placement group with a bundle for each stage, those of node `first` ahead; retries until `seconds` are over."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + max(1.0, seconds)
+    while True:
+        topology = await cluster.topology()
+        taken = taken_rows(await cluster.call(_claims))
+        seats = plan_seats(topology, taken, first, stages, rows_per_stage)
+        if seats is not None:
+            group = await _try_seats(cluster, seats, min(deadline - loop.time(), GRANT_SECONDS))
+            if group is not None:
+                return group, seats
+        # Two that gave way to each other must not meet again and again.
+        pause = RETRY_SECONDS * (0.5 + random.random())  # noqa: S311 - no secret
+        if loop.time() + pause > deadline:
+            raise PlacementError(
+                f"{needed_rows(stages, rows_per_stage)}, and they were not free within {seconds:g} s: "
+                f"{hosts_sentence(topology, taken)}, too many of them in use.{await cluster.call(row_holders)} "
+                "End what uses them, or use fewer stages."
+            )
+        await asyncio.sleep(pause)
+
+
+async def _try_seats(cluster: Cluster, seats: list[Seat], seconds: float) -> PlacementGroup | None:
+    """Reserves the seats' rows, unless somebody else claims one of them or they are not granted in time."""
+    claim = RowClaim.of(seats)
+    group = await cluster.call(_make_group, seats, claim.name)
+    is_ours = False
+    try:
+        if not has_rival(claim, await cluster.call(_claims)):
+            is_ours = await cluster.call(group.wait, seconds)
+    finally:
+        if not is_ours:
+            await asyncio.shield(_remove(cluster, group))
+    return group if is_ours else None
+
+
+def _make_group(seats: Sequence[Seat], name: str) -> PlacementGroup:
+    """PACK alone keeps neither neighbours together nor to the fewest hosts, so each bundle names its host."""
+    group: PlacementGroup = placement_group(
+        [{ROWS: len(seat.rows)} for seat in seats],
+        strategy="PACK",
+        name=name,
+        bundle_label_selector=[{NODE_LABEL: seat.host.node_id} for seat in seats],
+    )
+    return group
+
+
+def _claims() -> list[RowClaim]:
+    """Those of all placement groups that have or await rows."""
+    groups = placement_group_table().values()
+    return read_claims(group["name"] for group in groups if group["state"] != "REMOVED")
+
+
+async def _remove(cluster: Cluster, group: PlacementGroup) -> None:
+    await cluster.call(remove_placement_group, group)

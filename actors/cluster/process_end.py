@@ -1,0 +1,60 @@
+"""Ends of actors and of their processes. The module imports Ray; see `cluster`."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Collection
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.cluster.cluster import Cluster
+from actors.errors import PipelineError
+
+GONE_SECONDS = 5.0
+PATIENT_SECONDS = 2.0
+"""For the end that Ray brings about; one that is stopped it would give five seconds."""
+GONE_POLL_SECONDS = 0.02
+
+
+async def kill(cluster: Cluster, actor: "ActorHandle[Any]", pid: int | None) -> None:
+    """Kills an actor, whose process is `pid` if it is on this host.
+
+    Ray gives one that is stopped five seconds before it kills it; on this host that can be had at once.
+    """
+    if pid is not None:
+        _kill_process(pid)
+    await cluster.call(_kill, actor)
+
+
+async def until_gone(pids: Collection[int]) -> None:
+    """Waits until these processes of this host, which were killed, are gone. Raises PipelineError if they do not go."""
+    began = asyncio.get_running_loop().time()
+    while left := [pid for pid in pids if _exists(pid)]:
+        waited_s = asyncio.get_running_loop().time() - began
+        if waited_s > GONE_SECONDS:
+            raise PipelineError(f"The stage processes {left} on {socket.gethostname()} did not end when killed.")
+        if waited_s > PATIENT_SECONDS:
+            for pid in left:
+                _kill_process(pid)
+        await asyncio.sleep(GONE_POLL_SECONDS)
+
+
+def _kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _kill(actor: "ActorHandle[Any]") -> None:
+    ray.kill(actor, no_restart=True)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""One stage's process: the actor, its threads, and what the engine asks of it."""

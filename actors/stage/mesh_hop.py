@@ -1,0 +1,107 @@
+"""Hidden states from mesh to mesh: a stage's runner between a socket from the mesh before and one to the mesh after.
+
+Steps, results and failures stay on the host sockets. A step's tensor is sent before its frame, so whoever has the
+frame may wait for the tensor.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from actors.stage.identity import StageIdentity, stage_name
+from actors.stage.passages import Passage, PassageLog
+from actors.stage.runner import MeshRunner
+from stages.errors import StepError
+from stages.mesh_spec import HiddenShard, MeshSpec
+from stages.step import SentHidden, Step, StepResult
+
+
+class Sender(Protocol):
+    """The sending end of a mesh socket."""
+
+    def send(self, tensor: Any) -> HiddenShard:
+        """Sends a tensor on and says what it was."""
+
+
+class Receiver(Protocol):
+    """The receiving end of a mesh socket."""
+
+    def receive(self, what: HiddenShard) -> Any:
+        """The next tensor."""
+
+
+class Sockets(msgspec.Struct, frozen=True):
+    """How mesh sockets are made: `stages.backend.mesh_sockets`, or a test's own."""
+
+    sender: Callable[[Any, MeshSpec, int, int], Sender]
+    receiver: Callable[[Any, MeshSpec, int, int], Receiver]
+    barrier: Callable[[], None]
+
+
+class MeshHop:
+    """A `StageRunner` that takes hidden states from the mesh before, and gives them to the one after.
+
+    All its methods but `passages` belong to the thread that computes. Mesh ids are the stages' indices.
+    """
+
+    def __init__(self, runner: MeshRunner, identity: StageIdentity, fifo_bytes: int, sockets: Sockets) -> None:
+        self._runner = runner
+        self._index = identity.index
+        self._is_last = identity.is_last
+        self._sockets = sockets
+        self.spec = MeshSpec.between_equals(runner.hidden(), fifo_bytes)
+        self._receiver: Receiver | None = None
+        self._sender: Sender | None = None
+        here = stage_name(self._index)
+        before, after = stage_name(self._index - 1), stage_name(self._index + 1)
+        self._received = PassageLog(f"{before} -> {here}", "receive", before)
+        self._sent = PassageLog(f"{here} -> {after}", "send", after)
+
+    def open_sockets(self) -> None:
+        """Makes both sockets, each of which waits for its other end: the first stage's outlet comes first."""
+        device, index = self._runner.mesh_device, self._index
+        if index:
+            self._receiver = self._sockets.receiver(device, self.spec, index - 1, index)
+        if not self._is_last:
+            self._sender = self._sockets.sender(device, self.spec, index, index + 1)
+
+    def barrier(self) -> None:
+        """Waits until all stages have all their sockets: nothing may be sent before."""
+        self._sockets.barrier()
+
+    def step(self, step: Step, hidden: memoryview) -> SentHidden | memoryview | StepResult:
+        """Runs one step; see `StageRunner`. Returns what it has sent on, an empty view where that was nothing.
+
+        Raises ProtocolError where the stage before has not sent what the step calls for.
+        """
+        expected = self._runner.hidden_of(step)
+        output = self._runner.step_on_mesh(step, self._take(step, expected))
+        if isinstance(output, StepResult):
+            return output
+        return memoryview(b"") if expected is None else self._give(step, expected, output)
+
+    def passages(self) -> list[Passage]:
+        """The latest that were received, then the latest that were sent."""
+        return [*self._received.latest, *self._sent.latest]
+
+    def close(self) -> None:
+        """Gives up the sockets, then devices and memory."""
+        self._receiver = self._sender = None
+        self._runner.close()
+
+    def _take(self, step: Step, expected: HiddenShard | None) -> Any:
+        if self._receiver is None or expected is None:
+            return None
+        self._received.check(step, expected)
+        tensor = self._receiver.receive(expected)
+        self._received.note(step.step_id, expected)
+        return tensor
+
+    def _give(self, step: Step, expected: HiddenShard, tensor: Any) -> SentHidden:
+        if self._sender is None:
+            raise StepError(f"Step {step.step_id} came to {stage_name(self._index)} before its sockets were made.")
+        sent = self._sender.send(tensor)
+        if sent != expected:
+            raise StepError(f"Step {step.step_id} gave {sent} on each chip, where {expected} was agreed.")
+        return self._sent.note(step.step_id, sent)

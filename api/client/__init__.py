@@ -1,0 +1,1 @@
+"""The front end's side of engines: one engine, replicas, and the metrics of requests."""

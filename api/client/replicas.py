@@ -1,0 +1,150 @@
+"""Several engines that do the same work, each with a pipeline of its own, behind one front end."""
+
+import asyncio
+import functools
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import structlog
+
+from actors.cluster.environment import cluster_address
+from api.client.engine_client import EngineClient
+from api.client.load import Load, least_loaded
+from api.client.request_stream import RequestStream
+from api.engine.options import EngineOptions
+from api.messages.engine import AddRequest, EngineState
+from api.messages.state import common_state, error_of, failed_state, named_state, not_ready, takes_requests
+from api.scheduler.scheduler import check_request
+from api.server.health import PROBE_TIMEOUT_S
+from weights.errors import GalaxylineError
+
+log = structlog.get_logger()
+
+
+class Replicas:
+    """A `TokenSource` of one or more engines; each request is in one of them, the one with the least to do.
+
+    When an engine fails, the requests of whose answers nothing has come go to another one, each of them once at most:
+    what ends one engine may be the request itself. The others end with an error. Failed engines are not replaced.
+    """
+
+    def __init__(self, options: Sequence[EngineOptions], on_state: Callable[[EngineState, int], None]) -> None:
+        """Not started yet: see `open`. Raises OptionError when the scheduler's options do not fit together."""
+        self.engines = [
+            EngineClient(each, functools.partial(self._note, replica)) for replica, each in enumerate(options)
+        ]
+        self._on_state = on_state
+        self._cache = options[0].scheduler.cache
+        # Ray's own start has a deadline of 30 s, which several at once miss on a busy host. In a cluster that is there
+        # nothing of the kind is started, and weights load on all hosts at once.
+        self._is_in_turn = cluster_address(options[0].pipeline.ray_address) is None
+        self._last = len(self.engines) - 1
+        self._request_ids = itertools.count()
+        self._is_closing = False
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, options: Sequence[EngineOptions], on_state: Callable[[EngineState, int], None]
+    ) -> AsyncIterator["Replicas"]:
+        """`async with Replicas.open(options, on_state) as replicas: await replicas.start(timeout_s)`.
+
+        All engines are ended afterwards. `on_state` is called on the loop with every new state, and whose it is.
+        """
+        replicas = cls(options, on_state)
+        try:
+            yield replicas
+        finally:
+            await replicas.close()
+
+    @property
+    def state(self) -> EngineState:
+        """See `common_state`."""
+        return common_state([engine.state for engine in self.engines])
+
+    async def start(self, timeout_s: float) -> None:
+        """Starts all engines and returns when every pipeline is ready; each has `timeout_s` seconds.
+
+        Raises the error of the first that fails, with the number of its replica: see `EngineClient.wait_ready`.
+        """
+        if self._is_in_turn:
+            for replica in range(len(self.engines)):
+                await self._start(replica, timeout_s)
+            return
+        starting = [asyncio.create_task(self._start(replica, timeout_s)) for replica in range(len(self.engines))]
+        try:
+            await asyncio.gather(*starting)
+        finally:
+            for start in starting:
+                start.cancel()
+
+    async def wait_failed(self) -> None:
+        """Waits for all engines to fail for good, then raises the error of one, as `start` does."""
+        await asyncio.gather(*(engine.wait_failed() for engine in self.engines), return_exceptions=True)
+        raise error_of(self.state)
+
+    async def probe(self) -> None:
+        """Returns when one of the ready engines answers. Raises EngineError where none does in PROBE_TIMEOUT_S."""
+        asked = [engine.counts(PROBE_TIMEOUT_S) for engine in self.engines if engine.state.phase == "ready"]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failures and len(failures) == len(answers):
+            raise failures[0]
+
+    def next_request_id(self) -> int:
+        """An id for the next AddRequest, whichever engine it goes to."""
+        return next(self._request_ids)
+
+    def generate(self, request: AddRequest) -> RequestStream:
+        """Hands the request to the engine with the least to do. Raises what `EngineClient.generate` does."""
+        chosen = least_loaded(self._loads(), self._last)
+        if chosen is None:
+            check_request(request, self._cache)
+            raise not_ready(self.state)
+        stream = self.engines[chosen].generate(request)
+        self._last = chosen
+        return stream
+
+    async def close(self) -> None:
+        """Ends all engines and their pipelines; requests that are open end with an error. May be repeated."""
+        self._is_closing = True
+        await asyncio.gather(*(engine.close() for engine in self.engines))
+
+    async def _start(self, replica: int, timeout_s: float) -> None:
+        engine = self.engines[replica]
+        await engine.launch()
+        try:
+            await engine.wait_ready(timeout_s)
+        except GalaxylineError as error:
+            if len(self.engines) == 1:
+                raise
+            raise error_of(named_state(failed_state(error), replica)) from error
+
+    def _loads(self) -> list[Load | None]:
+        """Of those that are ready or, where none is, of those that will be when a stage is replaced."""
+        states = [engine.state for engine in self.engines]
+        is_any_ready = any(state.phase == "ready" for state in states)
+        return [
+            engine.load if state.phase == "ready" or (not is_any_ready and takes_requests(state)) else None
+            for engine, state in zip(self.engines, states, strict=True)
+        ]
+
+    def _note(self, replica: int, state: EngineState) -> None:
+        self._on_state(state, replica)
+        if state.phase == "failed" and not self._is_closing:
+            moved = self._move_requests(self.engines[replica])
+            log.warning("an engine failed", replica=replica, error=state.detail, moved_requests=moved)
+
+    def _move_requests(self, failed: EngineClient) -> int:
+        """Gives what can be given to other engines; how many requests that was."""
+        moved = 0
+        for stream in failed.unanswered():
+            chosen = least_loaded(self._loads(), self._last)
+            if chosen is None:
+                break
+            if not stream.was_moved:
+                failed.move(stream, self.engines[chosen])
+                self._last = chosen
+                moved += 1
+        return moved

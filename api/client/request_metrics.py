@@ -1,0 +1,94 @@
+"""What the front end measures of requests: as near to the client as tokens pass all of them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from api.messages.engine import AddRequest, FinishReason, RequestOutput
+from api.messages.histogram import Histogram, one_two_five
+
+FIRST_TOKEN_BOUNDS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0),
+    *(80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_BOUNDS_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+LATENCY_BOUNDS_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
+    *(960.0, 1920.0, 7680.0),
+)
+"""These three are the bounds of vLLM's histograms (its v1/metrics/loggers.py), so that its dashboards fit."""
+
+
+@dataclass(slots=True)
+class OpenRequest:
+    """One request that has not ended; times are of the meter's clock, in seconds."""
+
+    began: float
+    prompt_tokens: int
+    last_token: float = 0.0
+    tokens: int = 0
+
+
+class RequestMetrics:
+    """Adds up over all requests, from the moment they are handed to the engine to the arrival of their tokens."""
+
+    def __init__(self, max_model_len: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds; requests have at most `max_model_len` tokens."""
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.first_token_times = Histogram.of(FIRST_TOKEN_BOUNDS_S)
+        self.inter_token_times = Histogram.of(TOKEN_BOUNDS_S)
+        self.latencies = Histogram.of(LATENCY_BOUNDS_S)
+        self.prompt_lengths = Histogram.of(one_two_five(max_model_len))
+        self.generation_lengths = Histogram.of(one_two_five(max_model_len))
+        self._clock = clock
+        self._open: dict[int, OpenRequest] = {}
+
+    def began(self, request: AddRequest) -> None:
+        """A request is handed to the engine."""
+        self._open[request.request_id] = OpenRequest(began=self._clock(), prompt_tokens=len(request.tokens))
+
+    def received(self, outputs: Sequence[RequestOutput]) -> None:
+        """Outputs came from the engine. Those of requests that ended before are nobody's any more."""
+        now = self._clock()
+        for output in outputs:
+            request = self._open.get(output.request_id)
+            if request is None:
+                continue
+            if output.tokens:
+                self._take_tokens(request, len(output.tokens), now)
+            if output.finish_reason is not None:
+                self._end(output.request_id, output.finish_reason, now)
+
+    def release(self, request_id: int) -> OpenRequest:
+        """A request is handed on to another engine, whose `adopt` gets what is returned."""
+        return self._open.pop(request_id)
+
+    def adopt(self, request_id: int, request: OpenRequest) -> None:
+        """A request comes from another engine; its times count from its true beginning."""
+        self._open[request_id] = request
+
+    def ended_here(self, request_id: int, reason: FinishReason) -> None:
+        """The front end gave a request up, or had what it wanted."""
+        self._end(request_id, reason, self._clock())
+
+    def _take_tokens(self, request: OpenRequest, count: int, now: float) -> None:
+        self.generation_tokens += count
+        if request.tokens:
+            self.inter_token_times.observe(now - request.last_token)
+        else:
+            self.prompt_tokens += request.prompt_tokens
+            self.first_token_times.observe(now - request.began)
+        request.tokens += count
+        request.last_token = now
+
+    def _end(self, request_id: int, reason: FinishReason, now: float) -> None:
+        request = self._open.pop(request_id)
+        self.finished[reason] += 1
+        if reason in {"stop", "length"}:
+            self.latencies.observe(now - request.began)
+            self.prompt_lengths.observe(request.prompt_tokens)
+            self.generation_lengths.observe(request.tokens)

@@ -1,0 +1,1 @@
+"""The engine's process: the scheduler, the pipeline and what is measured of both."""

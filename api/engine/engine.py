@@ -1,0 +1,200 @@
+"""The engine: joins the scheduler to the pipeline."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from actors.clock import now_ns
+from actors.errors import PipelineError, ProtocolError
+from actors.options import PipelineOptions
+from actors.stage.health import StageHealth, StageProgress
+from api.engine.engine_metrics import EngineMeters
+from api.engine.options import EngineOptions
+from api.engine.pipeline_reports import PipelineReports
+from api.engine.recovery import Recovery
+from api.engine.restart_limit import RestartLimit
+from api.engine.step_watch import StepWatch
+from api.engine.timeline import Timeline, open_timeline
+from api.errors import EngineError, RequestError
+from api.messages.engine import (
+    AbortRequest,
+    AddRequest,
+    EngineState,
+    FromEngine,
+    GetCounts,
+    GetMetrics,
+    GetPipelineReport,
+    Outputs,
+    RequestOutput,
+    ToEngine,
+)
+from api.messages.state import failed_state
+from api.scheduler.scheduler import Scheduler
+from stages.step import Step, StepResult
+from weights.errors import GalaxylineError
+
+
+class StartedPipeline(Protocol):
+    """What the engine needs of actors.pipeline.Pipeline."""
+
+    epoch: int
+
+    async def submit(self, step: Step) -> None:
+        """Sends a step to the first stage. Raises PipelineError."""
+
+    async def receive(self) -> StepResult:
+        """The next result, in the order of submission. Raises PipelineError."""
+
+    async def health(self) -> list[StageHealth]:
+        """What every stage says of itself, in order; returns within about a second."""
+
+    async def recover(self) -> None:
+        """Brings it back after a failure, as another epoch. Raises GalaxylineError; may be called again then."""
+
+    async def close(self) -> None:
+        """Ends all stages."""
+
+
+StartPipeline = Callable[[PipelineOptions, Callable[[StageProgress], None]], Awaitable[StartedPipeline]]
+
+
+class Engine:
+    """Fills the pipeline with the scheduler's steps and hands out what they sample, through `send`."""
+
+    def __init__(
+        self, options: EngineOptions, start_pipeline: StartPipeline, send: Callable[[FromEngine], None]
+    ) -> None:
+        self._options = options
+        self._start_pipeline = start_pipeline
+        self._send = send
+        self._scheduler = Scheduler(options.scheduler, epoch=0)
+        self._meters = EngineMeters(len(options.pipeline.specs))
+        self._watch = StepWatch(self._scheduler, self._meters)
+        self._reports = PipelineReports(options, self._scheduler, self._meters, send)
+        self._recovery = Recovery(self._scheduler, self._watch, self._meters, RestartLimit(options.max_restarts), send)
+        self._changed = asyncio.Event()
+        self._pipeline: StartedPipeline | None = None
+
+    @property
+    def close_timeout_s(self) -> float:
+        """How long the stages get to end."""
+        return self._options.close_timeout_s
+
+    def take(self, message: ToEngine) -> None:
+        """A message from the front end. Requests may come while the pipeline starts: they wait."""
+        if isinstance(message, AddRequest):
+            self._add(message)
+        elif isinstance(message, AbortRequest):
+            self._scheduler.abort(message.request_id)
+            self._watch.request_aborted(message.request_id)
+        elif isinstance(message, GetCounts):
+            counts = self._scheduler.counts()
+            self._send(msgspec.structs.replace(counts, tasks=len(asyncio.all_tasks())))
+        elif isinstance(message, GetMetrics):
+            counts, preemptions = self._scheduler.counts(), self._scheduler.preemptions
+            self._send(self._meters.metrics(counts, preemptions, self._reports.roster.hosts))
+        elif isinstance(message, GetPipelineReport):
+            self._reports.ask(self._pipeline)
+
+    async def run(self) -> None:
+        """Starts the pipeline and serves until the task is cancelled; `close` is to follow in any case.
+
+        A pipeline that fails is brought back, and the requests in it go on where they were. Raises what
+        `Pipeline.start` raises, or PipelineError or PlacementError where it cannot be brought back: every request has
+        ended with it then, and the front end has been told.
+        """
+        self._send(EngineState(phase="loading", detail="The stages are being placed."))
+        try:
+            if self._options.timeline is not None:
+                self._watch.timeline = Timeline(open_timeline(Path(self._options.timeline)))
+            self._pipeline = await self._start_pipeline(self._options.pipeline, self._tell_progress)
+            while True:
+                # A new epoch knows no request: those that wait for it, or ran in a former one, begin anew.
+                self._scheduler.reset(self._pipeline.epoch)
+                if self._watch.timeline is not None:
+                    self._watch.timeline.name_stages(self._reports.roster.hosts)
+                self._send(EngineState(phase="ready", detail=""))
+                failure = await self._serve(self._pipeline)
+                await self._recovery.bring_back(self._pipeline, failure)
+        except asyncio.CancelledError:
+            self._fail(EngineError("The engine was stopped."))
+            raise
+        except GalaxylineError as error:
+            self._fail(error)
+            raise
+
+    async def close(self) -> None:
+        """Ends the stages. Raises EngineError when they do not end in their time."""
+        if self._watch.timeline is not None:
+            self._watch.timeline.close()
+        self._reports.close()
+        if self._pipeline is None:
+            return
+        closing = asyncio.ensure_future(self._pipeline.close())
+        await asyncio.wait([closing], timeout=self.close_timeout_s)
+        if not closing.done():
+            raise EngineError(f"The stages did not end within {self.close_timeout_s:g} s.")
+        closing.result()
+
+    async def _serve(self, pipeline: StartedPipeline) -> PipelineError | ProtocolError:
+        """Serves until the pipeline fails; returns what it failed with."""
+        self._changed.set()
+        loops = [asyncio.create_task(self._feed(pipeline)), asyncio.create_task(self._collect(pipeline))]
+        try:
+            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            for loop in done:
+                loop.result()
+        except (PipelineError, ProtocolError) as error:
+            return error
+        finally:
+            for loop in loops:
+                loop.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+        raise EngineError("The engine stopped serving without a cause.")
+
+    async def _feed(self, pipeline: StartedPipeline) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while step := self._scheduler.next_step():
+                self._watch.step_issued(step)
+                await pipeline.submit(step)
+
+    async def _collect(self, pipeline: StartedPipeline) -> None:
+        while True:
+            result = await pipeline.receive()
+            returned_ns = now_ns()
+            outputs = self._scheduler.on_result(result)
+            self._changed.set()
+            if outputs:
+                self._recovery.progress()
+                self._send(Outputs(outputs=outputs))
+            self._watch.step_returned(result, outputs, returned_ns)
+
+    def _add(self, request: AddRequest) -> None:
+        try:
+            self._scheduler.add(request)
+        except RequestError as error:
+            refusal = RequestOutput(request_id=request.request_id, tokens=[], finish_reason="error", error=str(error))
+            self._send(Outputs(outputs=[refusal]))
+        else:
+            self._watch.request_came(request.request_id)
+            self._changed.set()
+
+    def _tell_progress(self, progress: StageProgress) -> None:
+        self._reports.roster.note(progress)
+        detail = f"Stage {progress.stage} on {progress.host}: {progress.phase}"
+        if progress.phase == "loading":
+            detail += f", {progress.layers_done} of {progress.layers} layers"
+        if not self._recovery.is_under_way:
+            self._send(EngineState(phase="loading", detail=detail))
+
+    def _fail(self, error: GalaxylineError) -> None:
+        self._send(failed_state(error))
+        outputs = self._scheduler.fail(str(error))
+        self._send(Outputs(outputs=outputs))
+        self._watch.pipeline_lost()
+        self._watch.requests_ended(outputs)

@@ -1,0 +1,68 @@
+"""The engine's answers to who asks what the pipeline does."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from actors.stage.health import StageHealth
+from api.engine.engine_metrics import EngineMeters
+from api.engine.options import EngineOptions
+from api.messages.engine import FromEngine, PipelineReport
+from api.messages.pipeline_view import StageRoster
+from api.scheduler.scheduler import Scheduler
+
+
+class Examined(Protocol):
+    """A pipeline that is ready."""
+
+    epoch: int
+
+    async def health(self) -> list[StageHealth]:
+        """What every stage says of itself, in order; returns within about a second."""
+
+
+class PipelineReports:
+    """Puts together what scheduler, meters and stages know. Nothing is looked at unless somebody asks."""
+
+    def __init__(
+        self, options: EngineOptions, scheduler: Scheduler, meters: EngineMeters, send: Callable[[FromEngine], None]
+    ) -> None:
+        self.roster = StageRoster(options.pipeline.specs)
+        self._microbatches = options.scheduler.steps_in_flight
+        self._scheduler = scheduler
+        self._meters = meters
+        self._send = send
+        self._owed = 0
+        self._is_closed = False
+        self._looking: asyncio.Task[None] | None = None
+
+    def ask(self, pipeline: Examined | None) -> None:
+        """Sends a report soon; `pipeline` is None while there is none.
+
+        One look at the stages answers all who ask before it is over.
+        """
+        if self._is_closed:
+            return
+        self._owed += 1
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._report(pipeline))
+
+    def close(self) -> None:
+        """Answers nobody any more: there are no stages to ask."""
+        self._is_closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+
+    async def _report(self, pipeline: Examined | None) -> None:
+        healths = [] if pipeline is None else await pipeline.health()
+        counts = self._scheduler.counts()
+        report = PipelineReport(
+            epoch=None if pipeline is None else pipeline.epoch,
+            microbatches=self._microbatches,
+            counts=counts,
+            preemptions=self._scheduler.preemptions,
+            stages=self.roster.views(healths, self._meters.busy_share, counts.blocks - counts.free_blocks),
+        )
+        while self._owed:
+            self._owed -= 1
+            self._send(report)

@@ -1,0 +1,93 @@
+"""Bringing back a pipeline that has failed, again and again as long as that makes sense."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from actors.clock import now_ns
+from actors.errors import PipelineError, PlacementError, ProtocolError
+from api.engine.engine_metrics import EngineMeters
+from api.engine.restart_limit import RestartLimit
+from api.engine.stage_meter import NS
+from api.engine.step_watch import StepWatch
+from api.messages.engine import EngineState, FromEngine, Outputs
+from api.scheduler.scheduler import Scheduler
+from weights.errors import GalaxylineError
+
+RETRY_S = 1.0
+"""Between two attempts."""
+
+log = structlog.get_logger()
+
+
+class Recoverable(Protocol):
+    """A pipeline."""
+
+    epoch: int
+
+    async def recover(self) -> None:
+        """Brings it back, as another epoch. Raises GalaxylineError; may be called again then."""
+
+
+class Recovery:
+    """What the engine does between the loss of a stage and the first step of the next epoch."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        watch: StepWatch,
+        meters: EngineMeters,
+        limit: RestartLimit,
+        send: Callable[[FromEngine], None],
+    ) -> None:
+        self.is_under_way = False
+        self._scheduler = scheduler
+        self._watch = watch
+        self._meters = meters
+        self._limit = limit
+        self._send = send
+
+    def progress(self) -> None:
+        """A token was made."""
+        self._limit.progress()
+
+    async def bring_back(self, pipeline: Recoverable, failure: PipelineError | ProtocolError) -> None:
+        """Returns when the pipeline can take steps again; its requests are for the scheduler to begin anew.
+
+        Raises PipelineError where it fails too often, PlacementError where no rows are left.
+        """
+        began_ns = now_ns()
+        self.is_under_way = True
+        self._tell(failure)
+        is_explained = self._condemn(failure)
+        self._watch.pipeline_lost()
+        self._limit.note(failure, is_explained=is_explained)
+        while True:
+            try:
+                await pipeline.recover()
+                break
+            except PlacementError:
+                raise
+            except GalaxylineError as error:
+                self._tell(error)
+                self._limit.note(error)
+                await asyncio.sleep(RETRY_S)
+        self.is_under_way = False
+        seconds = (now_ns() - began_ns) * NS
+        self._meters.recovered(seconds)
+        log.info("the pipeline is back", epoch=pipeline.epoch, seconds=round(seconds, 3))
+
+    def _condemn(self, failure: PipelineError | ProtocolError) -> bool:
+        """Ends the request that alone made steps fail, if it is found by now; whether it is."""
+        step_id = failure.step_id if isinstance(failure, PipelineError) else None
+        condemned = self._scheduler.blame(step_id, str(failure))
+        if condemned:
+            self._send(Outputs(outputs=condemned))
+            self._watch.requests_ended(condemned)
+        return bool(condemned)
+
+    def _tell(self, error: GalaxylineError) -> None:
+        log.error("the pipeline failed", kind=type(error).__name__, error=str(error))
+        self._send(EngineState(phase="recovering", detail=str(error)))

@@ -1,0 +1,149 @@
+"""What the front end and the engine say to each other over their unix socket, as msgpack frames."""
+
+from typing import Literal
+
+import msgspec
+
+from api.messages.histogram import Histogram
+from api.messages.pipeline_view import StageView
+from stages.step import SamplingParams, TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+EnginePhase = Literal["loading", "ready", "recovering", "failed"]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """Base of all messages: positional on the wire, checked on decoding."""
+
+
+class AddRequest(Message, frozen=True, kw_only=True):
+    """One sequence to complete. A token of `stop_token_ids` ends it with "stop", and is the last one handed out.
+
+    Under teacher forcing the sequence goes on with the tokens `forced` as long as there are any, whatever was sampled
+    in their place; what was sampled is handed out.
+
+    `request_id` counts upward for the life of the front end; an `n` of 4 is four requests.
+    """
+
+    request_id: int
+    tokens: list[int]
+    max_tokens: int
+    stop_token_ids: list[int]
+    sampling: SamplingParams
+    forced: list[int] = []
+
+
+class AbortRequest(Message, frozen=True, kw_only=True):
+    """The client of this request is gone, or has what it wanted: no later step may contain it. Unknown ids are fine."""
+
+    request_id: int
+
+
+class GetCounts(Message, frozen=True, kw_only=True):
+    """Asks for `Counts`."""
+
+
+class GetMetrics(Message, frozen=True, kw_only=True):
+    """Asks for `EngineMetrics`."""
+
+
+class GetPipelineReport(Message, frozen=True, kw_only=True):
+    """Asks for a `PipelineReport`."""
+
+
+class RequestOutput(Message, frozen=True, kw_only=True):
+    """New tokens of one request; the last output, and only the last, has a `finish_reason`.
+
+    With "error", `error` is a sentence for the client. `logprobs` has an entry for each token where the request asked
+    for them, else none. `prompt_logprobs` are the next entries of the prompt's tokens, from its second one on: they
+    come chunk by chunk, before the first token or with it, and each once.
+    """
+
+    request_id: int
+    tokens: list[int]
+    finish_reason: FinishReason | None
+    error: str | None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    """What one step produced, for all its requests."""
+
+    outputs: list[RequestOutput]
+
+
+class EngineState(Message, frozen=True, kw_only=True):
+    """Where the engine stands; sent on every change.
+
+    While it is "recovering" from the loss of a stage it takes requests, and they wait. `detail` says which stage loads
+    what, what was lost, or why it failed. `error_kind` names the error's class when it failed, for
+    the table of exit codes, and is empty before.
+    """
+
+    phase: EnginePhase
+    detail: str
+    error_kind: str = ""
+
+
+class Counts(Message, frozen=True, kw_only=True):
+    """The engine's own books: after all requests ended, `waiting`, `running` and `steps_in_flight` are 0, all slots
+    and blocks are free, and the engine's loop has as many `tasks` as before the first one."""
+
+    waiting: int
+    running: int
+    steps_in_flight: int
+    free_slots: int
+    slots: int
+    free_blocks: int
+    blocks: int
+    tasks: int = 0
+
+
+class StageMetrics(Message, frozen=True, kw_only=True):
+    """What was measured of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md."""
+
+    stage: int
+    host: str
+    busy_seconds: float
+    busy_share: float
+    bubble_seconds: float
+    prefill_steps: Histogram
+    decode_steps: Histogram
+    hops: Histogram
+    queues: Histogram
+
+
+class EngineMetrics(Message, frozen=True, kw_only=True):
+    """What the engine has measured since it began, in seconds. `stages` is empty before a first pipeline is ready.
+
+    The time from one result to the next belongs to the step that came back: `prefill_seconds` and `decode_seconds` are
+    together the time in which the pipeline was not empty. `queue_times` are those of requests until they got a slot,
+    `step_times` those of steps from their submission to their result, and `result_hops` the last stretch of these,
+    from the last stage to the engine. `recoveries` are the times from each loss of a stage until steps could go on.
+    """
+
+    counts: Counts
+    preemptions: int
+    prefill_seconds: float
+    decode_seconds: float
+    queue_times: Histogram
+    prefill_steps: Histogram
+    decode_steps: Histogram
+    result_hops: Histogram
+    recoveries: Histogram
+    stages: list[StageMetrics]
+
+
+class PipelineReport(Message, frozen=True, kw_only=True):
+    """What the engine and its stages do at this moment. `epoch` is None while there is no pipeline."""
+
+    epoch: int | None
+    microbatches: int
+    counts: Counts
+    preemptions: int
+    stages: list[StageView]
+
+
+ToEngine = AddRequest | AbortRequest | GetCounts | GetMetrics | GetPipelineReport
+FromEngine = Outputs | EngineState | Counts | EngineMetrics | PipelineReport

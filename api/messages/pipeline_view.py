@@ -1,0 +1,169 @@
+"""The pipeline as `GET /pipeline` and `galaxyline status` show it."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from actors.stage.health import Phase, StageHealth, StageProgress, State
+from stages.plan import StageSpec
+
+StageState = Literal["placing", Phase, State]
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True):
+    """Stage `stage` of the pipeline of one `replica`: where it is, what it holds, and what it does.
+
+    `host`, `rows` and `pid` are None until they are known. It holds the layers [first_layer, end_layer), of which
+    `layers_done` are loaded. `state` is that of `StageProgress` until the pipeline is ready and that of `StageHealth`
+    from then on, "placing" before either. `step_id` is the step it works on, since `step_seconds`. `busy_share` is the
+    share of the last ten seconds that it computed in. `resident_bytes` is the memory of its process. `received_bytes`
+    have come by its link from the stage before, or from the engine, and `sent_bytes` gone to the next one at `sent_to`.
+    """
+
+    replica: int = 0
+    stage: int
+    host: str | None
+    rows: list[int] | None
+    pid: int | None
+    first_layer: int
+    end_layer: int
+    layers_done: int
+    state: StageState
+    detail: str
+    step_id: int | None
+    step_seconds: float
+    steps_done: int
+    busy_share: float
+    restarts: int
+    resident_bytes: int | None
+    kv_cache_blocks_used: int
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    sent_to: str | None = None
+
+
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's books: see `Counts`. `epoch` is None while there is no pipeline.
+
+    Of several engines they are sums, and `pid` and `epoch`, which cannot be added, None.
+    """
+
+    pid: int | None
+    epoch: int | None
+    microbatches: int
+    steps_in_flight: int
+    requests_running: int
+    requests_waiting: int
+    preemptions: int
+    slots: int
+    slots_used: int
+    kv_cache_blocks: int
+    kv_cache_blocks_used: int
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine. `detail` says what is loaded, or why it failed or does not answer: then `engine` is None."""
+
+    replica: int
+    phase: Literal["loading", "ready", "recovering", "failed"]
+    detail: str
+    engine: EngineView | None
+
+
+class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `GET /pipeline`. `phase` and `detail` are those of all replicas together: see `common_state`.
+
+    `engine` is the sum over those that answer, None where none does. `stages` are theirs, in the order of replicas;
+    once an engine has failed and is gone, it has none.
+    """
+
+    model: str
+    phase: Literal["loading", "ready", "recovering", "failed"]
+    detail: str
+    engine: EngineView | None
+    replicas: list[ReplicaView]
+    stages: list[StageView]
+
+
+def total(engines: Sequence[EngineView]) -> EngineView | None:
+    """The books of several engines together, those of a single one as they are; None of no engine."""
+    if len(engines) <= 1:
+        return engines[0] if engines else None
+    return EngineView(
+        pid=None,
+        epoch=None,
+        microbatches=sum(engine.microbatches for engine in engines),
+        steps_in_flight=sum(engine.steps_in_flight for engine in engines),
+        requests_running=sum(engine.requests_running for engine in engines),
+        requests_waiting=sum(engine.requests_waiting for engine in engines),
+        preemptions=sum(engine.preemptions for engine in engines),
+        slots=sum(engine.slots for engine in engines),
+        slots_used=sum(engine.slots_used for engine in engines),
+        kv_cache_blocks=sum(engine.kv_cache_blocks for engine in engines),
+        kv_cache_blocks_used=sum(engine.kv_cache_blocks_used for engine in engines),
+    )
+
+
+class StageRoster:
+    """What is known of every stage from its start: where it was placed, how far it has loaded, how often it began."""
+
+    def __init__(self, specs: Sequence[StageSpec]) -> None:
+        self._specs = specs
+        self._last: dict[int, StageProgress] = {}
+        self._starts: Counter[int] = Counter()
+
+    def note(self, progress: StageProgress) -> None:
+        """A stage has come further in starting."""
+        self._last[progress.stage] = progress
+        if progress.phase == "starting":
+            self._starts[progress.stage] += 1
+
+    @property
+    def hosts(self) -> list[str]:
+        """Where each stage is; empty names before they were placed."""
+        places = [self._last.get(spec.index) for spec in self._specs]
+        return ["" if progress is None else progress.host for progress in places]
+
+    def views(
+        self, healths: Sequence[StageHealth], busy_share: Callable[[int], float], kv_cache_blocks_used: int
+    ) -> list[StageView]:
+        """All stages in order. `healths` is empty while the pipeline starts, else has one entry for each stage."""
+        by_stage = {health.stage: health for health in healths}
+        return [
+            self._view(spec, by_stage.get(spec.index), busy_share(spec.index), kv_cache_blocks_used)
+            for spec in self._specs
+        ]
+
+    def _view(
+        self, spec: StageSpec, health: StageHealth | None, busy_share: float, kv_cache_blocks_used: int
+    ) -> StageView:
+        progress = self._last.get(spec.index)
+        return StageView(
+            stage=spec.index,
+            host=None if progress is None else progress.host,
+            rows=None if progress is None else progress.rows,
+            pid=None if health is None else health.pid or None,
+            first_layer=spec.first_layer,
+            end_layer=spec.end_layer,
+            layers_done=0 if progress is None else progress.layers_done,
+            state=_state(progress, health),
+            detail="" if health is None else health.detail,
+            step_id=None if health is None else health.step_id,
+            step_seconds=0.0 if health is None else health.step_seconds,
+            steps_done=0 if health is None else health.steps_done,
+            busy_share=busy_share,
+            restarts=max(self._starts[spec.index] - 1, 0),
+            resident_bytes=None if health is None else health.resident_bytes or None,
+            kv_cache_blocks_used=kv_cache_blocks_used,
+            received_bytes=0 if health is None else health.received_bytes,
+            sent_bytes=0 if health is None else health.sent_bytes,
+            sent_to=None if health is None else health.sent_to or None,
+        )
+
+
+def _state(progress: StageProgress | None, health: StageHealth | None) -> StageState:
+    if health is not None:
+        return health.state
+    return "placing" if progress is None else progress.phase

@@ -1,0 +1,1 @@
+"""Requests and answers as OpenAI's clients know them."""

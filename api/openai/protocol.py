@@ -1,0 +1,252 @@
+"""What a client may send: the fields of a completion request, their types and ranges."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from api.errors import RequestError
+from api.openai.validation import parse_body
+
+PROMPTS_MAX = 4096
+CHOICES_MAX = 128
+STOPS_MAX = 4
+BAD_WORDS_MAX = 4096
+WORD_CHARACTERS_MAX = 1024
+"""Of a stop string or a bad word."""
+
+LOGIT_BIAS_MAX = 100.0
+"""Larger biases are cut to this, smaller ones to its negative, as vLLM does."""
+
+PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+_WORD_LENGTHS = f"each of 1 to {WORD_CHARACTERS_MAX} characters"
+STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, {_WORD_LENGTHS}"
+TOKEN_IDS_FORM = "a list of token ids"  # noqa: S105  # no secret
+WORDS_FORM = f"a list of up to {BAD_WORDS_MAX} strings, {_WORD_LENGTHS}"
+BIASES_FORM = 'an object of numbers by token id, like {"42": -1.5}'
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+NOT_SERVED: dict[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "prompt_embeds": (),
+    "priority": (0,),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),
+    "watermarking": (False,),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+"""Fields that would change the answer and that this server does not follow, with the values that change nothing."""
+
+
+# The lists below are not left to pydantic: it would collect an error for every element of a long one.
+def _is_prompt(value: object) -> bool:
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list):
+        return False
+    kinds = set(map(type, value))
+    if kinds == {list}:
+        return all(set(map(type, tokens)) <= {int} for tokens in value)
+    return kinds <= {str} or kinds == {int}
+
+
+def _prompt(value: Any) -> Prompt:
+    if not _is_prompt(value):
+        raise ValueError(PROMPT_FORMS)
+    prompt: Prompt = value
+    return prompt
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not _are_words(stops) or len(stops) > STOPS_MAX:
+        raise ValueError(STOP_FORMS)
+    return list(stops)
+
+
+def _words(value: Any) -> list[str]:
+    words = [] if value is None else value
+    if not _are_words(words) or len(words) > BAD_WORDS_MAX:
+        raise ValueError(WORDS_FORM)
+    return list(words)
+
+
+def _are_words(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(word, str) and 0 < len(word) <= WORD_CHARACTERS_MAX for word in value
+    )
+
+
+def token_ids(value: object) -> list[int] | None:
+    """A field's value, which must be a list of ids or None. Raises ValueError with what it must be."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise ValueError(TOKEN_IDS_FORM)
+    return value
+
+
+def _biases(value: Any) -> dict[int, float]:
+    biases = {} if value is None else value
+    if not isinstance(biases, dict) or not set(map(type, biases.values())) <= {int, float}:
+        raise ValueError(BIASES_FORM)
+    if not all(map(math.isfinite, filter(lambda bias: isinstance(bias, float), biases.values()))):
+        raise ValueError(BIASES_FORM)
+    try:
+        return {int(token): float(_clipped(bias)) for token, bias in biases.items()}
+    except ValueError:
+        raise ValueError(BIASES_FORM) from None
+
+
+def _clipped(bias: float) -> float:
+    return min(max(bias, -LOGIT_BIAS_MAX), LOGIT_BIAS_MAX)
+
+
+TokenIds = Annotated[list[int] | None, PlainValidator(token_ids, json_schema_input_type=list[int] | None)]
+Words = Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str] | None)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogprobCount = Annotated[int, Field(ge=-1)]
+
+
+class StreamOptions(BaseModel):
+    """Token counts in a stream: after the last chunk, or with every chunk."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class CompletionRequest(BaseModel):
+    """POST /v1/completions: the fields of OpenAI and vLLM. None is as good as absent; docs/api.md has their meaning."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    model: str | None = None
+    prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    echo: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    request_id: str | None = None
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float] | None)
+    ] = {}
+    allowed_token_ids: TokenIds = None
+    bad_words: Words = []
+
+    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)] = []
+    stop_token_ids: TokenIds = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    logprobs: LogprobCount | None = None
+    prompt_logprobs: LogprobCount | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    suffix: Any = None
+    use_beam_search: Any = None
+    prompt_embeds: Any = None
+    priority: Any = None
+    logprob_token_ids: Any = None
+    repetition_detection: Any = None
+    thinking_token_budget: Any = None
+    watermarking: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    @property
+    def choice_count(self) -> int:
+        """Completions of each prompt."""
+        return self.n or 1
+
+    @property
+    def completion_count(self) -> int:
+        """Completions of all prompts."""
+        return len(self.prompts()) * self.choice_count
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one, whichever of the four forms they came in."""
+        prompt: Any = self.prompt
+        is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        prompts: list[str | list[int]] = [prompt] if is_one else prompt
+        return prompts
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    """Reads a request's body and checks all that can be checked without knowing the model.
+
+    Raises RequestError naming the field at fault, in a message of bounded length.
+    """
+    request = parse_body(CompletionRequest, body)
+    _refuse_not_served(request)
+    _refuse_contradictions(request)
+    return request
+
+
+def _refuse_not_served(request: CompletionRequest) -> None:
+    for param, neutral in NOT_SERVED.items():
+        value = getattr(request, param)
+        if value is not None and value not in neutral:
+            raise RequestError(f"{param} is not served: leave it out.", param)
+    if request.best_of not in {None, request.choice_count}:
+        raise RequestError("best_of other than n is not served: leave it out.", "best_of")
+    if request.response_format is not None and request.response_format.get("type") != "text":
+        raise RequestError(
+            'response_format other than {"type": "text"} is not served: leave it out.', "response_format"
+        )
+
+
+def _refuse_contradictions(request: CompletionRequest) -> None:
+    prompts = request.prompts()
+    if not prompts:
+        raise RequestError("prompt is empty: give at least one prompt.", "prompt")
+    if request.completion_count > PROMPTS_MAX:
+        raise RequestError(
+            f"{len(prompts)} prompts times n = {request.choice_count} are more than {PROMPTS_MAX} completions: "
+            "send several requests.",
+            "prompt",
+        )
+    if request.max_tokens == 0 and not request.echo:
+        raise RequestError("max_tokens must be at least 1, except with echo.", "max_tokens")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options is only allowed with stream.", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError(
+            "prompt_logprobs is not allowed with stream: use echo with logprobs, or no stream.", "prompt_logprobs"
+        )
+    if request.allowed_token_ids == []:
+        raise RequestError(
+            "allowed_token_ids is empty: allow at least one token, or leave it out.", "allowed_token_ids"
+        )

@@ -1,0 +1,46 @@
+"""How long a prefill step may be: measured, so that the decode steps behind it do not wait long."""
+
+from collections.abc import Sequence
+
+from api.scheduler.options import SchedulerOptions
+from stages.step import StageTiming
+
+WEIGHT = 0.25
+"""What the newest measurement counts for: enough to follow a prompt whose later chunks take longer, too little for one
+slow step of a busy machine to matter for long."""
+
+
+class PrefillPace:
+    """Learns from the steps that are done how many prompt tokens take as long as `prefill_wait` decode steps.
+
+    A step's time is that of its slowest stage, which all steps behind it wait for.
+    """
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        self._chunk_max = options.prefill_chunk
+        self._block_size = options.cache.block_size
+        self._wait = options.prefill_wait
+        self._decode_step_ns: float | None = None
+        self._prompt_token_ns: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a prefill step: whole blocks, at least one; as many as allowed while nothing is measured."""
+        if self._decode_step_ns is None or self._prompt_token_ns is None:
+            return self._chunk_max
+        within = int(self._wait * self._decode_step_ns / self._prompt_token_ns)
+        return min(max(within - within % self._block_size, self._block_size), self._chunk_max)
+
+    def note(self, is_prefill: bool, tokens: int, timings: Sequence[StageTiming]) -> None:
+        """Takes the times that the stages took for a step; nothing where none were measured."""
+        slowest = max((timing.ended_ns - timing.began_ns for timing in timings), default=0)
+        if slowest <= 0:
+            return
+        if is_prefill:
+            self._prompt_token_ns = _average(self._prompt_token_ns, slowest / tokens)
+        else:
+            self._decode_step_ns = _average(self._decode_step_ns, slowest)
+
+
+def _average(before: float | None, measured: float) -> float:
+    return measured if before is None else before + WEIGHT * (measured - before)

@@ -1,0 +1,52 @@
+"""The free slots, by microbatch and pool, and the choice of a slot for a request."""
+
+from collections.abc import Sequence
+
+from api.scheduler.block_pool import BlockPool
+from api.scheduler.options import SchedulerOptions
+
+
+class Slots:
+    """Every slot belongs to one microbatch, slot // slots_per_microbatch, and to one pool, CacheOptions.pool_of."""
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        cache = options.cache
+        self._per_microbatch = options.slots_per_microbatch
+        self._pool_of = cache.pool_of
+        self._free: list[list[list[int]]] = [[[] for _ in range(cache.pools)] for _ in range(options.steps_in_flight)]
+        self._running = [0] * options.steps_in_flight
+        self._free_slots = cache.slots
+        for slot in reversed(range(cache.slots)):
+            self._free[self.microbatch_of(slot)][cache.pool_of(slot)].append(slot)
+
+    @property
+    def free(self) -> int:
+        """How many slots no request has."""
+        return self._free_slots
+
+    def microbatch_of(self, slot: int) -> int:
+        """The microbatch whose decode steps the slot is in."""
+        return slot // self._per_microbatch
+
+    def take(self, blocks: int, pools: Sequence[BlockPool]) -> int | None:
+        """A slot of the emptiest microbatch that has one in a pool with `blocks` free blocks; None if there is none.
+
+        Of several such pools the one with most free blocks, so that pools fill evenly too.
+        """
+        if not self._free_slots or max(pool.free for pool in pools) < blocks:
+            return None
+        for microbatch in sorted(range(len(self._running)), key=self._running.__getitem__):
+            by_pool = self._free[microbatch]
+            fitting = [pool for pool, slots in enumerate(by_pool) if slots and pools[pool].free >= blocks]
+            if fitting:
+                self._running[microbatch] += 1
+                self._free_slots -= 1
+                return by_pool[max(fitting, key=lambda pool: pools[pool].free)].pop()
+        return None
+
+    def give_back(self, slot: int) -> None:
+        """Frees a slot that `take` handed out."""
+        microbatch = self.microbatch_of(slot)
+        self._free[microbatch][self._pool_of(slot)].append(slot)
+        self._running[microbatch] -= 1
+        self._free_slots += 1

@@ -1,0 +1,134 @@
+"""The HTTP front end: routes, and errors in OpenAI's form."""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from api.client.token_source import TokenSource
+from api.openai.error_responses import INTERNAL_ERROR, error_response, refusal, status_body
+from api.openai.prompts import refuse_other_model
+from api.openai.protocol import CompletionRequest
+from api.openai.responses import ModelCard, ModelList, Status, Version, encode
+from api.server.admission import Admission, QueueLimits
+from api.server.completions import Completions
+from api.server.health import Health, Probe
+from api.server.openapi import DescribedApp, answers_of, body_of, completion_answers, timeout_header
+from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
+from api.text.served_model import ServedModel
+from weights.errors import GalaxylineError
+from weights.release import VERSION
+
+TOKENIZER_THREADS = 2
+DEFAULT_SLOTS = 256
+
+
+def create_app(
+    model: ServedModel,
+    engine: TokenSource,
+    seed: int | None = None,
+    *,
+    admission: Admission | None = None,
+    request_timeout_s: float | None = None,
+    probe: Probe | None = None,
+) -> FastAPI:
+    """The application that serves `model` with `engine`.
+
+    With `seed`, the seeds of requests that give none are the same in every run, in the order of their arrival.
+    `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. A request has `request_timeout_s`
+    seconds at most. `probe` is asked whether the engine answers: see `Health`.
+    """
+    tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        tokenizer_threads.shutdown(cancel_futures=True)
+
+    app = DescribedApp(title="galaxyline", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    limits = QueueLimits.of(DEFAULT_SLOTS, model.max_model_len)
+    completions = Completions(
+        model, engine, tokenizer_threads, _seeds(seed), admission or Admission(limits), request_timeout_s
+    )
+    app.add_api_route(
+        "/v1/completions",
+        completions.create,
+        methods=["POST"],
+        response_model=None,
+        response_class=Response,
+        responses=completion_answers(),
+        openapi_extra={**body_of(CompletionRequest), "parameters": [timeout_header()]},
+    )
+    Tokenization(model, tokenizer_threads).add_routes(app)
+    _add_model_routes(app, model)
+    _add_health_routes(app, Health(engine, probe))
+    app.add_exception_handler(GalaxylineError, _galaxyline_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(Exception, _unexpected_error)
+    return app
+
+
+def _seeds(seed: int | None) -> Callable[[], int]:
+    source = random.SystemRandom() if seed is None else random.Random(seed)  # noqa: S311  # no secrets are drawn
+    return lambda: source.getrandbits(63)
+
+
+def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
+    card = ModelCard(id=model.name, created=model.created, root=model.root, max_model_len=model.max_model_len)
+
+    @app.get("/v1/models", response_model=None, response_class=Response, responses=answers_of(ModelList))
+    async def models() -> Response:
+        return _json(encode(ModelList(data=[card])))
+
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+    @app.get(
+        "/v1/models/{name:path}",
+        response_model=None,
+        response_class=Response,
+        responses=answers_of(ModelCard, 404),
+        openapi_extra={"parameters": [name]},
+    )
+    async def model_card(request: Request) -> Response:
+        refuse_other_model(request.path_params["name"], model)
+        return _json(encode(card))
+
+
+def _add_health_routes(app: FastAPI, health: Health) -> None:
+    for path, handler, errors in (
+        ("/health", health.health, [503]),
+        ("/ready", health.ready, [503]),
+        ("/live", health.live, []),
+    ):
+        app.add_api_route(
+            path, handler, response_model=None, response_class=Response, responses=answers_of(Status, *errors)
+        )
+
+    @app.get("/version", response_model=None, response_class=Response, responses=answers_of(Version))
+    async def program_version() -> Response:
+        return _json(encode(Version(version=app.version)))
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+# Starlette's type of a handler takes any exception; each of these is registered for the class it handles.
+async def _galaxyline_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, GalaxylineError):
+        raise TypeError(f"{error!r} is no GalaxylineError")
+    return refusal(error, {})
+
+
+async def _http_exception(_: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise TypeError(f"{error!r} is no HTTPException")
+    return error_response(status_body(error.status_code, f"{error.detail}"), dict(error.headers or {}))
+
+
+async def _unexpected_error(_: Request, __: Exception) -> Response:
+    return error_response(status_body(500, INTERNAL_ERROR))

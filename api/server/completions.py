@@ -1,0 +1,138 @@
+"""POST /v1/completions."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import aclosing
+
+import msgspec
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from api.client.token_source import TokenSource
+from api.errors import DeadlineError
+from api.messages.state import not_ready, takes_requests
+from api.openai.answer import Answer
+from api.openai.choices import build_choices
+from api.openai.completion_text import CompletionText
+from api.openai.error_responses import refusal
+from api.openai.pieces import Pieces
+from api.openai.prompts import Prompt, read_prompts, refuse_other_model
+from api.openai.protocol import CompletionRequest, parse_completion_request
+from api.openai.responses import Completion, encode
+from api.openai.sampling_options import sampling_params
+from api.server.admission import Admission
+from api.server.disconnect import ClientDisconnectedError, run_while_connected
+from api.server.event_stream import EventStream
+from api.server.request_body import read_and_parse
+from api.server.request_deadline import RequestDeadline
+from api.server.request_id import REQUEST_ID_HEADER, given_request_id, new_request_id
+from api.text.served_model import ServedModel
+from stages.step import SamplingParams
+from weights.errors import GalaxylineError
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that fits the model: its fields, its prompts as tokens, and how its tokens shall be chosen."""
+
+    request: CompletionRequest
+    prompts: list[Prompt]
+    sampling: SamplingParams
+
+
+class Completions:
+    """Answers completion requests for one model with one engine."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        engine: TokenSource,
+        tokenizer_threads: Executor,
+        draw_seed: Callable[[], int],
+        admission: Admission,
+        timeout_s: float | None = None,
+    ) -> None:
+        """`draw_seed` gives the seed of a prompt whose request has none. A request has `timeout_s` seconds at most."""
+        self._model = model
+        self._engine = engine
+        self._tokenizer_threads = tokenizer_threads
+        self._draw_seed = draw_seed
+        self._admission = admission
+        self._timeout_s = timeout_s
+
+    async def create(self, http_request: Request) -> Response:
+        """The route's handler. The answer's id is that of the header, else of the request's own field, else a new one.
+
+        Whatever is logged from here on in this task says the request's id.
+        """
+        given = given_request_id(http_request.headers.get(REQUEST_ID_HEADER))
+        request_id = given or new_request_id()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            self._refuse_unless_ready()
+            self._admission.refuse_if_full()
+            deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
+            reading = await read_and_parse(http_request, self._parse, self._tokenizer_threads)
+            request_id = given or given_request_id(reading.request.request_id) or request_id
+            structlog.contextvars.bind_contextvars(request_id=request_id)
+            deadline.check()
+            answer = await self._open(reading, request_id)
+            headers = {REQUEST_ID_HEADER: request_id}
+            if reading.request.stream:
+                return EventStream(answer.events(), answer, headers, deadline)
+            completion = await self._whole(answer, http_request.receive, deadline)
+        except ClientDisconnectedError:
+            return Response(status_code=499)  # nginx's number for it; nobody is there to see it
+        except GalaxylineError as error:
+            return refusal(error, {REQUEST_ID_HEADER: request_id})
+        return Response(encode(completion), 200, headers, media_type="application/json")
+
+    def _refuse_unless_ready(self) -> None:
+        state = self._engine.state
+        # While a stage is replaced requests wait: all that a client shall see of it is a pause.
+        if not takes_requests(state):
+            raise not_ready(state)
+
+    async def _whole(self, answer: Answer, receive: Receive, deadline: RequestDeadline) -> Completion:
+        async with aclosing(answer):
+            try:
+                return await run_while_connected(receive, answer.whole(), deadline)
+            except DeadlineError as error:
+                answer.last_words(error)
+                raise
+
+    def _parse(self, body: bytes) -> Reading:
+        request = parse_completion_request(body)
+        refuse_other_model(request.model, self._model)
+        return Reading(
+            request=request,
+            prompts=read_prompts(request, self._model),
+            sampling=sampling_params(request, self._model),
+        )
+
+    async def _open(self, reading: Reading, request_id: str) -> Answer:
+        """Hands all choices to the engine, or none: a request that cannot be served fails before its answer begins."""
+        choices = build_choices(
+            reading.request,
+            reading.prompts,
+            reading.sampling,
+            self._model,
+            self._engine.next_request_id,
+            self._draw_seed,
+        )
+        prompt_tokens = {choice.index: len(choice.prompt.tokens) for choice in choices if choice.request is not None}
+        place = self._admission.admit(prompt_tokens)
+        pieces = Pieces()
+        try:
+            for choice in choices:
+                text = CompletionText(choice, reading.request, self._model)
+                if choice.request is None:
+                    pieces.add_whole(text)
+                else:
+                    pieces.add(text, self._engine.generate(choice.request))
+        except GalaxylineError:
+            await pieces.aclose()
+            place.release()
+            raise
+        return Answer(f"cmpl-{request_id}", self._model.name, reading.request, reading.prompts, choices, pieces, place)

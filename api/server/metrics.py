@@ -1,0 +1,206 @@
+"""The text that Prometheus reads: vLLM's metrics under vLLM's names, and our own of each stage; see docs/metrics.md."""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+import msgspec
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from api.client.request_metrics import RequestMetrics
+from api.messages.engine import EngineMetrics, StageMetrics
+from api.messages.histogram import Histogram
+
+ENGINE_PREFIX = "galaxyline_engine"
+"""Begins the names of the kernel's numbers of an engine's process; those of this process have the usual names."""
+
+ENGINE = ("engine",)
+MODEL = ("model_name", "engine")
+STAGE = ("engine", "stage", "host")
+
+Labels = tuple[str, ...]
+Value = TypeVar("Value")
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one engine and its requests: `metrics` is None where it does not answer, `pid` where there is
+    no process."""
+
+    requests: RequestMetrics
+    metrics: EngineMetrics | None
+    pid: int | None
+
+
+class MetricsText:
+    """Puts together what the front end and the engines have measured, and what the kernel says of their processes.
+
+    An engine's label is its number, "0" for the first.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        """`model_name` is a label of vLLM's metrics."""
+        self._model_name = model_name
+
+    def families(self, engines: Sequence[Measured]) -> list[Metric]:
+        """What has been measured so far."""
+        requests: dict[Labels, RequestMetrics] = {
+            (self._model_name, str(number)): engine.requests for number, engine in enumerate(engines)
+        }
+        answers = {str(number): engine.metrics for number, engine in enumerate(engines) if engine.metrics is not None}
+        up: dict[Labels, float] = {(str(number),): str(number) in answers for number in range(len(engines))}
+        families = [_gauge("galaxyline:engine_up", "1 where the engine answers, else 0.", up, ENGINE)]
+        families += _request_families(requests)
+        if answers:
+            families += _scheduler_families({(self._model_name, engine): one for engine, one in answers.items()})
+            families += _step_families(answers)
+            families += _stage_families([(engine, stage) for engine, one in answers.items() for stage in one.stages])
+        return families
+
+    def encode(self, families: Sequence[Metric], engines: Sequence[Measured]) -> bytes:
+        """The text, processes included.
+
+        It takes milliseconds, most of the time that a scrape does: call it from any thread.
+        """
+        pids = {str(number): engine.pid for number, engine in enumerate(engines) if engine.pid is not None}
+        registry = CollectorRegistry()
+        registry.register(_Families([*families, *_process_families(pids)]))
+        registry.register(ProcessCollector(pid=os.getpid, registry=None))
+        return generate_latest(registry)
+
+
+class _Families(Collector):
+    """Families that are made already."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _process_families(pids: Mapping[str, int]) -> Iterable[Metric]:
+    """What the kernel says of each engine's process; nothing of one that has just ended."""
+    families: dict[str, Metric] = {}
+    for engine, pid in pids.items():
+        collector = ProcessCollector(namespace=ENGINE_PREFIX, pid=functools.partial(int, pid), registry=None)
+        for of_one in collector.collect():
+            family = families.setdefault(of_one.name, Metric(of_one.name, of_one.documentation, of_one.type))
+            for sample in of_one.samples:
+                family.add_sample(sample.name, {**sample.labels, "engine": engine}, sample.value)
+    return families.values()
+
+
+def _request_families(requests: Mapping[Labels, RequestMetrics]) -> Iterator[Metric]:
+    def each(of: Callable[[RequestMetrics], Value]) -> dict[Labels, Value]:
+        return {labels: of(one) for labels, one in requests.items()}
+
+    yield _counter("vllm:prompt_tokens", "Prompt tokens processed.", each(lambda one: one.prompt_tokens), MODEL)
+    yield _counter("vllm:generation_tokens", "Tokens generated.", each(lambda one: one.generation_tokens), MODEL)
+    yield _counter(
+        "vllm:request_success",
+        "Requests that ended, by reason.",
+        {(*labels, reason): count for labels, one in requests.items() for reason, count in one.finished.items()},
+        (*MODEL, "finished_reason"),
+    )
+    for name, text, histograms in (
+        (
+            "vllm:time_to_first_token_seconds",
+            "From a request to its first token.",
+            each(lambda one: one.first_token_times),
+        ),
+        (
+            "vllm:inter_token_latency_seconds",
+            "From one token of a request to its next.",
+            each(lambda one: one.inter_token_times),
+        ),
+        ("vllm:e2e_request_latency_seconds", "From a request to its last token.", each(lambda one: one.latencies)),
+        ("vllm:request_prompt_tokens", "Prompt tokens of a request.", each(lambda one: one.prompt_lengths)),
+        (
+            "vllm:request_generation_tokens",
+            "Tokens generated for a request.",
+            each(lambda one: one.generation_lengths),
+        ),
+    ):
+        yield _histogram(name, text, histograms, MODEL)
+
+
+def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Metric]:
+    def each(of: Callable[[EngineMetrics], Value]) -> dict[Labels, Value]:
+        return {labels: of(one) for labels, one in engines.items()}
+
+    usage = each(lambda one: 1 - one.counts.free_blocks / one.counts.blocks)
+    none = each(lambda _: 0.0)
+    running, waiting = each(lambda one: one.counts.running), each(lambda one: one.counts.waiting)
+    yield _gauge("vllm:num_requests_running", "Requests that have a slot.", running, MODEL)
+    yield _gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", waiting, MODEL)
+    yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", usage, MODEL)
+    text = "Requests that had to give way."
+    yield _counter("vllm:num_preemptions", text, each(lambda one: one.preemptions), MODEL)
+    yield _counter("vllm:prefix_cache_queries", "0: there is no prefix cache.", none, MODEL)
+    yield _counter("vllm:prefix_cache_hits", "0: there is no prefix cache.", none, MODEL)
+    text = "From a request's arrival in the engine to its slot."
+    yield _histogram("vllm:request_queue_time_seconds", text, each(lambda one: one.queue_times), MODEL)
+
+
+def _step_families(engines: Mapping[str, EngineMetrics]) -> Iterator[Metric]:
+    in_flight: dict[Labels, float] = {(engine,): one.counts.steps_in_flight for engine, one in engines.items()}
+    yield _gauge("galaxyline:steps_in_flight", "Steps submitted whose result is awaited.", in_flight, ENGINE)
+    steps: dict[Labels, Histogram] = {}
+    for engine, one in engines.items():
+        steps |= {(engine, "prefill"): one.prefill_steps, (engine, "decode"): one.decode_steps}
+    yield _histogram("galaxyline:step_seconds", "From a step's submission to its result.", steps, (*ENGINE, "mode"))
+    text = "From a step's end on the last stage to its result in the engine."
+    hops: dict[Labels, Histogram] = {(engine,): one.result_hops for engine, one in engines.items()}
+    yield _histogram("galaxyline:result_hop_seconds", text, hops, ENGINE)
+    text = "From the loss of a stage until steps could go on."
+    recoveries: dict[Labels, Histogram] = {(engine,): one.recoveries for engine, one in engines.items()}
+    yield _histogram("galaxyline:recovery_seconds", text, recoveries, ENGINE)
+
+
+def _stage_families(stages: Sequence[tuple[str, StageMetrics]]) -> Iterator[Metric]:
+    def each(of: Callable[[StageMetrics], Value]) -> dict[Labels, Value]:
+        return {(engine, str(stage.stage), stage.host): of(stage) for engine, stage in stages}
+
+    busy, share = each(lambda stage: stage.busy_seconds), each(lambda stage: stage.busy_share)
+    yield _counter("galaxyline:stage_busy_seconds", "Time spent computing steps.", busy, STAGE)
+    yield _gauge("galaxyline:stage_busy_share", "Share of the last 10 s spent computing.", share, STAGE)
+    text = "Time spent waiting while the pipeline had a step in flight."
+    yield _counter("galaxyline:stage_bubble_seconds", text, each(lambda stage: stage.bubble_seconds), STAGE)
+    steps: dict[Labels, Histogram] = {}
+    for engine, stage in stages:
+        place = (engine, str(stage.stage), stage.host)
+        steps |= {(*place, "prefill"): stage.prefill_steps, (*place, "decode"): stage.decode_steps}
+    yield _histogram("galaxyline:stage_step_seconds", "A step's time on a stage.", steps, (*STAGE, "mode"))
+    text = "From the stage before, or the engine, to the stage."
+    yield _histogram("galaxyline:stage_hop_seconds", text, each(lambda stage: stage.hops), STAGE)
+    text = "From a step's arrival on a stage to its beginning."
+    yield _histogram("galaxyline:stage_queue_seconds", text, each(lambda stage: stage.queues), STAGE)
+
+
+def _counter(name: str, text: str, values: Mapping[Labels, float], labels: Labels = ()) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
+
+
+def _gauge(name: str, text: str, values: Mapping[Labels, float], labels: Labels = ()) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
+
+
+def _histogram(name: str, text: str, values: Mapping[Labels, Histogram], labels: Labels = ()) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for label_values, histogram in values.items():
+        bounds: list[str] = [floatToGoString(b) for b in (*histogram.bounds, math.inf)]  # type: ignore[no-untyped-call]
+        family.add_metric(label_values, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.total)
+    return family

@@ -1,0 +1,140 @@
+"""GET /metrics and GET /pipeline: what operators look at, and their tools."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+from fastapi import FastAPI, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from api.client.request_metrics import RequestMetrics
+from api.errors import EngineError
+from api.messages.engine import EngineMetrics, EngineState, PipelineReport
+from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
+from api.messages.state import common_state
+from api.openai.error_responses import public_text
+from api.openai.responses import encode
+from api.server.metrics import Measured, MetricsText
+from api.server.openapi import object_answer, text_answer
+
+
+class MonitoredEngine(Protocol):
+    """What is asked of an engine: `EngineClient` is one."""
+
+    requests: RequestMetrics
+
+    @property
+    def state(self) -> EngineState:
+        """Where it stands now."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id. Raises EngineError before it was started."""
+
+    async def metrics(self) -> EngineMetrics:
+        """What it has measured. Raises EngineError where it is gone, or does not answer in time."""
+
+    async def report(self) -> PipelineReport:
+        """What it and its stages do now. Raises EngineError where it is gone, or does not answer in time."""
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine as it is at this moment: `report` is None where it gave none, and `cause` then says why."""
+
+    state: EngineState
+    pid: int | None
+    report: PipelineReport | None
+    cause: str
+
+
+def add_monitoring_routes(app: FastAPI, model_name: str, engines: Sequence[MonitoredEngine]) -> None:
+    """Both answer at any time, also while engines load and after they failed."""
+    text = MetricsText(model_name)
+
+    @app.get("/metrics", response_model=None, response_class=Response, responses=text_answer())
+    async def metrics() -> Response:
+        measured = await asyncio.gather(*map(_measured, engines))
+        families = text.families(measured)
+        # Not on the loop, where the tokens of open streams pass.
+        body = await asyncio.to_thread(text.encode, families, measured)
+        # Every scraper takes it, and the library's OpenMetrics would spell the colons in vLLM's names as underscores.
+        return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    @app.get("/pipeline", response_model=None, response_class=Response, responses=object_answer(503))
+    async def pipeline() -> Response:
+        looks = await asyncio.gather(*map(_look, engines))
+        return Response(encode(_view(model_name, looks)), media_type="application/json")
+
+
+async def _measured(engine: MonitoredEngine) -> Measured:
+    try:
+        metrics = await engine.metrics()
+    except EngineError:
+        metrics = None
+    return Measured(requests=engine.requests, metrics=metrics, pid=_pid(engine))
+
+
+async def _look(engine: MonitoredEngine) -> Look:
+    try:
+        report, cause = await engine.report(), ""
+    except EngineError as error:
+        report, cause = None, str(error)
+    return Look(state=engine.state, pid=_pid(engine), report=report, cause=cause)
+
+
+def _pid(engine: MonitoredEngine) -> int | None:
+    """None where there is no such process, or none any more."""
+    try:
+        return engine.pid if engine.state.phase != "failed" else None
+    except EngineError:
+        return None
+
+
+def _view(model_name: str, looks: Sequence[Look]) -> PipelineView:
+    """Raises EngineError where no engine answers, though not all of them have failed."""
+    silent = [look.cause for look in looks if look.report is None and look.state.phase != "failed"]
+    if silent and all(look.report is None for look in looks):
+        raise EngineError(silent[0])
+    state = common_state([look.state for look in looks])
+    replicas = [_replica_view(replica, look) for replica, look in enumerate(looks)]
+    return PipelineView(
+        model=model_name,
+        phase=state.phase,
+        detail=public_text(state.detail),
+        engine=total([replica.engine for replica in replicas if replica.engine is not None]),
+        replicas=replicas,
+        stages=[
+            msgspec.structs.replace(stage, replica=replica, detail=public_text(stage.detail))
+            for replica, look in enumerate(looks)
+            if look.report is not None
+            for stage in look.report.stages
+        ],
+    )
+
+
+def _replica_view(replica: int, look: Look) -> ReplicaView:
+    is_silent = look.report is None and look.state.phase != "failed"
+    return ReplicaView(
+        replica=replica,
+        phase=look.state.phase,
+        detail=public_text(look.cause if is_silent else look.state.detail),
+        engine=None if look.report is None else _engine_view(look.pid, look.report),
+    )
+
+
+def _engine_view(pid: int | None, report: PipelineReport) -> EngineView:
+    counts = report.counts
+    return EngineView(
+        pid=pid,
+        epoch=report.epoch,
+        microbatches=report.microbatches,
+        steps_in_flight=counts.steps_in_flight,
+        requests_running=counts.running,
+        requests_waiting=counts.waiting,
+        preemptions=report.preemptions,
+        slots=counts.slots,
+        slots_used=counts.slots - counts.free_slots,
+        kv_cache_blocks=counts.blocks,
+        kv_cache_blocks_used=counts.blocks - counts.free_blocks,
+    )

@@ -1,0 +1,174 @@
+"""`galaxyline serve`: the engine, and the HTTP server in front of it."""
+
+import asyncio
+import contextlib
+import gc
+import json
+import socket
+from collections.abc import Iterator
+
+import click
+import msgspec
+import uvicorn
+from rich.console import Console
+
+from api.cli.front_options import FrontSettings
+from api.client.replicas import Replicas
+from api.client.start_progress import StartProgress
+from api.engine.options import EngineOptions
+from api.engine.signals import on_stop_signal
+from api.server.admission import Admission
+from api.server.api_keys import Authentication
+from api.server.app import create_app
+from api.server.client_protocol import client_protocol
+from api.server.drain import Drain
+from api.server.listener import listen, url
+from api.server.monitoring import add_monitoring_routes
+from api.settings.engine import ENGINE_MARGIN_S, EngineSettings
+from api.settings.replicas import replica_options
+from api.text.generation_config import MODELS_OWN
+from api.text.model_source import ModelSource, check_model_files
+from api.text.served_model import DEFAULT_MAX_LOGPROBS, ServedModel
+from weights.model_config import ModelConfig
+
+CLOSE_MARGIN_S = 5
+"""What responses get to end in after the engine has been closed under them."""
+
+
+class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `serve`; port 0 takes any free one. With the engine's seed, requests that bring none get the same
+    ones in every run. Each of the `replicas` is an engine with a pipeline of its own. `max_logprobs` and
+    `generation_config` are ServedModel's."""
+
+    engine: EngineSettings
+    source: ModelSource
+    host: str
+    port: int
+    shutdown_timeout_s: float
+    replicas: int = 1
+    front: FrontSettings = FrontSettings()
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    generation_config: str = MODELS_OWN
+
+
+async def serve(settings: ServeSettings) -> None:
+    """Serves until SIGINT or SIGTERM; the open requests then have `shutdown_timeout_s` to end, or until a second one.
+
+    Raises GalaxylineError where the server cannot start, and the engine's error where it fails for good: all requests
+    have ended with it by then.
+    """
+    check_model_files(settings.source, needs_weights=settings.engine.needs_weights)
+    config = ModelConfig.from_file(settings.source.path / "config.json")
+    options = replica_options(settings.engine, settings.source, config, settings.replicas)
+    model = ServedModel.load(
+        settings.source,
+        config,
+        options[0].pipeline.stage.cache.max_model_len,
+        settings.max_logprobs,
+        settings.generation_config,
+    )
+    with contextlib.closing(listen(settings.host, settings.port)) as listener:
+        stop = asyncio.Event()
+        with on_stop_signal(lambda _: stop.set()):
+            await _serve(settings, options, model, listener, stop)
+
+
+async def _serve(
+    settings: ServeSettings,
+    options: list[EngineOptions],
+    model: ServedModel,
+    listener: socket.socket,
+    stop: asyncio.Event,
+) -> None:
+    progress = StartProgress(Console(stderr=True), settings.replicas)
+    async with Replicas.open(options, progress.update) as replicas:
+        front, cache = settings.front, options[0].pipeline.stage.cache
+        app = create_app(
+            model,
+            replicas,
+            settings.engine.seed,
+            admission=Admission(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
+            request_timeout_s=front.request_timeout_s,
+            probe=replicas.probe,
+        )
+        add_monitoring_routes(app, model.name, replicas.engines)
+        if front.api_keys is not None:
+            app.add_middleware(Authentication, keys=front.api_keys)
+        drain = Drain(app)
+        server = _Server(
+            uvicorn.Config(
+                drain,
+                http=client_protocol(front.client_timeout_s),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_MARGIN_S,
+                **({} if front.tls is None else front.tls.uvicorn_options),
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        failing: asyncio.Task[None] | None = None
+        try:
+            with progress.showing():
+                ready = asyncio.create_task(replicas.start(settings.engine.start_timeout_s + ENGINE_MARGIN_S))
+                await _wait_for(stop, ready)
+            # A signal may have reached the engine's processes too: how they took it says nothing.
+            if ready.done() and not stop.is_set():
+                ready.result()
+                # What is there by now stays to the end, so the cycle collector need not look at it with every request:
+                # that took a tenth of the front end's time.
+                gc.collect()
+                gc.freeze()
+                click.echo(_welcome(_address(listener, front), model, options))
+                failing = asyncio.create_task(replicas.wait_failed())
+                await _wait_for(stop, serving, failing)
+                failing.cancel()
+            ready.cancel()
+        finally:
+            stop.clear()
+            drain.begin()
+            await _wait_for(stop, asyncio.create_task(drain.wait()), timeout_s=settings.shutdown_timeout_s)
+            # Requests that are still open end with the engine's error, not in silence.
+            await replicas.close()
+            server.should_exit = True
+            await serving
+        if failing is not None and not failing.cancelled():
+            # Nobody can be served any more: whoever watches over this process shall start it anew.
+            failing.result()
+
+
+async def _wait_for(stop: asyncio.Event, *tasks: asyncio.Task[None], timeout_s: float | None = None) -> None:
+    """Returns when one of the `tasks` is done, `stop` is set or the time is up, whichever comes first."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({stopping, *tasks}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`, which has an engine to end before the process may go."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _address(listener: socket.socket, front: FrontSettings) -> str:
+    address = url(listener)
+    return address if front.tls is None else address.replace("http:", "https:", 1)
+
+
+def _welcome(base: str, model: ServedModel, options: list[EngineOptions]) -> str:
+    specs = options[0].pipeline.specs
+    replicas = f"{len(options)} replicas of " if len(options) > 1 else ""
+    body = {"model": model.name, "prompt": "San Francisco is a", "max_tokens": 32, "temperature": 0}
+    fields = json.dumps({**body, "top_p": 0.9, "top_k": 10}, ensure_ascii=False)[1:-1].replace("'", "'\\''")
+    return (
+        f"Ready: {model.name} on {base}, {specs[-1].end_layer} layers over {replicas}{len(specs)} "
+        f"{'stage' if len(specs) == 1 else 'stages'}. Try it:\n\n"
+        f"curl {base}/v1/completions \\\n"
+        '  -H "Content-Type: application/json" \\\n'
+        f"  -d '{{ {fields} }}'\n"
+    )

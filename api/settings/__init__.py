@@ -1,0 +1,1 @@
+"""Every option, with its default, its help and its environment variable."""

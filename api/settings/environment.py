@@ -1,0 +1,33 @@
+"""Environment variables of the tt-metal demo and its vLLM server: which count here, and which do no harm."""
+
+from collections.abc import Mapping
+
+import structlog
+
+from api.settings.mesh_device import MESH_DEVICE_VARIABLE, parse_mesh_device
+
+CACHE_VARIABLE = "DEEPSEEK_V3_CACHE"
+
+WITHOUT_EFFECT = (
+    "ARCH_NAME",
+    "HF_TOKEN",
+    "PYTHON_ENV_DIR",
+    "TT_METAL_HOME",
+    "VLLM_DIR",
+    "VLLM_RPC_TIMEOUT",
+    "VLLM_TARGET_DEVICE",
+    "VLLM_USE_V1",
+)
+"""Variables that people have set for those programs and that this one does not need."""
+
+log = structlog.get_logger()
+
+
+def note_environment(environment: Mapping[str, str]) -> None:
+    """Logs, once, which variables are set in vain. Raises OptionError if MESH_DEVICE is no mesh."""
+    present = [name for name in WITHOUT_EFFECT if name in environment]
+    if present:
+        log.info("these environment variables have no effect here", variables=present)
+    if mesh := environment.get(MESH_DEVICE_VARIABLE):
+        rows, columns = parse_mesh_device(mesh)
+        log.info("MESH_DEVICE has no effect on the embedded device", rows=rows, columns=columns)

@@ -1,0 +1,1 @@
+"""Between text and tokens: where a model is found, its tokenizer, chat template and advice."""

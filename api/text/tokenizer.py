@@ -1,0 +1,173 @@
+"""A model's tokenizer: text to tokens and back, read from its tokenizer.json without transformers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import tokenizers
+from tokenizers import Tokenizer
+
+from api.text.incremental_decoder import IncrementalDecoder
+from weights.bounded_file import read_bounded
+from weights.errors import CheckpointError
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+TOKENIZER_BYTES_MAX = 1 << 27
+"""Sixteen times DeepSeek-R1's."""
+
+CONFIG_BYTES_MAX = 1 << 24
+
+Side = Literal["left", "right"]
+
+
+class TextTokenizer:
+    """Encodes prompts and decodes completions. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        add_bos: bool,
+        config: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        """`add_bos` puts BOS before every text where tokenizer.json's own post-processor does not.
+
+        `config` is what tokenizer_config.json holds: clients may ask for it. `special_tokens` are its texts of them by
+        name, such as `bos_token`.
+        """
+        self._tokenizer = tokenizer
+        self.config = config
+        self.special_tokens = {
+            name: text
+            for name, value in config.items()
+            if name.endswith("_token") and (text := _token_text(value)) is not None
+        }
+        self.bos_token_id = _token_id(tokenizer, bos_token)
+        self.eos_token = eos_token
+        self.eos_token_id = _token_id(tokenizer, eos_token)
+        self._special = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._prefix: list[int] = []
+        if add_bos and self.bos_token_id is not None and self.bos_token_id not in self._encoded("", True):
+            self._prefix = [self.bos_token_id]
+        self._texts: dict[int, str] = {}
+        self.characters_per_token_max = max(map(len, tokenizer.get_vocab()), default=1)
+
+    @classmethod
+    def load(cls, directory: Path) -> "TextTokenizer":
+        """Reads tokenizer.json and, where there are such, tokenizer_config.json and chat_template.jinja.
+
+        `add_bos_token` of the second is followed: DeepSeek's own tokenizer.json does not add BOS by itself. The third
+        goes before the template in the second.
+        Raises CheckpointError where tokenizer.json is missing or a file is no tokenizer.
+        """
+        path = directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"Tokenizer files not found in the model directory. Expected one of: {TOKENIZER_FILE}. "
+                f"Checked: '{directory}'."
+            )
+        if path.stat().st_size > TOKENIZER_BYTES_MAX:
+            raise CheckpointError(f"{path} is larger than {TOKENIZER_BYTES_MAX} bytes: it is no tokenizer.")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself for whatever is wrong with the file
+            raise CheckpointError(f"{path} is no tokenizer: {error}.") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = _tokenizer_config(directory)
+        return cls(
+            tokenizer,
+            bos_token=_token_text(config.get("bos_token")),
+            eos_token=_token_text(config.get("eos_token")),
+            add_bos=config.get("add_bos_token") is True,
+            config=config,
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, after BOS unless `add_special_tokens` is false."""
+        ids = self._encoded(text, add_special_tokens)
+        return self._prefix + ids if add_special_tokens else ids
+
+    def encode_part(self, text: str, length: int, side: Side, add_special_tokens: bool = True) -> list[int]:
+        """As `encode`, but at most `length` ids: special ones, and the last of the others, or the first for "right"."""
+        encoding = self._encoding(text, add_special_tokens=False)
+        added = self._tokenizer.num_special_tokens_to_add(False) + len(self._prefix) if add_special_tokens else 0
+        # The library truncates at the side it is told; what is left of a text is its other end.
+        encoding.truncate(max(length - added, 0), direction=side)
+        ids: list[int] = self._tokenizer.post_process(encoding, None, add_special_tokens).ids
+        ids = self._prefix + ids if add_special_tokens else ids
+        return ids[:length]
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `tokens`; bytes that form no character become U+FFFD, ids without a token give nothing."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def decoder(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
+        """A decoder for one sequence that grows token by token."""
+        return IncrementalDecoder(self._tokenizer, self._special if skip_special_tokens else frozenset())
+
+    @property
+    def size(self) -> int:
+        """The number of tokens, special ones included: every id is less."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The tokens that `decode` leaves out, in rising order."""
+        return sorted(self._special)
+
+    def token_text(self, token: int) -> str:
+        """Text of one token by itself, special ones included; U+FFFD for bytes that are no whole character."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
+        return text
+
+    def token_string(self, token: int) -> str:
+        """A token as the vocabulary spells it, such as "Ġthe"; empty for an id without a token."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves the token out."""
+        return token in self._special
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        return ids
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        # Of the library's ways to encode, this one keeps no offsets and lets other threads run.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _token_id(tokenizer: Tokenizer, token: str | None) -> int | None:
+    return None if token is None else tokenizer.token_to_id(token)
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    path = directory / TOKENIZER_CONFIG_FILE
+    try:
+        config = json.loads(read_bounded(path, CONFIG_BYTES_MAX) or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    template = read_bounded(directory / CHAT_TEMPLATE_FILE, CONFIG_BYTES_MAX)
+    return config if template is None else {**config, "chat_template": template.decode(errors="replace")}
+
+
+def _token_text(value: object) -> str | None:
+    """A token of tokenizer_config.json: its text, or an object with its text as "content"."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,1 @@
+"""Model families in ttnn's vocabulary."""

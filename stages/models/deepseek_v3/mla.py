@@ -1,0 +1,270 @@
+"""Multi-head latent attention with the up-projections of keys and values absorbed into queries and outputs.
+
+The cache keeps one latent and one rotated key for each token, shared by all heads (DeepSeek-V2, arXiv:2405.04434,
+2.1). Projections are tensor parallel by heads; attention itself is parallel by users, because the cache has no heads
+to share out: an all-to-all before and after it swaps the one for the other.
+"""
+
+from pathlib import Path
+from typing import TypedDict
+
+from stages.backend import composite, ttnn
+from stages.batch import DecodeBatch, PrefillBatch, PrefillRound
+from stages.errors import PlanError
+from stages.kv_cache import create_kv_cache
+from stages.models.deepseek_v3.mla_weights import convert_mla_weights
+from stages.models.deepseek_v3.rms_norm import LATENT_EPSILON
+from stages.models.deepseek_v3.rope import Rope
+from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES
+from stages.models.module import COLUMNS, Module, columns, matmul_kernel
+from stages.op_configs import (
+    AllReduceConfig,
+    AllToAllConfig,
+    LinearConfig,
+    MeshPartitionConfig,
+    MLADecodeConfig,
+    MLAPrefillConfig,
+    OpConfig,
+    ReduceScatterConfig,
+    RMSNormConfig,
+    RotaryConfig,
+)
+from stages.options import CacheOptions
+from stages.run_config import OperatorConfig, StateDict, WeightConfig
+from stages.tensor_dtypes import TILE, WeightDtypes
+from weights.model_config import HuggingFaceConfig, ModelConfig
+
+SDPA_GRID = (8, 8)
+"""Cores of a Wormhole chip that attention uses, columns and rows."""
+DECODE_CHUNK = 128
+PREFILL_CHUNK = 32
+"""Tokens that a flash attention kernel takes at a time; larger chunks of 576 values overflow L1."""
+
+
+class MLAState(TypedDict):
+    """State of attention: the layer's cache on every chip."""
+
+    mesh_device: ttnn.MeshDevice
+    kv_cache: ttnn.Tensor
+    config: ModelConfig
+
+
+class MLARunConfig(MLAState):
+    """What a forward pass needs; `attention` is an MLAPrefillConfig or an MLADecodeConfig."""
+
+    wq_kv_a: LinearConfig
+    all_reduce: AllReduceConfig
+    q_norm: RMSNormConfig
+    kv_norm: RMSNormConfig
+    wq_b: LinearConfig
+    wkv_b1: LinearConfig
+    wkv_b2: LinearConfig
+    wo: LinearConfig
+    rope: RotaryConfig
+    users_for_heads: AllToAllConfig
+    heads_for_users: AllToAllConfig
+    kv_partition: MeshPartitionConfig
+    attention: OpConfig
+    reduce_scatter: ReduceScatterConfig
+
+
+class MLA(Module[MLARunConfig]):
+    """Attention over a paged latent cache."""
+
+    @classmethod
+    def convert_weights(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        torch_state_dict: StateDict,
+        output_path: Path,
+        mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> WeightConfig:
+        """Writes the projections and norms of `torch_state_dict`.
+
+        Raises PlanError where the heads or the hidden size cannot be shared by the columns.
+        """
+        return convert_mla_weights(ModelConfig.from_hf(hf_config), torch_state_dict, output_path, mesh_device, dtypes)
+
+    @classmethod
+    def prefill_model_config(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> OperatorConfig:
+        """Op configs for many tokens: intermediate results go to DRAM."""
+        config = ModelConfig.from_hf(hf_config)
+        attention = MLAPrefillConfig(
+            scale=config.softmax_scale,
+            program_config=_sdpa_program(PREFILL_CHUNK, PREFILL_CHUNK),
+            compute_kernel_config=matmul_kernel(),
+        )
+        return {
+            **cls._model_config(config, ttnn.DRAM_MEMORY_CONFIG),
+            "kv_partition": MeshPartitionConfig(dim=2, cluster_axis=COLUMNS),
+            "attention": attention,
+        }
+
+    @classmethod
+    def decode_model_config(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> OperatorConfig:
+        """Op configs for one token a user: intermediate results stay in L1."""
+        config = ModelConfig.from_hf(hf_config)
+        attention = MLADecodeConfig(
+            head_dim_v=config.kv_lora_rank,
+            scale=config.softmax_scale,
+            program_config=_sdpa_program(0, DECODE_CHUNK),
+            compute_kernel_config=matmul_kernel(),
+        )
+        return {
+            **cls._model_config(config, ttnn.L1_MEMORY_CONFIG),
+            # A pool's users are fewer than a tile is high, so they are split where dimension 2 is padded for each.
+            "kv_partition": MeshPartitionConfig(dim=1, cluster_axis=COLUMNS),
+            "attention": attention,
+        }
+
+    @classmethod
+    def _model_config(cls, config: ModelConfig, memory_config: ttnn.MemoryConfig) -> OperatorConfig:
+        linear = LinearConfig(memory_config=memory_config, compute_kernel_config=matmul_kernel())
+        norm = RMSNormConfig(epsilon=LATENT_EPSILON, memory_config=memory_config)
+        return {
+            "wq_kv_a": linear,
+            "all_reduce": AllReduceConfig(cluster_axis=COLUMNS, memory_config=memory_config),
+            "q_norm": norm,
+            "kv_norm": norm,
+            "wq_b": linear,
+            "wkv_b1": linear,
+            "wkv_b2": linear,
+            "wo": linear,
+            "rope": RotaryConfig(is_decode_mode=False),
+            "users_for_heads": AllToAllConfig(in_dim=2, out_dim=1, cluster_axis=COLUMNS),
+            "heads_for_users": AllToAllConfig(in_dim=1, out_dim=2, cluster_axis=COLUMNS),
+            "reduce_scatter": ReduceScatterConfig(dim=3, cluster_axis=COLUMNS, memory_config=memory_config),
+        }
+
+    @classmethod
+    def create_state(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        cache: CacheOptions,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> MLAState:
+        """An empty cache of the size that `cache` asks for.
+
+        Raises PlanError where kv_lora_rank is no multiple of a tile's width, which attention cannot split off, or
+        where heads are too few for the columns of a mesh of chips.
+        """
+        config = ModelConfig.from_hf(hf_config)
+        heads, parts = config.num_attention_heads, columns(mesh_device)
+        if parts > 1 and heads // parts % composite.HEADS_TOGETHER:
+            raise PlanError(
+                f"{heads} attention heads cannot be exchanged by {parts} columns of chips, which do so by "
+                f"{composite.HEADS_TOGETHER}: the model runs on one chip only."
+            )
+        if config.kv_lora_rank % TILE:
+            raise PlanError(f"kv_lora_rank is {config.kv_lora_rank}; only multiples of {TILE} can be served.")
+        return {
+            "mesh_device": mesh_device,
+            "kv_cache": create_kv_cache(config, cache, mesh_device, dtypes.kv_cache),
+            "config": config,
+        }
+
+    @classmethod
+    def forward_prefill(cls, x: ttnn.Tensor, cfg: MLARunConfig, batch: PrefillBatch) -> ttnn.Tensor:
+        """x [1, 1, tokens, hidden / columns] on each chip -> the same shape; the tokens are added to the cache."""
+        q, kv = cls._project(x, cfg, batch.rope)
+        q = ttnn.permute(q, (0, 2, 1, 3))
+        outputs = [cls._attend_round(q, kv, cfg, round_) for round_ in batch.rounds]
+        return cls._output(_joined(outputs), cfg)
+
+    @classmethod
+    def forward_decode(cls, x: ttnn.Tensor, cfg: MLARunConfig, batch: DecodeBatch) -> ttnn.Tensor:
+        """x [1, 1, users, hidden / columns] on each chip -> the same shape; the tokens are added to the cache."""
+        q, kv = cls._project(x, cfg, batch.rope)
+        kv = composite.mesh_partition(ttnn.permute(kv, (0, 2, 1, 3)), **cfg["kv_partition"])
+        kv = ttnn.to_memory_config(kv, batch.kv_memory_config)
+        ttnn.experimental.paged_update_cache(
+            cfg["kv_cache"], kv, update_idxs_tensor=batch.positions, page_table=batch.pages
+        )
+        q = composite.all_to_all(ttnn.permute(q, (0, 2, 1, 3)), **cfg["users_for_heads"])
+        q = ttnn.to_memory_config(q, batch.q_memory_config)
+        attended = ttnn.transformer.paged_flash_multi_latent_attention_decode(
+            q, cfg["kv_cache"], page_table_tensor=batch.pages, cur_pos_tensor=batch.positions, **cfg["attention"]
+        )
+        return cls._output(composite.all_to_all(attended, **cfg["heads_for_users"]), cfg)
+
+    @classmethod
+    def _project(cls, x: ttnn.Tensor, cfg: MLARunConfig, rope: Rope) -> tuple[ttnn.Tensor, ttnn.Tensor]:
+        """Queries [1, heads / columns, tokens, kv_dim] and what the cache keeps, [1, 1, tokens, kv_dim]."""
+        config = cfg["config"]
+        tokens = x.shape[2]
+        q_end, kv_end = config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank
+        latents = composite.all_reduce(ttnn.linear(x, **cfg["wq_kv_a"]), **cfg["all_reduce"])
+        q_latent = ttnn.rms_norm(_values(latents, 0, q_end), **cfg["q_norm"])
+        kv_latent = ttnn.rms_norm(_values(latents, q_end, kv_end), **cfg["kv_norm"])
+        k_rope = cls._rotate(_values(latents, kv_end, kv_end + config.qk_rope_head_dim), cfg, rope)
+        heads = config.num_attention_heads // columns(cfg["mesh_device"])
+        q = ttnn.reshape(ttnn.linear(q_latent, **cfg["wq_b"]), (1, tokens, heads, config.qk_head_dim))
+        q = ttnn.permute(q, (0, 2, 1, 3))
+        q_nope = ttnn.linear(_values(q, 0, config.qk_nope_head_dim), **cfg["wkv_b1"])
+        q_rope = cls._rotate(_values(q, config.qk_nope_head_dim, config.qk_head_dim), cfg, rope)
+        return ttnn.concat([q_nope, q_rope], dim=-1), ttnn.concat([kv_latent, k_rope], dim=-1)
+
+    @classmethod
+    def _rotate(cls, x: ttnn.Tensor, cfg: MLARunConfig, rope: Rope) -> ttnn.Tensor:
+        return ttnn.experimental.rotary_embedding_llama(x, rope.cos, rope.sin, rope.transformation, **cfg["rope"])
+
+    @classmethod
+    def _attend_round(cls, q: ttnn.Tensor, kv: ttnn.Tensor, cfg: MLARunConfig, round_: PrefillRound) -> ttnn.Tensor:
+        """Outputs [1, tokens of the round, heads / columns, kv_lora_rank] of the round's lanes.
+
+        q [1, tokens, heads / columns, kv_dim], kv [1, 1, tokens, kv_dim].
+        """
+        cache = cfg["kv_cache"]
+        kv_lanes = _joined([_tokens(kv, 2, begin, round_.length) for begin in round_.lanes], dim=2)
+        own_kv = composite.mesh_partition(kv_lanes, **cfg["kv_partition"])
+        ttnn.experimental.paged_fill_cache(cache, ttnn.typecast(own_kv, cache.dtype), round_.chunk_pages, batch_idx=0)
+        q_lanes = _joined([_tokens(q, 1, begin, round_.length) for begin in round_.lanes])
+        own_q = composite.all_to_all(q_lanes, **cfg["users_for_heads"])
+        attended = ttnn.transformer.chunked_flash_mla_prefill(
+            ttnn.permute(own_q, (0, 2, 1, 3)),
+            cache,
+            cfg["config"].kv_lora_rank,
+            round_.pages,
+            round_.start,
+            **cfg["attention"],
+        )
+        lanes = composite.all_to_all(ttnn.permute(attended, (0, 2, 1, 3)), **cfg["heads_for_users"])
+        return _joined([_tokens(lanes, 1, column * round_.length, round_.length) for column in round_.columns])
+
+    @classmethod
+    def _output(cls, attended: ttnn.Tensor, cfg: MLARunConfig) -> ttnn.Tensor:
+        """[1, tokens, heads / columns, kv_lora_rank] -> [1, 1, tokens, hidden / columns]."""
+        values = ttnn.linear(ttnn.permute(attended, (0, 2, 1, 3)), **cfg["wkv_b2"])
+        _, heads, tokens, width = values.shape
+        values = ttnn.reshape(ttnn.permute(values, (0, 2, 1, 3)), (1, 1, tokens, heads * width))
+        return composite.reduce_scatter(ttnn.linear(values, **cfg["wo"]), **cfg["reduce_scatter"])
+
+
+def _sdpa_program(q_chunk: int, k_chunk: int) -> ttnn.SDPAProgramConfig:
+    return ttnn.SDPAProgramConfig(
+        compute_with_storage_grid_size=SDPA_GRID, q_chunk_size=q_chunk, k_chunk_size=k_chunk, exp_approx_mode=False
+    )
+
+
+def _values(x: ttnn.Tensor, begin: int, end: int) -> ttnn.Tensor:
+    """A range of the last dimension of x, [1, heads, tokens, width]."""
+    return ttnn.slice(x, [0, 0, 0, begin], [x.shape[0], x.shape[1], x.shape[2], end])
+
+
+def _tokens(x: ttnn.Tensor, dim: int, begin: int, length: int) -> ttnn.Tensor:
+    """A range of tokens on dimension `dim`; x itself where it is all of them."""
+    if length == x.shape[dim]:
+        return x
+    begins, ends = [0, 0, 0, 0], list(x.shape)
+    begins[dim], ends[dim] = begin, begin + length
+    return ttnn.slice(x, begins, ends)
+
+
+def _joined(parts: list[ttnn.Tensor], dim: int = 1) -> ttnn.Tensor:
+    return parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=dim)

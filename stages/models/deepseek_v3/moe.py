@@ -1,0 +1,176 @@
+"""The mixture of experts: a router, experts spread over all chips, and experts that every token shares.
+
+Tokens of all rows come to every chip, each computes its own experts' part of the sum, and the sums go back to the
+rows. Scores are sigmoids; the correction bias takes part in choosing experts but not in their weights (DeepSeek-V3,
+arXiv:2412.19437, 2.1.2).
+"""
+
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from stages.backend import composite, ttnn
+from stages.models.deepseek_v3.mlp import MLP, PROJECTIONS, MLPRunConfig, MLPState
+from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, expert_weights, router_weights
+from stages.models.module import COLUMNS, ROWS, Module, matmul_kernel, share, transposed
+from stages.op_configs import (
+    AllGatherConfig,
+    LinearConfig,
+    MoEGateConfig,
+    ReduceScatterConfig,
+    RoutedExpertsConfig,
+)
+from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from weights.model_config import HuggingFaceConfig, ModelConfig
+
+
+class MoEState(TypedDict):
+    """State of a mixture; `select` [1, 1, experts, experts / chips] is each chip's part of the identity."""
+
+    mesh_device: ttnn.MeshDevice
+    select: ttnn.Tensor
+    shared_experts: MLPState
+
+
+class MoERunConfig(TypedDict):
+    """What a forward pass needs."""
+
+    mesh_device: ttnn.MeshDevice
+    select: ttnn.Tensor
+    gather_hidden: AllGatherConfig
+    gather_tokens: AllGatherConfig
+    gate: LinearConfig
+    route: MoEGateConfig
+    experts: RoutedExpertsConfig
+    scatter_tokens: ReduceScatterConfig
+    shared_experts: MLPRunConfig
+    scatter_hidden: ReduceScatterConfig
+
+
+class MoE(Module[MoERunConfig]):
+    """Sum of the chosen experts, by their weights, and of the shared ones."""
+
+    @classmethod
+    def convert_weights(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        torch_state_dict: StateDict,
+        output_path: Path,
+        mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> WeightConfig:
+        """Writes router, routed and shared experts; `torch_state_dict` has the names of a checkpoint's mlp.
+
+        Raises PlanError where the experts cannot be shared by the chips.
+        """
+        config = ModelConfig.from_hf(hf_config)
+        share(config.n_routed_experts, mesh_device.get_num_devices(), "The number of routed experts")
+        router = {
+            "gate": transposed(torch_state_dict, "gate.weight"),
+            "route": torch_state_dict["gate.e_score_correction_bias"][None, None, None],
+        }
+        files: WeightConfig = {
+            operation: dump_weight(output_path, operation, spec, router[operation], mesh_device)
+            for operation, spec in router_weights(config, dtypes).items()
+        }
+        files["experts"] = {
+            operand: dump_weight(
+                output_path,
+                "experts",
+                spec,
+                stacked_experts(config, torch_state_dict, PROJECTIONS[operand]),
+                mesh_device,
+            )
+            for operand, spec in expert_weights(config, dtypes).items()
+        }
+        shared = SubStateDict(torch_state_dict, "shared_experts.")
+        files["shared_experts"] = MLP.convert_weights(
+            config, shared, output_path / "shared_experts", mesh_device, dtypes
+        )
+        return files
+
+    @classmethod
+    def prefill_model_config(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> OperatorConfig:
+        """Op configs for many tokens: intermediate results go to DRAM."""
+        shared = MLP.prefill_model_config(hf_config, mesh_device)
+        return cls._model_config(ModelConfig.from_hf(hf_config), ttnn.DRAM_MEMORY_CONFIG, shared)
+
+    @classmethod
+    def decode_model_config(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> OperatorConfig:
+        """Op configs for one token a user: intermediate results stay in L1."""
+        shared = MLP.decode_model_config(hf_config, mesh_device)
+        return cls._model_config(ModelConfig.from_hf(hf_config), ttnn.L1_MEMORY_CONFIG, shared)
+
+    @classmethod
+    def _model_config(
+        cls, config: ModelConfig, memory_config: ttnn.MemoryConfig, shared: OperatorConfig
+    ) -> OperatorConfig:
+        return {
+            "gather_hidden": AllGatherConfig(dim=3, cluster_axis=COLUMNS, memory_config=memory_config),
+            "gather_tokens": AllGatherConfig(dim=2, cluster_axis=ROWS, memory_config=memory_config),
+            "gate": LinearConfig(dtype=ttnn.float32, memory_config=memory_config),
+            "route": MoEGateConfig(
+                n_groups=config.n_group,
+                topk_groups=config.topk_group,
+                n_activated_experts=config.num_experts_per_tok,
+                route_scale=config.routed_scaling_factor,
+                norm_topk_prob=config.norm_topk_prob,
+            ),
+            "experts": RoutedExpertsConfig(memory_config=memory_config, compute_kernel_config=matmul_kernel()),
+            "scatter_tokens": ReduceScatterConfig(dim=2, cluster_axis=ROWS, memory_config=memory_config),
+            "shared_experts": shared,
+            "scatter_hidden": ReduceScatterConfig(dim=3, cluster_axis=COLUMNS, memory_config=memory_config),
+        }
+
+    @classmethod
+    def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> MoEState:
+        """The selection of each chip's experts."""
+        config = ModelConfig.from_hf(hf_config)
+        return {
+            "mesh_device": mesh_device,
+            "select": ttnn.from_torch(
+                torch.eye(config.n_routed_experts)[None, None],
+                dtype=ttnn.bfloat16,
+                layout=ttnn.TILE_LAYOUT,
+                device=mesh_device,
+                mesh_mapper=ttnn.ShardTensorToMesh(mesh_device, dim=3),
+            ),
+            "shared_experts": MLP.create_state(hf_config, mesh_device),
+        }
+
+    @classmethod
+    def forward_prefill(cls, x: ttnn.Tensor, cfg: MoERunConfig) -> ttnn.Tensor:
+        """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
+        own = composite.all_gather(x, **cfg["gather_hidden"])
+        every = composite.all_gather(own, **cfg["gather_tokens"])
+        logits = ttnn.linear(every, **cfg["gate"])
+        weights, indices = composite.moe_gate(logits, **cfg["route"])
+        routed = composite.routed_experts(every, weights, indices, select=cfg["select"], **cfg["experts"])
+        routed = composite.reduce_scatter(routed, **cfg["scatter_tokens"])
+        # Both are partial sums over columns, so that one reduce-scatter does for the two.
+        partial = ttnn.add(routed, MLP.forward_partial(own, cfg["shared_experts"]))
+        return composite.reduce_scatter(partial, **cfg["scatter_hidden"])
+
+    @classmethod
+    def forward_decode(cls, x: ttnn.Tensor, cfg: MoERunConfig) -> ttnn.Tensor:
+        """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
+        return cls.forward_prefill(x, cfg)
+
+
+def stacked_experts(config: ModelConfig, state_dict: StateDict, projection: str) -> torch.Tensor:
+    """[1, experts, in, out], a view of [experts, out, in] as checkpoints store each one.
+
+    Filled expert by expert, so that no second copy of all of them is ever held; in bfloat16 where the checkpoint's
+    values are, which FP8 values times a scale are not.
+    """
+    first = state_dict[f"experts.0.{projection}"]
+    stack = torch.empty(config.n_routed_experts, *first.shape, dtype=first.dtype)
+    for expert in range(config.n_routed_experts):
+        stack[expert] = state_dict[f"experts.{expert}.{projection}"]
+    return stack.transpose(1, 2)[None]

@@ -1,0 +1,86 @@
+"""Root mean square normalisation, of one chip's values or of hidden states shared out over the mesh's columns."""
+
+from pathlib import Path
+from typing import TypedDict
+
+from stages.backend import composite, ttnn
+from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, norm_weights
+from stages.models.module import COLUMNS, Module, columns
+from stages.op_configs import AllGatherConfig, RMSNormConfig
+from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.tensor_dtypes import WeightDtypes
+from weights.model_config import HuggingFaceConfig, ModelConfig
+
+LATENT_EPSILON = 1e-6
+"""Epsilon of the norms inside attention: the default of DeepseekV3RMSNorm, whatever rms_norm_eps says."""
+
+
+class RMSNormState(TypedDict):
+    """State of a norm."""
+
+    mesh_device: ttnn.MeshDevice
+
+
+class RMSNormRunConfig(RMSNormState):
+    """What a forward pass needs."""
+
+    norm: RMSNormConfig
+    all_gather_stats: AllGatherConfig
+
+
+class RMSNorm(Module[RMSNormRunConfig]):
+    """x / rms(x) * weight over hidden states that are sharded by column."""
+
+    @classmethod
+    def convert_weights(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        torch_state_dict: StateDict,
+        output_path: Path,
+        mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> WeightConfig:
+        """Writes `weight` [hidden] of `torch_state_dict`, each column its part."""
+        weight = torch_state_dict["weight"]
+        spec = norm_weights(weight.shape[0], is_sharded=True)
+        return {"norm": dump_weight(output_path, "norm", spec, weight[None, None, None], mesh_device)}
+
+    @classmethod
+    def prefill_model_config(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> OperatorConfig:
+        """Op configs for many tokens: results go to DRAM."""
+        return cls._model_config(ModelConfig.from_hf(hf_config), ttnn.DRAM_MEMORY_CONFIG)
+
+    @classmethod
+    def decode_model_config(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> OperatorConfig:
+        """Op configs for one token a user: results stay in L1."""
+        return cls._model_config(ModelConfig.from_hf(hf_config), ttnn.L1_MEMORY_CONFIG)
+
+    @classmethod
+    def _model_config(cls, config: ModelConfig, memory_config: ttnn.MemoryConfig) -> OperatorConfig:
+        return {
+            "norm": RMSNormConfig(epsilon=config.rms_norm_eps, memory_config=memory_config),
+            "all_gather_stats": AllGatherConfig(dim=3, cluster_axis=COLUMNS, memory_config=memory_config),
+        }
+
+    @classmethod
+    def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> RMSNormState:
+        """Nothing but the mesh."""
+        return {"mesh_device": mesh_device}
+
+    @classmethod
+    def forward_prefill(cls, x: ttnn.Tensor, cfg: RMSNormRunConfig) -> ttnn.Tensor:
+        """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
+        if columns(cfg["mesh_device"]) == 1:
+            return ttnn.rms_norm(x, **cfg["norm"])
+        stats = ttnn.rms_norm_pre_all_gather(x)
+        stats = composite.all_gather(stats, **cfg["all_gather_stats"])
+        return ttnn.rms_norm_post_all_gather(x, stats, **cfg["norm"])
+
+    @classmethod
+    def forward_decode(cls, x: ttnn.Tensor, cfg: RMSNormRunConfig) -> ttnn.Tensor:
+        """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
+        return cls.forward_prefill(x, cfg)

@@ -1,0 +1,1 @@
+"""Converted weights on the disk: keys, entries, manifests, and what there is."""
