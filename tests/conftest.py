@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_cluster import running_ray
+from tests.support.ray_cluster import running_ray
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

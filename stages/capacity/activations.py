@@ -1,7 +1,7 @@
 """The tensors of a forward pass that are alive at once, on each chip: the most that a layer holds beside its weights.
 
-They follow the bodies of `forward_prefill` and `forward_decode` in stages/models/deepseek_v3/, where a result lives until
-the function that made it returns. Buffers that ttnn makes and frees within an op are not among them.
+They follow the bodies of `forward_prefill` and `forward_decode` in stages/models/deepseek_v3/, where a result lives
+until the function that made it returns. Buffers that ttnn makes and frees within an op are not among them.
 """
 
 from collections.abc import Iterator

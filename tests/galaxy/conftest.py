@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from stages.options import DEVICE_VARIABLE
+from tests import ROOT
 from tests.galaxy.chips import ON_CHIPS
-from tests.mock_galaxy.environment import mock_environment
-from tests.mock_galaxy.wiring import ROWS
+from tests.support.mock_galaxy.environment import mock_environment
+from tests.support.mock_galaxy.wiring import ROWS
 
 FOLDER = Path(tempfile.mkdtemp(prefix="galaxyline-mock-"))
 
@@ -20,7 +21,7 @@ if not ON_CHIPS:
     os.environ.update(mock_environment(FOLDER, range(ROWS), ROWS))
 os.environ[DEVICE_VARIABLE] = "ttnn"
 # Processes that tests start, Ray's among them, find the tests' own modules from the scratch folder too.
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+os.environ["PYTHONPATH"] = str(ROOT)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,9 +16,9 @@ from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
 from stages.step import Mode, Segment, Step
 from tests.galaxy.mesh_runners import DECODE, HIDDEN_SIZE, PREFILL, Call, calls_of
-from tests.mock_galaxy.descriptors import cluster_descriptor
-from tests.mock_galaxy.environment import mock_environment
-from tests.mock_galaxy.wiring import COLUMNS, ROWS
+from tests.support.mock_galaxy.descriptors import cluster_descriptor
+from tests.support.mock_galaxy.environment import mock_environment
+from tests.support.mock_galaxy.wiring import COLUMNS, ROWS
 
 if TYPE_CHECKING:
     from actors.launch import Launch

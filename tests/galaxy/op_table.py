@@ -1,7 +1,7 @@
 """`python -m tests.galaxy.op_table` writes ttnn's column of the table in docs/ops.md anew, on a mock Galaxy."""
 
 import tests.galaxy.conftest  # noqa: F401 - sets the environment before ttnn is imported
-from tests.op_table import write
+from tests.support.op_table import write
 
 if __name__ == "__main__":
     write()

@@ -11,9 +11,9 @@ from stages.kv_cache import PageTables
 from stages.models.deepseek_v3.rope import RopeTables
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step
-from tests.checkpoints import config_keys
-from tests.stage_driver import GREEDY
-from tests.test_plan import R1 as SIZES
+from tests.stages.test_plan import R1 as SIZES
+from tests.support.checkpoints import config_keys
+from tests.support.stage_driver import GREEDY
 from weights.model_config import ModelConfig
 
 KEYS = config_keys(SIZES)

@@ -16,8 +16,8 @@ from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights
 from stages.model_parts import ModelPart
 from stages.run_config import WeightConfig
-from tests.checkpoints import reference_model
-from tests.stage_driver import Driver, cache_options, stage_options
+from tests.support.checkpoints import reference_model
+from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.sample import SAMPLE_DIR
 from weights.sample.documents import texts
 

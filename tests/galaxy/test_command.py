@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import config_keys
 from tests.galaxy.test_mesh_world import FITTING
+from tests.support.checkpoints import config_keys
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import ttnn
 from stages.backend import embedded
 from stages.backend.embedded.dtype import held_in, set_float_dtype
 from tests.galaxy.golden_calls import Call, Held, OnHost, attention_calls, calls
-from tests.op_names import OPS
+from tests.support.op_names import OPS
 
 SHAPES = [(1, 1, 32, 64), (1, 4, 5, 96), (2, 3, 33, 40)]
 SEEDS = [0, 1]

@@ -17,7 +17,6 @@ from actors.mpi.galaxy_chips import VISIBLE_DEVICES
 from actors.options import STAGE_RUNNER
 from actors.pipeline import Pipeline
 from stages.step import Admission, Segment, Step
-from tests.checkpoints import config_keys
 from tests.galaxy.chips import ON_CHIPS
 from tests.galaxy.mesh_pipelines import (
     GALAXIES,
@@ -33,12 +32,13 @@ from tests.galaxy.mesh_pipelines import (
     runs,
     step,
 )
-from tests.loops import within
-from tests.mock_galaxy.descriptors import pci_address
-from tests.mock_galaxy.environment import mock_environment
-from tests.mock_galaxy.wiring import COLUMNS, ROWS
-from tests.ray_cluster import ray_of_this_process
-from tests.stage_driver import GREEDY
+from tests.support.checkpoints import config_keys
+from tests.support.loops import within
+from tests.support.mock_galaxy.descriptors import pci_address
+from tests.support.mock_galaxy.environment import mock_environment
+from tests.support.mock_galaxy.wiring import COLUMNS, ROWS
+from tests.support.ray_cluster import ray_of_this_process
+from tests.support.stage_driver import GREEDY
 
 if TYPE_CHECKING:
     from actors.cluster.cluster import Cluster

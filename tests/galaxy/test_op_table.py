@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.op_cases import CASES
-from tests.op_table import MESHES, key_of, observed, read
+from tests.support.op_cases import CASES
+from tests.support.op_table import MESHES, key_of, observed, read
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)

@@ -7,7 +7,7 @@ from stages.capacity.chip_memory import chip_memory
 from stages.wormhole import L1_BYTES
 from tests.galaxy.empty_block import EmptyBlock, peak_bytes
 from tests.galaxy.meshes import opened
-from tests.plans import deployment, r1_config
+from tests.support.plans import deployment, r1_config
 
 R1 = r1_config()
 DENSE, MIXTURE = 0, 3

@@ -17,7 +17,7 @@ from stages.plan import StageSpec
 from stages.wormhole import DRAM_BANK_BYTES, DRAM_BANKS, DRAM_BYTES, L1_BANK_BYTES
 from tests.galaxy.empty_block import empty
 from tests.galaxy.meshes import allocated_bytes, opened
-from tests.plans import deployment, r1_config
+from tests.support.plans import deployment, r1_config
 
 R1 = r1_config()
 

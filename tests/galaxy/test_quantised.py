@@ -21,6 +21,7 @@ from stages.options import DEVICE_VARIABLE
 from stages.plan import plan_stages
 from stages.run_config import WeightConfig
 from stages.tensor_dtypes import WeightDtypes
+from tests import ROOT
 from weights.cache.cache import WeightCache
 from weights.load import open_weights
 from weights.sample import SAMPLE_DIR
@@ -70,7 +71,7 @@ def test_teacher_forcing_with_weights_of_chips(
     read_back(ConvertedWeights(source, WeightCache(tmp_path / "cache"), "bfloat16", chip, SETTINGS[name]), tmp_path)
     process = subprocess.run(
         [sys.executable, "-m", "tests.galaxy.teacher_forcing", str(tmp_path)],
-        env={**os.environ, DEVICE_VARIABLE: "embedded", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, DEVICE_VARIABLE: "embedded", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=False,
         text=True,

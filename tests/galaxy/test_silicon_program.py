@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.checkpoints import write_checkpoint
 from tests.silicon.run_model import LENGTHS, STEPS, logits_on
+from tests.support.checkpoints import write_checkpoint
 
 
 def test_the_program_of_the_tests_on_chips_runs(tmp_path: Path) -> None:

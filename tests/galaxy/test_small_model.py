@@ -13,8 +13,8 @@ from stages.models.deepseek_v3.decoder_block import MoEBlock
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.tensor_dtypes import WeightDtypes
-from tests.checkpoints import write_checkpoint
-from tests.stage_driver import Driver, cache_options, stage_options
+from tests.support.checkpoints import write_checkpoint
+from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.model_config import ModelConfig
 
 COLUMNS = 8

@@ -15,7 +15,7 @@ from stages.tensor_dtypes import WeightDtypes
 from tests.galaxy.allocated import allocate_in_place_of_files
 from tests.galaxy.meshes import allocated_bytes
 from tests.galaxy.r1 import COLUMNS, KEYS, PROMPT, R1, USERS_PER_ROW, admissions, r1_cache, segments, step
-from tests.stage_driver import stage_options
+from tests.support.stage_driver import stage_options
 
 HIDDEN_BYTES = 2 * R1.hidden_size
 SMALL_THINGS = 1.01

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.galaxy.chips import ON_CHIPS
 from tests.galaxy.two_hosts import ADDRESSES, CAN_BE_MADE, PORT, SECONDS, ray_on, two_hosts
 
@@ -24,7 +25,7 @@ def test_stages_of_two_hosts_are_joined_without_ssh(tmp_path: Path) -> None:
     # Without what other tests of this process have told Ray, such as that its cluster has one host.
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",

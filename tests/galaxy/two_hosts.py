@@ -20,7 +20,7 @@ from actors.cluster.environment import prepare
 from actors.pipeline import Pipeline
 from stages.options import DEVICE_VARIABLE
 from tests.galaxy import mesh_pipelines
-from tests.mock_galaxy.wiring import ROWS
+from tests.support.mock_galaxy.wiring import ROWS
 
 NAMES = ("host-a", "host-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -16,8 +16,8 @@ from api.messages.pipeline_view import PipelineView, StageView
 from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
 from tests.hosts.tcp import connections
-from tests.servers import Prompt, Server, sample_prompts, serving
-from tests.strangers import is_unix, nobody_listens
+from tests.support.servers import Prompt, Server, sample_prompts, serving
+from tests.support.untrusted_peers import is_unix, nobody_listens
 from weights.model_config import ModelConfig
 from weights.sample import SAMPLE_DIR
 

@@ -12,13 +12,13 @@ import httpx
 import psutil
 import pytest
 
-from tests.gated_serve import PROGRAM, SHUT, environment
+from tests.actors.sockets.test_untrusted_peers import STRANGERS
 from tests.hosts.moving import SAID
 from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
-from tests.servers import Server, complete, sample_prompts, serving
-from tests.strangers import besiege, heard_anew, is_unix, nobody_listens, overheard, refusals
-from tests.test_socket_strangers import STRANGERS
+from tests.support.gated_serve import PROGRAM, SHUT, environment
+from tests.support.servers import Server, complete, sample_prompts, serving
+from tests.support.untrusted_peers import besiege, heard_anew, is_unix, nobody_listens, overheard, refusals
 
 pytestmark = [
     pytest.mark.slow,

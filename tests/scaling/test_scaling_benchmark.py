@@ -17,7 +17,7 @@ from benchmarks.scaling import ScalingRow, chart, row, targets
 from benchmarks.scaling_case import USERS, cases, equal_case, r1_case
 from benchmarks.scaling_run import Counters, Run, step_seconds
 from benchmarks.steady_client import SteadyTimes
-from tests.plans import r1_config
+from tests.support.plans import r1_config
 from weights.model_config import ModelConfig
 
 SECONDS = 280

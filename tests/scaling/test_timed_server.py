@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.command_line import refused
-from tests.servers import Server, serving
+from tests.support.command_line import refused
+from tests.support.servers import Server, serving
 
 TIMED = ("--device", "timed")
 PROMPT = "San Francisco is a"

@@ -19,7 +19,7 @@ from stages.timed.alarm import RECENT
 from stages.timed.durations import CONTEXT_TOKENS, durations
 from stages.timed.options import GivenTimes, PredictedTimes, TimedOptions
 from stages.timed.stage import TimedStage
-from tests.plans import r1_config
+from tests.support.plans import r1_config
 from weights.presets import preset_directory
 from weights.sample import SAMPLE_DIR
 

@@ -13,7 +13,8 @@ import torch
 
 from stages.options import DEVICE_VARIABLE
 from stages.tensor_dtypes import WeightDtypes
-from tests.stage_driver import Driver, cache_options, stage_options
+from tests import ROOT
+from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.model_config import ModelConfig
 
 WIDE = WeightDtypes(attention="bfloat16", gate_up="bfloat16", down="bfloat16", head="bfloat16", kv_cache="bfloat16")
@@ -23,7 +24,7 @@ LENGTHS = [70, 33, 5, 64]
 STEPS = 6
 CHUNK = 64
 MAX_MODEL_LEN = 128
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = ROOT
 
 
 def logits_on(

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import write_checkpoint
 from tests.silicon.chips import GALAXY, ROW, needs_chips
 from tests.silicon.run_model import logits_on
-from tests.stage_driver import relative_error
+from tests.support.checkpoints import write_checkpoint
+from tests.support.stage_driver import relative_error
 from weights.sample import SAMPLE_DIR
 
 pytestmark = [pytest.mark.galaxy, pytest.mark.timeout(1800)]

@@ -1,0 +1,123 @@
+"""Whether a silent peer is noticed, and one that merely has nothing to say is left alone."""
+
+import asyncio
+import socket
+import tempfile
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from actors.sockets.address import UnixAddress
+from actors.sockets.frames import HEADER, Hello, Kind, encode
+from actors.sockets.heartbeat import BEATS, Pulse
+from actors.sockets.listener import HostListener, connect
+from tests.actors.sockets.test_host import DOWN, UP, Ear
+from tests.support.loops import on_uvloop
+
+SECONDS = 20
+SILENCE_S = 0.3
+
+
+class Clock:
+    """A loop whose timers the test turns."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.events: list[str] = []
+        self.pulse = Pulse(
+            self.loop, SILENCE_S, lambda: self.events.append("beat"), lambda: self.events.append("silent")
+        )
+
+    def turn(self) -> None:
+        self.pulse._turn()
+
+    def close(self) -> None:
+        self.pulse.stop()
+        self.loop.close()
+
+
+@pytest.fixture
+def clock() -> "Clock":
+    return Clock()
+
+
+def test_each_turn_beats_until_too_many_went_by_without_a_word(clock: Clock) -> None:
+    for _ in range(BEATS):
+        clock.turn()
+    assert clock.events == ["beat"] * BEATS
+    clock.turn()
+    assert clock.events == ["beat"] * BEATS + ["silent"]
+    clock.close()
+
+
+def test_every_word_starts_the_count_anew(clock: Clock) -> None:
+    for _ in range(5 * BEATS):
+        clock.turn()
+        clock.turn()
+        clock.pulse.heard()
+    assert set(clock.events) == {"beat"}
+    clock.close()
+
+
+@on_uvloop
+async def test_an_idle_link_lives_on_and_beats() -> None:
+    with tempfile.TemporaryDirectory(prefix="link-") as parent:
+        quick = {"silence_s": SILENCE_S}
+        listener = HostListener.open(
+            UnixAddress(f"{parent}/private/1.sock"), msgspec.structs.replace(UP, **quick), ear := Ear()
+        )
+        sender = await connect(listener.address, msgspec.structs.replace(DOWN, **quick), sender_ear := Ear())
+        receiver = await asyncio.wait_for(listener.accepted(), SECONDS)
+        # Longer than either end would wait for a silent one.
+        await asyncio.sleep(3 * SILENCE_S)
+        assert not ear.loss.done()
+        assert not sender_ear.loss.done()
+        sender.close()
+        assert "closed the connection" in await ear.cause()
+        receiver.close()
+
+
+@on_uvloop
+async def test_a_peer_that_says_nothing_any_more_is_lost() -> None:
+    with tempfile.TemporaryDirectory(prefix="link-") as parent:
+        path = f"{parent}/private/1.sock"
+        listener = HostListener.open(UnixAddress(path), msgspec.structs.replace(UP, silence_s=SILENCE_S), ear := Ear())
+        peer = await asyncio.to_thread(say_hello, Path(path))
+        await asyncio.wait_for(listener.accepted(), SECONDS)
+        assert await ear.cause() == f"lost the link from stage 0: it has been silent for {SILENCE_S:g} s"
+        sent = await asyncio.to_thread(read_all, peer)
+        assert kinds(sent)[0] == Kind.HELLO
+        assert set(kinds(sent)[1:]) == {Kind.HEARTBEAT}
+
+
+def say_hello(path: Path) -> socket.socket:
+    """A stage 0 that joins, and then is silent."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(SECONDS)
+    peer.connect(str(path))
+    hello = Hello(
+        secret=DOWN.secret,
+        sender=DOWN.name,
+        receiver=DOWN.peer,
+        dtype=DOWN.dtype,
+        bytes_per_token=DOWN.bytes_per_token,
+        credits=0,
+    )
+    peer.sendall(encode(hello, DOWN.epoch))
+    return peer
+
+
+def read_all(peer: socket.socket) -> bytes:
+    with peer:
+        return b"".join(iter(lambda: peer.recv(1 << 16), b""))
+
+
+def kinds(frames: bytes) -> list[int]:
+    """What kinds of frames these are; none has a payload."""
+    found = []
+    while frames:
+        _, _, kind, _, length, _ = HEADER.unpack_from(frames)
+        found.append(kind)
+        frames = frames[HEADER.size + length :]
+    return found

@@ -1,0 +1,559 @@
+"""Pipelines of real processes on a real Ray cluster of this host, with runners that need no model."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from actors.cluster.environment import cluster_address, prepare
+from actors.engine_end import EngineEnd
+from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, StartError
+from actors.options import PipelineOptions
+from actors.pipeline import Pipeline
+from actors.sockets.frames import Message
+from actors.sockets.link import Arrival, Link
+from actors.stage.health import StageHealth, StageProgress, State
+from actors.stage.runner import runner_factory
+from actors.verdict import Symptom, verdict
+from stages.options import CacheOptions, StageOptions
+from stages.plan import StageSpec
+from stages.step import Segment, StageFailure, Step, StepResult
+from tests.support.loops import on_uvloop
+from tests.support.ray_cluster import ray_of_this_process
+from tests.support.runners import HIDDEN_SIZE
+from weights.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from actors.cluster.cluster import Cluster
+
+ROWS = 3
+SECONDS = 30
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> "Iterator[Cluster]":
+    """One Ray for all tests of this module; pipelines find it and leave it running."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
+        with ray_of_this_process(ROWS) as joined:
+            yield joined
+
+
+def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1) -> PipelineOptions:
+    cache = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
+    return PipelineOptions(
+        hidden_size=HIDDEN_SIZE,
+        specs=[
+            StageSpec(index=index, stages=stages, first_layer=LAYERS * index, end_layer=LAYERS * (index + 1))
+            for index in range(stages)
+        ],
+        stage=StageOptions(
+            model_path=model_path, cache_dir="", dtype="float32", load_format="dummy", seed=0, cache=cache
+        ),
+        device="embedded",
+        rows_per_stage=rows,
+        ray_address=None,
+        start_timeout_s=SECONDS,
+        step_timeout_s=SECONDS,
+        spare=False,
+        runner=f"tests.support.runners:{runner}",
+    )
+
+
+def step(pipeline: Pipeline, step_id: int) -> Step:
+    segment = Segment(slot=0, start=0, tokens=[step_id, step_id], new_blocks=[], sample=True)
+    return Step(epoch=pipeline.epoch, step_id=step_id, mode="decode", segments=[segment], admissions=[], ended=[])
+
+
+@asynccontextmanager
+async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
+    pipeline = await Pipeline.start(how, lambda _: None)
+    try:
+        yield pipeline
+    finally:
+        await pipeline.close()
+
+
+async def receive(pipeline: Pipeline) -> StepResult:
+    return await asyncio.wait_for(pipeline.receive(), SECONDS)
+
+
+def leftovers() -> list[str]:
+    return [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_results_come_in_order_and_nothing_is_left_after_close(cluster: "Cluster") -> None:
+    told: list[StageProgress] = []
+    pipeline = await Pipeline.start(options("echo", stages=3), told.append)
+    healths = await pipeline.health()
+    processes = [psutil.Process(health.pid) for health in healths]
+    assert [(health.stage, health.state) for health in healths] == [(0, "ready"), (1, "ready"), (2, "ready")]
+    assert len({health.pid for health in healths} | {os.getpid()}) == 4
+    count = 200
+
+    async def submit_all() -> None:
+        for step_id in range(count):
+            await pipeline.submit(step(pipeline, step_id))
+
+    submitting = asyncio.ensure_future(submit_all())
+    results = [await receive(pipeline) for _ in range(count)]
+    await submitting
+    assert [result.step_id for result in results] == list(range(count))
+    assert [result.tokens for result in results] == [[(step_id + 3) % 256] for step_id in range(count)]
+    assert [health.steps_done for health in await pipeline.health()] == [count] * 3
+    await pipeline.close()
+    await pipeline.close()
+    assert not any(process.is_running() for process in processes)
+    assert leftovers() == []
+    with pytest.raises(PipelineError, match="closed"):
+        await pipeline.receive()
+    for stage in range(3):
+        own = [progress for progress in told if progress.stage == stage]
+        phases = [progress.phase for progress in own]
+        assert phases[0] == "starting"
+        assert phases[-2:] == ["connecting", "ready"]
+        assert own[-1].layers_done == own[-1].layers == LAYERS
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_killed_stage_is_named_and_nothing_is_left(cluster: "Cluster") -> None:
+    async with running(options("acting", "sleep:1:5", stages=3)) as pipeline:
+        pids = [health.pid for health in await pipeline.health()]
+        processes = [psutil.Process(pid) for pid in pids]
+        await pipeline.submit(step(pipeline, 4))
+        assert (await receive(pipeline)).step_id == 4
+        await pipeline.submit(step(pipeline, 5))
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(PipelineError, match=r"Stage 1 on \S+ failed at step 5: its process died") as first:
+            await receive(pipeline)
+        with pytest.raises(PipelineError) as second:
+            await pipeline.submit(step(pipeline, 6))
+        assert second.value is first.value
+        assert [health.state for health in await pipeline.health()][1] == "dead"
+    assert not any(process.is_running() for process in processes)
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_raising_stage_is_named_with_its_step_and_cause(cluster: "Cluster") -> None:
+    async with running(options("acting", "raise:0:1")) as pipeline:
+        await pipeline.submit(step(pipeline, 0))
+        # A step that is still further down when a stage fails is lost with it: this one has to be out first.
+        assert (await receive(pipeline)).step_id == 0
+        await pipeline.submit(step(pipeline, 1))
+        with pytest.raises(
+            PipelineError, match=r"^Stage 0 on \S+ failed at step 1: ZeroDivisionError: one by nought\.$"
+        ):
+            await receive(pipeline)
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_late_step_names_the_stage_that_is_stuck_and_health_is_answered_meanwhile(cluster: "Cluster") -> None:
+    async with running(msgspec.structs.replace(options("acting", "sleep:1:0"), step_timeout_s=1.0)) as pipeline:
+        await pipeline.submit(step(pipeline, 0))
+        healths = await pipeline.health()
+        while healths[1].state != "running":
+            healths = await pipeline.health()
+        assert healths[1].step_id == 0
+        with pytest.raises(
+            PipelineError, match=r"Stage 1 on \S+ failed at step 0: it did not come out within 1 s, and the stage has"
+        ):
+            await receive(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("model_path", "error", "sentence"),
+    [
+        ("files", CheckpointError, r"^model\.safetensors has no tensor model\.layers\.1\.mlp\.gate\.weight\.$"),
+        ("code", StartError, r"^Stage 1 on \S+ could not load its weights: ValueError: no such thing$"),
+        ("process", StartError, r"^Stage 1 on \S+ could not load its weights: its process died$"),
+    ],
+)
+@pytest.mark.slow
+@on_uvloop
+async def test_a_stage_that_cannot_load_is_named(
+    cluster: "Cluster", model_path: str, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        await Pipeline.start(options("unloadable", model_path), lambda _: None)
+    assert leftovers() == []
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_a_start_that_takes_too_long_names_who_is_late(cluster: "Cluster") -> None:
+    how = msgspec.structs.replace(options("unloadable", "clock"), start_timeout_s=4.0)
+    with pytest.raises(StartError, match=r"tage 1 on \S+ \(.*did not load its weights in time"):
+        await Pipeline.start(how, lambda _: None)
+
+
+@pytest.mark.parametrize("path", ["tests.support.runners:nobody", "tests.nowhere:echo", "tests.support.runners"])
+def test_an_unknown_runner_is_a_start_error(path: str) -> None:
+    with pytest.raises(StartError, match=f"Cannot import the stage runner {path}"):
+        runner_factory(path)
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_stages_that_can_never_fit_are_refused_at_once(cluster: "Cluster") -> None:
+    with pytest.raises(PlacementError, match=r"2 stages of 2 rows need 4 Galaxy rows.*has 3: \S+ \(3\).*room for 1"):
+        await Pipeline.start(options("echo", stages=2, rows=2), lambda _: None)
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_rows_in_use_are_waited_for_until_the_deadline_and_free_after_close(cluster: "Cluster") -> None:
+    waiting = msgspec.structs.replace(options("echo", rows=1), placement_timeout_s=1.0)
+    async with running(options("echo", stages=1, rows=2)):
+        runs = rf"These processes of stages run: 1 on 127\.0\.0\.1 by process {os.getpid()} on 127"
+        told = rf"were not free within 1 s.*\(3, 2 in use\).* {runs}"
+        with pytest.raises(PlacementError, match=told):
+            await Pipeline.start(waiting, lambda _: None)
+    async with running(options("echo", stages=1, rows=ROWS)) as pipeline:
+        assert [health.state for health in await pipeline.health()] == ["ready"]
+
+
+@pytest.mark.slow
+@on_uvloop
+async def test_pipelines_that_start_at_once_on_one_host_own_different_rows(cluster: "Cluster") -> None:
+    told: list[list[StageProgress]] = [[], [], []]
+    starts = [Pipeline.start(options("echo", stages=1), progress.append) for progress in told]
+    pipelines = await asyncio.gather(*starts)
+    try:
+        assert sorted(progress[-1].rows for progress in told) == [[row] for row in range(ROWS)]
+        await pipelines[1].close()
+        again: list[StageProgress] = []
+        pipelines.append(await Pipeline.start(options("echo", stages=1), again.append))
+        assert again[-1].rows == told[1][-1].rows
+    finally:
+        for pipeline in pipelines:
+            await pipeline.close()
+
+
+async def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
+    prepare("127.0.0.1:1")
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+
+    with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
+        await Cluster.join("127.0.0.1:1", 1)
+
+
+def test_the_environment_names_the_cluster_unless_an_address_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster_address(None) == "10.0.0.1:6379"
+    assert cluster_address("10.0.0.2:6379") == "10.0.0.2:6379"
+    assert cluster_address("local") is None
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert cluster_address(None) is None
+
+
+class FakeStages:
+    """Stages that say what the test wants."""
+
+    def __init__(self, *healths: StageHealth) -> None:
+        self.healths = list(healths)
+        self.given_up: list[set[int]] = []
+
+    async def health(self) -> list[StageHealth]:
+        return self.healths
+
+    async def mend(self, engine: EngineEnd, given_up: Collection[int]) -> Link:
+        self.given_up.append(set(given_up))
+        return FakeLink()
+
+    async def close(self) -> None:
+        return None
+
+
+class FakeLink:
+    """Takes every step, or is lost."""
+
+    peer = "stage 0"
+
+    def __init__(self, lost: LinkError | None = None) -> None:
+        self.lost = lost
+
+    async def send(self, message: Message) -> None:
+        if self.lost is not None:
+            raise self.lost
+
+    def send_from_thread(self, message: Message, payload: memoryview, sent: Callable[[], None]) -> None:
+        raise AssertionError("the engine sends from its loop")
+
+    def post(self, message: Message) -> None:
+        raise AssertionError("the engine has no failures to tell")
+
+    def close(self) -> None:
+        return None
+
+
+def fake_pipeline(*healths: StageHealth, step_timeout_s: float = SECONDS, lost: LinkError | None = None) -> Pipeline:
+    pipeline = Pipeline(3, step_timeout_s)
+    pipeline.attach(FakeStages(*healths), FakeLink(lost))
+    return pipeline
+
+
+def health(stage: int, state: State, detail: str = "", seconds: float = 0.0) -> StageHealth:
+    return StageHealth(
+        stage=stage,
+        host="host-a",
+        pid=1,
+        state=state,
+        step_id=9 if state == "running" else None,
+        step_seconds=seconds,
+        steps_done=0,
+        busy_seconds=0.0,
+        layers_done=0,
+        layers=0,
+        resident_bytes=0,
+        received_step=None,
+        detail=detail,
+    )
+
+
+LATE = Symptom(outstanding=[9], cause="it did not come out within 5 s", failure=None, is_late=True)
+LOST_LINK = StageFailure(epoch=1, stage=2, host="host-a", step_id=-1, cause="lost the link from stage 1: reset")
+RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, cause="ValueError: x")
+
+
+@pytest.mark.parametrize(
+    ("symptom", "healths", "sentence"),
+    [
+        (
+            Symptom(outstanding=[9], cause=LOST_LINK.cause, failure=LOST_LINK),
+            [
+                health(0, "silent", "no answer"),
+                health(1, "dead", "its process died"),
+                health(2, "failed", "lost the link"),
+            ],
+            "Stage 1 on host-a failed at step 9: its process died (lost the link from stage 1: reset).",
+        ),
+        (
+            Symptom(outstanding=[], cause=LOST_LINK.cause, failure=LOST_LINK),
+            [health(0, "ready"), health(1, "silent", "no answer within 1 s"), health(2, "ready")],
+            "Stage 1 on host-a failed between steps: no answer within 1 s (lost the link from stage 1: reset).",
+        ),
+        (
+            Symptom(outstanding=[9], cause=RAISED.cause, failure=RAISED),
+            [health(0, "running", seconds=1.0), health(1, "ready"), health(2, "failed", "ValueError: x")],
+            "Stage 2 on host-a failed at step 9: ValueError: x.",
+        ),
+        (
+            Symptom(outstanding=[9], cause="lost the link to stage 0: reset", failure=None),
+            [health(0, "failed", "lost the link to stage 1: reset"), health(1, "failed", "OSError: x")],
+            "Stage 1 on host-a failed at step 9: OSError: x.",
+        ),
+        (
+            LATE,
+            [health(0, "running", seconds=0.1), health(1, "running", seconds=4.9), health(2, "ready")],
+            "Stage 1 on host-a failed at step 9: it did not come out within 5 s, and the stage has been computing "
+            "step 9 for 4.9 s.",
+        ),
+        (
+            # They compute, but nobody has waited for them too long.
+            Symptom(outstanding=[9], cause="lost the link to stage 0: reset", failure=None),
+            [health(0, "ready"), health(1, "running", seconds=0.1)],
+            "The pipeline failed at step 9: lost the link to stage 0: reset; no stage reports a failure.",
+        ),
+        (
+            LATE,
+            [health(0, "ready"), health(1, "ready")],
+            "The pipeline failed at step 9: it did not come out within 5 s; no stage reports a failure.",
+        ),
+    ],
+)
+def test_the_verdict_names_the_culprit(symptom: Symptom, healths: list[StageHealth], sentence: str) -> None:
+    assert verdict(symptom, healths).sentence == sentence
+
+
+def arrival(message: StepResult | StageFailure) -> Arrival:
+    return Arrival(message, memoryview(b""), lambda: None)
+
+
+async def test_a_result_that_nobody_asked_for_fails_the_pipeline() -> None:
+    pipeline = fake_pipeline(health(0, "ready"))
+    await pipeline.submit(step(pipeline, 1))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[5])))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[6])))
+    assert (await receive(pipeline)).tokens == [5]
+    with pytest.raises(PipelineError, match="step 1, which is not outstanding"):
+        await receive(pipeline)
+    await pipeline.close()
+
+
+async def test_a_lost_first_link_fails_submit_and_receive_alike() -> None:
+    lost = LinkError("lost the link to stage 0: reset")
+    pipeline = fake_pipeline(health(0, "dead", "its process died"), lost=lost)
+    receiving = asyncio.ensure_future(receive(pipeline))
+    with pytest.raises(PipelineError, match=r"Stage 0 on host-a failed between steps: its process died"):
+        await pipeline.submit(step(pipeline, 1))
+    with pytest.raises(PipelineError, match="Stage 0 on host-a"):
+        await receiving
+    await pipeline.close()
+
+
+async def test_the_deadline_counts_from_the_oldest_step() -> None:
+    pipeline = fake_pipeline(health(0, "running", seconds=0.2), step_timeout_s=0.2)
+    await pipeline.submit(step(pipeline, 1))
+    await asyncio.sleep(0.1)
+    await pipeline.submit(step(pipeline, 2))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=3, step_id=1, tokens=[5])))
+    assert (await receive(pipeline)).step_id == 1
+    with pytest.raises(PipelineError, match="at step 2: it did not come out within"):
+        await receive(pipeline)
+    await pipeline.close()
+
+
+async def fail_once(pipeline: Pipeline, failure: StageFailure, step_id: int) -> None:
+    await pipeline.submit(step(pipeline, step_id))
+    pipeline.engine_end().outlet.arrived(arrival(failure))
+    with pytest.raises(PipelineError):
+        await receive(pipeline)
+    await pipeline.recover()
+
+
+@pytest.mark.parametrize(
+    ("healths", "failure", "first", "second"),
+    [
+        ([health(1, "dead", "its process died"), health(2, "ready")], LOST_LINK, {1}, {1}),
+        ([health(1, "ready"), health(2, "failed", "ValueError: x")], RAISED, set(), {2}),
+        ([health(1, "ready"), health(2, "failed", LOST_LINK.cause)], LOST_LINK, set(), {2}),
+    ],
+)
+async def test_a_stage_is_given_up_when_it_is_lost_or_to_blame_twice_in_a_row(
+    healths: list[StageHealth], failure: StageFailure, first: set[int], second: set[int]
+) -> None:
+    stages = FakeStages(*healths)
+    pipeline = Pipeline(3, SECONDS)
+    pipeline.attach(stages, FakeLink())
+    await fail_once(pipeline, failure, 1)
+    await fail_once(pipeline, failure, 2)
+    assert stages.given_up == [first, second]
+    await pipeline.submit(step(pipeline, 3))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=pipeline.epoch, step_id=3, tokens=[5])))
+    assert (await receive(pipeline)).step_id == 3
+    await fail_once(pipeline, failure, 4)
+    assert stages.given_up[2] == first
+    await pipeline.close()
+
+
+async def test_what_links_of_a_former_epoch_say_is_not_heard() -> None:
+    pipeline = fake_pipeline(health(0, "ready"))
+    former = pipeline.engine_end()
+    await pipeline.submit(step(pipeline, 1))
+    pipeline.lose(LinkError("lost the link to stage 0: reset"))
+    with pytest.raises(PipelineError):
+        await receive(pipeline)
+    await pipeline.recover()
+    await pipeline.submit(step(pipeline, 2))
+    former.outlet.arrived(arrival(StepResult(epoch=3, step_id=2, tokens=[9])))
+    former.outlet.lost(LinkError("late"))
+    former.inlet.lost(LinkError("late"))
+    pipeline.engine_end().outlet.arrived(arrival(StepResult(epoch=pipeline.epoch, step_id=2, tokens=[5])))
+    assert (await receive(pipeline)).tokens == [5]
+    await pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("received", "step_id"), [(8, 9), (9, 10), (None, 8), (10, None)], ids=["between", "last", "nothing", "idle"]
+)
+def test_the_step_that_a_silent_stage_worked_on_is_the_first_that_did_not_come_out(
+    received: int | None, step_id: int | None
+) -> None:
+    after = msgspec.structs.replace(health(2, "ready"), received_step=received)
+    symptom = Symptom(outstanding=[8, 9, 10], cause="x", failure=None)
+    assert verdict(symptom, [health(1, "dead", "its process died"), after]).step_id == step_id
+    assert verdict(symptom, [health(1, "dead", "its process died")]).step_id == 8
+
+
+@pytest.mark.parametrize(
+    ("passed", "step_id"), [(10, 9), (9, 9), (8, None), (None, None)], ids=["later", "just", "not yet", "nothing"]
+)
+def test_a_step_that_was_never_handed_to_a_dead_stage_is_not_to_blame(passed: int | None, step_id: int | None) -> None:
+    symptom = Symptom(outstanding=[8, 9, 10], cause="x", failure=None)
+    before = msgspec.structs.replace(health(0, "failed", "lost the link to stage 1"), passed_step=passed)
+    after = msgspec.structs.replace(health(2, "ready"), received_step=8)
+    found = verdict(symptom, [before, health(1, "dead", "its process died"), after])
+    assert (found.stage, found.step_id) == (1, step_id)
+
+
+@given(
+    stages=st.integers(1, 5),
+    counts=st.lists(st.integers(0, 12), min_size=12, max_size=12),
+    lost=st.sets(st.integers(0, 4), min_size=1),
+)
+def test_whatever_is_where_a_dead_stage_is_blamed_for_a_step_that_may_have_been_in_it(
+    stages: int, counts: list[int], lost: set[int]
+) -> None:
+    """Steps 0, 1, ... went in; each stage received so many of them, and handed so many on."""
+    submitted, *ways, results = sorted(counts[: 2 * stages + 2], reverse=True)
+    received, passed = ways[::2], ways[1::2]
+    healths = [
+        health(stage, "dead", "its process died")
+        if stage in lost
+        else msgspec.structs.replace(
+            health(stage, "ready"), received_step=received[stage] - 1, passed_step=passed[stage] - 1
+        )
+        for stage in range(stages)
+    ]
+    victim = min(lost)
+    assume(victim < stages)
+    symptom = Symptom(outstanding=list(range(results, submitted)), cause="x", failure=None)
+    found = verdict(symptom, healths)
+    assert found.stage == victim
+    if found.step_id is None:
+        assert received[victim] == passed[victim]
+    else:
+        assert all(found.step_id < passed[stage] for stage in range(victim))
+        assert all(found.step_id >= received[stage] for stage in range(victim, stages) if stage not in lost)
+
+
+async def test_close_wakes_whoever_waits() -> None:
+    pipeline = fake_pipeline()
+    receiving = asyncio.ensure_future(receive(pipeline))
+    await asyncio.sleep(0)
+    await pipeline.close()
+    with pytest.raises(PipelineError, match="closed"):
+        await receiving
+
+
+@pytest.mark.slow
+async def test_a_ray_that_is_not_up_in_time_is_one_sentence(
+    cluster: "Cluster", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray  # noqa: PLC0415 - the fixture has prepared its environment
+
+    attempts: list[object] = []
+
+    def init(**told: object) -> None:
+        attempts.append(told["resources"])
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match=r"^Ray cannot be started: The current node timed out during startup\.$"):
+        await type(cluster).join("local", ROWS)
+    assert attempts == [{"galaxy_rows": ROWS}] * 2
+
+
+@pytest.mark.slow
+def test_no_thread_is_left_that_would_spin_without_rays_head(cluster: "Cluster") -> None:
+    from ray._private.worker import global_worker  # noqa: PLC0415 - the fixture has prepared its environment
+
+    assert not global_worker.listener_thread.is_alive()  # type: ignore[attr-defined] # set as it connects

@@ -1,0 +1,205 @@
+"""The command line: options, what is said of them, and how it fails."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from api import cli
+from api.errors import EngineError
+from api.server.serve import ServeSettings
+from api.settings.mesh_device import parse_mesh_device
+from stages.tensor_dtypes import WeightDtypes
+from tests.support.command_line import refused, run
+from weights.errors import CheckpointError
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
+    """What `serve` was called with, in place of serving."""
+    settings: list[ServeSettings] = []
+
+    async def record(given: ServeSettings) -> None:
+        settings.append(given)
+
+    monkeypatch.setattr(cli, "serve", record)
+    return settings
+
+
+def test_serve_without_options(served: list[ServeSettings]) -> None:
+    assert run("serve").exit_code == 0
+    [settings] = served
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.source.name == "galaxyline-sample"
+    assert settings.engine.stages is None
+    assert (settings.max_logprobs, settings.generation_config) == (20, "auto")
+    assert settings.engine.spare
+    assert settings.engine.cache_dir == Path("generated/deepseek_v3")
+
+
+def test_spares_can_be_left_out(served: list[ServeSettings]) -> None:
+    assert run("serve", "--no-spare").exit_code == 0
+    assert not served[0].engine.spare
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSettings]) -> None:
+    spelt = {
+        "--max-model-len": "1024",
+        "--num-scheduler-steps": "4",
+        "--block-size": "64",
+        "--override-tt-config": '{"trace_mode": true, "worker_l1_size": 1344544}',
+        "--max-num-seqs": "8",
+        "--max-num-batched-tokens": "100",
+        "--layers-per-stage": "2,4",
+        "--start-timeout": "7.5",
+        "--placement-timeout": "2",
+        "--served-model-name": "mine",
+        "--load-format": "dummy",
+        "--ray-address": "10.0.0.1:6379",
+        "--max-logprobs": "-1",
+        "--generation-config": "vllm",
+    }
+    arguments = [part for name, value in spelt.items() for part in ("--" + name[2:].replace("-", separator), value)]
+    with capture_logs() as logs:
+        result = run("serve", *arguments)
+    assert result.exit_code == 0, result.output
+    [settings] = served
+    engine = settings.engine
+    assert (engine.max_model_len, engine.block_size, engine.max_num_seqs, engine.prefill_chunk) == (1024, 64, 8, 100)
+    assert (engine.layers_per_stage, engine.start_timeout_s, engine.placement_timeout_s) == ([2, 4], 7.5, 2.0)
+    assert (engine.load_format, engine.ray_address) == ("dummy", "10.0.0.1:6379")
+    assert settings.source.name == "mine"
+    assert (settings.max_logprobs, settings.generation_config) == (-1, "vllm")
+    said = " ".join(log["event"] for log in logs)
+    assert "--num-scheduler-steps has no effect" in said
+    assert "these keys of --override-tt-config have no effect" in said
+    assert engine.enable_trace
+
+
+def test_the_commands_of_the_seed_are_followed(tmp_path: Path, served: list[ServeSettings]) -> None:
+    hub_id = "deepseek-ai/DeepSeek-R1-0528"
+    in_vain = {
+        "TT_METAL_HOME": "/opt/tt-metal",
+        "VLLM_DIR": "/opt/vllm",
+        "PYTHON_ENV_DIR": "/opt/tt-metal/build/python_env_vllm",
+        "VLLM_TARGET_DEVICE": "tt",
+        "ARCH_NAME": "wormhole_b0",
+        "HF_TOKEN": "secret",
+        "VLLM_RPC_TIMEOUT": "1000000",
+        "VLLM_USE_V1": "1",
+    }
+    with capture_logs() as logs:
+        result = run(
+            *("serve", "--model", hub_id, "--max_model_len", "1024", "--num_scheduler_steps", "1"),
+            *("--block_size", "32", "--override_tt_config", '{"trace_mode": false}'),
+            **in_vain,
+            MESH_DEVICE="(4,8)",
+            HF_HOME=str(tmp_path / "hf"),
+            HF_MODEL=hub_id,
+            DEEPSEEK_V3_HF_MODEL=str(tmp_path),
+            DEEPSEEK_V3_CACHE=str(tmp_path / "cache"),
+        )
+    assert result.exit_code == 0, result.output
+    [settings] = served
+    assert (settings.source.path, settings.source.name) == (tmp_path, hub_id)
+    assert settings.engine.cache_dir == tmp_path / "cache"
+    assert (settings.engine.max_model_len, settings.engine.block_size) == (1024, 32)
+    assert not settings.engine.enable_trace
+    [environment] = [log for log in logs if "environment variables" in log["event"]]
+    assert set(environment["variables"]) >= in_vain.keys()
+    assert "secret" not in str(logs)
+    assert any(log.get("rows") == 4 and log.get("columns") == 8 for log in logs)
+
+
+def test_dtypes_of_chips_are_options(tmp_path: Path, served: list[ServeSettings]) -> None:
+    assert run("serve", str(tmp_path)).exit_code == 0
+    arguments = ("--router-dtype", "bfloat16", "--kv-cache-dtype", "bfloat16", "--gate-up-dtype", "bfloat8_b")
+    assert run("serve", str(tmp_path), *arguments).exit_code == 0
+    assert [settings.engine.weight_dtypes for settings in served] == [
+        WeightDtypes(),
+        WeightDtypes(router="bfloat16", kv_cache="bfloat16", gate_up="bfloat8_b"),
+    ]
+    assert "'--router-dtype'" in refused("serve", str(tmp_path), "--router-dtype", "bfloat4_b")
+
+
+def test_the_model_may_come_first_or_as_an_option(tmp_path: Path, served: list[ServeSettings]) -> None:
+    assert run("serve", str(tmp_path)).exit_code == 0
+    assert run("serve", "--model", str(tmp_path)).exit_code == 0
+    assert served[0] == served[1]
+    assert "leave one out" in refused("serve", str(tmp_path), "--model", "galaxyline-sample")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/r1"], "Error: Model path does not exist: '/nowhere/r1'."),
+        (["--port", "70000"], "'--port'"),
+        (["--stages", "0"], "'--stages'"),
+        (["--override-tt-config", "[1]"], "'[1]' is no JSON object."),
+        (["--override-tt-config", "{"], "is not valid JSON"),
+        (["--layers-per-stage", "2,x"], "'2,x' is no list of layer counts: write it like 2,4."),
+        (["--layers-per-stage", "0,6"], "is no list of layer counts"),
+        (["--device", "tpu"], "'--device'"),
+        (["--dtype", "int4"], "'--dtype'"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--step-timeout", "0"], "'--step-timeout'"),
+        (["--max-restarts", "-1"], "'--max-restarts'"),
+    ],
+)
+def test_a_bad_option_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, served: list[ServeSettings]
+) -> None:
+    assert message in refused("serve", *arguments)
+    assert served == []
+
+
+@pytest.mark.parametrize("mesh", ["4x8", "(4,)", "(0,8)", "(4,8", "4,8", "(-4,8)", "(9999,9999)", "N150"])
+def test_a_mesh_that_is_none_is_refused(mesh: str) -> None:
+    error = refused("serve", MESH_DEVICE=mesh)
+    assert error == f'Error: MESH_DEVICE is {mesh!r}: write it as rows and columns, like "(4,8)".'
+
+
+def test_a_mesh_is_rows_and_columns() -> None:
+    assert parse_mesh_device("(4,8)") == parse_mesh_device(" ( 4 , 8 ) ") == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(CheckpointError("No such tensor."), 2), (EngineError("Stage 1 died."), 1)]
+)
+def test_an_engine_that_does_not_start_ends_with_its_sentence(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: ServeSettings) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "serve", fail)
+    assert refused("serve", code=code) == f"Error: {error}"
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout.startswith("galaxyline, version 0.")
+
+
+def program(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "api.cli", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = program("serve", "--port", str(port), "--cache-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == f"Error: Port {port} on 127.0.0.1 is in use: choose another one with --port.\n"
+    assert done.stdout == ""
+
+
+def test_an_address_that_is_not_ours_is_one_sentence(tmp_path: Path) -> None:
+    done = program("serve", "--host", "192.0.2.1", "--cache-dir", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "Cannot listen on 192.0.2.1 port 8000" in done.stderr

@@ -1,0 +1,301 @@
+"""`galaxyline status`, and the views it shows, against servers that say what the test wants."""
+
+import io
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+from fastapi import FastAPI
+from rich.console import Console
+
+from actors.stage.health import Phase, StageHealth, StageProgress
+from api import cli
+from api.cli.status import follow, render
+from api.client.request_metrics import RequestMetrics
+from api.errors import EngineError
+from api.messages.engine import Counts, EngineMetrics, EnginePhase, EngineState, PipelineReport
+from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, StageView, total
+from api.server.app import create_app
+from api.server.monitoring import add_monitoring_routes
+from stages.plan import StageSpec
+from tests.support.api_server import MODEL, AppServer, endless_text
+from tests.support.engine_fakes import fake_health
+from tests.support.fake_engine import FakeEngine
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "configure_logging", lambda: None)
+
+
+SPECS = [
+    StageSpec(index=0, stages=2, first_layer=0, end_layer=4),
+    StageSpec(index=1, stages=2, first_layer=4, end_layer=6),
+]
+COUNTS = Counts(waiting=2, running=5, steps_in_flight=2, free_slots=91, slots=96, free_blocks=70, blocks=100, tasks=0)
+
+
+def progress(stage: int, phase: Phase, done: int = 0) -> StageProgress:
+    return StageProgress(stage=stage, host=f"host-{stage}", rows=[stage], phase=phase, layers_done=done, layers=4)
+
+
+def views(roster: StageRoster, *healths: StageHealth) -> list[StageView]:
+    return roster.views(healths, lambda stage: 0.25 * stage, kv_cache_blocks_used=30)
+
+
+class ReportingEngine(FakeEngine):
+    """An engine that reports the given stages, or fails to."""
+
+    def __init__(self, stages: list[StageView]) -> None:
+        super().__init__(endless_text)
+        self.requests = RequestMetrics(256)
+        self.pid = 4711
+        self.stages = stages
+        self.failure: EngineError | None = None
+
+    async def metrics(self) -> EngineMetrics:
+        raise EngineError("The engine did not answer within 5 s.")
+
+    async def report(self) -> PipelineReport:
+        if self.failure is not None:
+            raise self.failure
+        return PipelineReport(epoch=3, microbatches=4, counts=COUNTS, preemptions=6, stages=self.stages)
+
+
+def replica_view(phase: EnginePhase, detail: str = "") -> ReplicaView:
+    return ReplicaView(replica=0, phase=phase, detail=detail, engine=None)
+
+
+@contextmanager
+def serving(*engines: ReportingEngine) -> Iterator[str]:
+    app = create_app(MODEL, engines[0])
+    add_monitoring_routes(app, MODEL.name, engines)
+    with serving_any(app) as url:
+        yield url
+
+
+@contextmanager
+def serving_any(app: FastAPI) -> Iterator[str]:
+    server = AppServer(app)
+    server.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+def status(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, ["status", *arguments], prog_name="galaxyline")
+
+
+def refused(*arguments: str, code: int) -> str:
+    result = status(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    [line] = result.stderr.strip().splitlines()
+    return line
+
+
+def at_work() -> list[StageView]:
+    roster = StageRoster(SPECS)
+    for stage in (0, 1):
+        roster.note(progress(stage, "ready", done=len(SPECS[stage].layers)))
+    running = msgspec.structs.replace(fake_health(0), state="running", step_id=12, step_seconds=0.34)
+    dead = msgspec.structs.replace(
+        fake_health(1), state="dead", pid=0, resident_bytes=0, detail="its process died in /srv/models/x.safetensors"
+    )
+    return views(roster, running, dead)
+
+
+def test_a_stage_is_shown_by_what_is_known_of_it() -> None:
+    roster = StageRoster(SPECS)
+    assert [(view.state, view.host, view.rows) for view in views(roster)] == [("placing", None, None)] * 2
+    assert roster.hosts == ["", ""]
+    roster.note(progress(0, "starting"))
+    roster.note(progress(1, "starting"))
+    roster.note(progress(1, "loading", done=1))
+    first, second = views(roster)
+    assert (first.state, first.host, first.rows, first.layers_done) == ("starting", "host-0", [0], 0)
+    assert (second.state, second.layers_done, second.pid, second.resident_bytes) == ("loading", 1, None, None)
+    assert roster.hosts == ["host-0", "host-1"]
+    running, dead = at_work()
+    assert (running.state, running.step_id, running.step_seconds, running.steps_done) == ("running", 12, 0.34, 7)
+    assert (running.pid, running.resident_bytes, running.detail) == (1000, 3 << 20, "")
+    assert (running.first_layer, running.end_layer, running.layers_done) == (0, 4, 4)
+    assert (dead.state, dead.pid, dead.resident_bytes) == ("dead", None, None)
+    assert (dead.busy_share, dead.kv_cache_blocks_used) == (0.25, 30)
+
+
+def test_a_stage_that_starts_again_was_restarted() -> None:
+    roster = StageRoster(SPECS)
+    for phase in ("starting", "loading", "ready", "starting", "ready", "starting"):
+        roster.note(progress(1, phase))
+    assert [view.restarts for view in views(roster)] == [0, 2]
+
+
+def test_the_table_goes_out_once_where_there_is_no_terminal() -> None:
+    with serving(ReportingEngine(at_work())) as url:
+        result = status("--url", f"{url}/")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    assert shown.startswith("small: ready 5 requests running, 2 waiting, 6 preemptions; 2 of 4 microbatches in flight;")
+    assert "5 of 96 slots, 30 of 100 KV blocks; epoch 3, engine pid 4711" in shown
+    assert "0 host-0 0 0-3 running, step 12 for 0.3 s 7 0% 0 3 MiB 1000" in shown
+    assert "dead: its process died in x.safetensors" in shown.replace(" 7 25% 0 - - ", " ")
+    assert "/srv" not in shown
+
+
+def test_json_is_the_servers_own() -> None:
+    with serving(ReportingEngine(at_work())) as url:
+        result = status("--url", url, "--json")
+    assert result.exit_code == 0
+    view = json.loads(result.stdout)
+    assert (view["model"], view["phase"], view["engine"]["epoch"]) == ("small", "ready", 3)
+    assert [stage["state"] for stage in view["stages"]] == ["running", "dead"]
+    assert msgspec.json.decode(result.stdout, type=PipelineView).stages[0].rows == [0]
+
+
+def test_a_loading_and_a_failed_server_are_shown() -> None:
+    roster = StageRoster(SPECS)
+    roster.note(progress(0, "loading", done=3))
+    engine = ReportingEngine(views(roster))
+    engine.state = EngineState(phase="loading", detail="Stage 0 on host-0: loading, 3 of 4 layers")
+    with serving(engine) as url:
+        loading = status("--url", url).stdout
+        engine.state = EngineState(phase="failed", detail="Stage 1 on host-1 failed at step 7: its process died.")
+        engine.failure = EngineError("The engine is gone.")
+        failed = status("--url", url).stdout
+    assert loading.startswith("small: loading. Stage 0 on host-0: loading, 3 of 4 layers\n")
+    assert "loading, 3 of 4 layers" in loading.partition("\n")[2]
+    assert "placing" in loading
+    assert failed == "small: failed. Stage 1 on host-1 failed at step 7: its process died.\n"
+
+
+def failed_engine() -> ReportingEngine:
+    engine = ReportingEngine([])
+    engine.state = EngineState(phase="failed", detail="Stage 1 on host-1 failed at step 7: its process died.")
+    engine.failure = EngineError("The engine is gone.")
+    return engine
+
+
+def test_every_replica_is_shown_also_one_that_failed() -> None:
+    with serving(ReportingEngine(at_work()), failed_engine(), ReportingEngine(at_work())) as url:
+        shown = status("--url", url).stdout
+    lines = shown.splitlines()
+    assert lines[:2] == ["small: ready", "replica 0: ready"]
+    assert "replica 1: failed. Stage 1 on host-1 failed at step 7: its process died." in lines
+    assert shown.count("5 requests running, 2 waiting") == 2
+    rows = [line.split()[:3] for line in lines if "host-" in line and "layers" not in line and "failed" not in line]
+    assert rows == [["0", "0", "host-0"], ["0", "1", "host-1"], ["2", "0", "host-0"], ["2", "1", "host-1"]]
+
+
+def test_json_has_the_sum_over_all_replicas_and_each_by_itself() -> None:
+    with serving(ReportingEngine(at_work()), failed_engine(), ReportingEngine(at_work())) as url:
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert view["phase"] == "ready"
+    assert view["detail"] == "Replica 1: Stage 1 on host-1 failed at step 7: its process died."
+    assert (view["engine"]["requests_running"], view["engine"]["slots"], view["engine"]["pid"]) == (10, 192, None)
+    assert [replica["phase"] for replica in view["replicas"]] == ["ready", "failed", "ready"]
+    assert [replica["engine"] and replica["engine"]["pid"] for replica in view["replicas"]] == [4711, None, 4711]
+    assert [(stage["replica"], stage["stage"]) for stage in view["stages"]] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+
+
+def test_a_replica_that_does_not_answer_hides_no_other() -> None:
+    silent = ReportingEngine([])
+    silent.failure = EngineError("The engine did not answer within 5 s.")
+    with serving(silent, ReportingEngine(at_work())) as url:
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert [replica["detail"] for replica in view["replicas"]] == ["The engine did not answer within 5 s.", ""]
+    assert (view["phase"], view["engine"]["pid"], len(view["stages"])) == ("ready", 4711, 2)
+
+
+def test_books_of_engines_add_up() -> None:
+    numbers = [name for name in EngineView.__struct_fields__ if name not in {"pid", "epoch"}]
+    books = [
+        EngineView(pid=1, epoch=2, **{name: factor * place for place, name in enumerate(numbers)})
+        for factor in (1, 10, 100)
+    ]
+    added = total(books)
+    assert added is not None
+    assert (added.pid, added.epoch) == (None, None)
+    assert [getattr(added, name) for name in numbers] == [111 * place for place in range(len(numbers))]
+    assert total(books[:1]) == books[0]
+    assert total([]) is None
+
+
+def test_where_no_server_answers_it_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    assert refused("--url", url, code=1) == (
+        f"Error: No server answers at {url}: start one, or give its address with --url."
+    )
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://[", "http://127.0.0.1:port", "http://", "ftp://host"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    assert refused("--url", url, "--json", code=2) == (
+        f"Error: --url {url!r} is no HTTP address: write it like http://127.0.0.1:8000."
+    )
+
+
+@pytest.mark.parametrize("route", [None, {"model": 5}])
+def test_another_server_is_told_from_ours(route: object) -> None:
+    app = FastAPI()
+    if route is not None:
+        app.add_api_route("/pipeline", lambda: route)
+    with serving_any(app) as url:
+        error = refused("--url", url, code=1)
+    assert error == f"Error: What answers at {url} is no galaxyline server: give the address of one with --url."
+
+
+def test_an_engine_that_does_not_answer_is_the_servers_own_sentence() -> None:
+    engine = ReportingEngine([])
+    engine.failure = EngineError("The engine did not answer within 5 s.")
+    with serving(engine) as url:
+        assert (
+            refused("--url", url, code=1) == f"Error: The server at {url} says: The engine did not answer within 5 s."
+        )
+
+
+def test_a_terminal_follows_until_ctrl_c() -> None:
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    engine_views = [at_work() for _ in range(3)]
+    seen = iter(
+        PipelineView(
+            model="small",
+            phase="ready",
+            detail="",
+            engine=None,
+            replicas=[replica_view("ready")],
+            stages=[msgspec.structs.replace(stage, steps_done=looks) for stage in stages],
+        )
+        for looks, stages in enumerate(engine_views)
+    )
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    follow(console, lambda: next(seen), sleep)
+    assert slept == [1.0] * 3
+    assert next(seen, None) is None
+
+
+def test_a_view_without_an_engine_is_one_line() -> None:
+    console = Console(width=120, file=io.StringIO())
+    view = PipelineView(
+        model="small",
+        phase="failed",
+        detail="[it] broke",
+        engine=None,
+        replicas=[replica_view("failed", "[it] broke")],
+        stages=[],
+    )
+    console.print(render(view))
+    assert console.file.getvalue() == "small: failed. [it] broke\n"  # type: ignore[attr-defined]

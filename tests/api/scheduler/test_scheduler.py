@@ -1,0 +1,621 @@
+"""The scheduler against a stage that knows nothing but its steps, and against each request running alone."""
+
+from collections import deque
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from actors.errors import ProtocolError
+from api.errors import OptionError, RequestError
+from api.messages.engine import AddRequest, Counts, RequestOutput
+from api.scheduler.options import DEFAULT_PREFILL_WAIT, SchedulerOptions
+from api.scheduler.scheduler import Scheduler
+from stages.options import CacheOptions
+from stages.step import SamplingParams, Step, StepResult, TokenLogprobs
+from tests.support.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds
+
+BLOCK = 32
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+SCORED = msgspec.structs.replace(GREEDY, logprobs=0, prompt_logprobs=0)
+
+
+def scheduler_options(
+    *,
+    stages: int = 2,
+    slots: int = 6,
+    pools: int = 1,
+    blocks: int = 24,
+    max_model_len: int = 128,
+    prefill_chunk: int = 64,
+    microbatches: int | None = None,
+    prefill_wait: float = DEFAULT_PREFILL_WAIT,
+) -> SchedulerOptions:
+    cache = CacheOptions(slots=slots, pools=pools, blocks=blocks, block_size=BLOCK, max_model_len=max_model_len)
+    return SchedulerOptions(
+        stages=stages,
+        cache=cache,
+        prefill_chunk=prefill_chunk,
+        microbatches=microbatches,
+        prefill_wait=prefill_wait,
+    )
+
+
+def request(
+    request_id: int,
+    prompt: int | list[int],
+    max_tokens: int,
+    stop_token_ids: list[int] | None = None,
+    sampling: SamplingParams = GREEDY,
+) -> AddRequest:
+    """A request for a prompt, or for one of that many tokens that no other id has."""
+    tokens = [(7 * request_id + 3 * i) % 5000 for i in range(prompt)] if isinstance(prompt, int) else prompt
+    return AddRequest(
+        request_id=request_id,
+        tokens=tokens,
+        max_tokens=max_tokens,
+        stop_token_ids=stop_token_ids or [],
+        sampling=sampling,
+    )
+
+
+class FakeLine:
+    """A scheduler joined to a stage; results wait here until they are delivered."""
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        self.options = options
+        self.scheduler = Scheduler(options, epoch=0)
+        self.stage = FakeStage(options.cache, options.prefill_chunk)
+        self.results: deque[StepResult] = deque()
+        self.steps: list[Step] = []
+
+    def submit(self) -> Step | None:
+        """Runs the scheduler's next step, if it has one."""
+        step = self.scheduler.next_step()
+        if step is not None:
+            self.steps.append(step)
+            self.results.append(self.stage.run(step))
+        return step
+
+    def deliver(self) -> list[RequestOutput]:
+        """Hands the oldest result back."""
+        return self.scheduler.on_result(self.results.popleft())
+
+    def drain(self) -> dict[int, tuple[list[int], str]]:
+        """Runs until nothing is in flight; every finished request's tokens and reason."""
+        tokens: dict[int, list[int]] = {}
+        ended: dict[int, tuple[list[int], str]] = {}
+        while True:
+            while self.submit():
+                pass
+            if not self.results:
+                return ended
+            for output in self.deliver():
+                tokens.setdefault(output.request_id, []).extend(output.tokens)
+                if output.finish_reason:
+                    ended[output.request_id] = tokens[output.request_id], output.finish_reason
+
+    def microbatch(self, slot: int) -> int:
+        return slot // self.options.slots_per_microbatch
+
+
+def nothing_in_use(options: SchedulerOptions) -> Counts:
+    cache = options.cache
+    blocks = cache.blocks * cache.pools
+    return Counts(
+        waiting=0,
+        running=0,
+        steps_in_flight=0,
+        free_slots=cache.slots,
+        slots=cache.slots,
+        free_blocks=blocks,
+        blocks=blocks,
+    )
+
+
+def test_a_burst_spreads_evenly_over_the_microbatches_and_pools() -> None:
+    line = FakeLine(scheduler_options(slots=12, pools=2, prefill_chunk=256))
+    for request_id in range(6):
+        line.scheduler.add(request(request_id, 10, 4))
+    step = line.submit()
+    assert step is not None
+    slots = [admission.slot for admission in step.admissions]
+    assert sorted(line.microbatch(slot) for slot in slots) == [0, 0, 1, 1, 2, 2]
+    assert sorted(slot % 2 for slot in slots) == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_chunks_of_a_prompt_follow_each_other_without_waiting_for_results() -> None:
+    line = FakeLine(scheduler_options())
+    line.scheduler.add(request(0, 100, 4))
+    line.scheduler.add(request(1, 40, 4))
+    while line.submit():
+        pass
+    chunks = [[(s.start, len(s.tokens), s.sample) for s in step.segments] for step in line.steps]
+    # Request 1 waits for the block border: 28 of the second step's 64 tokens are left, fewer than a block.
+    assert chunks == [[(0, 64, False)], [(64, 36, True)], [(0, 40, True)]]
+    assert [step.mode for step in line.steps] == ["prefill"] * 3
+
+
+def test_short_prompts_share_a_step() -> None:
+    line = FakeLine(scheduler_options())
+    for request_id in range(3):
+        line.scheduler.add(request(request_id, 10, 4))
+    line.scheduler.add(request(3, 70, 4))
+    step = line.submit()
+    assert step is not None
+    assert [len(segment.tokens) for segment in step.segments] == [10, 10, 10, 32]
+
+
+def test_decode_steps_are_not_held_up_by_a_queue_of_prompts() -> None:
+    line = FakeLine(scheduler_options(slots=60, blocks=300))
+    line.scheduler.add(request(0, 10, 100))
+    line.submit()
+    line.deliver()
+    for request_id in range(1, 40):
+        line.scheduler.add(request(request_id, 100, 20))
+    modes = []
+    for _ in range(30):
+        while step := line.submit():
+            modes.append(step.mode)
+        line.deliver()
+    assert modes[0] == "decode"
+    # Every result lets a microbatch decode or a prompt begin; from when all take part, neither gets two in a row.
+    assert modes[-20:] == ["prefill", "decode"] * 10 or modes[-20:] == ["decode", "prefill"] * 10
+
+
+def test_every_microbatch_decodes_in_turn_beside_an_endless_queue_of_prompts() -> None:
+    line = FakeLine(scheduler_options(slots=600, blocks=2400))
+    for request_id in range(300):
+        line.scheduler.add(request(request_id, 64, 64))
+    for _ in range(120):
+        while line.submit():
+            pass
+        line.deliver()
+    assert line.scheduler.counts().waiting > 0
+    decoded = [line.microbatch(step.segments[0].slot) for step in line.steps if step.mode == "decode"]
+    assert decoded[-30:] == decoded[-3:] * 10
+    assert set(decoded[-3:]) == {0, 1, 2}
+
+
+def test_a_request_waits_until_its_token_after_the_prompt_has_room_too() -> None:
+    line = FakeLine(scheduler_options(stages=1, slots=2, blocks=4, prefill_chunk=128))
+    line.scheduler.add(request(0, 33, 1))
+    line.scheduler.add(request(1, 64, 1))
+    step = line.submit()
+    assert step is not None
+    # Two blocks are left, which the second prompt alone would fill.
+    assert len(step.segments) == 1
+    line.deliver()
+    step = line.submit()
+    assert step is not None
+    assert [len(segment.new_blocks) for segment in step.segments] == [3]
+
+
+def test_a_request_that_does_not_fit_is_not_overtaken() -> None:
+    line = FakeLine(scheduler_options(stages=1, slots=3, blocks=5, prefill_chunk=128))
+    for request_id, prompt in enumerate((70, 70, 1)):
+        line.scheduler.add(request(request_id, prompt, 1))
+    for _ in range(2):
+        step = line.submit()
+        assert step is not None
+        line.deliver()
+    assert [[len(segment.tokens) for segment in step.segments] for step in line.steps] == [[70], [70, 1]]
+
+
+def test_preempted_requests_of_several_pools_wait_in_the_order_of_arrival() -> None:
+    line = FakeLine(scheduler_options(stages=1, slots=8, pools=2, blocks=4, prefill_chunk=256))
+    requests = [request(request_id, 20 + 3 * request_id, 60) for request_id in range(8)]
+    for added in requests:
+        line.scheduler.add(added)
+    preempted = 0
+    while line.scheduler.counts().running + line.scheduler.counts().waiting:
+        line.submit()
+        waiting = [sequence.arrival for sequence in line.scheduler._waiting]
+        assert waiting == sorted(waiting)
+        preempted = max(preempted, len(waiting))
+        line.deliver()
+    assert preempted > 2
+
+
+def test_one_stage_has_one_step_in_flight_by_default() -> None:
+    line = FakeLine(scheduler_options(stages=1))
+    line.scheduler.add(request(0, 100, 2))
+    assert line.submit() is not None
+    assert line.submit() is None
+
+
+def test_max_tokens_ends_with_length_and_a_stop_token_is_the_last() -> None:
+    line = FakeLine(scheduler_options())
+    answer, _ = reference_answer(request(0, 9, 1).tokens, 100, [])
+    stop = next(token for token in answer if token != answer[0])
+    line.scheduler.add(request(0, 9, 100, [stop]))
+    line.scheduler.add(request(1, 9, 1))
+    ended = line.drain()
+    assert ended[0] == (answer[: answer.index(stop) + 1], "stop")
+    assert ended[1] == reference_answer(request(1, 9, 1).tokens, 1, [])
+    assert ended[1][1] == "length"
+    assert line.scheduler.counts() == nothing_in_use(line.options)
+
+
+def test_forced_tokens_take_the_place_of_sampled_ones_which_are_handed_out() -> None:
+    """Also over preemptions: four sequences of four blocks share nine."""
+    line = FakeLine(scheduler_options(stages=1, slots=4, blocks=9))
+    prompts = [request(request_id, 20, 1).tokens for request_id in range(4)]
+    forced = [[(5 * place + number) % VOCABULARY for place in range(90)] for number in range(4)]
+    for number in range(4):
+        line.scheduler.add(msgspec.structs.replace(request(number, prompts[number], 100), forced=forced[number]))
+    ended = line.drain()
+    assert line.scheduler.preemptions > 0
+    for number in range(4):
+        sampled, reason = ended[number]
+        followed = [next_token([*prompts[number], *forced[number][:place]]) for place in range(91)]
+        assert sampled[:91] == followed
+        assert sampled[91] == next_token([*prompts[number], *forced[number], sampled[90]])
+        assert (len(sampled), reason) == (100, "length")
+
+
+def test_preemption_takes_the_latest_and_changes_no_token() -> None:
+    # Four requests of up to four blocks each share five blocks.
+    line = FakeLine(scheduler_options(stages=1, slots=4, blocks=5))
+    requests = [request(request_id, 20, 100) for request_id in range(4)]
+    for added in requests:
+        line.scheduler.add(added)
+    ended = line.drain()
+    assert ended == {r.request_id: reference_answer(r.tokens, 100, []) for r in requests}
+    assert list(ended) == [0, 1, 2, 3]
+    assert len([a for step in line.steps for a in step.admissions]) > 4
+    assert line.scheduler.counts() == nothing_in_use(line.options)
+
+
+def test_an_aborted_request_is_in_no_later_step_and_its_results_are_dropped() -> None:
+    line = FakeLine(scheduler_options())
+    line.scheduler.add(request(0, 100, 9))
+    line.submit()
+    line.submit()
+    line.scheduler.abort(0)
+    line.scheduler.abort(0)
+    line.scheduler.abort(12345)
+    assert line.submit() is None
+    assert [line.deliver(), line.deliver()] == [[], []]
+    assert line.scheduler.counts() == nothing_in_use(line.options)
+    line.scheduler.add(request(1, 10, 1))
+    step = line.submit()
+    assert step is not None
+    assert step.ended == [0]
+    assert [admission.slot for admission in step.admissions] == [0]
+
+
+def test_a_reset_runs_everything_again_from_the_tokens_so_far() -> None:
+    line = FakeLine(scheduler_options())
+    requests = [request(request_id, 40, 30) for request_id in range(5)]
+    for added in requests:
+        line.scheduler.add(added)
+    handed_out: dict[int, list[int]] = {r.request_id: [] for r in requests}
+    for _ in range(20):
+        while line.submit():
+            pass
+        for output in line.deliver():
+            handed_out[output.request_id] += output.tokens
+    assert all(handed_out.values())
+    stale = list(line.results)
+    line.results.clear()
+    line.scheduler.reset(epoch=1)
+    line.stage = FakeStage(line.options.cache, line.options.prefill_chunk)
+    assert line.scheduler.counts().waiting == 5
+    assert [line.scheduler.on_result(result) for result in stale] == [[]] * len(stale)
+    ended = line.drain()
+    for r in requests:
+        assert handed_out[r.request_id] + ended[r.request_id][0] == reference_answer(r.tokens, 30, [])[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        (100, 29, "The prompt's 100 tokens and max_tokens 29 make 129, over the model's length of 128"),
+        (0, 1, "The prompt holds no token"),
+        (1, 0, "max_tokens is 0"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused(prompt: int, max_tokens: int, message: str) -> None:
+    line = FakeLine(scheduler_options())
+    with pytest.raises(RequestError, match=message):
+        line.scheduler.add(request(0, prompt, max_tokens))
+    assert line.scheduler.counts() == nothing_in_use(line.options)
+
+
+def test_a_request_as_long_as_the_model_fits_the_smallest_pool() -> None:
+    line = FakeLine(scheduler_options(blocks=4))
+    line.scheduler.add(request(0, 100, 28))
+    line.scheduler.add(request(1, 127, 1))
+    assert {key: reason for key, (_, reason) in line.drain().items()} == {0: "length", 1: "length"}
+
+
+def test_an_id_in_use_is_refused() -> None:
+    line = FakeLine(scheduler_options())
+    line.scheduler.add(request(0, 5, 5))
+    with pytest.raises(ValueError, match=r"Request 0 is here already\."):
+        line.scheduler.add(request(0, 5, 5))
+
+
+def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
+    line = FakeLine(scheduler_options())
+    with pytest.raises(ProtocolError, match=r"sent 0 tokens for step 3; awaited was no step\."):
+        line.scheduler.on_result(StepResult(epoch=0, step_id=3, tokens=[]))
+    line.scheduler.add(request(0, 5, 5))
+    line.submit()
+    with pytest.raises(ProtocolError, match=r"sent 2 tokens for step 0; awaited was step 0 with 1\."):
+        line.scheduler.on_result(StepResult(epoch=0, step_id=0, tokens=[1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": 8}, r"8 slots cannot be shared evenly by 3 microbatches"),
+        ({"prefill_chunk": 48}, r"A prefill chunk of 48 tokens is no multiple of the block size 32"),
+        ({"prefill_chunk": 0}, r"A prefill chunk of 0 tokens"),
+        ({"microbatches": 0}, r"2 stages with 0 microbatches"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        scheduler_options(**changes)
+
+
+def test_prompt_logprobs_come_chunk_by_chunk_and_once_in_spite_of_preemption() -> None:
+    line = FakeLine(scheduler_options(stages=1, slots=4, blocks=7))
+    requests = [request(request_id, 70, 50, sampling=SCORED) for request_id in range(3)]
+    for added in requests:
+        line.scheduler.add(added)
+    told: dict[int, list[list[TokenLogprobs]]] = {added.request_id: [] for added in requests}
+    while line.scheduler.counts().running + line.scheduler.counts().waiting:
+        line.submit()
+        for output in line.deliver():
+            if output.prompt_logprobs:
+                told[output.request_id].append(output.prompt_logprobs)
+    assert line.scheduler.preemptions > 0
+    for added in requests:
+        assert [entry for chunk in told[added.request_id] for entry in chunk] == scores(added.tokens, 0, 70)
+    # The first chunk ends at position 63, whose logits score the token at 64.
+    assert [len(chunk) for chunk in told[0]] == [64, 5]
+
+
+def test_log_probabilities_of_another_number_than_asked_for_are_refused() -> None:
+    line = FakeLine(scheduler_options())
+    line.scheduler.add(request(0, 5, 5, sampling=SCORED))
+    line.submit()
+    result = line.results.popleft()
+    for broken in (
+        msgspec.structs.replace(result, prompt_logprobs=[]),
+        msgspec.structs.replace(result, logprobs=result.logprobs * 2),
+    ):
+        with pytest.raises(ProtocolError, match=r"log-probabilities of . tokens and . prompts for step 0"):
+            line.scheduler.on_result(broken)
+
+
+def test_a_prefill_step_takes_no_longer_than_so_many_decode_steps_where_others_wait_for_it() -> None:
+    line = FakeLine(scheduler_options(slots=30, blocks=300, max_model_len=2048, prefill_chunk=1024, prefill_wait=6.0))
+    line.scheduler.add(request(0, 40, 2000))
+    for _ in range(4):
+        line.submit()
+        line.deliver()
+    for request_id in range(1, 5):
+        line.scheduler.add(request(request_id, 1500, 8))
+    for _ in range(200):
+        while line.submit():
+            pass
+        line.deliver()
+    lengths = [step.token_count for step in line.steps if step.mode == "prefill"]
+    decode = max(step_seconds(step) for step in line.steps if step.mode == "decode")
+    assert all(step_seconds(step) <= 6.0 * decode for step in line.steps if step.mode == "prefill")
+    assert lengths[0] == 40
+    assert sum(lengths) == 40 + 4 * 1500
+    assert max(lengths) == 96  # 6 * 21 / (1 + 1 / 96) is 124: three blocks, and the fourth would be too long.
+
+
+def test_a_prompt_that_nobody_waits_for_is_prefilled_in_the_largest_chunks() -> None:
+    line = FakeLine(scheduler_options(slots=30, blocks=300, max_model_len=2048, prefill_chunk=1024, prefill_wait=1.0))
+    line.scheduler.add(request(0, 40, 4))
+    line.drain()
+    line.scheduler.add(request(1, 2000, 4))
+    line.drain()
+    assert [step.token_count for step in line.steps if step.mode == "prefill"] == [40, 1024, 976]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals, ends, aborts, shortage, preemption and restarts in any order."""
+
+    @initialize(
+        stages=st.integers(1, 3),
+        microbatches=st.one_of(st.none(), st.integers(1, 4)),
+        lanes=st.integers(1, 3),
+        pools=st.integers(1, 2),
+        blocks=st.integers(4, 7),
+        prefill_chunk=st.sampled_from([32, 64, 128]),
+        prefill_wait=st.sampled_from([0.1, 3.0, 50.0]),
+    )
+    def begin(
+        self,
+        stages: int,
+        microbatches: int | None,
+        lanes: int,
+        pools: int,
+        blocks: int,
+        prefill_chunk: int,
+        prefill_wait: float,
+    ) -> None:
+        steps_in_flight = microbatches or (stages + 1 if stages > 1 else 1)
+        self.line = FakeLine(
+            scheduler_options(
+                stages=stages,
+                microbatches=microbatches,
+                slots=steps_in_flight * lanes * pools,
+                pools=pools,
+                blocks=blocks,
+                prefill_chunk=prefill_chunk,
+                prefill_wait=prefill_wait,
+            )
+        )
+        self.steps_in_flight = steps_in_flight
+        self.scheduler = self.line.scheduler
+        self.live: dict[int, AddRequest] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.scores: dict[int, list[TokenLogprobs]] = {}
+        self.stale: list[StepResult] = []
+        self.must_end: set[int] = set()
+        self.prefills_waited = [0] * steps_in_flight
+        self.epoch = 0
+
+    @rule(
+        count=st.integers(1, 4),
+        prompt=st.sampled_from([1, 20, 31, 32, 33, 63, 64, 65, 95]),
+        max_tokens=st.integers(1, 33),
+        stop=st.lists(st.integers(0, VOCABULARY - 1), max_size=1),
+        sampling=st.sampled_from([GREEDY, SCORED]),
+    )
+    def add(self, count: int, prompt: int, max_tokens: int, stop: list[int], sampling: SamplingParams) -> None:
+        for _ in range(count):
+            added = request(len(self.tokens), prompt, max_tokens, stop, sampling)
+            self.scores[added.request_id] = []
+            self.scheduler.add(added)
+            self.live[added.request_id] = added
+            self.tokens[added.request_id] = []
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.live)))
+        run = self.scheduler._runs.get(request_id)
+        if run is not None:
+            self.must_end.add(run.slot)
+        self.scheduler.abort(request_id)
+        aborted = self.live.pop(request_id)
+        answer, _ = reference_answer(aborted.tokens, aborted.max_tokens, aborted.stop_token_ids)
+        assert self.tokens[request_id] == answer[: len(self.tokens[request_id])]
+
+    @rule()
+    def submit(self) -> None:
+        ready = [
+            microbatch
+            for microbatch in range(self.steps_in_flight)
+            if any(run.active for run in self.scheduler._decodable[microbatch])
+            and not self.scheduler._decoding[microbatch]
+        ]
+        step = self.line.submit()
+        if step is None:
+            return
+        assert step.epoch == self.epoch
+        assert self.must_end <= set(step.ended)
+        self.must_end = set()
+        self.check_order(step)
+        decoded = {self.line.microbatch(segment.slot) for segment in step.segments} if step.mode == "decode" else set()
+        assert len(decoded) <= 1
+        for microbatch in range(self.steps_in_flight):
+            waits = microbatch in ready and microbatch not in decoded
+            self.prefills_waited[microbatch] += step.mode == "prefill"
+            self.prefills_waited[microbatch] *= waits
+        assert max(self.prefills_waited) <= self.steps_in_flight
+        assert {run.slot for run in self.scheduler._runs.values()} == self.line.stage.live_slots
+
+    def check_order(self, step: Step) -> None:
+        """Nobody who came earlier waits while another is admitted."""
+        admitted = {admission.slot for admission in step.admissions}
+        arrivals = [run.arrival for run in self.scheduler._runs.values() if run.slot in admitted]
+        waiting = [sequence.arrival for sequence in self.scheduler._waiting]
+        assert waiting == sorted(waiting)
+        if arrivals and waiting:
+            assert max(arrivals) < min(waiting)
+
+    @precondition(lambda self: self.line.results)
+    @rule()
+    def deliver(self) -> None:
+        for output in self.line.deliver():
+            asked = self.live[output.request_id]
+            assert output.error is None
+            self.tokens[output.request_id] += output.tokens
+            self.scores[output.request_id] += output.prompt_logprobs
+            is_scored = asked.sampling.logprobs is not None
+            assert [entry.logprob for entry in output.logprobs] == [-float(t) for t in output.tokens if is_scored]
+            if output.tokens:
+                prompt = asked.tokens if is_scored else []
+                assert self.scores[output.request_id] == scores(prompt, 0, len(prompt))
+            if output.finish_reason is None:
+                assert len(output.tokens) == 1 or output.prompt_logprobs
+                continue
+            del self.live[output.request_id]
+            answer = reference_answer(asked.tokens, asked.max_tokens, asked.stop_token_ids)
+            assert (self.tokens[output.request_id], output.finish_reason) == answer
+
+    @rule(results=st.integers(1, 60))
+    def run(self, results: int) -> None:
+        """Some of the pipeline's everyday life at once, so that requests get to their ends."""
+        for _ in range(results):
+            self.fill()
+            if not self.line.results:
+                return
+            self.deliver()
+            self.books_balance()
+
+    def fill(self) -> None:
+        issued = -1
+        while issued != len(self.line.steps):
+            issued = len(self.line.steps)
+            self.submit()
+
+    @rule()
+    def reset(self) -> None:
+        self.epoch += 1
+        self.stale += self.line.results
+        self.line.results.clear()
+        self.line.stage = FakeStage(self.line.options.cache, self.line.options.prefill_chunk)
+        self.must_end = set()
+        self.scheduler.reset(self.epoch)
+        assert self.scheduler.counts().waiting == len(self.live)
+
+    @precondition(lambda self: self.stale)
+    @rule()
+    def deliver_stale(self) -> None:
+        assert self.scheduler.on_result(self.stale.pop()) == []
+
+    @invariant()
+    def books_balance(self) -> None:
+        counts = self.scheduler.counts()
+        running = self.scheduler._runs
+        waiting = [sequence.request_id for sequence in self.scheduler._waiting]
+        assert sorted([*running, *waiting]) == sorted(self.live)
+        assert (counts.waiting, counts.running) == (len(waiting), len(running))
+        assert counts.steps_in_flight == len(self.line.results) <= self.steps_in_flight
+        in_flight = self.line.steps[len(self.line.steps) - len(self.line.results) :]
+        decoding = [self.line.microbatch(step.segments[0].slot) for step in in_flight if step.mode == "decode"]
+        assert len(set(decoding)) == len(decoding)
+        slots = [run.slot for run in running.values()]
+        assert len(set(slots)) == len(slots) == counts.slots - counts.free_slots
+        for index, pool in enumerate(self.scheduler._pools):
+            held = [block for run in running.values() if run.pool == index for block in run.blocks]
+            assert sorted(held + pool._free) == list(range(self.line.options.cache.blocks))
+        for run in running.values():
+            assert run.pool == self.line.options.cache.pool_of(run.slot)
+
+    def teardown(self) -> None:
+        """The oldest running request gets on within a bounded number of results, and so everything ends."""
+        chunks = 128 // self.line.options.cache.block_size  # A chunk may be as short as a block.
+        bound = 2 * chunks + 4 * self.steps_in_flight
+        stalled, last = 0, (-1, -1)
+        while self.live:
+            self.fill()
+            assert self.line.results, "requests live, and nothing runs"
+            self.deliver()
+            self.books_balance()
+            oldest = min((run.arrival for run in self.scheduler._runs.values()), default=-1)
+            now = (oldest, len(self.tokens[oldest]) if oldest >= 0 else -1)
+            stalled = stalled + 1 if now == last else 0
+            last = now
+            assert stalled <= bound
+        while self.line.results:
+            self.deliver()
+        assert self.scheduler.counts() == nothing_in_use(self.line.options)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)

@@ -1,0 +1,257 @@
+"""From the command to a server and back, with an engine that needs no model."""
+
+import asyncio
+import contextlib
+import io
+import json
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+from structlog.testing import capture_logs
+
+from api.client import replicas
+from api.client.load import Load
+from api.client.start_progress import StartProgress
+from api.engine.options import EngineOptions
+from api.errors import EngineError, OptionError
+from api.messages.engine import AddRequest, EngineState
+from api.server import serve
+from api.server.listener import listen
+from api.server.serve import ServeSettings
+from api.settings.engine import EngineSettings
+from api.text.model_source import resolve_model
+from benchmarks.ports import free_port
+from tests.support.api_server import DEADLINE_S, endless_text
+from tests.support.fake_engine import FakeEngine, Script
+
+SAMPLE = resolve_model(None, {})
+
+
+class FakeEngineClient(FakeEngine):
+    """An engine that becomes ready when `loaded` is set, and whose streams end when it is closed."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(script)
+        self.state = EngineState(phase="loading", detail="Stage 0: loading, 1 of 3 layers")
+        self.loaded = asyncio.Event()
+        self.failure: Exception | None = None
+        self.load = Load(0, 0)
+        self.on_state: Callable[[EngineState], None] | None = None
+        self.closed = False
+
+    def __call__(self, _: EngineOptions, on_state: Callable[[EngineState], None]) -> "FakeEngineClient":
+        self.on_state = on_state
+        return self
+
+    async def launch(self) -> None:
+        assert self.on_state is not None
+        self.on_state(self.state)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        await asyncio.wait_for(self.loaded.wait(), timeout_s)
+        if self.failure is not None:
+            raise self.failure
+        self.state = EngineState(phase="ready", detail="")
+
+    async def wait_failed(self) -> None:
+        """It does not."""
+        await asyncio.Event().wait()
+
+    async def counts(self, timeout_s: float) -> None:
+        """It answers at once."""
+
+    async def close(self) -> None:
+        self.closed = True
+        for stream in self.streams:
+            stream.fail()
+
+
+class Server:
+    """`serve` as a task of the test's loop."""
+
+    def __init__(self, tmp_path: Path, shutdown_timeout_s: float = 0.2) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        settings = ServeSettings(
+            engine=EngineSettings(cache_dir=tmp_path),
+            source=SAMPLE,
+            host="127.0.0.1",
+            port=port,
+            shutdown_timeout_s=shutdown_timeout_s,
+        )
+        self.running = asyncio.create_task(serve.serve(settings))
+        self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
+
+    async def until(self, status: int) -> None:
+        """Returns when /health has this status."""
+        deadline = asyncio.get_running_loop().time() + DEADLINE_S
+        while asyncio.get_running_loop().time() < deadline:
+            with contextlib.suppress(httpx.ConnectError):
+                if (await self.client.get("/health")).status_code == status:
+                    return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"/health was not {status} within {DEADLINE_S} s")
+
+    async def stop(self, number: signal.Signals) -> None:
+        signal.raise_signal(number)
+        await asyncio.wait_for(self.running, DEADLINE_S)
+        await self.client.aclose()
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngineClient:
+    """The engine that `serve` starts."""
+    fake = FakeEngineClient(endless_text)
+    monkeypatch.setattr(replicas, "EngineClient", fake)
+    return fake
+
+
+async def test_the_server_says_503_while_loading_and_then_what_to_try(
+    engine: FakeEngineClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capture_logs() as logs:
+        server = Server(tmp_path)
+        await server.until(503)
+        assert capsys.readouterr().out == ""
+        engine.loaded.set()
+        await server.until(200)
+        await server.stop(signal.SIGTERM)
+    assert engine.closed
+    assert "Stage 0: loading, 1 of 3 layers" in [log.get("detail") for log in logs]
+    said = capsys.readouterr().out
+    assert f"Ready: galaxyline-sample on {server.url}, 6 layers over 2 stages." in said
+    command = said[said.index("curl") :]
+    assert f"curl {server.url}/v1/completions" in command
+    body = json.loads(command[command.index("-d '") + 4 : command.rindex("'")])
+    sampling = {"max_tokens": 32, "temperature": 0, "top_p": 0.9, "top_k": 10}
+    assert body == {"model": "galaxyline-sample", "prompt": "San Francisco is a", **sampling}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_while_loading_ends_everything(
+    number: signal.Signals, engine: FakeEngineClient, tmp_path: Path
+) -> None:
+    server = Server(tmp_path)
+    await server.until(503)
+    await server.stop(number)
+    assert engine.closed
+
+
+BODY = {"prompt": "hello", "stream": True, "max_tokens": 4}
+
+
+def one_token(request: AddRequest) -> Sequence[int]:
+    """A script that gives one token with a text and then nothing, so that the request stays open."""
+    return request.tokens[1:2]
+
+
+@contextlib.asynccontextmanager
+async def an_open_stream(server: Server) -> AsyncIterator[AsyncIterator[str]]:
+    """The lines of a completion, after its first one."""
+    async with server.client.stream("POST", "/v1/completions", json=BODY) as response:
+        lines = response.aiter_lines()
+        assert '"text":' in await anext(lines)
+        yield lines
+
+
+async def test_while_draining_open_streams_go_on_and_new_requests_are_refused(
+    engine: FakeEngineClient, tmp_path: Path
+) -> None:
+    engine.script = one_token
+    engine.loaded.set()
+    server = Server(tmp_path, shutdown_timeout_s=DEADLINE_S)
+    await server.until(200)
+    async with an_open_stream(server) as lines:
+        signal.raise_signal(signal.SIGTERM)
+        await server.until(503)
+        refused = await server.client.post("/v1/completions", json=BODY)
+        health = await server.client.get("/health")
+        models = await server.client.get("/v1/models")
+        assert not engine.closed
+        engine.streams[0].finish(engine.streams[0].request.tokens[1:2] * 3)
+        rest = [line async for line in lines if line]
+    await asyncio.wait_for(server.running, DEADLINE_S)
+    await server.client.aclose()
+    for answer in (refused, health):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert "draining" in answer.json()["error"]["message"]
+    assert models.status_code == 200
+    assert '"finish_reason":"length"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+
+
+async def test_open_streams_end_with_an_error_when_their_time_is_up(engine: FakeEngineClient, tmp_path: Path) -> None:
+    engine.script = one_token
+    engine.loaded.set()
+    server = Server(tmp_path)
+    await server.until(200)
+    async with an_open_stream(server) as lines:
+        stopping = asyncio.create_task(server.stop(signal.SIGTERM))
+        rest = [line async for line in lines if line]
+    await stopping
+    assert "The engine was closed." in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+
+
+async def test_a_second_signal_ends_everything_at_once(engine: FakeEngineClient, tmp_path: Path) -> None:
+    engine.script = one_token
+    engine.loaded.set()
+    server = Server(tmp_path, shutdown_timeout_s=10 * DEADLINE_S)
+    await server.until(200)
+    async with an_open_stream(server) as lines:
+        signal.raise_signal(signal.SIGTERM)
+        await server.until(503)
+        stopping = asyncio.create_task(server.stop(signal.SIGTERM))
+        rest = [line async for line in lines if line]
+    await stopping
+    assert "The engine was closed." in rest[-2]
+
+
+async def test_an_engine_that_fails_to_start_is_what_serve_raises(engine: FakeEngineClient, tmp_path: Path) -> None:
+    engine.failure = EngineError("Stage 1 found no room.")
+    engine.loaded.set()
+    server = Server(tmp_path)
+    with pytest.raises(EngineError, match="no room"):
+        await asyncio.wait_for(server.running, DEADLINE_S)
+    assert engine.closed
+    await server.client.aclose()
+
+
+async def test_a_port_in_use_is_refused_before_the_engine_starts(engine: FakeEngineClient, tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        settings = ServeSettings(
+            engine=EngineSettings(cache_dir=tmp_path), source=SAMPLE, host="127.0.0.1", port=port, shutdown_timeout_s=1
+        )
+        with pytest.raises(OptionError, match=f"Port {port} on 127.0.0.1 is in use"):
+            await serve.serve(settings)
+    assert not engine.closed
+
+
+def test_progress_in_a_terminal_shows_every_stage_once() -> None:
+    console = Console(force_terminal=True, width=80, file=io.StringIO())
+    progress = StartProgress(console)
+    with progress.showing():
+        for detail in ("Being placed.", "Stage 0: loading", "Stage 1: loading", "Stage 0: ready", "Stage 0: ready"):
+            progress.update(EngineState(phase="loading", detail=detail))
+        shown = str(progress.text)
+    assert shown == "Stage 0: ready\nStage 1: loading"
+
+
+def test_progress_of_several_replicas_says_which_one() -> None:
+    console = Console(force_terminal=True, width=80, file=io.StringIO())
+    progress = StartProgress(console, replicas=2)
+    with progress.showing():
+        for replica, detail in (
+            (1, "Being placed."),
+            (0, "Being placed."),
+            (0, "Stage 0: loading"),
+            (0, "Stage 1: ready"),
+        ):
+            progress.update(EngineState(phase="loading", detail=detail), replica)
+        shown = str(progress.text)
+    assert shown == "Replica 0: Stage 0: loading\nReplica 0: Stage 1: ready\nReplica 1: Being placed."

@@ -1,0 +1,111 @@
+"""HTTPS with a certificate that is made here, by openssl."""
+
+import asyncio
+import contextlib
+import ssl
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from api.cli.front_options import FrontSettings, TlsFiles
+from api.client import replicas
+from api.errors import OptionError
+from api.server import serve
+from api.server.serve import ServeSettings
+from api.settings.engine import EngineSettings
+from benchmarks.ports import free_port
+from tests.api.server.test_serve import SAMPLE, FakeEngineClient
+from tests.support.api_server import DEADLINE_S, endless_text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cert.pem and key.pem of 127.0.0.1, which sign themselves, and both in both.pem."""
+    folder = tmp_path_factory.mktemp("tls")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(["openssl", "req", "-x509", *key, *subject], cwd=folder, check=True, capture_output=True)
+    (folder / "both.pem").write_text((folder / "cert.pem").read_text() + (folder / "key.pem").read_text())
+    return folder
+
+
+async def answer(folder: Path, tmp_path: Path, front: FrontSettings, brings_certificate: bool) -> int:
+    """The status of a completion over HTTPS."""
+    port = free_port()
+    settings = ServeSettings(
+        engine=EngineSettings(cache_dir=tmp_path, spare=False),
+        source=SAMPLE,
+        host="127.0.0.1",
+        port=port,
+        shutdown_timeout_s=0.2,
+        front=front,
+    )
+    context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    if brings_certificate:
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    serving = asyncio.create_task(serve.serve(settings))
+    try:
+        async with httpx.AsyncClient(
+            base_url=f"https://127.0.0.1:{port}", verify=context, timeout=DEADLINE_S
+        ) as client:
+            deadline = asyncio.get_running_loop().time() + DEADLINE_S
+            while asyncio.get_running_loop().time() < deadline:
+                with contextlib.suppress(httpx.ConnectError):
+                    if (await client.get("/health")).status_code == 200:
+                        break
+                await asyncio.sleep(0.01)
+            return (await client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 3})).status_code
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngineClient:
+    fake = FakeEngineClient(endless_text)
+    fake.loaded.set()
+    monkeypatch.setattr(replicas, "EngineClient", fake)
+    return fake
+
+
+@pytest.mark.parametrize("names", [("cert.pem", "key.pem"), ("both.pem", None)])
+async def test_completions_over_https(
+    names: tuple[str, str | None],
+    folder: Path,
+    engine: FakeEngineClient,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    certificate, key = names
+    tls = TlsFiles.of(folder / certificate, None if key is None else folder / key, None)
+    assert await answer(folder, tmp_path, FrontSettings(tls=tls), brings_certificate=False) == 200
+    assert "curl https://127.0.0.1:" in capsys.readouterr().out
+    assert engine.closed
+
+
+async def test_clients_without_a_certificate_are_kept_out(
+    folder: Path, engine: FakeEngineClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = TlsFiles.of(folder / "cert.pem", folder / "key.pem", folder / "cert.pem")
+    front = FrontSettings(tls=tls)
+    assert await answer(folder, tmp_path, front, brings_certificate=True) == 200
+    monkeypatch.setattr("tests.api.server.test_tls.DEADLINE_S", 0.5)
+    with pytest.raises(httpx.TransportError):
+        await answer(folder, tmp_path, front, brings_certificate=False)
+
+
+def test_files_that_make_no_identity_are_refused(folder: Path) -> None:
+    for certificate, key, authorities in (
+        (None, "key.pem", None),
+        (None, None, "cert.pem"),
+        ("cert.pem", None, None),
+        ("missing.pem", None, None),
+        ("key.pem", "key.pem", None),
+        ("cert.pem", "key.pem", "key.pem"),
+    ):
+        files = [None if name is None else folder / name for name in (certificate, key, authorities)]
+        with pytest.raises(OptionError, match="--ssl-certfile"):
+            TlsFiles.of(*files)
+    assert TlsFiles.of(None, None, None) is None

@@ -1,0 +1,142 @@
+"""The tokenizer and the incremental decoder, against transformers and against decoding everything at once."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from api.text.generation_config import GenerationConfig
+from api.text.incremental_decoder import HELD_TOKENS_MAX, REPLACEMENT
+from api.text.tokenizer import TextTokenizer
+from tests.support.small_tokenizer import (
+    BOS,
+    BOS_ID,
+    EOS,
+    EOS_ID,
+    small_text_tokenizer,
+    small_tokenizer,
+    write_tokenizer,
+)
+from weights.errors import CheckpointError
+from weights.sample import SAMPLE_DIR
+
+SMALL = small_text_tokenizer()
+VOCABULARY = small_tokenizer().get_vocab_size()
+TEXTS = ["", "hello", "hello wörld €", " two  spaces ", "1234567", "naïve 🙂\n", f"{EOS}x"]
+
+
+def pieces(tokens: list[int], skip_special_tokens: bool = True) -> list[str]:
+    decoder = SMALL.decoder(skip_special_tokens)
+    return [*(decoder.add(token) or "" for token in tokens), decoder.flush()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_sample_models_tokenizer_encodes_and_decodes_as_transformers_does(text: str) -> None:
+    reference = AutoTokenizer.from_pretrained(SAMPLE_DIR)
+    tokenizer = TextTokenizer.load(SAMPLE_DIR)
+    tokens = reference.encode(text)
+    assert tokenizer.encode(text) == tokens
+    assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
+    assert tokenizer.eos_token_id == reference.eos_token_id
+    assert tokenizer.bos_token_id == reference.bos_token_id
+
+
+def test_bos_is_added_as_tokenizer_config_says_where_tokenizer_json_does_not(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, bos_token={"content": BOS}, eos_token=EOS, add_bos_token=True)
+    with_bos = TextTokenizer.load(tmp_path)
+    assert with_bos.encode("h") == [BOS_ID, *SMALL.encode("h", add_special_tokens=False)]
+    assert with_bos.encode("h", add_special_tokens=False) == with_bos.encode("h")[1:]
+    assert (with_bos.bos_token_id, with_bos.eos_token_id) == (BOS_ID, EOS_ID)
+    write_tokenizer(tmp_path, bos_token=BOS, add_bos_token=False)
+    assert TextTokenizer.load(tmp_path).encode("h") == with_bos.encode("h")[1:]
+
+
+def test_a_directory_without_a_usable_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Tokenizer files not found in the model directory\. .*Checked: '"):
+        TextTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+        TextTokenizer.load(tmp_path)
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        TextTokenizer.load(tmp_path)
+
+
+@settings(deadline=None)
+@given(st.text())
+@example("a" + REPLACEMENT)
+def test_any_text_comes_back_in_whole_characters(text: str) -> None:
+    tokens = SMALL.encode(text, add_special_tokens=False)
+    parts = pieces(tokens, skip_special_tokens=False)
+    # One at the very end cannot be told from a character that is short of bytes.
+    assert "".join(parts).rstrip(REPLACEMENT) == text.rstrip(REPLACEMENT)
+    if REPLACEMENT not in text:
+        assert all(REPLACEMENT not in part for part in parts)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, VOCABULARY + 3), max_size=60))
+@example([VOCABULARY - 1] * 50)
+def test_any_tokens_give_what_decoding_them_at_once_gives_but_for_an_unfinished_end(tokens: list[int]) -> None:
+    joined = "".join(pieces(tokens))
+    whole = SMALL.decode(tokens)
+    assert whole.startswith(joined)
+    assert set(whole[len(joined) :]) <= {REPLACEMENT}
+
+
+def test_half_a_character_is_held_back_and_comes_with_the_rest_of_it() -> None:
+    decoder = SMALL.decoder()
+    euro = SMALL.encode("€", add_special_tokens=False)
+    assert [decoder.add(token) for token in euro] == [*[None] * (len(euro) - 1), "€"]
+    assert decoder.add(euro[0]) is None
+    assert decoder.flush() == ""
+
+
+def test_tokens_without_text_give_none_and_hold_nothing_back() -> None:
+    decoder = SMALL.decoder()
+    assert [decoder.add(token) for token in (BOS_ID, EOS_ID, VOCABULARY)] == ["", "", ""]
+    assert SMALL.decoder(skip_special_tokens=False).add(EOS_ID) == EOS
+
+
+def test_bytes_that_form_no_character_are_released_in_bounded_time() -> None:
+    decoder = SMALL.decoder()
+    lead = SMALL.encode("€", add_special_tokens=False)[0]
+    released = [decoder.add(lead) for _ in range(3 * HELD_TOKENS_MAX)]
+    assert any(released[:HELD_TOKENS_MAX])
+    assert sum(map(len, filter(None, released))) >= 3 * HELD_TOKENS_MAX - HELD_TOKENS_MAX
+
+
+def test_the_generation_config_is_read_as_hugging_face_writes_it(tmp_path: Path) -> None:
+    assert GenerationConfig.load(tmp_path) == GenerationConfig()
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [1, 2], "temperature": 0.6, "top_p": 0.95, "do_sample": true}', encoding="utf-8")
+    config = GenerationConfig.load(tmp_path)
+    assert (config.eos_token_ids, config.temperature, config.top_p, config.top_k) == ([1, 2], 0.6, 0.95, None)
+    file.write_text('{"eos_token_id": 7}', encoding="utf-8")
+    assert GenerationConfig.load(tmp_path).eos_token_ids == [7]
+    for wrong in (
+        '{"temperature": "hot"}',
+        '{"temperature": -1}',
+        '{"top_p": 0}',
+        '{"min_p": 2}',
+        '{"max_new_tokens": 0}',
+    ):
+        file.write_text(wrong, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="is no generation config"):
+            GenerationConfig.load(tmp_path)
+
+
+def test_the_generation_config_may_be_another_or_none(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    for directory, temperature in ((model, 0.6), (other, 0.7)):
+        directory.mkdir()
+        (directory / "generation_config.json").write_text(f'{{"temperature": {temperature}}}', encoding="utf-8")
+    assert GenerationConfig.named("auto", model).temperature == 0.6
+    assert GenerationConfig.named("vllm", model) == GenerationConfig()
+    assert GenerationConfig.named(str(other), model).temperature == 0.7
+    with pytest.raises(CheckpointError, match=r"--generation-config: there is no generation_config\.json in "):
+        GenerationConfig.named(str(tmp_path), model)

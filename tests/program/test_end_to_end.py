@@ -1,0 +1,77 @@
+"""The whole program, from HTTP to tokens and back, against Hugging Face's greedy text of the sample model."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.reference_texts import reference_texts
+from tests.support.servers import Prompt, complete, sample_prompts, serving, stream
+
+PROMPTS = sample_prompts()
+LAYERS = 6
+CLIENTS = 64
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[str]:
+    """Hugging Face's text of every prompt."""
+    return reference_texts(PROMPTS)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as opened:
+        yield opened
+
+
+async def test_the_first_answer(tmp_path: Path, client: httpx.AsyncClient) -> None:
+    """`galaxyline serve` with no options, and the request that it prints."""
+    with serving(tmp_path) as server:
+        [model] = (await client.get(f"{server.url}/v1/models")).json()["data"]
+        request = {"model": model["id"], "prompt": "San Francisco is a", "max_tokens": 32}
+        sampling = {"temperature": 0, "top_p": 0.9, "top_k": 10}
+        response = await client.post(server.completions, json={**request, **sampling})
+        pieces = await stream(client, server, Prompt("San Francisco is a", 32, True))
+        assert f"curl {server.completions}" in server.log.read_text()
+    answer = response.json()
+    text = answer["choices"][0]["text"]
+    assert text == "".join(pieces)
+    assert answer["usage"]["completion_tokens"] == 32
+    assert len(pieces) > 16
+    assert len(text.split()) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stages", "chunk", "flags"), [(1, 32, []), (2, 77, []), (3, 160, ["--enable-trace"]), (LAYERS, 4096, [])]
+)
+async def test_greedy_text_is_the_same_on_any_number_of_stages_with_any_prefill_chunk(
+    stages: int,
+    chunk: int,
+    flags: list[str],
+    tmp_path: Path,
+    client: httpx.AsyncClient,
+    expected: list[str],
+    ray_cluster: Mapping[str, str],
+) -> None:
+    """Every prompt alone and streamed, then all of them at once among as many others as make 64 and more."""
+    options = ("--stages", str(stages), "--max-num-batched-tokens", str(chunk), *flags)
+    with serving(tmp_path, *options, environment=ray_cluster) as server:
+        alone = ["".join(await stream(client, server, prompt)) for prompt in PROMPTS]
+        others = [Prompt(f"{number} boats on the sea", 24, False) for number in range(CLIENTS)]
+        crowd = await asyncio.gather(*(complete(client, server, prompt) for prompt in [*PROMPTS, *others]))
+    assert alone == expected
+    assert crowd[: len(PROMPTS)] == expected
+
+
+@pytest.mark.slow
+async def test_a_split_given_by_hand_gives_the_same_text_also_where_prompts_go_token_by_token(
+    tmp_path: Path, client: httpx.AsyncClient, expected: list[str], ray_cluster: Mapping[str, str]
+) -> None:
+    options = ("--layers-per-stage", "1,4,1", "--max-num-batched-tokens", "1")
+    with serving(tmp_path, *options, environment=ray_cluster) as server:
+        texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
+    assert texts == expected

@@ -1,0 +1,82 @@
+"""Real servers with stages that fail at certain tokens, or at all."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.poisoned_serve import PROGRAM, environment
+from tests.support.servers import EXIT_DEADLINE, Server, complete, launch, sample_prompts, serving, wait_until_ready
+from weights.sample import SAMPLE_DIR
+
+POISON = json.loads((SAMPLE_DIR / "config.json").read_text())["vocab_size"] - 1
+"""The last token of the vocabulary: no prompt has it, and no answer."""
+TOKENS = 60
+SECONDS = 500
+NEIGHBOURS = 7
+
+
+async def ask_poisoned(client: httpx.AsyncClient, server: Server) -> dict[str, Any]:
+    body = {"prompt": [300, POISON], "max_tokens": TOKENS, "temperature": 0}
+    response = await client.post(server.completions, json=body)
+    assert response.status_code >= 500, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize(
+    ("poison", "reason"),
+    [
+        (f"raise:1:{POISON}", "PoisonError: the device chokes on it"),
+        (f"kill:0:{POISON}", "its process died"),
+    ],
+    ids=["raises", "dies"],
+)
+async def test_a_poisoned_request_ends_alone_with_the_reason(poison: str, reason: str, tmp_path: Path) -> None:
+    prompts = sample_prompts()[:NEIGHBOURS]
+    with serving(tmp_path, program=PROGRAM, environment=environment(poison)) as server:
+        async with httpx.AsyncClient(timeout=SECONDS) as client:
+
+            async def neighbours() -> list[str]:
+                return await asyncio.gather(
+                    *(complete(client, server, prompt, max_tokens=TOKENS, ignore_eos=True) for prompt in prompts)
+                )
+
+            alone = await neighbours()
+            error, *together = await asyncio.gather(ask_poisoned(client, server), neighbours())
+            assert together == [alone]
+            assert reason in error["message"]
+            assert "Stage" in error["message"]
+            # Nothing of it is left.
+            assert await neighbours() == alone
+            assert (await client.get(f"{server.url}/health")).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+async def test_a_stage_that_never_makes_a_token_ends_the_server_with_the_reason(tmp_path: Path) -> None:
+    server = launch(tmp_path, "--max-restarts", "3", program=PROGRAM, environment=environment("raise:1:all"))
+    try:
+        wait_until_ready(server)
+        async with httpx.AsyncClient(timeout=SECONDS) as client:
+            answers = await asyncio.gather(
+                *(client.post(server.completions, json={"prompt": f"{number} boats"}) for number in range(3)),
+                return_exceptions=True,
+            )
+        code = await asyncio.to_thread(server.process.wait, EXIT_DEADLINE)
+    finally:
+        if server.process.poll() is None:
+            server.process.terminate()
+            server.process.wait(EXIT_DEADLINE)
+    assert code not in {0, None}
+    said = server.log.read_text()
+    # A failure that the end of a request explains is no reason to end: it takes one more, or two.
+    assert re.search(r"Stage 1 failed [456] times with no token made in between", said), said
+    assert "PoisonError: the device chokes on it" in said
+    assert all(isinstance(answer, BaseException) or answer.status_code >= 500 for answer in answers)

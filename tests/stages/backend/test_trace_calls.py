@@ -1,0 +1,119 @@
+"""What a chip is asked to do for captured decode steps, in which order: mock devices cannot run traces."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.backend import composite, ttnn
+from stages.mesh import TRACE_REGION_BYTES
+from tests.support.checkpoints import write_checkpoint
+from tests.support.stage_driver import Driver, cache_options, stage_options
+
+RECORDED = (
+    *("open_mesh_device", "begin_trace_capture", "end_trace_capture", "execute_trace", "release_trace"),
+    *("close_mesh_device", "from_torch", "to_torch", "load_tensor", "zeros", "full", "linear", "copy", "clone"),
+)
+TRACE_CALLS = ("begin_trace_capture", "end_trace_capture", "execute_trace", "release_trace")
+
+
+class Recorder:
+    """The names of ttnn's calls, in order, and their keyword arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        for name in RECORDED:
+            monkeypatch.setattr(ttnn, name, self._recording(name, getattr(ttnn, name)))
+
+    @property
+    def names(self) -> list[str]:
+        """What was called since the last `forget`."""
+        return [name for name, _ in self.calls]
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.calls.clear()
+
+    def _recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls.append((name, options))
+            return function(*args, **options)
+
+        return call
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+@pytest.fixture
+def driver(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    # What chips would do.
+    monkeypatch.setattr(composite, "moe_gate", composite.chip_moe_gate)
+    monkeypatch.setattr(composite, "routed_experts", composite.chip_routed_experts)
+    model = write_checkpoint(tmp_path / "model")
+    cache = cache_options(slots=16, pools=8, max_model_len=128)
+    options = stage_options(model, tmp_path / "cache", cache=cache, enable_trace=True)
+    loaded = Driver.load(options, mesh_shape=(1, 8))
+    assert recorder.calls[0] == ("open_mesh_device", {"trace_region_size": TRACE_REGION_BYTES})
+    for slot in (0, 9):
+        loaded.admit(slot)
+    loaded.prefill({0: [1, 2, 3], 9: [4, 5]})
+    return loaded
+
+
+def test_a_step_is_compiled_then_captured_then_replayed(driver: Driver, recorder: Recorder) -> None:
+    recorder.forget()
+    driver.decode({0: (3, 1), 9: (2, 1)})
+    names = recorder.names
+    begin, end, execute = (names.index(name) for name in TRACE_CALLS[:3])
+    assert begin < end < execute
+    assert names.count("execute_trace") == 1
+    # Compiled before: a capture must not load programs. All that was computed is captured again, and nothing comes
+    # from the host, which a trace cannot repeat.
+    assert names[:begin].count("linear") == names[begin:end].count("linear") > 0
+    assert set(names[begin + 1 : end]) == {"linear"}
+    assert all(options["cq_id"] == 0 for name, options in recorder.calls if name in TRACE_CALLS)
+
+
+def test_later_steps_only_replay(driver: Driver, recorder: Recorder) -> None:
+    driver.decode({0: (3, 1), 9: (2, 1)})
+    recorder.forget()
+    # Another request decodes alone, at another position: the shapes are the same.
+    driver.decode({0: (4, 1)})
+    names = recorder.names
+    assert "linear" not in names
+    assert [name for name in names if name in TRACE_CALLS] == ["execute_trace"]
+    at = names.index("execute_trace")
+    # Ids or hidden states, cosines, sines, positions and page tables go to where the trace reads them.
+    assert names[:at].count("copy") == 5
+    assert "copy" not in names[at:]
+    # Results are copied before the next replay, then read.
+    assert names[at + 1 :].count("clone") == 2
+
+
+def test_traces_are_released_before_the_mesh_is_closed(driver: Driver, recorder: Recorder) -> None:
+    driver.decode({0: (3, 1), 9: (2, 1)})
+    recorder.forget()
+    driver.close()
+    assert recorder.names == ["release_trace", "close_mesh_device"]
+
+
+def test_a_capture_that_fails_is_ended(driver: Driver, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = ttnn.linear
+    calls = 0
+
+    def fail_while_capturing(*args: Any, **options: Any) -> ttnn.Tensor:
+        nonlocal calls
+        calls += "begin_trace_capture" in recorder.names
+        if calls:
+            raise RuntimeError("out of the trace region")
+        return counted(*args, **options)
+
+    recorder.forget()
+    monkeypatch.setattr(ttnn, "linear", fail_while_capturing)
+    with pytest.raises(RuntimeError, match="trace region"):
+        driver.decode({0: (3, 1), 9: (2, 1)})
+    assert recorder.names[-1] == "end_trace_capture"

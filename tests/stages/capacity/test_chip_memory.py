@@ -1,0 +1,187 @@
+"""Memory of stages on their chips: R1's numbers worked out by hand, and what holds for every model."""
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.capacity.chip_memory import StageMemory, chip_memory, chip_stages
+from stages.capacity.chip_tensor import ChipTensor
+from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.deployment import Deployment
+from stages.errors import PlanError
+from stages.tensor_dtypes import CHOICES, TILE_BYTES, Kind, TensorDtype, WeightDtypes
+from stages.wormhole import DRAM_BYTES
+from tests.support.plans import deployment, deployments, dtypes, models, r1_config
+from weights.model_config import ModelConfig
+
+R1 = r1_config()
+GIB = 1 << 30
+
+
+def kept(memory: StageMemory) -> int:
+    """What a stage holds between its steps."""
+    return memory.weights + memory.kv_cache + memory.tables
+
+
+def test_a_tile_of_block_floats_has_an_exponent_for_every_sixteen_values() -> None:
+    assert (TILE_BYTES["bfloat8_b"], TILE_BYTES["bfloat4_b"]) == (1024 + 64, 512 + 64)
+
+
+def test_the_experts_of_a_layer_of_r1() -> None:
+    """256 experts of three 7168 x 2048 matrices, whole tiles all of them."""
+    values = 256 * 7168 * 2048
+    on_a_chip = sum(tensor.bytes for tensor in ChipWeights(R1, WeightDtypes(), 4).experts())
+    assert on_a_chip * 32 == values * 2 * 576 // 1024 + values * 1088 // 1024
+
+
+def test_r1_takes_about_495_gb_where_nothing_is_held_twice() -> None:
+    """As tt-metal's users count it for these dtypes."""
+    weights = ChipWeights(R1, WeightDtypes(), 1)
+    everything = [*weights.embedding(), *weights.head()]
+    for layer in range(61):
+        everything += weights.layer(layer)
+    total = sum(tensor.bytes * (1 if "gate.input" in tensor.name else 8) for tensor in everything)
+    assert total == pytest.approx(495e9, rel=0.005)
+
+
+def test_the_kv_cache_of_a_layer_of_r1() -> None:
+    """Two stages of four rows: 4 users a chip in each of 3 microbatches, 4096 tokens each, 18 tiles of 32 tokens."""
+    [first, last] = chip_memory(R1, deployment(2, 4))
+    blocks = 4 * 3 * 4096 // 32 + 1
+    per_layer = math.ceil(blocks * 18 / 12) * 12 * 1088
+    assert first.kv_cache == 31 * per_layer
+    assert last.kv_cache == 30 * per_layer
+
+
+@pytest.mark.parametrize(
+    ("stages", "rows_per_stage", "fits"),
+    [
+        (1, 4, False),
+        (2, 2, False),
+        (4, 1, False),
+        (2, 4, True),
+        (4, 2, True),
+        (8, 1, True),
+        (4, 4, True),
+        (16, 1, True),
+    ],
+)
+def test_r1_fits_eight_rows_and_sixteen_but_not_four(stages: int, rows_per_stage: int, fits: bool) -> None:
+    memories = chip_memory(R1, deployment(stages, rows_per_stage))
+    assert all(memory.fits for memory in memories) == fits
+    assert [memory.available for memory in memories] == [DRAM_BYTES] * stages
+
+
+def test_the_split_evens_out_what_the_chips_hold() -> None:
+    held = [memory.weights + memory.kv_cache for memory in chip_memory(R1, deployment(8, 1))]
+    assert max(held) / min(held) < 1.15
+
+
+def test_a_split_that_is_asked_for_is_taken() -> None:
+    specs = chip_stages(R1, deployment(2, 4, layers_per_stage=(20, 41)))
+    assert [len(spec.layers) for spec in specs] == [20, 41]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"stages": 62}, "Cannot split 61 layers into 62 stages: choose between 1 and 61 stages."),
+        ({"rows_per_stage": 3}, r"The number of routed experts \(256\) cannot be shared evenly by 24 chips."),
+        ({"users_per_row": 20}, "20 users a row cannot be shared evenly by its 8 chips: choose a multiple of 8."),
+        ({"max_model_len": 163841}, "--max-model-len 163841 is more than the model's 163840 positions."),
+        ({"layers_per_stage": (30, 30)}, "holds 60 layers"),
+    ],
+)
+def test_what_chips_cannot_share_is_refused(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
+        chip_memory(R1, msgspec.structs.replace(deployment(2, 4), **changes))
+
+
+def test_a_decode_step_too_large_for_l1_does_not_fit() -> None:
+    [memory, _] = chip_memory(R1, deployment(2, 4, users_per_row=96, max_model_len=32))
+    assert memory.total <= memory.available
+    assert not memory.fits
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_dtype_that_a_kind_cannot_have_is_refused(kind: Kind) -> None:
+    every: set[TensorDtype] = {"float32", "bfloat16", "bfloat8_b", "bfloat4_b"}
+    for dtype in every - set(CHOICES[kind]):
+        with pytest.raises(PlanError, match=f"{kind} cannot be {dtype}: choose "):
+            WeightDtypes(**{kind: dtype})
+
+
+@settings(deadline=None)
+@given(models(), dtypes(), st.sampled_from([1, 2, 4]), st.data())
+def test_memory_is_whole_pages(config: ModelConfig, kinds: WeightDtypes, rows: int, data: st.DataObject) -> None:
+    weights = ChipWeights(config, kinds, rows)
+    layer = data.draw(st.integers(0, config.num_hidden_layers - 1))
+    for tensor in [*weights.embedding(), *weights.layer(layer), *weights.head(), weights.selection()]:
+        assert tensor.allocated() % tensor.page_bytes == 0
+        assert tensor.bytes <= tensor.allocated() < tensor.bytes + 12 * tensor.page_bytes
+        assert tensor.bytes >= smallest(tensor)
+
+
+def smallest(tensor: ChipTensor) -> float:
+    bits = {"float32": 32, "bfloat16": 16, "bfloat8_b": 8.5, "bfloat4_b": 4.5}
+    return tensor.values * bits[tensor.dtype] / 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(models(), st.data())
+def test_totals_add_up(config: ModelConfig, data: st.DataObject) -> None:
+    plan = data.draw(deployments(config.num_hidden_layers))
+    memories = chip_memory(config, plan)
+    weights = ChipWeights(config, plan.dtypes, plan.rows_per_stage)
+    for memory, spec in zip(memories, chip_stages(config, plan), strict=True):
+        assert memory.weights == sum(tensor.allocated() for tensor in weights.of_stage(spec))
+        assert memory.total == kept(memory) + memory.activations + memory.trace
+        assert memory.kv_cache == len(spec.layers) * weights.kv_cache(plan.cache).allocated()
+        assert min(memory.activations, memory.trace, memory.decode_l1, memory.tables) > 0
+    assert sum(memory.end_layer - memory.first_layer for memory in memories) == config.num_hidden_layers
+
+
+@settings(max_examples=50, deadline=None)
+@given(models(), st.data())
+def test_more_rows_in_a_stage_never_need_more_a_chip(config: ModelConfig, data: st.DataObject) -> None:
+    """Between steps: in a step every chip meets the tokens of all rows."""
+    plan = data.draw(deployments(config.num_hidden_layers))
+    split = tuple(len(spec.layers) for spec in chip_stages(config, plan))
+    few, many = (
+        chip_memory(config, msgspec.structs.replace(plan, rows_per_stage=rows, layers_per_stage=split))
+        for rows in (1, 4)
+    )
+    for before, after in zip(few, many, strict=True):
+        assert kept(after) <= kept(before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(models(), st.data())
+def test_more_stages_never_need_more_on_the_fullest_chip(config: ModelConfig, data: st.DataObject) -> None:
+    plan = msgspec.structs.replace(data.draw(deployments(config.num_hidden_layers - 1)), microbatches=3)
+    few, many = (
+        max(memory.weights + memory.kv_cache for memory in chip_memory(config, msgspec.structs.replace(plan, stages=n)))
+        for n in (plan.stages, plan.stages + 1)
+    )
+    assert many <= few
+
+
+@settings(max_examples=50, deadline=None)
+@given(models(), st.data())
+def test_less_asked_never_needs_more(config: ModelConfig, data: st.DataObject) -> None:
+    plan = data.draw(deployments(config.num_hidden_layers))
+    more = {"users_per_row": plan.users_per_row + 8, "max_model_len": plan.max_model_len + 100}
+    before = fullest(config, plan)
+    for name, value in more.items():
+        assert fullest(config, msgspec.structs.replace(plan, **{name: value})) >= before
+    for kind in CHOICES:
+        narrower = plan.dtypes.narrowed(kind)
+        if narrower is not None:
+            assert fullest(config, msgspec.structs.replace(plan, dtypes=narrower)) <= before
+
+
+def fullest(config: ModelConfig, plan: Deployment) -> int:
+    return max(memory.weights + memory.kv_cache for memory in chip_memory(config, plan))

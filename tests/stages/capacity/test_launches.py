@@ -1,0 +1,99 @@
+"""The numbers of ops that predictions of time go by, counted in the modules' own forward passes."""
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stages.backend import composite
+from stages.capacity.step_time import (
+    ATTENTION_OPS,
+    ENTER_OPS,
+    HEAD_OPS,
+    MATMUL_FIDELITY,
+    MIXTURE_OPS,
+    MLP_OPS,
+    NORM_OPS,
+    RESIDUAL_OPS,
+    Launches,
+)
+from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope
+from stages.models.module import matmul_kernel
+from tests.support.checkpoints import write_checkpoint
+from tests.support.stage_driver import Driver, cache_options, stage_options
+
+MODULES = (composite, decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope)
+MESH = (2, 8)
+R1_ROUTING = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+"""What chips have a fused gate for."""
+
+NO_OPS = {"from_torch", "to_torch", "ConcatMesh2dToTensor", "empty"}
+"""What puts a step's inputs onto the mesh, fetches its results, or sets memory aside: no kernel runs."""
+
+
+class Counter:
+    """Stands for a namespace of ttnn: its functions are counted as they are called."""
+
+    def __init__(self, namespace: Any, calls: list[str]) -> None:
+        self._namespace = namespace
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._namespace, name)
+        if isinstance(value, types.ModuleType | types.SimpleNamespace):
+            return Counter(value, self._calls)
+        if not isinstance(value, types.FunctionType) or name in NO_OPS:
+            return value
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self._calls.append(name)
+            return value(*arguments, **options)
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    """A dense layer and one with experts, on a mesh that has collectives on both axes."""
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 32}
+    model = write_checkpoint(tmp_path_factory.mktemp("model"), overrides={**R1_ROUTING, **layers})
+    options = stage_options(model, tmp_path_factory.mktemp("cache"), cache=cache_options(slots=32, pools=16))
+    return Driver.load(options, mesh_shape=MESH)
+
+
+@pytest.fixture
+def calls(driver: Driver) -> Iterator[list[str]]:
+    """The ops of the chips' algorithms, in the order of their calls."""
+    names: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite, "DEVICE", "ttnn")
+        for module in MODULES:
+            patch.setattr(module, "ttnn", Counter(module.ttnn, names))
+        yield names
+
+
+def expected(mode: int) -> int:
+    every: tuple[tuple[int, Launches], ...] = (
+        (1, ENTER_OPS),
+        (5, NORM_OPS),
+        (2, ATTENTION_OPS),
+        (2, RESIDUAL_OPS),
+        (1, MLP_OPS),
+        (1, MIXTURE_OPS),
+        (1, HEAD_OPS),
+    )
+    return sum(count * ops[mode] for count, ops in every)
+
+
+def test_products_have_the_fidelity_that_predictions_go_by() -> None:
+    assert matmul_kernel().math_fidelity.name == MATMUL_FIDELITY
+
+
+def test_of_a_prefill_step_and_a_decode_step(driver: Driver, calls: list[str]) -> None:
+    driver.admit(0)
+    driver.prefill({0: list(range(40))})
+    prefill = len(calls)
+    driver.decode({0: (40, 7)})
+    # Eight tokens, one for each column, are cut out of a tile after the experts; on chips steps are whole tiles.
+    assert (prefill, len(calls) - prefill) == (expected(1), expected(0) + 1), calls

@@ -1,0 +1,245 @@
+"""Drawing tokens against a plain reading of the definitions, by statistics, and by what a draw may not depend on."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.sampling.candidates import Candidates
+from stages.sampling.draw import draw_token
+from stages.sampling.random_numbers import uniform
+from stages.sampling.sampler import Sampler
+from stages.step import VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
+from tests.support.sampling_reference import changed_logits, chi_squared_bound, distribution, ranked
+
+LOGITS = [1.3, -0.4, 2.0, 0.1, 0.9, -3.0, 1.1, 0.0]
+DRAWS = 3000
+
+
+def params(temperature: float = 1.0, **options: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": temperature, "top_p": 1.0, "top_k": 0, "seed": 0, "choice": 0, **options})
+
+
+def sampled(
+    logits: torch.Tensor, chosen: list[SamplingParams], tokens: list[list[int]]
+) -> list[tuple[int, TokenLogprobs | None]]:
+    """One token for each row, each of a request that has `tokens`, the first two of which are its prompt."""
+    sampler = Sampler(logits.shape[1])
+    slots = range(len(chosen))
+    admissions = [Admission(slot=slot, sampling=chosen[slot], tokens=tokens[slot], prompt_tokens=2) for slot in slots]
+    segments = [
+        Segment(slot=slot, start=len(tokens[slot]) - 1, tokens=[0], new_blocks=[], sample=True) for slot in slots
+    ]
+    step = Step(epoch=1, step_id=1, mode="decode", segments=segments, admissions=admissions, ended=[])
+    sampler.apply(step)
+    return list(zip(*sampler.sample(step, logits), strict=True))
+
+
+PROMPT, ANSWER = [2, 0], [6, 6, 1]
+CASES = {
+    "plain": params(),
+    "cold": params(temperature=0.5),
+    "top-p": params(top_p=0.7),
+    "min-p": params(min_p=0.2),
+    "top-k-and-p": params(temperature=2.0, top_k=5, top_p=0.9),
+    "all-cuts": params(temperature=1.5, top_k=6, top_p=0.95, min_p=0.1),
+    "repetition": params(repetition_penalty=1.8),
+    "presence-and-frequency": params(presence_penalty=1.0, frequency_penalty=-0.5),
+    "bias": params(logit_bias={5: 4.0, 2: -1.0}),
+    "allowed": params(allowed_token_ids=[5, 1, 4]),
+    "bans": params(bad_words=[[6, 1, 2], [0], [1, 3]], min_tokens=4, stop_token_ids=[4]),
+    "everything": params(
+        temperature=0.9,
+        top_k=4,
+        top_p=0.95,
+        min_p=0.05,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.2,
+        logit_bias={1: 2.0},
+        bad_words=[[1, 7]],
+        min_tokens=9,
+        stop_token_ids=[3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frequencies_follow_the_definition(name: str) -> None:
+    """A chi-squared test with an error rate of one in a million a case; the draws are seeded, so it is repeatable."""
+    chosen = CASES[name]
+    expected = distribution(changed_logits(LOGITS, chosen, PROMPT, ANSWER), chosen)
+    fields = {field: getattr(chosen, field) for field in chosen.__struct_fields__}
+    seeds = [SamplingParams(**{**fields, "seed": seed}) for seed in range(DRAWS)]
+    rows = torch.tensor([LOGITS]).expand(DRAWS, -1)
+    counts = dict.fromkeys(range(len(LOGITS)), 0)
+    for token, _ in sampled(rows, seeds, [PROMPT + ANSWER] * DRAWS):
+        counts[token] += 1
+    assert {token for token, count in counts.items() if count} <= set(expected)
+    statistic = sum((counts[token] - DRAWS * p) ** 2 / (DRAWS * p) for token, p in expected.items())
+    assert statistic < chi_squared_bound(max(1, len(expected) - 1))
+
+
+def test_draws_at_the_positions_of_one_request_follow_the_definition() -> None:
+    """The same test where not the seed but the position changes from draw to draw."""
+    expected = distribution(LOGITS, params())
+    row = np.array(LOGITS, dtype=np.float32)
+    tokens = [draw_token(row, params(), position) for position in range(DRAWS)]
+    statistic = sum((tokens.count(token) - DRAWS * p) ** 2 / (DRAWS * p) for token, p in expected.items())
+    assert statistic < chi_squared_bound(len(expected) - 1)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[float]:
+    """Logits of small and of larger vocabularies, many of them equal, flat or with a few peaks, some not allowed."""
+    size = draw(st.one_of(st.integers(1, 12), st.integers(100, 2000)))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    values = generator.normal(size=size) * draw(st.sampled_from([0.0, 0.5, 3.0]))
+    values[: draw(st.integers(0, 5))] += draw(st.sampled_from([0.0, 6.0, 12.0]))
+    if draw(st.booleans()):
+        values = np.round(values * 4) / 4
+    values[generator.random(size) < draw(st.sampled_from([0.0, 0.3, 0.9]))] = -np.inf
+    values[generator.integers(size)] = 0.5
+    return [float(value) for value in generator.permutation(values.astype(np.float32))]
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> SamplingParams:
+    return params(
+        temperature=draw(st.floats(0.05, 3.0)),
+        top_k=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 50, 10**6])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.999, 0.95, 0.5, 0.1, 1e-6])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0])),
+    )
+
+
+@settings(deadline=None)
+@given(rows(), cuts())
+def test_what_may_be_drawn_is_what_the_definitions_keep(logits: list[float], chosen: SamplingParams) -> None:
+    candidates = Candidates.of(np.array(logits, dtype=np.float32), chosen.top_k, chosen.temperature)
+    candidates.drop_unlikely(chosen.min_p)
+    if chosen.top_p < 1:
+        candidates = candidates.nucleus(chosen.top_p)
+    tokens = np.arange(len(logits)) if candidates.tokens is None else candidates.tokens
+    kept = set(tokens[candidates.weights > 0].tolist())
+    assert sorted(kept) == sorted(ranked(logits)[: len(kept)])
+    # Rounding may decide where a share is reached to within a few units in the last place of a float32.
+    assert kept <= set(distribution(logits, chosen, slack=1e-5))
+    assert kept >= {token for token, p in distribution(logits, chosen, slack=-1e-5).items() if p > 1e-30}
+
+
+def assert_drawn_at(share: float, candidates: Candidates, tokens: list[int]) -> None:
+    weights = [float(weight) for weight in candidates.weights]
+    whole = math.fsum(weights)
+    index = tokens.index(candidates.draw(share))
+    assert weights[index] > 0
+    assert math.fsum(weights[:index]) <= (share + 1e-9) * whole
+    assert math.fsum(weights[: index + 1]) >= (share - 1e-9) * whole
+
+
+@settings(deadline=None)
+@given(rows(), cuts(), st.one_of(st.just(0.0), st.floats(0, 1, exclude_max=True)))
+def test_a_draw_is_where_the_running_sum_passes_the_share(
+    logits: list[float], chosen: SamplingParams, share: float
+) -> None:
+    candidates = Candidates.of(np.array(logits, dtype=np.float32), chosen.top_k, chosen.temperature)
+    tokens = list(range(len(logits))) if candidates.tokens is None else candidates.tokens.tolist()
+    assert_drawn_at(share, candidates, tokens)
+
+
+def test_draws_from_a_large_vocabulary_are_where_the_running_sum_passes_the_share() -> None:
+    candidates = Candidates.of(np.random.default_rng(0).normal(size=5000).astype(np.float32), 0, 1.0)
+    for share in np.linspace(0, 1, 101)[:-1]:
+        assert_drawn_at(float(share), candidates, list(range(5000)))
+
+
+@given(rows(), cuts(), st.integers(-(2**63), 2**64), st.integers(0, 2**40))
+@settings(deadline=None)
+def test_only_tokens_within_the_cuts_are_drawn(
+    logits: list[float], chosen: SamplingParams, seed: int, position: int
+) -> None:
+    fields = {field: getattr(chosen, field) for field in chosen.__struct_fields__}
+    seeded = SamplingParams(**{**fields, "seed": seed})
+    assert draw_token(np.array(logits, dtype=np.float32), seeded, position) in distribution(logits, chosen, slack=1e-5)
+
+
+def test_temperature_zero_takes_the_best_token_and_the_first_among_equals() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0], [-1.0, -0.0, 0.0]])
+    assert [token for token, _ in sampled(logits, [params(temperature=0.0)] * 3, [PROMPT] * 3)] == [1, 0, 1]
+
+
+def test_temperatures_below_a_hundred_thousandth_are_greedy() -> None:
+    close = np.array([1.0, 1.0 + 1e-6], dtype=np.float32)
+    assert {draw_token(close, params(temperature=0.99e-5), position) for position in range(50)} == {1}
+    assert {draw_token(close, params(temperature=1.01e-5), position) for position in range(50)} == {0, 1}
+
+
+def test_logits_that_are_not_finite_give_a_token_all_the_same() -> None:
+    for row in ([0.0, math.nan, 1.0], [0.0, math.inf, 1.0]):
+        chosen = params(top_k=2, top_p=0.9, min_p=0.1)
+        assert draw_token(np.array(row, dtype=np.float32), chosen, 0) == 1
+    assert draw_token(np.full(3, -np.inf, dtype=np.float32), params(), 0) == 0
+
+
+@pytest.mark.parametrize("vocabulary", [50, 1003])
+def test_a_row_gives_the_same_alone_and_in_any_batch(vocabulary: int) -> None:
+    logits = torch.randn(len(CASES), vocabulary, generator=torch.Generator().manual_seed(3)) * 3
+    chosen = [*CASES.values()]
+    chosen[1::3] = [params(temperature=0.0, logprobs=3, presence_penalty=1.0)] * len(chosen[1::3])
+    tokens = [[1, 2, *range(row % 4)] for row in range(len(chosen))]
+    together = sampled(logits, chosen, tokens)
+    alone = [sampled(logits[row : row + 1], [chosen[row]], [tokens[row]])[0] for row in range(len(chosen))]
+    backwards = sampled(logits.flip(0), chosen[::-1], tokens[::-1])[::-1]
+    strided = sampled(torch.stack([logits, logits], dim=1)[:, 1], chosen, tokens)
+    assert together == alone == backwards == strided
+
+
+def test_the_models_logits_stay_as_they_are() -> None:
+    logits = torch.randn(len(CASES), 50, generator=torch.Generator().manual_seed(3))
+    before = logits.clone()
+    sampled(logits, [*CASES.values()], [PROMPT + ANSWER] * len(CASES))
+    assert torch.equal(logits, before)
+
+
+@pytest.fixture
+def any_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("any_threads")
+def test_nothing_depends_on_the_number_of_threads() -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0, "logprobs": 20},
+        {"temperature": 3.0},
+        {"top_p": 0.95, "logprobs": VOCABULARY},
+        {"top_k": 1000, "top_p": 0.9, "min_p": 0.01},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 0},
+    ]
+    logits = torch.randn(len(options), 129280, generator=torch.Generator().manual_seed(0)) * 2
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(sampled(logits, [params(**chosen) for chosen in options], [PROMPT + ANSWER] * len(options)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_random_numbers_depend_on_seed_choice_and_position() -> None:
+    keys = [(seed, choice, position) for seed in (0, 1, -1) for choice in (0, 1) for position in (0, 1, 2**40)]
+    drawn = {key: uniform(*key) for key in keys}
+    assert len(set(drawn.values())) == len(keys)
+    assert all(0 <= value < 1 for value in drawn.values())
+    assert drawn == {key: uniform(*key) for key in keys}
+
+
+def test_random_numbers_are_uniform() -> None:
+    values = np.sort([uniform(5, 0, position) for position in range(2000)])
+    distance = np.abs(values - (np.arange(2000) + 0.5) / 2000).max()
+    assert distance < 2.6 / math.sqrt(2000)  # Kolmogorov-Smirnov, error rate under 3e-6

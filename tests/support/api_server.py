@@ -1,0 +1,82 @@
+"""The front end on a real socket, and what it serves in tests."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from api.messages.engine import AddRequest
+from api.server.app import create_app
+from api.server.client_protocol import DEFAULT_CLIENT_TIMEOUT_S, client_protocol
+from api.server.listener import listen, url
+from api.text.generation_config import GenerationConfig
+from api.text.served_model import ServedModel
+from tests.support.fake_engine import FakeEngine
+from tests.support.small_tokenizer import EOS_ID, small_text_tokenizer
+
+DEADLINE_S = 20
+TEXT = "hello wörld € and so on "
+TOKENIZER = small_text_tokenizer()
+TEXT_TOKENS = TOKENIZER.encode(TEXT, add_special_tokens=False)
+
+MODEL = ServedModel(
+    name="small",
+    root="org/small",
+    max_model_len=256,
+    vocab_size=300,
+    eos_token_ids=[EOS_ID],
+    tokenizer=TOKENIZER,
+    generation=GenerationConfig(),
+    created=1,
+)
+
+
+def endless_text(_: AddRequest) -> Sequence[int]:
+    """A script that repeats TEXT for as long as it is asked."""
+    return TEXT_TOKENS * 20
+
+
+def never_ending(_: AddRequest) -> Sequence[int]:
+    """A script that gives two tokens and then nothing, so that the request stays open."""
+    return TEXT_TOKENS[:2]
+
+
+class AppServer:
+    """An application served by uvicorn on a thread with its own loop."""
+
+    def __init__(self, app: FastAPI, client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S) -> None:
+        self._listener = listen("127.0.0.1", 0)
+        self.url = url(self._listener)
+        protocol = client_protocol(client_timeout_s)
+        config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, access_log=False)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the server; fails if it does not end, as when a request hangs."""
+        self._server.should_exit = True
+        self._thread.join(DEADLINE_S)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve(sockets=[self._listener]))
+
+
+@contextmanager
+def serving_app(
+    engine: FakeEngine, model: ServedModel = MODEL, client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
+) -> Iterator[str]:
+    """The base URL of a server with `engine` behind it."""
+    server = AppServer(create_app(model, engine), client_timeout_s)
+    server.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()

@@ -1,0 +1,356 @@
+"""A stage and a pipeline without a model, for tests of the scheduler and the engine.
+
+The stage knows nothing but the steps it is sent. It keeps page tables and a paged cache of token ids as a real stage
+keeps keys and values, refuses any step that would corrupt them, and reads its answers back through the page table: a
+block shared by two requests shows as a refusal, or as a wrong token.
+"""
+
+import asyncio
+import math
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from actors.clock import now_ns
+from actors.errors import PipelineError, PlacementError
+from actors.options import PipelineOptions
+from actors.stage.health import StageHealth, StageProgress
+from api.engine.options import EngineOptions
+from stages.options import CacheOptions, StageOptions
+from stages.plan import StageSpec
+from stages.step import Admission, Mode, Segment, StageTiming, Step, StepResult, TokenLogprobs
+
+VOCABULARY = 16
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The model: the token after `tokens`, in [0, VOCABULARY). Depends on every token and its position."""
+    return zlib.crc32(array("I", tokens).tobytes()) % VOCABULARY
+
+
+def reference_answer(prompt: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]) -> tuple[list[int], str]:
+    """What a request gets when nothing else runs: its tokens and why it ended."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stop_token_ids:
+            return tokens[len(prompt) :], "stop"
+    return tokens[len(prompt) :], "length"
+
+
+class CorruptStepError(Exception):
+    """A step that no stage could run."""
+
+
+def demand(condition: bool, message: str) -> None:
+    """Raises CorruptStepError unless `condition`."""
+    if not condition:
+        raise CorruptStepError(message)
+
+
+def scores(tokens: Sequence[int], start: int, end: int) -> list[TokenLogprobs]:
+    """What the model says of the tokens at positions start + 1 to end, as far as there are so many."""
+    return [
+        TokenLogprobs(logprob=-float(token), rank=1 + position, top_tokens=[], top_logprobs=[])
+        for position, token in enumerate(tokens[start + 1 : end + 1], start + 1)
+    ]
+
+
+def step_seconds(step: Step) -> float:
+    """How long the fake stage takes: a decode step as long as 20 prompt tokens, and each step a little by itself."""
+    return 1.0 + 20.0 if step.mode == "decode" else 1.0 + step.token_count
+
+
+class FakeStage:
+    """All stages of a pipeline in one: they see the same steps in the same order."""
+
+    def __init__(self, cache: CacheOptions, prefill_chunk: int) -> None:
+        self._cache = cache
+        self._prefill_chunk = prefill_chunk
+        self._admitted: dict[int, Admission] = {}
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._owner: dict[tuple[int, int], int] = {}
+        self._stored = {
+            (pool, block): [0] * cache.block_size for pool in range(cache.pools) for block in range(cache.blocks)
+        }
+        self._last_step_id = -1
+
+    @property
+    def live_slots(self) -> set[int]:
+        """Slots that were admitted and have not ended."""
+        return set(self._tables)
+
+    def run(self, step: Step) -> StepResult:
+        """Applies a step and samples. Raises CorruptStepError."""
+        demand(step.step_id > self._last_step_id, "step ids must rise")
+        self._last_step_id = step.step_id
+        demand(bool(step.segments), "a step without segments")
+        for slot in step.ended:
+            demand(slot in self._tables, f"slot {slot} ended without having begun")
+            for block in self._tables.pop(slot):
+                del self._owner[self._cache.pool_of(slot), block]
+            del self._lengths[slot]
+        self._admit(step)
+        slots = [segment.slot for segment in step.segments]
+        demand(len(set(slots)) == len(slots), "two segments of one slot")
+        demand(step.mode == "decode" or step.token_count <= self._prefill_chunk, "a prefill step over its budget")
+        for segment in step.segments:
+            self._store(segment, step.mode == "decode")
+        sampled = [segment.slot for segment in step.segments if segment.sample]
+        wanted = [self._admitted[slot].sampling.logprobs is not None for slot in sampled]
+        tokens = [next_token(self._read(slot)) for slot in sampled]
+        return StepResult(
+            epoch=step.epoch,
+            step_id=step.step_id,
+            tokens=tokens,
+            logprobs=[scores([0, token], 0, 1)[0] if asks else None for token, asks in zip(tokens, wanted, strict=True)]
+            if any(wanted)
+            else [],
+            prompt_logprobs=[
+                self._score(self._admitted[segment.slot], segment)
+                for segment in step.segments
+                if step.mode == "prefill" and self._admitted[segment.slot].sampling.prompt_logprobs is not None
+            ],
+            timings=[StageTiming(received_ns=0, began_ns=0, ended_ns=int(step_seconds(step) * 1e9))],
+        )
+
+    def _score(self, admission: Admission, segment: Segment) -> list[TokenLogprobs]:
+        end = segment.start + len(segment.tokens)
+        demand(
+            segment.tokens == admission.tokens[segment.start : end], "other tokens than the request was admitted with"
+        )
+        return scores(admission.tokens[: admission.prompt_tokens], segment.start, end)
+
+    def _admit(self, step: Step) -> None:
+        admitted = [admission.slot for admission in step.admissions]
+        demand(len(set(admitted)) == len(admitted), "a slot admitted twice")
+        demand(set(admitted) <= {segment.slot for segment in step.segments}, "an admission without a segment")
+        self._admitted.update((admission.slot, admission) for admission in step.admissions)
+        for slot in admitted:
+            demand(slot not in self._tables, f"slot {slot} admitted while it is taken")
+            demand(0 <= slot < self._cache.slots, f"slot {slot} does not exist")
+            self._tables[slot] = []
+            self._lengths[slot] = 0
+
+    def _store(self, segment: Segment, decode: bool) -> None:
+        slot = segment.slot
+        demand(slot in self._tables, f"slot {slot} was not admitted")
+        demand(segment.start == self._lengths[slot], f"slot {slot} begins at {segment.start}, not where it left off")
+        demand(len(segment.tokens) > 0, "an empty segment")
+        if decode:
+            demand(len(segment.tokens) == 1 and segment.sample, "a decode is one token and samples")
+        else:
+            demand(segment.start % self._cache.block_size == 0, "a chunk begins inside a block")
+        self._extend_table(slot, segment.new_blocks)
+        pool, table = self._cache.pool_of(slot), self._tables[slot]
+        for position, token in enumerate(segment.tokens, segment.start):
+            index, offset = divmod(position, self._cache.block_size)
+            demand(index < len(table), f"position {position} of slot {slot} has no block")
+            self._stored[pool, table[index]][offset] = token
+        self._lengths[slot] += len(segment.tokens)
+
+    def _extend_table(self, slot: int, blocks: list[int]) -> None:
+        pool = self._cache.pool_of(slot)
+        for block in blocks:
+            demand(0 <= block < self._cache.blocks, f"block {block} does not exist")
+            demand((pool, block) not in self._owner, f"block {block} of pool {pool} is shared")
+            self._owner[pool, block] = slot
+        self._tables[slot] += blocks
+        demand(len(self._tables[slot]) <= self._cache.blocks_per_slot, "a page table that is too wide")
+
+    def _read(self, slot: int) -> list[int]:
+        pool = self._cache.pool_of(slot)
+        stored = [token for block in self._tables[slot] for token in self._stored[pool, block]]
+        return stored[: self._lengths[slot]]
+
+
+class PoisonedStepError(Exception):
+    """What a stage fails with where a request is in a step that it cannot stand."""
+
+
+class PoisonedStage(FakeStage):
+    """Fails at each prefill step with the token `poison`, or at each decode step of a request that has it."""
+
+    def __init__(self, cache: CacheOptions, prefill_chunk: int, poison: int, mode: Mode) -> None:
+        super().__init__(cache, prefill_chunk)
+        self._poison = poison
+        self._mode = mode
+
+    def run(self, step: Step) -> StepResult:
+        """Raises PoisonedStepError."""
+        if step.mode == self._mode and any(self._poison in self._tokens(segment) for segment in step.segments):
+            raise PoisonedStepError
+        return super().run(step)
+
+    def _tokens(self, segment: Segment) -> list[int]:
+        return segment.tokens if self._mode == "prefill" else self._read(segment.slot)
+
+
+HOP_NS, QUEUE_NS, STEP_NS = 10, 20, 50
+"""What every stage of a FakePipeline says that it took: so little that all of it is over when the result comes."""
+
+
+class FakePipeline:
+    """A pipeline around a FakeStage, which gives its results at once.
+
+    From step `break_at` on it fails, as often as `breaks` says; from step `stall_at` on it gives no results. Stages
+    claim the times above, one after the other from the submission on.
+    """
+
+    def __init__(
+        self,
+        options: PipelineOptions,
+        break_at: float = math.inf,
+        stall_at: float = math.inf,
+        breaks: float = math.inf,
+    ) -> None:
+        self.epoch = 7
+        self.recoveries = 0
+        self._breaks = breaks
+        self._cache = options.stage.cache
+        self.is_closed = False
+        self.steps: list[Step] = []
+        self.timings: list[list[StageTiming]] = []
+        self.healths = [fake_health(spec.index) for spec in options.specs]
+        self._stage = FakeStage(options.stage.cache, prefill_chunk=1 << 20)
+        self._results: asyncio.Queue[StepResult] = asyncio.Queue()
+        self._break_at = break_at
+        self._stall_at = stall_at
+
+    async def submit(self, step: Step) -> None:
+        """Runs the step."""
+        demand(step.epoch == self.epoch, f"a step of epoch {step.epoch}")
+        if step.step_id >= self._break_at and self.recoveries < self._breaks:
+            raise PipelineError(f"Stage 1 on fake-host died at step {step.step_id}: no cause.", 1, step.step_id)
+        self.steps.append(step)
+        self.timings.append(fake_timings(now_ns(), len(self.healths)))
+        result = msgspec.structs.replace(self._stage.run(step), timings=self.timings[-1])
+        if step.step_id < self._stall_at:
+            self._results.put_nowait(result)
+
+    async def receive(self) -> StepResult:
+        """The next result."""
+        return await self._results.get()
+
+    async def health(self) -> list[StageHealth]:
+        """What the test wants."""
+        return self.healths
+
+    async def recover(self) -> None:
+        """Stages that know nothing."""
+        self.epoch += 1
+        self.recoveries += 1
+        self._stage = FakeStage(self._cache, prefill_chunk=1 << 20)
+        self._results = asyncio.Queue()
+
+    async def close(self) -> None:
+        """Nothing to end."""
+        self.is_closed = True
+
+
+def fake_timings(submitted_ns: int, stages: int) -> list[StageTiming]:
+    """What the stages say of a step that is submitted now."""
+    timings: list[StageTiming] = []
+    for stage in range(stages):
+        received_ns = submitted_ns + stage * (HOP_NS + QUEUE_NS + STEP_NS) + HOP_NS
+        began_ns = received_ns + QUEUE_NS
+        timings.append(StageTiming(received_ns=received_ns, began_ns=began_ns, ended_ns=began_ns + STEP_NS))
+    return timings
+
+
+def fake_health(stage: int) -> StageHealth:
+    """A stage between two steps."""
+    return StageHealth(
+        stage=stage,
+        host="fake-host",
+        pid=1000 + stage,
+        state="ready",
+        step_id=None,
+        step_seconds=0.0,
+        received_step=None,
+        steps_done=7,
+        busy_seconds=0.0,
+        layers_done=2,
+        layers=2,
+        resident_bytes=3 << 20,
+        detail="",
+    )
+
+
+OnProgress = Callable[[StageProgress], None]
+
+
+def tell_progress(options: PipelineOptions, on_progress: OnProgress) -> None:
+    """Every stage loads its first layer."""
+    for spec in options.specs:
+        on_progress(
+            StageProgress(
+                stage=spec.index,
+                host="fake-host",
+                rows=[spec.index],
+                phase="loading",
+                layers_done=1,
+                layers=len(spec.layers),
+            )
+        )
+
+
+async def start_sound(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that works."""
+    tell_progress(options, on_progress)
+    return FakePipeline(options)
+
+
+async def start_breaking(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that fails at step 5."""
+    tell_progress(options, on_progress)
+    return FakePipeline(options, break_at=5)
+
+
+async def start_stalling(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that gives nothing from step 5 on."""
+    tell_progress(options, on_progress)
+    return FakePipeline(options, stall_at=5)
+
+
+async def start_refused(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that cannot be placed."""
+    tell_progress(options, on_progress)
+    raise PlacementError("2 stages need 2 rows, the cluster has 1.")
+
+
+async def start_never(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """A pipeline that loads for ever."""
+    tell_progress(options, on_progress)
+    await asyncio.Event().wait()
+    return FakePipeline(options)
+
+
+def engine_options(start: str = "start_sound", *, slots: int = 12, blocks: int = 48) -> EngineOptions:
+    """Two stages of two layers; `start` is one of the functions above."""
+    specs = [
+        StageSpec(index=0, stages=2, first_layer=0, end_layer=2),
+        StageSpec(index=1, stages=2, first_layer=2, end_layer=4),
+    ]
+    cache = CacheOptions(slots=slots, pools=1, blocks=blocks, block_size=32, max_model_len=128)
+    stage = StageOptions(
+        model_path="absent", cache_dir="absent", dtype="float32", load_format="dummy", seed=0, cache=cache
+    )
+    return EngineOptions(
+        pipeline=PipelineOptions(
+            hidden_size=8,
+            specs=specs,
+            stage=stage,
+            device="embedded",
+            rows_per_stage=1,
+            ray_address=None,
+            start_timeout_s=10,
+            step_timeout_s=10,
+        ),
+        prefill_chunk=64,
+        close_timeout_s=10,
+        pipeline_start=f"tests.support.engine_fakes:{start}",
+    )

@@ -1,0 +1,31 @@
+"""Calls of every op of the embedded device, right ones and wrong ones, for it and for ttnn on a mock Galaxy."""
+
+from tests.support.op_cases import (
+    attention,
+    caches,
+    choices,
+    collectives,
+    eltwise,
+    movement,
+    norms,
+    products,
+    tensors,
+    two_meshes,
+)
+
+_CASES = [
+    *tensors.CASES,
+    *products.CASES,
+    *norms.CASES,
+    *eltwise.CASES,
+    *movement.CASES,
+    *choices.CASES,
+    *collectives.CASES,
+    *caches.CASES,
+    *attention.CASES,
+    *two_meshes.CASES,
+]
+_OPS = list(dict.fromkeys(case.op for case in _CASES))
+
+CASES = sorted(_CASES, key=lambda case: _OPS.index(case.op))
+"""Every case, in the order of the table in docs/ops.md."""

@@ -1,0 +1,87 @@
+"""`python -m tests.support.poisoned_serve serve OPTIONS`: the server, with stages that cannot stand one token.
+
+POISON in the environment says what happens, where, and at which token: "raise:1:509", "kill:0:509"; the token "all" is
+any at all.
+"""
+
+import os
+import signal
+
+import msgspec
+
+from actors.stage.runner import OnProgress, StageRunner
+from api import cli
+from api.engine.options import EngineOptions
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
+from stages.options import StageOptions
+from stages.plan import StageSpec
+from stages.stage import Stage
+from stages.step import SentHidden, Step, StepResult
+from tests import ROOT
+from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
+
+VARIABLE = "POISON"
+PROGRAM = ("tests.support.poisoned_serve",)
+
+
+class PoisonError(Exception):
+    """What the stage raises."""
+
+
+class PoisonedStage:
+    """A stage that fails at each step with the token."""
+
+    def __init__(self, runner: StageRunner, poison: str, stage: int) -> None:
+        self._runner = runner
+        self._act, where, token = poison.split(":")
+        self._is_here = int(where) == stage
+        self._token = None if token == "all" else int(token)
+
+    def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
+        tokens = [token for segment in step.segments for token in segment.tokens]
+        if self._is_here and (self._token is None or self._token in tokens):
+            if self._act == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise PoisonError("the device chokes on it")
+        return self._runner.step(step, hidden)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def load(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
+    return PoisonedStage(Stage.load(spec, options, on_progress), os.environ[VARIABLE], spec.index)
+
+
+def environment(poison: str) -> dict[str, str]:
+    """Of a server; Ray's workers have to find this package."""
+    return {VARIABLE: poison, "PYTHONPATH": str(ROOT)}
+
+
+def main() -> None:
+    """The command line, but for what the stages run."""
+    engine_options = EngineSettings.engine_options
+
+    def poisoned(
+        self: EngineSettings,
+        source: ModelSource,
+        config: ModelConfig,
+        changes: ConfigChanges = UNCHANGED,
+        *,
+        sharers: int = 1,
+    ) -> EngineOptions:
+        options = engine_options(self, source, config, changes, sharers=sharers)
+        pipeline = msgspec.structs.replace(
+            options.pipeline,
+            runner="tests.support.poisoned_serve:load",
+            environments=[{VARIABLE: os.environ[VARIABLE]}] * len(options.pipeline.specs),
+        )
+        return msgspec.structs.replace(options, pipeline=pipeline)
+
+    EngineSettings.engine_options = poisoned  # type: ignore[method-assign]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Real servers for tests: `galaxyline serve` as a process of its own, on loopback."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from api.client.process_group import leave_group
+from benchmarks.ports import free_port
+from tests import ROOT
+
+READY_DEADLINE = 300.0
+EXIT_DEADLINE = 60.0
+PROGRAM = ("api.cli",)
+PROMPTS = ROOT / "tests" / "data" / "prompts.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of the sample model's test prompts."""
+
+    prompt: str
+    max_tokens: int
+    in_training_text: bool
+
+
+def sample_prompts() -> list[Prompt]:
+    """The prompts at whose every greedy position the sample model is certain."""
+    return [Prompt(**entry) for entry in json.loads(PROMPTS.read_text(encoding="utf-8"))]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def completions(self) -> str:
+        return f"{self.url}/v1/completions"
+
+
+def launch(
+    folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
+) -> Server:
+    """`galaxyline serve OPTIONS`, which is for the caller to wait for and to end.
+
+    Without spares, which tests would have to wait for, unless OPTIONS ask for them.
+    """
+    port = free_port()
+    log = folder / "server.log"
+    command = [sys.executable, "-m", *program, "serve", "--port", str(port), "--cache-dir", str(folder / "cache")]
+    command.append("--no-spare")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            # A group of its own, as a shell gives it: Ctrl-C goes to the whole group.
+            preexec_fn=leave_group,  # noqa: PLW1509 - a single system call
+        )
+    return Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
+) -> Iterator[Server]:
+    """`galaxyline serve OPTIONS`, from ready to a clean exit with no child and no stage left."""
+    server = launch(folder, *options, environment=environment, program=program)
+    stages: list[psutil.Process] = []
+    try:
+        wait_until_ready(server)
+        stages = stage_processes(server)
+        yield server
+    finally:
+        stop(server, stages)
+
+
+def wait_until_ready(server: Server) -> None:
+    """Polls /pipeline, for all replicas; fails with the log if the process ends or the deadline passes."""
+    deadline = time.monotonic() + READY_DEADLINE
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise AssertionError(f"server exited with {server.process.returncode}:\n{server.log.read_text()}")
+        with contextlib.suppress(httpx.TransportError):
+            response = httpx.get(f"{server.url}/pipeline", timeout=10)
+            # An engine that has not started yet answers nothing: 503.
+            if response.is_success and all(replica["phase"] == "ready" for replica in response.json()["replicas"]):
+                assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"server not ready after {READY_DEADLINE} s:\n{server.log.read_text()}")
+
+
+def stage_processes(server: Server) -> list[psutil.Process]:
+    """The stages of a server that is ready: no children of its own where it has joined a cluster."""
+    stages = httpx.get(f"{server.url}/pipeline", timeout=5).json()["stages"]
+    # None would be this very process.
+    assert all(stage["pid"] for stage in stages)
+    return [psutil.Process(stage["pid"]) for stage in stages]
+
+
+def stop(server: Server, stages: Sequence[psutil.Process]) -> None:
+    """SIGTERM, then the exit code and that neither a descendant nor a stage outlives the server."""
+    descendants = psutil.Process(server.process.pid).children(recursive=True) if server.process.poll() is None else []
+    descendants = [*{*descendants, *stages}]
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        code = server.process.wait(EXIT_DEADLINE)
+    except subprocess.TimeoutExpired:
+        for left in [psutil.Process(server.process.pid), *descendants]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        raise AssertionError(f"server did not end on SIGTERM:\n{server.log.read_text()}") from None
+    _, alive = psutil.wait_procs(descendants, timeout=EXIT_DEADLINE)
+    names = [f"{child.pid} {' '.join(child.cmdline())}" for child in alive]
+    for child in alive:
+        child.kill()
+    assert (code, names) == (0, []), server.log.read_text()
+
+
+async def complete(client: httpx.AsyncClient, server: Server, prompt: Prompt, **fields: Any) -> str:
+    """The greedy text of one prompt, in one answer."""
+    body = {"prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0, **fields}
+    response = await client.post(server.completions, json=body)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+async def stream(client: httpx.AsyncClient, server: Server, prompt: Prompt, **fields: Any) -> list[str]:
+    """The greedy text of one prompt, as the pieces it came in."""
+    body = {"prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0, "stream": True, **fields}
+    pieces: list[str] = []
+    async with client.stream("POST", server.completions, json=body) as response:
+        assert response.status_code == 200
+        lines = [line async for line in response.aiter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        event = json.loads(line.removeprefix("data: "))
+        assert "error" not in event, event
+        pieces.extend(choice["text"] for choice in event["choices"])
+    return pieces
