@@ -17,14 +17,13 @@ from actors.errors import LinkError, ProtocolError, StartError
 from actors.mpi.galaxy_chips import VISIBLE_DEVICES, visible_devices
 from actors.mpi.world import World
 from actors.options import PipelineOptions
-from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.host import HostLink, Terms
-from actors.sockets.listener import HostListener, connect
+from actors.sockets.listener import Address, HostListener, TcpAddress, UnixAddress, connect
 from actors.stage.actor import StageSetup
 from actors.stage.group import StageGroup
 from actors.stage.health import StageHealth, StageProgress
 from actors.stage.identity import ENGINE, StageIdentity, stage_name
-from actors.stage.passages import Passage
+from actors.stage.mesh_hop import Passage
 from actors.stage.spares import Spares
 from stages.step import Host
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import uvloop
 
 from actors.errors import LinkError
-from actors.sockets.address import UnixAddress
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
-from actors.sockets.listener import HostListener, connect
+from actors.sockets.listener import HostListener, UnixAddress, connect
 from actors.stage.cores import CoreShare
 from benchmarks.hop_steps import BYTES_PER_TOKEN, Secret, step_of
 from benchmarks.peer import START_SECONDS, Pipe, answer, running_peer

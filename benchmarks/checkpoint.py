@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.fp8 import quantise
+from weights.checkpoint import RandomCheckpoint
 from weights.fp8 import SCALE_SUFFIX
 from weights.model_config import FP8_BLOCK, ModelConfig
-from weights.random import RandomCheckpoint
 from weights.sample import SAMPLE_DIR
 from weights.sample.architecture import CONFIG, GENERATION_CONFIG
 

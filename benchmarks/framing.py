@@ -2,8 +2,7 @@
 
 import time
 
-from actors.sockets.buffers import BufferPool
-from actors.sockets.frames import FrameReader, encode
+from actors.sockets.frames import BufferPool, FrameReader, encode
 from benchmarks.hop_steps import BYTES_PER_TOKEN, step_of
 from stages.step import Step
 

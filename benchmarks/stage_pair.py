@@ -10,10 +10,9 @@ import msgspec
 import structlog
 
 from actors.errors import LinkError
-from actors.sockets.address import Address, UnixAddress
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
-from actors.sockets.listener import HostListener, connect
+from actors.sockets.listener import Address, HostListener, UnixAddress, connect
 from actors.stage.cores import CoreShare
 from actors.stage.identity import ENGINE, StageIdentity
 from actors.stage.server import StageServer

@@ -14,7 +14,7 @@ from stages.model_slice import ModelSlice
 from stages.options import StageOptions
 from stages.plan import plan_stages
 from weights.cache.cache import WeightCache
-from weights.load import open_weights
+from weights.checkpoint import open_weights
 
 LOAD_SECONDS = 900.0
 

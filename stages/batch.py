@@ -6,16 +6,23 @@ for lanes. Lanes are padded where shapes must be few; one embedded chip takes a 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
-from stages.backend import ttnn
-from stages.models.deepseek_v3.rope import Rope
+from stages.backend import PADDED_USERS_PER_ROW, ttnn
+from stages.kv_cache import PageTables
+from stages.models.deepseek_v3.rope import Rope, RopeTables
+from stages.step import Segment, Step
+from stages.tensor_dtypes import TILE
+from weights.model_config import ModelConfig
 
 HIDDEN_DTYPE = "bfloat16"
+
 """ttnn's name of the dtype of hidden states between layers and stages."""
 
 PADDING = -1
+
 """In the places of tokens: one that only fills a lane."""
 
 
@@ -91,3 +98,248 @@ class DecodeBatch:
     pages: ttnn.Tensor
     kv_memory_config: ttnn.MemoryConfig
     q_memory_config: ttnn.MemoryConfig
+
+
+CORE_GRID = ttnn.CoreCoord(8, 8)
+
+"""Cores of a Wormhole chip that a program may use."""
+
+
+class BatchBuilder:
+    """Makes the device's inputs of steps on one mesh."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        tables: PageTables,
+        rope: RopeTables,
+        *,
+        is_static: bool = False,
+        users_per_row: int = PADDED_USERS_PER_ROW,
+    ) -> None:
+        """Where `is_static`, page tables of decode steps all have the greatest width, as a trace needs them.
+
+        With `users_per_row` all steps are padded to few shapes, decode steps to so many places a row at least.
+        """
+        self._is_static = is_static or users_per_row > 0
+        self._users_per_row = users_per_row
+        self._kv_dim = config.kv_dim
+        self._heads = config.num_attention_heads
+        self._mesh_device = mesh_device
+        self._tables = tables
+        self._rope = rope
+        self._rows, self._columns = tuple(mesh_device.shape)
+        self._takes_all_shapes = self._rows * self._columns == 1 and not users_per_row
+
+    def decode(self, step: Step) -> DecodeBatch:
+        """`step` has been applied to the page tables; each of its segments has one token."""
+        pools = self._by_pool(step.segments)
+        users = self.users(max(len(pool) for pool in pools))
+        lanes = [pool + [PADDING] * (users - len(pool)) for pool in pools]
+        tokens = torch.tensor(lanes)
+        slots = [PADDING if index == PADDING else step.segments[index].slot for lane in lanes for index in lane]
+        starts = [0 if index == PADDING else step.segments[index].start for lane in lanes for index in lane]
+        positions = torch.tensor(starts, dtype=torch.int32)
+        pages = self._tables.rows(slots, self._table_width(max(starts) + 1))
+        return DecodeBatch(
+            places=self._places(tokens.view(self._rows, -1)),
+            rope=self._look_up(positions),
+            users=users,
+            positions=self._on_each_chip(positions),
+            pages=self._on_each_chip(pages),
+            kv_memory_config=self._over_cores(users, TILE),
+            q_memory_config=self._q_memory_config(users),
+        )
+
+    def users(self, most: int) -> int:
+        """For how many users of every pool a decode step is made, of which the fullest pool has `most`."""
+        if self._takes_all_shapes:
+            return most
+        return max(_power_of_two(most), -(-self._users_per_row // self._columns))
+
+    def prefill(self, step: Step) -> PrefillBatch:
+        """`step` has been applied to the page tables."""
+        rounds = self._rounds(step.segments)
+        begins = [0]
+        for segment in step.segments:
+            begins.append(begins[-1] + len(segment.tokens))
+        tokens: list[torch.Tensor] = []
+        positions: list[torch.Tensor] = []
+        prepared = []
+        width = 0
+        for members in rounds:
+            prepared.append(self._prepare(members, step.segments, width))
+            for column in self._columns_of(members):
+                lane_tokens, lane_positions = self._lane(members, column, step.segments, begins, prepared[-1].length)
+                tokens.append(lane_tokens)
+                positions.append(lane_positions)
+                width += prepared[-1].length
+        return PrefillBatch(
+            places=self._places(torch.cat(tokens, dim=1)),
+            rope=self._look_up(torch.cat(positions, dim=1)),
+            rounds=prepared,
+        )
+
+    def ids(self, batch: PrefillBatch | DecodeBatch, step: Step) -> ttnn.Tensor:
+        """Token ids, uint32 [1, tokens of the row] on each chip."""
+        ids = torch.tensor([token for segment in step.segments for token in segment.tokens], dtype=torch.int32)
+        return self._on_each_row(batch.places.spread(ids)[None])
+
+    def picks(self, places: Places, indices: Sequence[int]) -> tuple[ttnn.Tensor, torch.Tensor]:
+        """Where the tokens `indices` of a step lie: uint32 [1, picks] on each row, as many on every row.
+
+        The second result says which of all rows' picks, row by row, are those tokens, in their order.
+        """
+        at = places.of_tokens()[torch.tensor(indices)]
+        rows = at // places.width
+        counts = torch.bincount(rows, minlength=places.rows)
+        most = int(counts.max())
+        if self._users_per_row:
+            most = _whole_tiles(most)
+        picks = torch.zeros(places.rows, most, dtype=torch.int32)
+        chosen = torch.empty(len(indices), dtype=torch.long)
+        for row in range(places.rows):
+            members = (rows == row).nonzero()[:, 0]
+            picks[row, : len(members)] = (at[members] % places.width).to(torch.int32)
+            chosen[members] = row * most + torch.arange(len(members))
+        return self._on_each_row(picks.view(1, -1)), chosen
+
+    def hidden(self, places: Places, hidden: torch.Tensor) -> ttnn.Tensor:
+        """Hidden states [tokens, hidden] as [1, 1, tokens of the row, hidden / columns] on each chip."""
+        return ttnn.from_torch(
+            places.spread(hidden)[None, None],
+            dtype=ttnn.bfloat16,
+            layout=ttnn.TILE_LAYOUT,
+            device=self._mesh_device,
+            mesh_mapper=ttnn.ShardTensor2dMesh(self._mesh_device, (self._rows, self._columns), (2, 3)),
+        )
+
+    def hidden_to_torch(self, places: Places, hidden: ttnn.Tensor) -> torch.Tensor:
+        """The inverse of `hidden`."""
+        composer = ttnn.ConcatMesh2dToTensor(self._mesh_device, (self._rows, self._columns), (2, 3))
+        return places.collect(ttnn.to_torch(hidden, mesh_composer=composer)[0, 0])
+
+    def _q_memory_config(self, users: int) -> ttnn.MemoryConfig:
+        """A tile of heads a core, or several where cores are too few: all 128 heads of R1 would overflow L1."""
+        tiles = _whole_tiles(self._heads) // TILE
+        heights = [height for height in range(1, tiles + 1) if tiles % height == 0]
+        fits = [height for height in heights if users * tiles // height <= CORE_GRID.x * CORE_GRID.y]
+        height = fits[0] if fits else tiles
+        return self._over_cores(users * tiles // height, height * TILE)
+
+    def _over_cores(self, cores: int, height: int) -> ttnn.MemoryConfig:
+        """`height` vectors of the cache's width on each of so many cores."""
+        return ttnn.create_sharded_memory_config(
+            (height, _whole_tiles(self._kv_dim)),
+            core_grid=ttnn.num_cores_to_corerangeset(cores, CORE_GRID, row_wise=True),
+            strategy=ttnn.ShardStrategy.HEIGHT,
+            use_height_and_width_as_shard_shape=True,
+        )
+
+    def _by_pool(self, segments: Sequence[Segment]) -> list[list[int]]:
+        pools: list[list[int]] = [[] for _ in range(self._rows * self._columns)]
+        for index, segment in enumerate(segments):
+            pools[self._tables.options.pool_of(segment.slot)].append(index)
+        return pools
+
+    def _rounds(self, segments: Sequence[Segment]) -> list[dict[int, int]]:
+        """Pool -> segment's index, for each round: first fit among the rounds of the same start."""
+        rounds: list[dict[int, int]] = []
+        for index, segment in enumerate(segments):
+            pool = self._tables.options.pool_of(segment.slot)
+            for members in rounds:
+                start = segments[next(iter(members.values()))].start
+                if pool not in members and start == segment.start:
+                    members[pool] = index
+                    break
+            else:
+                rounds.append({pool: index})
+        return rounds
+
+    def _columns_of(self, members: dict[int, int]) -> list[int]:
+        return sorted({pool % self._columns for pool in members})
+
+    def _prepare(self, members: dict[int, int], segments: Sequence[Segment], begin: int) -> PrefillRound:
+        chosen = [segments[index] for index in members.values()]
+        start = chosen[0].start
+        length = self._lane_length(start, max(len(segment.tokens) for segment in chosen))
+        columns = self._columns_of(members)
+        lane_of = {column: begin + lane * length for lane, column in enumerate(columns)}
+        slots = [
+            segments[members[pool]].slot if pool in members else PADDING for pool in range(self._rows * self._columns)
+        ]
+        block_size = self._tables.options.block_size
+        blocks = -(-(start + length) // block_size)
+        pages = self._tables.rows(slots, self._table_width(start + length) if self._users_per_row else blocks)
+        return PrefillRound(
+            start=start,
+            length=length,
+            lanes=[lane_of.get(column, begin) for column in range(self._columns)],
+            columns=columns,
+            chunk_pages=self._on_each_chip(pages[:, start // block_size : blocks]),
+            pages=self._on_each_chip(pages),
+        )
+
+    def _lane_length(self, start: int, tokens: int) -> int:
+        if self._takes_all_shapes:
+            return tokens
+        length = _whole_tiles(tokens)
+        if not self._users_per_row:
+            return length
+        options = self._tables.options
+        return min(_power_of_two(length), options.blocks_per_slot * options.block_size - start)
+
+    def _lane(
+        self,
+        members: dict[int, int],
+        column: int,
+        segments: Sequence[Segment],
+        begins: Sequence[int],
+        length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions [rows, length] of one column's lane on every row."""
+        tokens = torch.full((self._rows, length), PADDING)
+        positions = torch.zeros(self._rows, length, dtype=torch.int32)
+        for row in range(self._rows):
+            index = members.get(row * self._columns + column)
+            if index is not None:
+                segment = segments[index]
+                count = len(segment.tokens)
+                tokens[row, :count] = torch.arange(begins[index], begins[index] + count)
+                positions[row, :count] = torch.arange(segment.start, segment.start + count)
+        return tokens, positions
+
+    def _places(self, tokens: torch.Tensor) -> Places:
+        rows, width = tokens.shape
+        return Places(rows, width, None if self._takes_all_shapes else tokens.flatten())
+
+    def _table_width(self, tokens: int) -> int:
+        options = self._tables.options
+        grows = self._takes_all_shapes and not self._is_static
+        return -(-tokens // options.block_size) if grows else options.blocks_per_slot
+
+    def _look_up(self, positions: torch.Tensor) -> Rope:
+        return self._rope.look_up(self._on_each_row(positions.view(1, -1)))
+
+    def _on_each_row(self, values: torch.Tensor) -> ttnn.Tensor:
+        """[1, rows * width] -> uint32 [1, width] on each row's chips."""
+        mapper = ttnn.ShardTensor2dMesh(self._mesh_device, (self._rows, self._columns), (1, None))
+        return self._integers(values, ttnn.uint32, mapper)
+
+    def _on_each_chip(self, values: torch.Tensor) -> ttnn.Tensor:
+        """[chips * n, ...] -> int32 [n, ...] on each chip, in row-major order of chips."""
+        return self._integers(values, ttnn.int32, ttnn.ShardTensorToMesh(self._mesh_device, dim=0))
+
+    def _integers(self, values: torch.Tensor, dtype: ttnn.DataType, mapper: ttnn.TensorToMesh) -> ttnn.Tensor:
+        return ttnn.from_torch(
+            values, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT, device=self._mesh_device, mesh_mapper=mapper
+        )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _whole_tiles(count: int) -> int:
+    return -(-count // TILE) * TILE

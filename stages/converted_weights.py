@@ -1,20 +1,84 @@
-"""Weights as one mesh holds them: converted on first use, found in the weight cache ever after."""
+"""A model's weights as one mesh holds them: converted part by part on first use, then found in the weight cache."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from stages.backend import DEVICE, ttnn
-from stages.model_parts import ModelPart
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, dtype_letters
-from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype
-from stages.run_config import WeightConfig, load_weight_config, save_weight_config
+import msgspec
+import torch
+
+from stages.backend import DEVICE, set_float_dtype, ttnn
+from stages.dtypes import TORCH_DTYPES
+from stages.errors import PlanError
+from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.models.deepseek_v3.embedding import Embedding
+from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.deepseek_v3.weight_specs import (
+    DEFAULT_DTYPES,
+    WeightSpecs,
+    dtype_letters,
+    embedding_weights,
+    head_weights,
+    layer_weights,
+)
+from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype, LoadFormat
+from stages.plan import StageSpec
+from stages.run_config import StateDict, WeightConfig, load_weight_config, save_weight_config
 from stages.tensor_dtypes import WeightDtypes
 from weights.cache.cache import WeightCache
 from weights.cache.cache_key import EntryName
 from weights.cache.fingerprints import Fingerprints
+from weights.checkpoint import open_weights
 from weights.errors import CheckpointError
+from weights.model_config import ModelConfig
 from weights.source import WeightSource
+from weights.tensor_shapes import layer_prefix
+
+Convert = Callable[[ModelConfig, StateDict, Path, ttnn.MeshDevice, WeightDtypes], WeightConfig]
+
+Specs = Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPart:
+    """`convert` makes its files from the tensors whose names begin with `prefixes`.
+
+    With one prefix it is given names without it. `specs` are its weights, by the columns of the mesh.
+    """
+
+    name: str
+    prefixes: tuple[str, ...]
+    convert: Convert
+    specs: Specs
+
+
+EMBEDDING = ModelPart(
+    "embedding",
+    ("model.embed_tokens.",),
+    Embedding.convert_weights,
+    lambda config, _columns, dtypes: embedding_weights(config, dtypes),
+)
+
+HEAD = ModelPart("head", ("model.norm.", "lm_head."), LMHead.convert_weights, head_weights)
+
+
+def layer_part(config: ModelConfig, layer: int) -> ModelPart:
+    """A decoder layer."""
+    block = MoEBlock if config.is_moe(layer) else DenseBlock
+    return ModelPart(
+        f"layer{layer}",
+        (layer_prefix(layer),),
+        block.convert_weights,
+        lambda own, _columns, dtypes: layer_weights(own, layer, dtypes),
+    )
+
+
+def stage_parts(config: ModelConfig, spec: StageSpec) -> list[ModelPart]:
+    """All parts that a stage loads, in the order in which tokens pass them."""
+    first = [EMBEDDING] if spec.is_first else []
+    last = [HEAD] if spec.is_last else []
+    return [*first, *(layer_part(config, layer) for layer in spec.layers), *last]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +132,65 @@ class ConvertedWeights:
             transform=TRANSFORM_VERSION,
             fingerprint=Fingerprints(self.cache.directory).of(self.source, *part.prefixes),
         )
+
+
+class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to convert and for whom; fields as in StageOptions. `mesh_shape` is rows and columns of each stage."""
+
+    model_path: str
+    cache_dir: str
+    dtype: Dtype
+    load_format: LoadFormat
+    seed: int
+    mesh_shape: tuple[int, int] = (1, 1)
+    weight_dtypes: WeightDtypes = DEFAULT_DTYPES
+
+
+class Conversion:
+    """A model's parts and which of them the cache does not have yet."""
+
+    def __init__(self, weights: ConvertedWeights, parts: list[ModelPart]) -> None:
+        self._weights = weights
+        self.parts = parts
+        self.missing = weights.missing(parts)
+        self.bytes = sum(weights.bytes_of(part) for part in self.missing)
+        """About what the missing parts will take on the disk."""
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left on that disk. Raises CacheError."""
+        return self._weights.cache.free_bytes()
+
+    @torch.inference_mode()
+    def run(self, on_part: Callable[[ModelPart], None]) -> None:
+        """Converts what is missing; `on_part` is called with each part that is done.
+
+        Parts that another process converts meanwhile are taken over. Raises CheckpointError or CacheError; the parts
+        done by then stay.
+        """
+        for part in self.missing:
+            self._weights.load(part)
+            on_part(part)
+
+
+@contextmanager
+def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
+    """Reads the checkpoint's headers, and its bytes if they are new; the mesh is closed again at the end.
+
+    Raises CheckpointError where any tensor of the model is missing or has the wrong shape.
+    """
+    if min(options.mesh_shape) < 1:
+        raise PlanError(f"{options.mesh_shape} is no shape of a mesh: give rows and columns.")
+    source = open_weights(Path(options.model_path), load_format=options.load_format, seed=options.seed)
+    set_float_dtype(TORCH_DTYPES[options.dtype])
+    whole = StageSpec(index=0, stages=1, first_layer=0, end_layer=source.config.num_hidden_layers)
+    parts = stage_parts(source.config, whole)
+    source.validate(*(prefix for part in parts for prefix in part.prefixes))
+    mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*options.mesh_shape))
+    try:
+        weights = ConvertedWeights(
+            source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weight_dtypes
+        )
+        yield Conversion(weights, parts)
+    finally:
+        ttnn.close_mesh_device(mesh_device)

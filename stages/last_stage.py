@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from stages.backend import ttnn
-from stages.batch_builder import BatchBuilder
+from stages.batch import BatchBuilder
 from stages.model_slice import HiddenStates, ModelSlice
 from stages.models.deepseek_v3.lm_head import LMHead
-from stages.sampling.arrays import Floats
-from stages.sampling.logprobs import token_logprobs
+from stages.sampling.logprobs import Floats, token_logprobs
 from stages.sampling.sampler import Sampler
 from stages.step import Step, StepResult, TokenLogprobs
 from weights.model_config import ModelConfig

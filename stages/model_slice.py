@@ -6,8 +6,7 @@ from typing import Any, Generic, NamedTuple
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
-from stages.converted_weights import ConvertedWeights
-from stages.model_parts import EMBEDDING, HEAD, layer_part, stage_parts
+from stages.converted_weights import EMBEDDING, HEAD, ConvertedWeights, layer_part, stage_parts
 from stages.models.deepseek_v3.decoder_block import (
     BlockT,
     DecoderBlock,

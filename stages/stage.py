@@ -6,15 +6,13 @@ from pathlib import Path
 import torch
 
 from stages.backend import set_float_dtype, ttnn
-from stages.batch import HIDDEN_DTYPE, DecodeBatch
-from stages.batch_builder import BatchBuilder
+from stages.batch import HIDDEN_DTYPE, BatchBuilder, DecodeBatch
 from stages.converted_weights import ConvertedWeights
 from stages.decode_trace import DecodeTraces
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
 from stages.last_stage import LastStage
-from stages.mesh import close_mesh, open_mesh
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.models.deepseek_v3.rope import RopeTables
@@ -23,8 +21,30 @@ from stages.plan import StageSpec
 from stages.step import Step, StepResult
 from stages.wormhole import GALAXY_COLUMNS
 from weights.cache.cache import WeightCache
-from weights.load import open_weights
+from weights.checkpoint import open_weights
 from weights.model_config import ModelConfig
+
+TRACE_REGION_BYTES = 45_684_326
+
+"""Of each chip, for the traces of a stage: what tt-metal's own demo sets aside for the decode trace of all 61 layers,
+found by trial (38,070,272 bytes and a fifth more; models/demos/deepseek_v3/demo/demo.py)."""
+
+
+def open_mesh(rows: int, columns: int, *, enable_trace: bool) -> ttnn.MeshDevice:
+    """Opens rows x columns chips."""
+    if rows * columns > 1:
+        # Before the mesh: collectives need the network between chips.
+        ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
+    trace_region = TRACE_REGION_BYTES if enable_trace else 0
+    return ttnn.open_mesh_device(ttnn.MeshShape(rows, columns), trace_region_size=trace_region)
+
+
+def close_mesh(mesh_device: ttnn.MeshDevice) -> None:
+    """Gives up the mesh and its network."""
+    has_network = mesh_device.get_num_devices() > 1
+    ttnn.close_mesh_device(mesh_device)
+    if has_network:
+        ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)
 
 
 class Stage:

@@ -2,8 +2,10 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterable, Sequence
 
+import msgspec
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -13,14 +15,61 @@ from ray.util.placement_group import (
 
 from actors.cluster.cluster import Cluster
 from actors.cluster.placement import ROWS, Seat, hosts_sentence, needed_rows, plan_seats, refuse_impossible, seat_beside
-from actors.cluster.row_claims import RowClaim, has_rival, read_claims, taken_rows
 from actors.cluster.row_holders import row_holders
 from actors.errors import PlacementError
 
+PREFIX = "galaxyline rows "
+
+
+class RowClaim(msgspec.Struct, frozen=True):
+    """Row numbers by node id; `token` tells claims to the same rows apart."""
+
+    token: str
+    rows: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, seats: Sequence[Seat]) -> "RowClaim":
+        """A new claim to the rows of all seats."""
+        rows: dict[str, list[int]] = {}
+        for seat in seats:
+            rows.setdefault(seat.host.node_id, []).extend(seat.rows)
+        return cls(secrets.token_hex(8), rows)
+
+    @property
+    def name(self) -> str:
+        """The placement group's."""
+        return PREFIX + msgspec.json.encode(self).decode()
+
+
+def read_claims(names: Iterable[str]) -> list[RowClaim]:
+    """The claims among the names of placement groups."""
+    written = (name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+    return [msgspec.json.decode(claim, type=RowClaim) for claim in written]
+
+
+def taken_rows(claims: Iterable[RowClaim]) -> dict[str, set[int]]:
+    """Row numbers that are claimed, by node id."""
+    taken: dict[str, set[int]] = {}
+    for claim in claims:
+        for node, rows in claim.rows.items():
+            taken.setdefault(node, set()).update(rows)
+    return taken
+
+
+def has_rival(claim: RowClaim, claims: Iterable[RowClaim]) -> bool:
+    """Whether another claim has one of the same rows."""
+    others = taken_rows(other for other in claims if other.token != claim.token)
+    return any(others.get(node, set()).intersection(rows) for node, rows in claim.rows.items())
+
+
 NODE_LABEL = "ray.io/node-id"
+
 """Ray gives it to every node."""
+
 RETRY_SECONDS = 0.3
+
 GRANT_SECONDS = 5.0
+
 """In which rows that nobody claims are granted, else the hosts are looked at again."""
 
 

@@ -6,24 +6,72 @@ Little-endian. Control is msgpack; the payload is the hidden states' bytes, besi
 as its tokens call for. Every length is checked before memory is set aside for it.
 """
 
+import mmap
 import struct
+from collections.abc import Callable
 from enum import IntEnum
 
 import msgspec
 
 from actors.errors import ProtocolError
-from actors.sockets.buffers import BufferPool, Lease
 from stages.mesh_spec import MeshSpec
 from stages.step import PROTOCOL_VERSION, StageFailure, Step, StepResult
 
+
+class Lease:
+    """A buffer in use. `release` gives it back, once; nobody may touch `view` after that."""
+
+    __slots__ = ("_buffer", "_give_back", "view")
+
+    def __init__(self, view: memoryview, buffer: mmap.mmap | None, give_back: Callable[[mmap.mmap], None]) -> None:
+        self.view = view
+        self._buffer = buffer
+        self._give_back = give_back
+
+    def release(self) -> None:
+        """Gives the buffer back to its pool."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._give_back(buffer)
+
+
+class BufferPool:
+    """Page-aligned buffers of one link; as many come to exist as are ever leased at once, which credits bound.
+
+    A buffer is replaced by a larger one only when a payload is larger than it, so a running pipeline allocates
+    nothing. Leases are made by one thread and may be released by another: a list's append and pop are atomic.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+        self._largest = 0
+
+    def lease(self, length: int) -> Lease:
+        """A writable view of `length` bytes; nothing is set aside for an empty one."""
+        if length == 0:
+            return Lease(memoryview(bytearray()), None, self._free.append)
+        self._largest = max(self._largest, length)
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or len(buffer) < length:
+            buffer = mmap.mmap(-1, self._largest)
+        return Lease(memoryview(buffer)[:length], buffer, self._free.append)
+
+
 MAGIC = b"GXLN"
+
 HEADER = struct.Struct("<4sHHQIQ")
+
 HELLO_BYTES_MAX = 1 << 10
+
 CONTROL_BYTES_MAX = 1 << 24
+
 PAYLOAD_BYTES_MAX = 1 << 30
+
 STAGING_BYTES = 1 << 15
+
 """Reads land here unless a large payload is awaited: a small frame then costs one read and a copy of its payload
 (0.4 us for 14 KB, less than a second read), and no more than this much of a large payload is ever copied."""
+
 DIRECT_BYTES_MIN = 1 << 12
 
 
@@ -65,6 +113,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forb
 
 
 Message = Step | StepResult | StageFailure
+
 Control = Hello | Credit | Heartbeat | Step | StepResult | StageFailure
 
 _KINDS: dict[type[Control], Kind] = {
@@ -75,11 +124,14 @@ _KINDS: dict[type[Control], Kind] = {
     StepResult: Kind.RESULT,
     StageFailure: Kind.FAILURE,
 }
+
 # By number: what an enumeration costs to look up is a good part of what reading a frame costs.
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Control]] = {
     kind.value: msgspec.msgpack.Decoder(control) for control, kind in _KINDS.items()
 }
+
 _HELLO = Kind.HELLO.value
+
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -104,6 +156,7 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 Header = tuple[int, int, int, int]
+
 """What a frame begins with, checked: kind, epoch, control length and payload length."""
 
 

@@ -16,9 +16,8 @@ import msgspec
 import structlog
 
 from actors.errors import LinkError, ProtocolError
-from actors.sockets.buffers import BufferPool
 from actors.sockets.credits import CreditReturns, Credits
-from actors.sockets.frames import Credit, Frame, FrameReader, Heartbeat, Hello, Message, encode
+from actors.sockets.frames import BufferPool, Credit, Frame, FrameReader, Heartbeat, Hello, Message, encode
 from actors.sockets.heartbeat import Pulse
 from actors.sockets.link import Arrival, LinkEvents
 from actors.sockets.writer import FrameWriter

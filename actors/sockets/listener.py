@@ -7,20 +7,47 @@ import socket
 import stat
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from actors.errors import LinkError, ProtocolError
-from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.link import LinkEvents
 
+
+class UnixAddress(msgspec.Struct, frozen=True, tag="unix"):
+    """A socket file in a private directory."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class TcpAddress(msgspec.Struct, frozen=True, tag="tcp"):
+    """A host's address and port; port 0 lets the kernel choose when listening."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+Address = UnixAddress | TcpAddress
+
 CREDITS = 8
+
 """Messages that may be on their way to or waiting at a stage. Two would keep it busy; as credits go back half a window
 at a time, more of them means fewer wake-ups of the sender for it. They bound memory: a buffer exists for each message
 that ever waited at the same time as others."""
+
 CONNECT_SECONDS = 5.0
+
 SOCKET_BUFFER_BYTES = 4 << 20
+
 GREETINGS_MAX = 16
+
 SILENT_HOST_SECONDS = 5
 
 _log = structlog.get_logger()

@@ -15,12 +15,11 @@ from actors.log import configure_logging
 from actors.mpi.membership import Membership
 from actors.options import Device
 from actors.release import refuse_other_release
-from actors.sockets.address import Address
+from actors.sockets.listener import Address
 from actors.stage.cores import apply_share, share_cores, tell_torch
 from actors.stage.health import StageHealth
 from actors.stage.identity import StageIdentity
-from actors.stage.mesh_hop import MeshHop, Sockets
-from actors.stage.passages import Passage
+from actors.stage.mesh_hop import MeshHop, Passage, Sockets
 from actors.stage.preparation import Preparation, prepare
 from actors.stage.runner import MeshRunner, OnProgress, StageRunner, runner_factory
 from actors.stage.server import StageServer

@@ -17,12 +17,12 @@ from actors.cluster.placement import ROWS
 from actors.cluster.placement_group import Placement
 from actors.cluster.process_end import kill, until_gone
 from actors.release import own_release
-from actors.sockets.address import Address
+from actors.sockets.listener import Address
 from actors.stage.actor import StageActor, StageSetup
 from actors.stage.health import Phase, StageHealth, StageProgress, State
-from actors.stage.passages import Passage
+from actors.stage.mesh_hop import Passage
+from actors.stage.replies import StageAnswers, answer, death
 from actors.stage.spares import Spares
-from actors.stage.stage_answers import StageAnswers, answer, death
 
 OnStageProgress = Callable[[StageProgress], None]
 

@@ -1,10 +1,23 @@
 """What a stage says of itself: while it loads, and while it runs."""
 
+import os
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+_STATM = Path("/proc/self/statm")
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_bytes() -> int:
+    """What of it lies in physical memory, shared pages such as mapped weight files included."""
+    return int(_STATM.read_bytes().split()[1]) * _PAGE_BYTES
+
+
 Phase = Literal["starting", "loading", "connecting", "ready"]
+
 State = Literal["loading", "ready", "running", "blocked", "failed", "closed", "silent", "dead"]
 
 

@@ -14,21 +14,37 @@ from structlog.contextvars import bind_contextvars
 
 from actors.clock import now_ns
 from actors.errors import LinkError
-from actors.sockets.address import Address
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
-from actors.sockets.listener import HostListener, connect
-from actors.stage.compute_task import ComputeTask
-from actors.stage.health import StageHealth, State
+from actors.sockets.listener import Address, HostListener, connect
+from actors.stage.health import StageHealth, State, resident_bytes
 from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.io_thread import IoThread
-from actors.stage.memory import resident_bytes
 from actors.stage.runner import OnProgress, StageRunner
 from stages.errors import StepError
 from stages.mesh_spec import MeshSpec
 from stages.step import SentHidden, StageFailure, StageTiming, Step, StepResult
 
+
+class ComputeTask:
+    """A function that belongs to that thread; `done` has its end, or what it raised."""
+
+    def __init__(self, function: Callable[[], None], done: "Future[None]") -> None:
+        self._function = function
+        self.done = done
+
+    def run(self) -> None:
+        """Calls the function; raises nothing."""
+        try:
+            self._function()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
 FAILED_BETWEEN_STEPS = -1
+
 CLOSE_SECONDS = 2.0
 
 

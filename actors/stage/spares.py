@@ -21,7 +21,7 @@ from actors.options import PipelineOptions
 from actors.release import own_release
 from actors.stage.actor import StageActor, StageSetup
 from actors.stage.preparation import Preparation
-from actors.stage.stage_answers import answer, death
+from actors.stage.replies import answer, death
 from stages.step import Host
 
 ANSWER_SECONDS = 2.0

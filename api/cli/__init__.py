@@ -11,13 +11,14 @@ from rich.console import Console
 from actors.log import configure_logging
 from api.cli.cache import cache_group, convert_command
 from api.cli.demo import demo_command, reference_command
-from api.cli.front_options import front_options
-from api.cli.options import COUNT, PLAIN_COLUMNS, SECONDS, engine_options, model_options, num_scheduler_steps
-from api.cli.plan_cli import plan_command
+from api.cli.options import PLAIN_COLUMNS, engine_options, model_options, num_scheduler_steps
+from api.cli.plan import plan_command
 from api.cli.status import follow, read_view, render
 from api.errors import exit_code
 from api.server.api_keys import KEY_VARIABLES
 from api.server.serve import ServeSettings, serve
+from api.settings.parameters import COUNT, SECONDS
+from api.settings.server import front_options
 from api.text.generation_config import MODELS_OWN, NO_ADVICE
 from api.text.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
 from weights.errors import GalaxylineError

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from api.cli.convert import ConvertSettings, convert
-from api.cli.long_work import LongWork
 from api.cli.options import (
     cache_dir_option,
     dtype_option,
@@ -22,10 +21,11 @@ from api.cli.options import (
     rows_per_stage_option,
     seed_option,
     weights_device_option,
-    with_options,
 )
 from api.cli.weight_dtype_options import take_weight_dtypes, weight_dtype_options
+from api.client.progress import LongWork
 from api.settings.environment import note_environment
+from api.settings.parameters import with_options
 from api.text.model_source import resolve_model
 from stages.options import TRANSFORM_VERSION
 from weights.cache.inventory import CacheEntry, cache_entries, damage_of, remove_entries

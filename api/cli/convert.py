@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from actors.options import Device
-from api.cli.long_work import LongWork
+from api.client.progress import LongWork
 from api.settings.chips import chip_dtype
 from api.settings.engine import resolve_dtype
 from api.text.model_source import ModelSource, check_model_files
@@ -19,7 +19,7 @@ from weights.errors import CacheError
 from weights.sizes import in_words
 
 if TYPE_CHECKING:
-    from stages.convert import Conversion
+    from stages.converted_weights import Conversion
 
 
 class ConvertSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +44,7 @@ def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWor
     os.environ[DEVICE_VARIABLE] = settings.device
     check_model_files(settings.source, needs_weights=settings.load_format == "auto")
     # Imports torch, which no other command of this process needs.
-    from stages.convert import ConvertOptions, open_conversion  # noqa: PLC0415
+    from stages.converted_weights import ConvertOptions, open_conversion  # noqa: PLC0415
 
     options = ConvertOptions(
         model_path=str(settings.source.path),

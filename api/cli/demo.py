@@ -10,15 +10,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from api.cli.long_work import LongWork
-from api.cli.options import COUNT, engine_options
+from api.cli.options import engine_options
+from api.client.progress import LongWork
+from api.demo.files import check_results_path, default_results_path, write_results
+from api.demo.generation import lines
 from api.demo.options import DEFAULT_MAX_NEW_TOKENS, DemoOptions
 from api.demo.reference import ReferenceSettings, write_reference
-from api.demo.results_file import check_results_path, default_results_path, write_results
 from api.demo.run import Results, run
 from api.demo.setup import DemoSetup
-from api.demo.statistics import lines
 from api.settings.engine import EngineSettings
+from api.settings.parameters import COUNT
 from api.text.model_source import resolve_model
 from stages.plan import USERS_PER_ROW
 

@@ -1,10 +1,8 @@
 """The options that `serve` and `demo` have in common, and the types they are read with."""
 
 import functools
-import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,15 +12,13 @@ import structlog
 
 from actors.options import Device, Transport
 from api.cli.weight_dtype_options import take_weight_dtypes, weight_dtype_options
-from api.engine.restart_limit import DEFAULT_MAX_RESTARTS
+from api.engine.recovery import DEFAULT_MAX_RESTARTS
 from api.errors import OptionError
 from api.scheduler.options import DEFAULT_PREFILL_WAIT
 from api.settings.engine import DEFAULT_CACHE_DIR, EngineSettings
 from api.settings.environment import CACHE_VARIABLE, note_environment
+from api.settings.parameters import COUNT, SECONDS, JsonObject, LayerSplit, Milliseconds, with_options
 from api.text.model_source import resolve_model, resolve_timed_model
-
-COUNT = click.IntRange(min=1)
-SECONDS = click.FloatRange(min=0, min_open=True)
 
 PLAIN_COLUMNS = 120
 """Of a table that goes to no terminal."""
@@ -30,51 +26,6 @@ PLAIN_COLUMNS = 120
 TRACE_MODE = "trace_mode"
 
 log = structlog.get_logger()
-
-
-class LayerSplit(click.ParamType[list[int]]):
-    """Numbers of layers with commas between, like "2,4"."""
-
-    name = "n,n,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """The numbers. Raises click.BadParameter unless all are positive."""
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is no list of layer counts: write it like 2,4.", param, ctx)
-        return [int(part) for part in parts]
-
-
-class Milliseconds(click.ParamType[list[float]]):
-    """Times with commas between, like "10,12.5"."""
-
-    name = "ms,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        """The times. Raises click.BadParameter unless all are positive."""
-        try:
-            times = [float(part) for part in str(value).split(",")]
-        except ValueError:
-            times = []
-        if not times or not all(0 < time < math.inf for time in times):
-            self.fail(f"{value!r} is no list of times: write it like 10 or 10,12.5.", param, ctx)
-        return times
-
-
-class JsonObject(click.ParamType[dict[str, object]]):
-    """A JSON object on the command line."""
-
-    name = "json"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, object]:
-        """The object. Raises click.BadParameter for anything else."""
-        try:
-            parsed = json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is not valid JSON: {error}.", param, ctx)
-        if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is no JSON object.", param, ctx)
-        return parsed
 
 
 def _without_chip_settings(_: click.Context, __: click.Parameter, value: dict[str, object] | None) -> dict[str, object]:
@@ -288,12 +239,3 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         command(source=msgspec.structs.replace(source, name=served_model_name or source.name), **options)
 
     return with_options(with_source, _SERVE_MODEL_OPTIONS)
-
-
-def with_options(
-    command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
-) -> Callable[..., None]:
-    """Adds options to a command, listed in this order."""
-    for option in reversed(options):
-        command = option(command)
-    return command

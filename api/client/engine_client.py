@@ -6,18 +6,15 @@ import os
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
-from api.client.load import Load
-from api.client.open_requests import OpenRequests
-from api.client.process_group import leave_group
-from api.client.questions import Questions
+from api.client.open_requests import Load, OpenRequests, RequestStream
 from api.client.request_metrics import RequestMetrics
-from api.client.request_stream import RequestStream
 from api.engine.options import EngineOptions
 from api.errors import EngineError
 from api.messages.engine import (
@@ -34,18 +31,59 @@ from api.messages.engine import (
     Outputs,
     PipelineReport,
     RequestOutput,
+    error_of,
+    failed_state,
+    not_ready,
+    takes_requests,
 )
 from api.messages.framing import Framing
-from api.messages.state import error_of, failed_state, not_ready, takes_requests
 from api.scheduler.scheduler import check_request
 
+leave_group = os.setpgrp
+
+"""For subprocess's `preexec_fn`: the child becomes a process group of its own (uvloop has no other way to say so).
+
+It does not become a session: Linux shares the cores out among sessions first (sched(7), autogroups), and on a busy core
+one that has slept may then wait for seconds although it could run, as a front end did that was in another session than
+its stages.
+"""
+
+Answer = TypeVar("Answer")
+
+
+class Questions(Generic[Answer]):
+    """Those of one kind: the engine answers them in the order of asking."""
+
+    def __init__(self) -> None:
+        self._open: deque[asyncio.Future[Answer]] = deque()
+
+    def ask(self) -> "asyncio.Future[Answer]":
+        """The answer to come. Who does not want it any more cancels it."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._open.append(answer)
+        return answer
+
+    def answer(self, answer: Answer) -> None:
+        """The oldest question is answered."""
+        oldest = self._open.popleft()
+        if not oldest.done():
+            oldest.set_result(answer)
+
+    def fail(self, error: EngineError) -> None:
+        """No answer will come."""
+        for question in self._open:
+            if not question.done():
+                question.set_exception(error)
+        self._open.clear()
+
+
 EXIT_MARGIN_S = 5.0
+
 """What the engine gets beyond its stages' deadline before it is killed, and its connection after its own end."""
 
 ANSWER_TIMEOUT_S = 5.0
-"""The engine answers at once, or within the second that it gives its stages; only its own start takes longer."""
 
-Answer = TypeVar("Answer")
+"""The engine answers at once, or within the second that it gives its stages; only its own start takes longer."""
 
 
 class EngineClient:

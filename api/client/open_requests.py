@@ -1,8 +1,92 @@
-"""The requests that an engine has, as its front end knows them."""
+"""The requests that an engine has, as its front end knows them: their outputs, and how much work they are."""
 
-from api.client.load import Load
-from api.client.request_stream import RequestStream
-from api.messages.engine import AddRequest
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import msgspec
+
+from api.errors import EngineError
+from api.messages.engine import AddRequest, FinishReason, RequestOutput
+
+OUTPUTS_WAITING_MAX = 4096
+
+"""Outputs that may wait for their consumer: more than a client falls behind that reads at all."""
+
+TOO_SLOW = f"The client read too slowly: {OUTPUTS_WAITING_MAX} tokens waited for it."
+
+
+class RequestStream(AsyncIterator[RequestOutput]):
+    """The outputs of one request, in order, up to and with the one that has a `finish_reason`.
+
+    It `has_begun` with its first output, and `was_moved` where it is no longer in the engine that it was given to.
+
+    Never yields an "error" output: raises EngineError with its sentence instead, as when the engine dies. Closing it,
+    or cancelling the task that waits on it, before the last output aborts the request: use `contextlib.aclosing`.
+    """
+
+    def __init__(self, request: AddRequest, abort: Callable[[int, FinishReason], None]) -> None:
+        """`abort` is called once at most, with why, and never after the last output was pushed."""
+        self.request = request
+        self.has_begun = False
+        self.was_moved = False
+        self._abort = abort
+        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._is_complete = False
+        self._is_over = False
+
+    def push(self, output: RequestOutput) -> None:
+        """Hands on the next output. One too many aborts the request; its consumer finds an error after what waits."""
+        self.has_begun = True
+        if output.finish_reason is None and self._outputs.qsize() >= OUTPUTS_WAITING_MAX:
+            output = msgspec.structs.replace(output, finish_reason="error", error=TOO_SLOW)
+            self._abort(self.request.request_id, "abort")
+        self._is_complete = output.finish_reason is not None
+        self._outputs.put_nowait(output)
+
+    def move(self, abort: Callable[[int, FinishReason], None]) -> None:
+        """Another engine has the request from now on, and its `abort` is the one to call."""
+        self.was_moved = True
+        self._abort = abort
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            output = await self._outputs.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        self._is_over = output.finish_reason is not None
+        if output.finish_reason == "error":
+            raise EngineError(output.error or "The engine gave no reason.")
+        return output
+
+    async def aclose(self, reason: FinishReason = "abort") -> None:
+        """Aborts the request unless it has ended: "stop" where its text is complete. May be repeated."""
+        self._is_over = True
+        if not self._is_complete:
+            self._is_complete = True
+            self._abort(self.request.request_id, reason)
+
+
+class Load(msgspec.Struct, frozen=True, order=True):
+    """The open requests of an engine, and the tokens that these have or may come to have, prompts included.
+
+    Loads are ordered by requests; where these are equal, by tokens.
+    """
+
+    requests: int
+    tokens: int
+
+
+def least_loaded(loads: Sequence[Load | None], last: int) -> int | None:
+    """The place of the engine that gets the next request; None where there is none to give it to.
+
+    `loads` has None for an engine that takes no requests. Among equals it is the next one after `last`, the place of
+    the engine that got the request before, so that idle engines take turns.
+    """
+    places = [place for place, load in enumerate(loads) if load is not None]
+    return min(places, key=lambda place: (loads[place], (place - last - 1) % len(loads)), default=None)
 
 
 class OpenRequests:

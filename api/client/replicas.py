@@ -10,13 +10,20 @@ import structlog
 
 from actors.cluster.environment import cluster_address
 from api.client.engine_client import EngineClient
-from api.client.load import Load, least_loaded
-from api.client.request_stream import RequestStream
+from api.client.open_requests import Load, RequestStream, least_loaded
 from api.engine.options import EngineOptions
-from api.messages.engine import AddRequest, EngineState
-from api.messages.state import common_state, error_of, failed_state, named_state, not_ready, takes_requests
+from api.messages.engine import (
+    AddRequest,
+    EngineState,
+    common_state,
+    error_of,
+    failed_state,
+    named_state,
+    not_ready,
+    takes_requests,
+)
 from api.scheduler.scheduler import check_request
-from api.server.health import PROBE_TIMEOUT_S
+from api.server.app import PROBE_TIMEOUT_S
 from weights.errors import GalaxylineError
 
 log = structlog.get_logger()

@@ -1,10 +1,93 @@
-"""How often predictions under teacher forcing are those of a reference."""
+"""Reference files of teacher forcing in tt-metal's layout, and how often predictions agree with one."""
 
+import pickle  # nosec B403 # its error alone, which torch.load raises
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from api.demo.reference_file import Reference
+from api.errors import OptionError
+
+TOP = 5
+
+"""How many best tokens of each position a file may hold."""
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """`tokens` [T]; `top5[position]`, where the file has them, are the best tokens for that position, best first.
+
+    `prompt_length` of the tokens are the prompt, the others what the model should predict.
+    """
+
+    path: Path
+    tokens: list[int]
+    top5: list[list[int]] | None
+    prompt_length: int
+
+
+def read_reference_file(path: Path, prompt_length: int | None = None) -> Reference:
+    """Reads a file that torch.save wrote: a dict of `reference_tokens` [1, T] and perhaps `top5_tokens`.
+
+    `top5_tokens` has a row for each position, [T, 5], or, as tt_transformers' helpers write it, one for the position
+    after each token, [T - 1, 5]. The prompt is the first T // 2 + 1 tokens unless `prompt_length` says otherwise.
+    Nothing in the file is executed. Raises OptionError where it is not there, is something else, or leaves nothing to
+    predict.
+    """
+    content = _load(path)
+    tokens = _integers(content, "reference_tokens", path)
+    if tokens is None:
+        raise OptionError(f"'{path}' has no 'reference_tokens': it is no reference file.")
+    if tokens.dim() not in {1, 2} or tokens.numel() != tokens.shape[-1]:
+        raise OptionError(f"'{path}': reference_tokens has shape {list(tokens.shape)} where [1, T] is expected.")
+    count = tokens.numel()
+    length = count // 2 + 1 if prompt_length is None else prompt_length
+    if not 1 <= length < count:
+        raise OptionError(f"'{path}' holds {count} tokens: a prompt of {length} leaves none to predict.")
+    return Reference(
+        path=path, tokens=tokens.reshape(-1).tolist(), top5=_top5(content, count, path), prompt_length=length
+    )
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    import torch  # noqa: PLC0415 - no other part of the command line needs it
+
+    if not path.is_file():
+        raise OptionError(f"Reference file does not exist: '{path}'.")
+    try:
+        with warnings.catch_warnings():
+            # What torch warns of in files that it refuses is said by the error.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        first = str(error).partition("\n")[0]
+        raise OptionError(f"'{path}' is no reference file that can be read safely: {first}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"'{path}' holds {type(content).__name__} where a dict is expected: it is no reference file.")
+    return content
+
+
+def _top5(content: dict[Any, Any], count: int, path: Path) -> list[list[int]] | None:
+    rows = _integers(content, "top5_tokens", path)
+    if rows is None:
+        return None
+    if tuple(rows.shape) not in {(count, TOP), (count - 1, TOP)}:
+        raise OptionError(f"'{path}': top5_tokens has shape {list(rows.shape)} where [{count}, {TOP}] is expected.")
+    listed: list[list[int]] = rows.tolist()
+    return listed if len(listed) == count else [[], *listed]
+
+
+def _integers(content: dict[Any, Any], key: str, path: Path) -> Any:
+    """The tensor `key`, or None. Raises OptionError unless it holds whole numbers."""
+    import torch  # noqa: PLC0415 - as above
+
+    found = content.get(key)
+    if found is None:
+        return None
+    if not isinstance(found, torch.Tensor) or found.is_floating_point() or found.is_complex():
+        raise OptionError(f"'{path}': {key} is no tensor of token ids.")
+    return found
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,10 +7,9 @@ from typing import Any
 import msgspec
 
 from api.client.token_source import TokenSource
-from api.demo.accuracy import accuracy
+from api.demo.accuracy import Reference, accuracy, read_reference_file
+from api.demo.files import LoggedResult, ResultsLog
 from api.demo.generation import Demand, Generation, TextDecoder, TokenIds
-from api.demo.reference_file import Reference, read_reference_file
-from api.demo.results_log import LoggedResult, ResultsLog
 from api.demo.setup import DemoSetup
 from api.errors import RequestError
 from api.messages.engine import AddRequest

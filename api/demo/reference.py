@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from api.cli.long_work import LongWork
+from api.client.progress import LongWork
 from api.errors import OptionError
 from api.text.model_source import ModelSource, check_model_files
 from api.text.tokenizer import TextTokenizer

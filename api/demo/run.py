@@ -13,14 +13,12 @@ import uvloop
 from rich.console import Console
 
 from actors.log import keep_logs_off_stdout
-from api.cli.long_work import LongWork
 from api.client.engine_client import EngineClient
-from api.client.start_progress import StartProgress
+from api.client.progress import LongWork, StartProgress
 from api.demo.demands import Demands
-from api.demo.generation import Generation, generate
+from api.demo.generation import Generation, Statistics, generate, statistics
 from api.demo.options import DemoOptions, read_options
 from api.demo.setup import DemoSetup
-from api.demo.statistics import Statistics, statistics
 from api.engine.signals import on_stop_signal
 from api.settings.engine import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
 from api.settings.environment import CACHE_VARIABLE

@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 
+from api.demo.files import ResultsLog, read_prompts_file
 from api.demo.options import DemoOptions
-from api.demo.prompts_file import read_prompts_file
-from api.demo.results_log import ResultsLog
 from api.engine.options import EngineOptions
 from api.errors import OptionError
 from api.settings.engine import DEFAULT_STAGES, EngineSettings

@@ -11,11 +11,10 @@ from actors.clock import now_ns
 from actors.errors import PipelineError, ProtocolError
 from actors.options import PipelineOptions
 from actors.stage.health import StageHealth, StageProgress
-from api.engine.engine_metrics import EngineMeters
+from api.engine.meters import EngineMeters
 from api.engine.options import EngineOptions
 from api.engine.pipeline_reports import PipelineReports
-from api.engine.recovery import Recovery
-from api.engine.restart_limit import RestartLimit
+from api.engine.recovery import Recovery, RestartLimit
 from api.engine.step_watch import StepWatch
 from api.engine.timeline import Timeline, open_timeline
 from api.errors import EngineError, RequestError
@@ -30,8 +29,8 @@ from api.messages.engine import (
     Outputs,
     RequestOutput,
     ToEngine,
+    failed_state,
 )
-from api.messages.state import failed_state
 from api.scheduler.scheduler import Scheduler
 from stages.step import Step, StepResult
 from weights.errors import GalaxylineError

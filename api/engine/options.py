@@ -3,7 +3,7 @@
 import msgspec
 
 from actors.options import PipelineOptions
-from api.engine.restart_limit import DEFAULT_MAX_RESTARTS
+from api.engine.recovery import DEFAULT_MAX_RESTARTS
 from api.scheduler.options import DEFAULT_PREFILL_WAIT, SchedulerOptions
 
 PIPELINE_START = "actors.pipeline:Pipeline.start"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from actors.stage.health import StageHealth
-from api.engine.engine_metrics import EngineMeters
+from api.engine.meters import EngineMeters
 from api.engine.options import EngineOptions
 from api.messages.engine import FromEngine, PipelineReport
 from api.messages.pipeline_view import StageRoster

@@ -1,6 +1,7 @@
 """Bringing back a pipeline that has failed, again and again as long as that makes sense."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -8,15 +9,46 @@ import structlog
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError, ProtocolError
-from api.engine.engine_metrics import EngineMeters
-from api.engine.restart_limit import RestartLimit
-from api.engine.stage_meter import NS
+from api.engine.meters import NS, EngineMeters
 from api.engine.step_watch import StepWatch
 from api.messages.engine import EngineState, FromEngine, Outputs
 from api.scheduler.scheduler import Scheduler
 from weights.errors import GalaxylineError
 
+DEFAULT_MAX_RESTARTS = 10
+
+"""Enough to find the one request of 256 in a step that makes a stage fail: it fails twice with all others, seven times
+with ever fewer, and once alone; the second time alone, it ends."""
+
+
+class RestartLimit:
+    """Counts how often the pipeline failed since it last made a token."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._failures: Counter[int | None] = Counter()
+
+    def progress(self) -> None:
+        """A token was made."""
+        self._failures.clear()
+
+    def note(self, error: GalaxylineError, *, is_explained: bool = False) -> None:
+        """The pipeline failed, or could not be brought back. Raises PipelineError when it is not to be tried again.
+
+        A failure `is_explained` by a request that has ended with it counts, but is no reason to end: the next may be.
+        """
+        stage = error.stage if isinstance(error, PipelineError) else None
+        self._failures[stage] += 1
+        if self._failures[stage] > self._most and not is_explained:
+            who = "The pipeline" if stage is None else f"Stage {stage}"
+            raise PipelineError(
+                f"{who} failed {self._failures[stage]} times with no token made in between; the last time: {error}",
+                stage,
+            ) from error
+
+
 RETRY_S = 1.0
+
 """Between two attempts."""
 
 log = structlog.get_logger()

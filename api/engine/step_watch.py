@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import structlog
 
 from actors.clock import now_ns
-from api.engine.engine_metrics import EngineMeters
-from api.engine.step_record import StepRecord
+from api.engine.meters import EngineMeters, StepRecord
 from api.engine.timeline import Timeline
 from api.messages.engine import RequestOutput
 from api.scheduler.scheduler import Scheduler

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from actors.clock import now_ns
-from api.engine.step_record import StepRecord
+from api.engine.meters import StepRecord
 from api.errors import OptionError
 from stages.step import StageTiming
 

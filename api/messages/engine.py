@@ -1,14 +1,18 @@
-"""What the front end and the engine say to each other over their unix socket, as msgpack frames."""
+"""The messages that front end and engine exchange, as msgspec structs, and what an engine's state stands for."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from api.errors import EXIT_CODE, EngineError, NotReadyError
 from api.messages.histogram import Histogram
 from api.messages.pipeline_view import StageView
 from stages.step import SamplingParams, TokenLogprobs
+from weights.errors import GalaxylineError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
 EnginePhase = Literal["loading", "ready", "recovering", "failed"]
 
 
@@ -146,4 +150,52 @@ class PipelineReport(Message, frozen=True, kw_only=True):
 
 
 ToEngine = AddRequest | AbortRequest | GetCounts | GetMetrics | GetPipelineReport
+
 FromEngine = Outputs | EngineState | Counts | EngineMetrics | PipelineReport
+
+KINDS = {kind.__name__: kind for kind in EXIT_CODE}
+
+
+def failed_state(error: GalaxylineError) -> EngineState:
+    """The state of an engine that failed with this error, as the nearest class that has an exit code."""
+    kind = next(kind for kind in type(error).__mro__ if kind in EXIT_CODE)
+    return EngineState(phase="failed", detail=str(error), error_kind=kind.__name__)
+
+
+def error_of(state: EngineState) -> GalaxylineError:
+    """The error that a failed engine failed with."""
+    return KINDS.get(state.error_kind, EngineError)(state.detail)
+
+
+def takes_requests(state: EngineState) -> bool:
+    """Whether a request may come: while a stage is replaced it waits."""
+    return state.phase in {"ready", "recovering"}
+
+
+def not_ready(state: EngineState) -> NotReadyError:
+    """What is told to who comes while an engine loads or recovers, or after it failed."""
+    if state.phase == "failed":
+        return NotReadyError(f"The engine failed: {state.detail}")
+    if state.phase == "recovering":
+        return NotReadyError(f"No token can be made until a stage is replaced: {state.detail}")
+    return NotReadyError(f"The model is still loading: {state.detail or 'try again in a moment.'}")
+
+
+def named_state(state: EngineState, replica: int) -> EngineState:
+    """The state of one of several engines, whose sentence says which one it is."""
+    return msgspec.structs.replace(state, detail=f"Replica {replica}: {state.detail}")
+
+
+def common_state(states: Sequence[EngineState]) -> EngineState:
+    """What engines that do the same work are together: what the best of them is, and failed when all of them failed.
+
+    Its detail names those that are not ready. A single engine's state stays as it is.
+    """
+    if len(states) == 1:
+        return states[0]
+    named = [named_state(state, replica) for replica, state in enumerate(states) if state.phase != "ready"]
+    detail = " ".join(state.detail for state in named)
+    if len(named) < len(states):
+        return EngineState(phase="ready", detail=detail)
+    unready = max(states, key=lambda state: ("failed", "loading", "recovering").index(state.phase))
+    return msgspec.structs.replace(unready, detail=detail)

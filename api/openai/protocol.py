@@ -1,28 +1,71 @@
 """What a client may send: the fields of a completion request, their types and ranges."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from api.errors import RequestError
-from api.openai.validation import parse_body
+
+MESSAGE_CHARACTERS_MAX = 300
+
+"""A message never echoes more of a request than this."""
+
+Fields = TypeVar("Fields", bound=pydantic.BaseModel)
+
+_VALUE_ERROR = "Value error, "
+
+
+def parse_body(kind: type[Fields], body: bytes) -> Fields:
+    """Reads a JSON body. Validators of `kind` raise ValueError with what their field must be.
+
+    Raises RequestError naming the field at fault.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise _request_error(error) from None
+
+
+def _request_error(error: pydantic.ValidationError) -> RequestError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    said = first["msg"]
+    location = [str(part) for part in first["loc"]]
+    if not location:
+        return RequestError(f"The body is no request of this kind: {said}."[:MESSAGE_CHARACTERS_MAX])
+    param = location[0]
+    if said.startswith(_VALUE_ERROR):
+        return RequestError(f"{param} must be {said.removeprefix(_VALUE_ERROR)}.", param)
+    return RequestError(f"{param}: {said}."[:MESSAGE_CHARACTERS_MAX], param[:MESSAGE_CHARACTERS_MAX])
+
 
 PROMPTS_MAX = 4096
+
 CHOICES_MAX = 128
+
 STOPS_MAX = 4
+
 BAD_WORDS_MAX = 4096
+
 WORD_CHARACTERS_MAX = 1024
+
 """Of a stop string or a bad word."""
 
 LOGIT_BIAS_MAX = 100.0
+
 """Larger biases are cut to this, smaller ones to its negative, as vLLM does."""
 
 PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+
 _WORD_LENGTHS = f"each of 1 to {WORD_CHARACTERS_MAX} characters"
+
 STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, {_WORD_LENGTHS}"
+
 TOKEN_IDS_FORM = "a list of token ids"  # noqa: S105  # no secret
+
 WORDS_FORM = f"a list of up to {BAD_WORDS_MAX} strings, {_WORD_LENGTHS}"
+
 BIASES_FORM = 'an object of numbers by token id, like {"42": -1.5}'
 
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -42,6 +85,7 @@ NOT_SERVED: dict[str, tuple[object, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
+
 """Fields that would change the answer and that this server does not follow, with the values that change nothing."""
 
 
@@ -110,8 +154,11 @@ def _clipped(bias: float) -> float:
 
 
 TokenIds = Annotated[list[int] | None, PlainValidator(token_ids, json_schema_input_type=list[int] | None)]
+
 Words = Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str] | None)]
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
 LogprobCount = Annotated[int, Field(ge=-1)]
 
 

@@ -16,11 +16,10 @@ from operator import attrgetter
 from actors.errors import ProtocolError
 from api.errors import RequestError
 from api.messages.engine import AddRequest, Counts, RequestOutput
-from api.scheduler.block_pool import BlockPool
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_pace import PrefillPace
 from api.scheduler.sequence import Run, Sequence
-from api.scheduler.slots import Slots
+from api.scheduler.slots import BlockPool, Slots
 from api.scheduler.suspects import Suspects, acquit, group_of
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step, StepResult, TokenLogprobs

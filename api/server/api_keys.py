@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import OptionError
-from api.openai.error_responses import error_response, status_body
+from api.openai.responses import error_response, status_body
 
 KEY_VARIABLES = ("GALAXYLINE_API_KEY", "VLLM_API_KEY")
 KEY_FILE_BYTES_MAX = 1 << 20

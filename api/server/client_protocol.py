@@ -10,8 +10,7 @@ from typing import ClassVar, cast
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from api.openai.error_responses import status_body
-from api.openai.responses import encode
+from api.openai.responses import encode, status_body
 
 HEADER_BYTES_MAX = 1 << 16
 """Of a request's line and header fields together: what nginx takes by default is half of this."""

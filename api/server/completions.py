@@ -12,22 +12,23 @@ from starlette.types import Receive
 
 from api.client.token_source import TokenSource
 from api.errors import DeadlineError
-from api.messages.state import not_ready, takes_requests
-from api.openai.answer import Answer
-from api.openai.choices import build_choices
-from api.openai.completion_text import CompletionText
-from api.openai.error_responses import refusal
-from api.openai.pieces import Pieces
+from api.messages.engine import not_ready, takes_requests
+from api.openai.choices import build_choices, sampling_params
+from api.openai.completion_stream import Answer, CompletionText, Pieces
 from api.openai.prompts import Prompt, read_prompts, refuse_other_model
 from api.openai.protocol import CompletionRequest, parse_completion_request
-from api.openai.responses import Completion, encode
-from api.openai.sampling_options import sampling_params
+from api.openai.responses import Completion, encode, refusal
 from api.server.admission import Admission
-from api.server.disconnect import ClientDisconnectedError, run_while_connected
 from api.server.event_stream import EventStream
-from api.server.request_body import read_and_parse
-from api.server.request_deadline import RequestDeadline
-from api.server.request_id import REQUEST_ID_HEADER, given_request_id, new_request_id
+from api.server.request import (
+    REQUEST_ID_HEADER,
+    ClientDisconnectedError,
+    RequestDeadline,
+    given_request_id,
+    new_request_id,
+    read_and_parse,
+    run_while_connected,
+)
 from api.text.served_model import ServedModel
 from stages.step import SamplingParams
 from weights.errors import GalaxylineError

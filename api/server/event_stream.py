@@ -9,8 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import DeadlineError
-from api.server.disconnect import ClientDisconnectedError, run_while_connected
-from api.server.request_deadline import RequestDeadline
+from api.server.request import ClientDisconnectedError, RequestDeadline, run_while_connected
 from weights.errors import GalaxylineError
 
 EVENTS_AT_ONCE = 64

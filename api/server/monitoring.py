@@ -10,11 +10,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages.engine import EngineMetrics, EngineState, PipelineReport
+from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state
 from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
-from api.messages.state import common_state
-from api.openai.error_responses import public_text
-from api.openai.responses import encode
+from api.openai.responses import encode, public_text
 from api.server.metrics import Measured, MetricsText
 from api.server.openapi import object_answer, text_answer
 

@@ -9,8 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from api.openai.responses import Completion, DetokenizedText, ErrorBody, ModelCard, ModelList, Status, Tokens, Version
-from api.server.request_deadline import TIMEOUT_HEADER
-from api.server.request_id import REQUEST_ID_HEADER
+from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"
 

@@ -2,36 +2,122 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import click
 import msgspec
+import structlog
 import uvicorn
 from rich.console import Console
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.cli.front_options import FrontSettings
+from api.client.progress import StartProgress
 from api.client.replicas import Replicas
-from api.client.start_progress import StartProgress
 from api.engine.options import EngineOptions
 from api.engine.signals import on_stop_signal
+from api.errors import OptionError
+from api.openai.responses import error_response, status_body
 from api.server.admission import Admission
 from api.server.api_keys import Authentication
 from api.server.app import create_app
 from api.server.client_protocol import client_protocol
-from api.server.drain import Drain
-from api.server.listener import listen, url
 from api.server.monitoring import add_monitoring_routes
 from api.settings.engine import ENGINE_MARGIN_S, EngineSettings
 from api.settings.replicas import replica_options
+from api.settings.server import FrontSettings
 from api.text.generation_config import MODELS_OWN
 from api.text.model_source import ModelSource, check_model_files
 from api.text.served_model import DEFAULT_MAX_LOGPROBS, ServedModel
 from weights.model_config import ModelConfig
 
+BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on `host` and `port`; port 0 takes any free one.
+
+    Raises OptionError where the port is in use, or the address is none of this host's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise OptionError(f"--host {host!r} is no address: {error.strerror}.") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Without this, the port could still be lost to another server while the stages load.
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise OptionError(f"Port {port} on {host} is in use: choose another one with --port.") from error
+        raise OptionError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
+    listener.setblocking(False)
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    """Where a client on this host reaches the listener."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 # nosec B104 # not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+REFUSED = frozenset({"/health", "/ready", "/v1/completions"})
+
+"""Paths that are answered with 503 while draining: those that make tokens, and those that say whether they can."""
+
+DRAINING = "The server is draining: it ends the requests it has, and takes no new ones."
+
+log = structlog.get_logger()
+
+
+class Drain:
+    """An application in front of another: it counts the open requests and, once begun, refuses new ones."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._begun = False
+        self._open = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def begin(self) -> None:
+        """From now on a new request gets 503 with Retry-After, so that its client goes elsewhere."""
+        self._begun = True
+        if self._open:
+            log.info("draining", open_requests=self._open)
+
+    async def wait(self) -> None:
+        """Returns when no request is open."""
+        await self._empty.wait()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request, or the application's lifespan."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._begun and scope["path"] in REFUSED:
+            await error_response(status_body(HTTPStatus.SERVICE_UNAVAILABLE, DRAINING))(scope, receive, send)
+            return
+        self._open += 1
+        self._empty.clear()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._empty.set()
+
+
 CLOSE_MARGIN_S = 5
+
 """What responses get to end in after the engine has been closed under them."""
 
 

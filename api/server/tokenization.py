@@ -12,12 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.openai.prompts import refuse_other_model, refuse_outside_vocabulary
-from api.openai.protocol import TOKEN_IDS_FORM, token_ids
+from api.openai.protocol import TOKEN_IDS_FORM, parse_body, token_ids
 from api.openai.responses import DetokenizedText, Tokens, encode
-from api.openai.validation import parse_body
-from api.server.disconnect import ClientDisconnectedError
 from api.server.openapi import BODY_ERRORS, answers_of, body_of, object_answer
-from api.server.request_body import read_and_parse
+from api.server.request import ClientDisconnectedError, read_and_parse
 from api.text.served_model import ServedModel
 
 DEFAULT_TOKENIZER_CLASS = "PreTrainedTokenizerFast"

@@ -9,7 +9,7 @@ import structlog
 
 from actors.options import STAGE_RUNNER, TIMED_RUNNER, Device, PipelineOptions, Transport
 from api.engine.options import EngineOptions
-from api.engine.restart_limit import DEFAULT_MAX_RESTARTS
+from api.engine.recovery import DEFAULT_MAX_RESTARTS
 from api.engine.timeline import open_timeline
 from api.errors import OptionError
 from api.scheduler.options import DEFAULT_PREFILL_WAIT

@@ -1,10 +1,27 @@
 """Environment variables of the tt-metal demo and its vLLM server: which count here, and which do no harm."""
 
+import re
 from collections.abc import Mapping
 
 import structlog
 
-from api.settings.mesh_device import MESH_DEVICE_VARIABLE, parse_mesh_device
+from api.errors import OptionError
+
+MESH_DEVICE_VARIABLE = "MESH_DEVICE"
+
+CHIPS_MAX = 4096
+
+_SHAPE = re.compile(r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
+
+
+def parse_mesh_device(value: str) -> tuple[int, int]:
+    """Rows and columns of "(4,8)". Raises OptionError for anything else."""
+    match = _SHAPE.fullmatch(value.strip())
+    rows, columns = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= rows * columns <= CHIPS_MAX:
+        raise OptionError(f'{MESH_DEVICE_VARIABLE} is {value!r}: write it as rows and columns, like "(4,8)".')
+    return rows, columns
+
 
 CACHE_VARIABLE = "DEEPSEEK_V3_CACHE"
 
@@ -18,6 +35,7 @@ WITHOUT_EFFECT = (
     "VLLM_TARGET_DEVICE",
     "VLLM_USE_V1",
 )
+
 """Variables that people have set for those programs and that this one does not need."""
 
 log = structlog.get_logger()

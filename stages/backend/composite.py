@@ -195,7 +195,7 @@ def moe_gate(
 ) -> tuple[ttnn.Tensor, ttnn.Tensor]:
     """Weights and indices, [1, 1, T, n_activated_experts], of the experts chosen for `logits` [1, 1, T, experts].
 
-    `bias` [1, 1, 1, experts] takes part in the choice only. `stages.backend.embedded.routing` gives the rule and its
+    `bias` [1, 1, 1, experts] takes part in the choice only. `stages.backend.embedded.experts` gives the rule and its
     source. For full precision keep logits and bias in float32; chips round them to bfloat16.
     """
     choose = experts.moe_gate if DEVICE == "embedded" else chip_moe_gate

@@ -3,9 +3,8 @@
 import msgspec
 
 from stages.capacity.chip_memory import chip_stages
-from stages.capacity.collective_time import hop_s
 from stages.capacity.deployment import Deployment
-from stages.capacity.step_time import ACTIVATION_BYTES, ExpertKernel, StageTimes, StepTime
+from stages.capacity.step_time import ACTIVATION_BYTES, ExpertKernel, StageTimes, StepTime, hop_s
 from stages.wormhole import GALAXY_COLUMNS
 from weights.model_config import ModelConfig
 

@@ -10,33 +10,86 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from stages.capacity.activations import Activations
-from stages.capacity.chip_tensor import ChipTensor
-from stages.capacity.chip_weights import ChipWeights
-from stages.capacity.collective_time import all_gather_s, all_reduce_s, all_to_all_s, reduce_scatter_s
+from stages.capacity.chip_memory import Activations
+from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.options import TOKENS_AT_ONCE
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, WeightDtypes
-from stages.wormhole import DRAM_BYTES_PER_S, GALAXY_COLUMNS, Fidelity, flops_per_s
+from stages.wormhole import DRAM_BYTES_PER_S, GALAXY_COLUMNS, HOP_S, LINK_BYTES_PER_S, LINKS, Fidelity, flops_per_s
 from weights.model_config import ModelConfig
 
+
+class CollectiveCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of one call on N chips: `fixed_s` + `hop_s` * (N - 1) + bytes over the busiest link / bandwidth."""
+
+    fixed_s: float
+    hop_s: float
+    bytes_per_s: float
+
+    def seconds(self, chips: int, busiest_link_bytes: float) -> float:
+        """Nothing on an axis of one chip."""
+        if chips == 1:
+            return 0.0
+        return self.fixed_s + self.hop_s * (chips - 1) + busiest_link_bytes / (self.bytes_per_s * LINKS)
+
+
+ALL_GATHER = CollectiveCost(fixed_s=4.47e-6, hop_s=1.91e-6, bytes_per_s=11.8e9)
+
+REDUCE_SCATTER = CollectiveCost(fixed_s=3.23e-6, hop_s=3.97e-6, bytes_per_s=11.1e9)
+
+ALL_REDUCE = CollectiveCost(fixed_s=9.07e-6, hop_s=5.82e-6, bytes_per_s=10.9e9)
+
+ALL_TO_ALL = CollectiveCost(fixed_s=2.99e-6, hop_s=2.14e-6, bytes_per_s=7.6e9)
+
+
+def all_gather_s(chips: int, input_bytes: float) -> float:
+    """Of as many bytes from each chip."""
+    return ALL_GATHER.seconds(chips, (chips - 1) * input_bytes)
+
+
+def reduce_scatter_s(chips: int, input_bytes: float) -> float:
+    """Of partial sums of as many bytes on each chip."""
+    return REDUCE_SCATTER.seconds(chips, (chips - 1) / chips * input_bytes)
+
+
+def all_reduce_s(chips: int, input_bytes: float) -> float:
+    """Of partial sums of as many bytes on each chip."""
+    return ALL_REDUCE.seconds(chips, 2 * (chips - 1) / chips * input_bytes)
+
+
+def all_to_all_s(chips: int, input_bytes: float) -> float:
+    """Of as many bytes on each chip; those for distant chips pass through the ones between."""
+    return ALL_TO_ALL.seconds(chips, (chips // 2) * (chips - chips // 2) / chips * input_bytes)
+
+
+def hop_s(distance: int, chip_bytes: float) -> float:
+    """From a stage to the next over one link: each chip sends `chip_bytes`, and `distance` rows share a column."""
+    return HOP_S * distance + distance * chip_bytes / LINK_BYTES_PER_S
+
+
 DRAM_EFFICIENCY = 0.83
+
 """Of the DRAM's bandwidth: the lower end of what Llama3-70B's decode reached, 239 of 288 GB/s
 (tech_reports/Saturating_DRAM_bandwidth). Those weights are laid out bank by bank, ours are interleaved."""
 
 MATMUL_EFFICIENCY = 0.5
+
 """Of the matrix engines' peak: products of 1024 to 2048 a side in bfloat16 at HiFi2 without a tuned program reached 42
 to 67 %, smaller ones 9 to 19 % (tech_reports/GEMM_FLOPS, out-of-box results of n150)."""
 
 MATMUL_FIDELITY: Fidelity = "HiFi2"
+
 """Of the modules' kernels (stages/models/module.py, matmul_kernel)."""
 
 TRACED_LAUNCH_S = 8.5e-6
+
 UNTRACED_LAUNCH_S = 38e-6
+
 """From one op to the next: time less device time of the smallest product in the same out-of-box results, with a trace
 and without."""
 
 ExpertKernel = Literal["all", "chosen"]
+
 """Chips run all their experts on every token, as the modules do, or only those that were chosen."""
 
 ACTIVATION_BYTES = 2
@@ -50,14 +103,21 @@ class Launches(NamedTuple):
 
 
 NORM_OPS = Launches(3, 3)
+
 ATTENTION_OPS = Launches(32, 35)
+
 MLP_OPS = Launches(6, 6)
+
 MIXTURE_OPS = Launches(25, 25)
+
 RESIDUAL_OPS = Launches(2, 2)
+
 ENTER_OPS = Launches(6, 6)
+
 """Of the embedding and of the positions' cosines and sines."""
 
 HEAD_OPS = Launches(6, 6)
+
 """Beside its norm; four of them pick the tokens whose logits are wanted."""
 
 

@@ -4,8 +4,74 @@ from typing import NamedTuple
 
 import torch
 
-from stages.sampling.request import Request, ScoredPrompt
-from stages.step import Step, TokenLogprobs
+from stages.errors import StepError
+from stages.sampling.draw import draw_token
+from stages.sampling.logits_options import LogitsOptions
+from stages.sampling.logprobs import Floats, token_logprobs
+from stages.step import Admission, Segment, Step, TokenLogprobs
+
+
+class ScoredPrompt(NamedTuple):
+    """The logits of a segment's first tokens score these tokens of its prompt: each the one after it.
+
+    `top` best tokens are asked for beside each, as `prompt_logprobs` says.
+    """
+
+    tokens: list[int]
+    top: int
+
+
+class Request:
+    """Its options, and its tokens where they are read; each token it is given it remembers itself."""
+
+    def __init__(self, admission: Admission, vocabulary: int) -> None:
+        """Raises StepError where the admission lacks tokens that its sampling reads."""
+        _check(admission)
+        self._slot = admission.slot
+        self._sampling = admission.sampling
+        self._prompt_tokens = admission.prompt_tokens
+        self._prompt = admission.tokens[: admission.prompt_tokens]
+        self._answer = admission.tokens[admission.prompt_tokens :]
+        self._options = LogitsOptions(admission.sampling, vocabulary, self._prompt, self._answer)
+
+    def sample(self, logits: Floats, position: int) -> int:
+        """The token at `position`, from the model's `logits` [vocabulary] of the one before, which are not changed.
+
+        Raises StepError where the request's tokens do not reach just up to there.
+        """
+        answered = position - self._prompt_tokens
+        if self._sampling.reads_tokens and answered != len(self._answer):
+            raise StepError(
+                f"Slot {self._slot} samples at position {position}, but was admitted with, and has sampled, "
+                f"{self._prompt_tokens + len(self._answer)} tokens."
+            )
+        token = draw_token(self._options.apply(logits, self._answer, answered), self._sampling, position)
+        if self._sampling.reads_tokens:
+            self._answer.append(token)
+            self._options.note(token)
+        return token
+
+    def logprobs(self, logits: Floats, token: int) -> TokenLogprobs | None:
+        """Of `token`, from the model's `logits` [vocabulary], as the request asks for them."""
+        return None if self._sampling.logprobs is None else token_logprobs(logits, token, self._sampling.logprobs)
+
+    def scored_prompt(self, segment: Segment) -> ScoredPrompt | None:
+        """What the logits of a prefill `segment` score, if the request asks for it: nothing beyond the prompt."""
+        if self._sampling.prompt_logprobs is None:
+            return None
+        after = segment.start + 1
+        return ScoredPrompt(self._prompt[after : after + len(segment.tokens)], self._sampling.prompt_logprobs)
+
+
+def _check(admission: Admission) -> None:
+    sampling = admission.sampling
+    if sampling.reads_tokens and not 0 < admission.prompt_tokens <= len(admission.tokens):
+        raise StepError(
+            f"Slot {admission.slot} is admitted with {len(admission.tokens)} tokens and a prompt of "
+            f"{admission.prompt_tokens}, but its sampling reads them."
+        )
+    if sampling.min_tokens and admission.prompt_tokens < 1:
+        raise StepError(f"Slot {admission.slot} is admitted with min_tokens, but without its prompt's length.")
 
 
 class Sampled(NamedTuple):

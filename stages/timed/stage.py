@@ -1,16 +1,82 @@
 """A stage that takes its time and computes nothing: what scaling tests and capacity planning run on."""
 
-from collections.abc import Callable
+import ctypes
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stages.errors import PlanError
 from stages.options import ITEM_BYTES, StageOptions
 from stages.plan import StageSpec
 from stages.step import Admission, Segment, Step, StepResult, TokenLogprobs
-from stages.timed.alarm import Alarm
 from stages.timed.durations import Durations, durations
-from stages.timed.tokens import TokenMaker, certain
 from weights.model_config import ModelConfig
+
+PR_SET_TIMERSLACK = 29
+
+"""linux/prctl.h: how late, in nanoseconds, the kernel may end a thread's sleep; 50 us unless told otherwise."""
+
+RECENT = 32
+
+
+class Alarm:
+    """For the thread that makes it.
+
+    A thread wakes some 0.1 ms after it wanted to: what the latest wake-ups were late by at least is taken off the next
+    sleep, so that a wait ends on time at best, and never before.
+    """
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        self._late_s: deque[float] = deque([0.0], maxlen=RECENT)
+        self._ends_at = 0.0
+
+    def set(self, seconds: float) -> None:
+        """The wait is to end so long after this moment."""
+        self._ends_at = time.monotonic() + seconds
+
+    def wait(self) -> None:
+        """Returns when the time is over."""
+        while (left := self._ends_at - time.monotonic()) > 0:
+            asked = max(0.0, left - min(self._late_s))
+            began = time.monotonic()
+            time.sleep(asked)
+            self._late_s.append(time.monotonic() - began - asked)
+
+
+MULTIPLIER = 0x9E3779B1
+
+"""The prime next to 2**32 over the golden ratio, which scatters products over all bits (Knuth, TAOCP 3, 6.4)."""
+
+OTHER_MULTIPLIER = 0x85EBCA6B
+
+"""Of the finalizer of MurmurHash3."""
+
+WORD = 0xFFFFFFFF
+
+
+class TokenMaker:
+    """Makes ids below `vocabulary`, but none of `never`."""
+
+    def __init__(self, vocabulary: int, never: Sequence[int]) -> None:
+        """Raises ValueError where that leaves none."""
+        absent = frozenset(never)
+        self._tokens = array("I", (token for token in range(vocabulary) if token not in absent))
+        if not self._tokens:
+            raise ValueError(f"A vocabulary of {vocabulary} tokens leaves none but {len(absent)} that never come.")
+
+    def after(self, token: int, position: int) -> int:
+        """The token after `token`, which stands at `position`."""
+        mixed = ((token + 1) * MULTIPLIER ^ (position + 1) * OTHER_MULTIPLIER) & WORD
+        mixed = ((mixed ^ mixed >> 15) * MULTIPLIER) & WORD
+        return self._tokens[(mixed >> 7) % len(self._tokens)]
+
+
+def certain(token: int) -> TokenLogprobs:
+    """The device knows what comes: a token has the probability 1, and there is no other."""
+    return TokenLogprobs(logprob=0.0, rank=1, top_tokens=[token], top_logprobs=[0.0])
 
 
 class TimedStage:

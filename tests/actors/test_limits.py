@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from actors.errors import PipelineError, StartError
 from actors.step_deadline import FACTOR, LEAST_S, RECENT, StepDeadline
-from api.engine.restart_limit import RestartLimit
+from api.engine.recovery import RestartLimit
 
 SECONDS = st.floats(1e-4, 100)
 

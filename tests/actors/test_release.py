@@ -9,7 +9,7 @@ import pytest
 from actors.errors import ReleaseError, StartError
 from actors.release import own_release, refuse_other_release
 from actors.stage.actor import StageActor
-from actors.stage.setup_failure import setup_failure
+from actors.stage.replies import setup_failure
 from api.errors import exit_code
 from weights.release import VERSION
 

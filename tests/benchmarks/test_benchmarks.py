@@ -19,8 +19,7 @@ from benchmarks.token_times import TokenTimes, prefill_tokens_per_s, random_prom
 from stages.plan import StageSpec
 from stages.step import Segment, Step, StepResult
 from tests.support.checkpoints import stored_tensors
-from weights.checkpoint import Checkpoint
-from weights.random import RandomCheckpoint
+from weights.checkpoint import Checkpoint, RandomCheckpoint
 
 SECONDS = 200
 ROW_NAMES: dict[str, dict[str, type]] = {

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from stages.backend import ttnn
-from stages.converted_weights import ConvertedWeights
+from stages.converted_weights import ConvertedWeights, ModelPart
 from stages.dtypes import FLOATS
-from stages.model_parts import ModelPart
 from stages.models.deepseek_v3.weight_specs import WeightSpec, WeightSpecs
 from stages.run_config import WeightConfig, layout_of, weight_path
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import ttnn
 
-from stages.batch_builder import BatchBuilder
-from stages.capacity.chip_tensor import ChipTensor
-from stages.capacity.chip_weights import ChipWeights
+from stages.batch import BatchBuilder
+from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
 from stages.kv_cache import PageTables
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock

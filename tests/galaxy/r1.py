@@ -5,8 +5,7 @@ import dataclasses
 import torch
 
 from stages.backend import ttnn
-from stages.batch import DecodeBatch, PrefillBatch
-from stages.batch_builder import BatchBuilder
+from stages.batch import BatchBuilder, DecodeBatch, PrefillBatch
 from stages.kv_cache import PageTables
 from stages.models.deepseek_v3.rope import RopeTables
 from stages.options import CacheOptions

@@ -13,8 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.backend import ttnn
-from stages.converted_weights import ConvertedWeights
-from stages.model_parts import ModelPart
+from stages.converted_weights import ConvertedWeights, ModelPart
 from stages.run_config import WeightConfig
 from tests.support.checkpoints import reference_model
 from tests.support.stage_driver import Driver, cache_options, stage_options

@@ -2,8 +2,7 @@
 
 import pytest
 
-from stages.capacity.activations import Activations
-from stages.capacity.chip_memory import chip_memory
+from stages.capacity.chip_memory import Activations, chip_memory
 from stages.wormhole import L1_BYTES
 from tests.galaxy.empty_block import EmptyBlock, peak_bytes
 from tests.galaxy.meshes import opened

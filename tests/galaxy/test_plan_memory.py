@@ -10,8 +10,7 @@ import pytest
 import ttnn
 
 from stages.capacity.chip_memory import StageMemory, chip_memory, chip_stages
-from stages.capacity.chip_tensor import ChipTensor
-from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
 from stages.plan import StageSpec
 from stages.wormhole import DRAM_BANK_BYTES, DRAM_BANKS, DRAM_BYTES, L1_BANK_BYTES

@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from stages.backend import ttnn
-from stages.converted_weights import ConvertedWeights
-from stages.model_parts import stage_parts
+from stages.converted_weights import ConvertedWeights, stage_parts
 from stages.options import DEVICE_VARIABLE
 from stages.plan import plan_stages
 from stages.run_config import WeightConfig
 from stages.tensor_dtypes import WeightDtypes
 from tests import ROOT
 from weights.cache.cache import WeightCache
-from weights.load import open_weights
+from weights.checkpoint import open_weights
 from weights.sample import SAMPLE_DIR
 
 SETTINGS = {

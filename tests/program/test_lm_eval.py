@@ -14,7 +14,7 @@ import torch
 
 from tests.support.servers import Server, sample_prompts, serving
 from weights.sample import SAMPLE_DIR
-from weights.sample.margins import Reference
+from weights.sample.train import Reference
 
 DEADLINE_S = 240
 MAX_TOKENS = 24

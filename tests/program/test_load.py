@@ -12,7 +12,7 @@ import uvicorn
 
 from api.client.engine_client import EngineClient
 from api.server.app import create_app
-from api.server.listener import listen, url
+from api.server.serve import listen, url
 from api.settings.engine import EngineSettings
 from api.text.model_source import resolve_model
 from api.text.served_model import ServedModel

@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
 
 from stages.backend import set_float_dtype, ttnn
 from stages.models.deepseek_v3.mlp import MLP
-from stages.op_configs import LinearConfig, MulConfig
+from stages.run_config import LinearConfig, MulConfig
 from tests import ROOT
 from tests.support.stage_driver import relative_error
 

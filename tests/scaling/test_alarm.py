@@ -2,7 +2,7 @@
 
 import time
 
-from stages.timed.alarm import RECENT, Alarm
+from stages.timed.stage import RECENT, Alarm
 
 
 def test_no_wait_ends_early() -> None:

@@ -15,10 +15,9 @@ from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec, plan_stages
 from stages.step import Admission, SamplingParams, Segment, Step, StepResult
 from stages.tensor_dtypes import WeightDtypes
-from stages.timed.alarm import RECENT
 from stages.timed.durations import CONTEXT_TOKENS, durations
 from stages.timed.options import GivenTimes, PredictedTimes, TimedOptions
-from stages.timed.stage import TimedStage
+from stages.timed.stage import RECENT, TimedStage
 from tests.support.plans import r1_config
 from weights.presets import preset_directory
 from weights.sample import SAMPLE_DIR
@@ -124,7 +123,7 @@ class Clock:
 def test_a_steps_time_counts_from_its_beginning(work_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = TimedStage.load(spec(0, 2), options(GivenTimes(step_s=[0.25])), lambda _, __: None)
     clock = Clock()
-    monkeypatch.setattr("stages.timed.alarm.time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    monkeypatch.setattr("stages.timed.stage.time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
 
     def work(*_: object) -> memoryview:
         clock.now_s += work_s

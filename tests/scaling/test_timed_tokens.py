@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.timed.tokens import TokenMaker, certain
+from stages.timed.stage import TokenMaker, certain
 
 VOCABULARY = 1000
 

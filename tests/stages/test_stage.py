@@ -276,7 +276,7 @@ def test_converted_weights_are_found_again(model: Path, tmp_path: Path, monkeypa
     def no_conversion(*_: object, **__: object) -> str:
         raise AssertionError("converted again")
 
-    for module in ("mlp", "moe", "mla_weights", "rms_norm", "embedding", "lm_head"):
+    for module in ("mlp", "moe", "mla", "rms_norm", "embedding", "lm_head"):
         monkeypatch.setattr(f"stages.models.deepseek_v3.{module}.dump_weight", no_conversion)
     assert torch.equal(logits(), first)
     monkeypatch.setattr("stages.converted_weights.TRANSFORM_VERSION", 0)

@@ -16,8 +16,8 @@ import msgspec
 from actors.cluster.environment import prepare
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
-from actors.sockets.address import Address
 from actors.sockets.frames import Hello, encode
+from actors.sockets.listener import Address
 from actors.stage.health import StageProgress
 from api import cli
 from api.engine.options import EngineOptions

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tests.support.servers import Prompt
 from weights.sample import SAMPLE_DIR
-from weights.sample.margins import Reference
+from weights.sample.train import Reference
 
 
 def reference_texts(prompts: Sequence[Prompt]) -> list[str]:

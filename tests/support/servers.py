@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-from api.client.process_group import leave_group
+from api.client.engine_client import leave_group
 from benchmarks.ports import free_port
 from tests import ROOT
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from api.engine.step_record import StepRecord
+from api.engine.meters import StepRecord
 from stages.step import Mode, Segment, StageTiming, Step, StepResult
 
 EPOCH = 3

@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import StoredDtype, reference_model, stored_tensors, write_checkpoint
-from weights.checkpoint import Checkpoint
+from weights.checkpoint import Checkpoint, RandomCheckpoint, open_weights
 from weights.errors import CheckpointError
-from weights.load import open_weights
-from weights.random import RandomCheckpoint
 
 LAYER = "model.layers.1."
 FP8_TENSOR = LAYER + "self_attn.o_proj.weight"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.support.checkpoints import config_keys, stored_tensors, write_checkpoint
+from weights.checkpoint import RandomCheckpoint
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig
-from weights.random import RandomCheckpoint
 
 CONFIG = ModelConfig.from_dict(config_keys(), source="config.json")
 TIED = ModelConfig.from_dict(config_keys({"tie_word_embeddings": True}), source="config.json")
@@ -38,7 +38,7 @@ def test_a_tensor_does_not_depend_on_what_was_asked_for_before() -> None:
 DIGEST = """
 import hashlib, msgspec, sys, torch
 from weights.model_config import ModelConfig
-from weights.random import RandomCheckpoint
+from weights.checkpoint import RandomCheckpoint
 weights = RandomCheckpoint(msgspec.json.decode(sys.argv[1], type=ModelConfig), seed=5)
 print(hashlib.sha256(weights.tensor(sys.argv[2]).view(torch.uint8).numpy().tobytes()).hexdigest())
 """

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 
+from weights.cache.cache import remove_abandoned, workspace
 from weights.cache.cache_key import EntryName
 from weights.cache.manifest import MANIFEST_FILE, damaged_files, is_complete
-from weights.cache.workspace import remove_abandoned, workspace
 from weights.errors import CacheError
 
 

@@ -7,6 +7,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +16,141 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from weights.sample.architecture import CONFIG, VOCABULARY
-from weights.sample.balance import balancers
+from weights.sample.architecture import CONFIG, VOCABULARY, save_checkpoint
 from weights.sample.documents import epoch, tokenizer_texts
-from weights.sample.export import save_checkpoint
-from weights.sample.margins import Reference
 from weights.sample.packing import Batch, batches, encode
 from weights.sample.tokenizer import train_tokenizer
 
+BIAS_STEP = 0.001
+
+"""The bias update speed, gamma, of the DeepSeek-V3 technical report (arXiv:2412.19437, section 4.2)."""
+
+
+class BiasBalancer:
+    """Counts the tokens of each expert in a training step and moves the router's correction bias against the load.
+
+    The rule of arXiv:2412.19437, section 2.1.2: after a step the bias of an overloaded expert falls by BIAS_STEP and
+    that of an underloaded one rises by it. The bias chooses experts only; it does not weigh their outputs.
+    """
+
+    def __init__(self, gate: nn.Module) -> None:
+        bias = gate.get_buffer("e_score_correction_bias")
+        self._bias: torch.Tensor = bias
+        self._load = torch.zeros_like(bias, dtype=torch.int64)
+        self._handle: RemovableHandle = gate.register_forward_hook(self._count)
+
+    def step(self) -> None:
+        """Move the bias by the load since the last step, and forget that load."""
+        load = self._load.to(torch.float32)
+        self._bias += BIAS_STEP * torch.sign(load.mean() - load)
+        # Adding a constant to all biases changes no choice, and without this their mean drifts upwards.
+        self._bias -= self._bias.mean()
+        self._load.zero_()
+
+    def close(self) -> None:
+        """Leave the bias as it is from now on."""
+        self._handle.remove()
+
+    def _count(self, _gate: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        chosen = output[2].flatten()
+        self._load += torch.bincount(chosen, minlength=len(self._load))
+
+
+def balancers(model: nn.Module) -> list[BiasBalancer]:
+    """Return one balancer for each router in `model`."""
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    return [BiasBalancer(gate) for gate in gates]
+
+
+BATCH = 8
+
+"""Prompts decoded together, alike in length so that little is spent on padding."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The greedy continuation of a prompt: its tokens, EOS included where reached, and the lead at each of them."""
+
+    tokens: list[int]
+    margins: list[float]
+
+
+class Reference:
+    """A checkpoint as Hugging Face's own model runs it: float32 arithmetic, eager attention and experts.
+
+    Raises:
+        OSError: `directory` holds no checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = DeepseekV3ForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+
+    def complete(self, prompts: Sequence[str], max_tokens: Sequence[int]) -> list[Completion]:
+        """Decode `prompts` greedily, each up to its own limit or EOS; the completions come in their order."""
+        texts = [self.tokenizer.encode(prompt) for prompt in prompts]
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        done: dict[int, Completion] = {}
+        for start in range(0, len(order), BATCH):
+            group = order[start : start + BATCH]
+            completions = self._decode([texts[i] for i in group], [max_tokens[i] for i in group])
+            done.update(zip(group, completions, strict=True))
+        return [done[index] for index in range(len(texts))]
+
+    def _decode(self, texts: Sequence[list[int]], limits: Sequence[int]) -> list[Completion]:
+        width = max(len(text) for text in texts)
+        pad = self.tokenizer.pad_token_id
+        step = torch.tensor([[pad] * (width - len(text)) + text for text in texts])
+        mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = None
+        tokens, margins = [], []
+        for _ in range(max(limits)):
+            with torch.inference_mode():
+                output = self.model(
+                    step,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            cache = output.past_key_values
+            best = output.logits[:, -1].topk(2)
+            tokens.append(best.indices[:, 0])
+            margins.append(best.values[:, 0] - best.values[:, 1])
+            step = best.indices[:, :1]
+            mask = torch.cat([mask, torch.ones(len(texts), 1, dtype=mask.dtype)], dim=1)
+            positions = positions[:, -1:] + 1
+        columns = (torch.stack(tokens, 1).tolist(), torch.stack(margins, 1).tolist(), limits)
+        return [self._cut(*row) for row in zip(*columns, strict=True)]
+
+    def _cut(self, tokens: list[int], margins: list[float], limit: int) -> Completion:
+        eos = self.tokenizer.eos_token_id
+        end = min(limit, tokens.index(eos) + 1 if eos in tokens else limit)
+        return Completion(tokens[:end], margins[:end])
+
+
 SEED = 0
+
 EPOCHS = 60
+
 """The seed and length of the training that gave the checkpoint in the repository."""
+
 PEAK_LEARNING_RATE = 2e-3
+
 WARMUP_STEPS = 40
+
 BALANCED_SHARE = 0.8
+
 """The routers' biases stand still for the rest of the training, so that the weights settle around them."""
+
 PROMPTS = Path("tests/data/prompts.json")
 
 

@@ -7,6 +7,7 @@ from stages.backend.embedded import experimental, transformer
 from stages.backend.embedded.collectives import all_gather, all_reduce, mesh_partition, reduce_scatter
 from stages.backend.embedded.data_movement import (
     concat,
+    embedding,
     gather,
     pad,
     permute,
@@ -36,6 +37,7 @@ from stages.backend.embedded.dtype import (
 )
 from stages.backend.embedded.eltwise import (
     add,
+    argmax,
     div,
     divide,
     fill,
@@ -43,13 +45,14 @@ from stages.backend.embedded.eltwise import (
     multiply,
     sigmoid,
     silu,
+    softmax,
     sub,
     subtract,
+    sum,  # noqa: A004 - ttnn's name
+    topk,
     typecast,
 )
-from stages.backend.embedded.embedding import embedding
 from stages.backend.embedded.files import DumpTensorMode, as_tensor, dump_tensor, load_tensor
-from stages.backend.embedded.matmul import linear, matmul
 from stages.backend.embedded.memory import (
     DRAM_MEMORY_CONFIG,
     L1_BLOCK_SHARDED_MEMORY_CONFIG,
@@ -84,6 +87,7 @@ from stages.backend.embedded.mesh import (
     synchronize_device,
 )
 from stages.backend.embedded.normalization import rms_norm, rms_norm_post_all_gather, rms_norm_pre_all_gather
+from stages.backend.embedded.products import linear, matmul
 from stages.backend.embedded.program_configs import (
     FabricConfig,
     LayerNormShardedMultiCoreProgramConfig,
@@ -96,7 +100,6 @@ from stages.backend.embedded.program_configs import (
     WormholeComputeKernelConfig,
     set_fabric_config,
 )
-from stages.backend.embedded.reduction import argmax, softmax, sum, topk  # noqa: A004 - ttnn's name
 from stages.backend.embedded.tensor import (
     Tensor,
     deallocate,

@@ -9,10 +9,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual name
 from stages.backend.embedded.chips import on_chips, refuse, refuse_all_but_float_tiles, refuse_all_but_tiles, unary
 from stages.backend.embedded.collectives import all_to_all_async_generic
 from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, TILE_LAYOUT, TILE_SIZE, bfloat16, float32, int32, uint16
+from stages.backend.embedded.experts import choose_experts
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.paging import DecodePages, decode_pages, table_row, write_in_place
 from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
-from stages.backend.embedded.routing import choose_experts
 from stages.backend.embedded.tensor import Tensor
 from stages.backend.embedded.trace import atomic
 

@@ -10,7 +10,7 @@ from stages.backend.embedded.chips import refuse, refuse_all_but_float_tiles, re
 from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, TILE_SIZE, float32, int32
 from stages.backend.embedded.memory import MemoryConfig
 from stages.backend.embedded.paging import Bucket, DecodePages, decode_pages, table_row
-from stages.backend.embedded.processor import widened
+from stages.backend.embedded.products import widened
 from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
 from stages.backend.embedded.trace import atomic

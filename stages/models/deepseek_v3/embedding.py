@@ -6,8 +6,7 @@ from typing import TypedDict
 from stages.backend import ttnn
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, embedding_weights
 from stages.models.module import Module, columns, share
-from stages.op_configs import EmbeddingConfig
-from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.run_config import EmbeddingConfig, OperatorConfig, StateDict, WeightConfig, dump_weight
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 

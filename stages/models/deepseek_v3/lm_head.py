@@ -10,8 +10,16 @@ from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, head_projection
 from stages.models.module import COLUMNS, Module, columns, matmul_kernel
-from stages.op_configs import AllGatherConfig, EmbeddingConfig, LinearConfig
-from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight
+from stages.run_config import (
+    AllGatherConfig,
+    EmbeddingConfig,
+    LinearConfig,
+    OperatorConfig,
+    StateDict,
+    SubStateDict,
+    WeightConfig,
+    dump_weight,
+)
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 

@@ -6,8 +6,16 @@ from typing import TypedDict
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, mlp_weights
 from stages.models.module import COLUMNS, Module, columns, matmul_kernel, share, transposed
-from stages.op_configs import AllGatherConfig, LinearConfig, MulConfig, ReduceScatterConfig
-from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.run_config import (
+    AllGatherConfig,
+    LinearConfig,
+    MulConfig,
+    OperatorConfig,
+    ReduceScatterConfig,
+    StateDict,
+    WeightConfig,
+    dump_weight,
+)
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 

@@ -14,14 +14,18 @@ from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.mlp import MLP, PROJECTIONS, MLPRunConfig, MLPState
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, expert_weights, router_weights
 from stages.models.module import COLUMNS, ROWS, Module, matmul_kernel, share, transposed
-from stages.op_configs import (
+from stages.run_config import (
     AllGatherConfig,
     LinearConfig,
     MoEGateConfig,
+    OperatorConfig,
     ReduceScatterConfig,
     RoutedExpertsConfig,
+    StateDict,
+    SubStateDict,
+    WeightConfig,
+    dump_weight,
 )
-from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig, dump_weight
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 

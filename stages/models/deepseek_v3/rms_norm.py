@@ -6,8 +6,7 @@ from typing import TypedDict
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, norm_weights
 from stages.models.module import COLUMNS, Module, columns
-from stages.op_configs import AllGatherConfig, RMSNormConfig
-from stages.run_config import OperatorConfig, StateDict, WeightConfig, dump_weight
+from stages.run_config import AllGatherConfig, OperatorConfig, RMSNormConfig, StateDict, WeightConfig, dump_weight
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.cluster.placement import hosts_sentence, plan_seats, refuse_impossible, seat_beside
-from actors.cluster.row_claims import RowClaim, has_rival, read_claims, taken_rows
+from actors.cluster.placement_group import RowClaim, has_rival, read_claims, taken_rows
 from actors.errors import PlacementError
 from actors.stage.cores import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
 from stages.step import Host, Topology

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import ProtocolError
-from actors.sockets.buffers import BufferPool, Lease
 from actors.sockets.frames import (
     CONTROL_BYTES_MAX,
     HEADER,
@@ -13,12 +12,14 @@ from actors.sockets.frames import (
     MAGIC,
     PAYLOAD_BYTES_MAX,
     STAGING_BYTES,
+    BufferPool,
     Control,
     Credit,
     Frame,
     FrameReader,
     Hello,
     Kind,
+    Lease,
     encode,
 )
 from stages.step import PROTOCOL_VERSION, Admission, SamplingParams, Segment, StageFailure, Step, StepResult

@@ -8,10 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from actors.sockets.address import UnixAddress
 from actors.sockets.frames import HEADER, Hello, Kind, encode
 from actors.sockets.heartbeat import BEATS, Pulse
-from actors.sockets.listener import HostListener, connect
+from actors.sockets.listener import HostListener, UnixAddress, connect
 from tests.actors.sockets.test_host import DOWN, UP, Ear
 from tests.support.loops import on_uvloop
 

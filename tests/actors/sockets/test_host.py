@@ -17,11 +17,10 @@ import msgspec
 import pytest
 
 from actors.errors import LinkError, ProtocolError
-from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.frames import Hello, encode
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.link import Arrival
-from actors.sockets.listener import CREDITS, HostListener, connect, private_directory
+from actors.sockets.listener import CREDITS, Address, HostListener, TcpAddress, UnixAddress, connect, private_directory
 from stages.mesh_spec import HiddenShard, MeshHidden, MeshSpec
 from stages.step import Segment, StageFailure, Step
 from tests.support.loops import on_uvloop

@@ -10,10 +10,9 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from actors.sockets.address import Address, TcpAddress, UnixAddress
 from actors.sockets.frames import HEADER, HELLO_BYTES_MAX, MAGIC, PAYLOAD_BYTES_MAX, Hello, Kind, encode
 from actors.sockets.host import Terms
-from actors.sockets.listener import GREETINGS_MAX, HostListener, connect
+from actors.sockets.listener import GREETINGS_MAX, Address, HostListener, TcpAddress, UnixAddress, connect
 from stages.step import PROTOCOL_VERSION
 from tests.actors.sockets.test_host import DOWN, SECONDS, UP, Ear, Pair, _client, address, hidden, paired, step
 from tests.support.loops import on_uvloop

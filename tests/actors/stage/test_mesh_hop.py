@@ -9,8 +9,7 @@ import pytest
 
 from actors.errors import ProtocolError
 from actors.stage.identity import StageIdentity
-from actors.stage.mesh_hop import MeshHop, Sockets
-from actors.stage.passages import KEPT, PassageLog
+from actors.stage.mesh_hop import KEPT, MeshHop, PassageLog, Sockets
 from stages.errors import StepError
 from stages.mesh_spec import HiddenShard, MeshHidden, MeshSpec
 from stages.step import Mode, Segment, SentHidden, Step, StepResult

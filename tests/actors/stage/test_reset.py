@@ -9,8 +9,7 @@ import msgspec
 import pytest
 
 from actors.errors import LinkError
-from actors.sockets.address import UnixAddress
-from actors.sockets.listener import HostListener, connect
+from actors.sockets.listener import HostListener, UnixAddress, connect
 from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.server import StageServer
 from tests.actors.sockets.test_host import Ear

@@ -14,9 +14,8 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from actors.clock import now_ns
-from actors.sockets.address import UnixAddress
 from actors.sockets.host import HostLink
-from actors.sockets.listener import CREDITS, HostListener, connect
+from actors.sockets.listener import CREDITS, HostListener, UnixAddress, connect
 from actors.stage.health import StageHealth
 from actors.stage.identity import ENGINE, StageIdentity, stage_name
 from actors.stage.runner import StageRunner

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from api import cli
 from api.errors import EngineError
 from api.server.serve import ServeSettings
-from api.settings.mesh_device import parse_mesh_device
+from api.settings.environment import parse_mesh_device
 from stages.tensor_dtypes import WeightDtypes
 from tests.support.command_line import refused, run
 from weights.errors import CheckpointError

@@ -19,9 +19,7 @@ from click.testing import CliRunner, Result
 
 from api.cli import main
 from stages.backend import ttnn
-from stages.convert import ConvertOptions, open_conversion
-from stages.converted_weights import ConvertedWeights
-from stages.model_parts import layer_part
+from stages.converted_weights import ConvertedWeights, ConvertOptions, layer_part, open_conversion
 from stages.options import CacheOptions
 from stages.run_config import StateDict, WeightConfig
 from stages.tensor_dtypes import WeightDtypes

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from api.client import engine_client
-from api.client.load import Load, least_loaded
+from api.client.open_requests import Load, RequestStream, least_loaded
 from api.client.replicas import Replicas
-from api.client.request_stream import RequestStream
 from api.errors import EngineError, NotReadyError
 from api.messages.engine import (
     AbortRequest,

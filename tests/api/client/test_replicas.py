@@ -12,12 +12,11 @@ import msgspec
 import pytest
 
 from actors.errors import PlacementError
+from api.client.open_requests import RequestStream
 from api.client.replicas import Replicas
-from api.client.request_stream import RequestStream
 from api.engine.options import EngineOptions
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
-from api.messages.engine import AddRequest, EngineState
-from api.messages.state import not_ready
+from api.messages.engine import AddRequest, EngineState, not_ready
 from api.settings.engine import EngineSettings
 from api.settings.replicas import replica_options
 from api.text.model_source import resolve_model

@@ -25,7 +25,7 @@ from tests.support.checkpoints import reference_model, write_checkpoint
 from tests.support.command_line import run
 from tests.support.servers import sample_prompts
 from weights.sample import SAMPLE_DIR
-from weights.sample.margins import Reference
+from weights.sample.train import Reference
 
 DEADLINE_S = 240.0
 TEXTS = [SAMPLE_DIR.parent / "corpus" / name for name in ("haiku.txt", "sea.txt")]

@@ -11,14 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.demo.accuracy import accuracy
-from api.demo.generation import Generation
+from api.demo.accuracy import Reference, accuracy, read_reference_file
+from api.demo.files import (
+    LoggedResult,
+    ResultsLog,
+    check_results_path,
+    default_results_path,
+    read_prompts_file,
+    write_results,
+)
+from api.demo.generation import Generation, statistics
 from api.demo.options import DemoOptions
-from api.demo.prompts_file import read_prompts_file
-from api.demo.reference_file import Reference, read_reference_file
-from api.demo.results_file import check_results_path, default_results_path, write_results
-from api.demo.results_log import LoggedResult, ResultsLog
-from api.demo.statistics import statistics
 from api.errors import OptionError, exit_code
 from api.messages.engine import Counts, EngineMetrics, StageMetrics
 from api.messages.histogram import Histogram

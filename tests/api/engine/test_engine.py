@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from actors.errors import PipelineError, PlacementError, ProtocolError
 from api.client.engine_client import EngineClient
-from api.client.request_stream import RequestStream
+from api.client.open_requests import RequestStream
 from api.engine.engine import Engine
 from api.engine.options import PIPELINE_START, EngineOptions
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
@@ -32,9 +32,10 @@ from api.messages.engine import (
     GetCounts,
     Outputs,
     RequestOutput,
+    error_of,
+    failed_state,
 )
 from api.messages.framing import FRAME_BYTES_MAX, Framing
-from api.messages.state import error_of, failed_state
 from stages.step import SamplingParams
 from tests import ROOT
 from tests.support.engine_fakes import FakePipeline, engine_options, reference_answer

@@ -10,9 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client import Histogram as PrometheusHistogram
 
 from actors.errors import ProtocolError
-from api.engine.engine_metrics import EngineMeters
-from api.engine.stage_meter import NS, NS_PER_S, RECENT_SECONDS, BusyWindow
-from api.engine.step_record import StepRecord
+from api.engine.meters import NS, NS_PER_S, RECENT_SECONDS, BusyWindow, EngineMeters, StepRecord
 from api.messages.engine import Counts, EngineMetrics
 from api.messages.histogram import Histogram, one_two_five
 from stages.step import StageTiming, StepResult

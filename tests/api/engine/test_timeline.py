@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 
 from actors.clock import now_ns
 from api.client.engine_client import EngineClient
-from api.engine.step_record import StepRecord
+from api.engine.meters import StepRecord
 from api.engine.timeline import ENGINE_PID, STAGE_PID, Timeline, open_timeline
 from api.errors import OptionError
 from api.messages.engine import AddRequest

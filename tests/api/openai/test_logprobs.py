@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from api.openai.token_texts import TokenTexts
+from api.openai.logprobs import TokenTexts
 from tests.support.api_client import Events, complete, stream
 from tests.support.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.support.fake_engine import FakeEngine, Script, log_softmax_after

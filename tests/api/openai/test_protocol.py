@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.errors import RequestError
-from api.openai.protocol import CompletionRequest, parse_completion_request
-from api.openai.validation import MESSAGE_CHARACTERS_MAX
+from api.openai.protocol import MESSAGE_CHARACTERS_MAX, CompletionRequest, parse_completion_request
 from tests import ROOT
 
 JSON = st.recursive(

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from api.errors import NotReadyError
-from api.server.request_body import BODY_BYTES_MAX
+from api.server.request import BODY_BYTES_MAX
 from tests.support.api_server import DEADLINE_S, TEXT_TOKENS, TOKENIZER, endless_text, never_ending, serving_app
 from tests.support.fake_engine import FakeEngine
 

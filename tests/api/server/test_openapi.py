@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.types import Receive, Scope, Send
 
 from api.server.app import create_app
-from api.server.request_deadline import TIMEOUT_HEADER
+from api.server.request import TIMEOUT_HEADER
 from tests.support.api_server import MODEL, endless_text
 from tests.support.fake_engine import FakeEngine
 

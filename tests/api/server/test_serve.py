@@ -14,14 +14,13 @@ from rich.console import Console
 from structlog.testing import capture_logs
 
 from api.client import replicas
-from api.client.load import Load
-from api.client.start_progress import StartProgress
+from api.client.open_requests import Load
+from api.client.progress import StartProgress
 from api.engine.options import EngineOptions
 from api.errors import EngineError, OptionError
 from api.messages.engine import AddRequest, EngineState
 from api.server import serve
-from api.server.listener import listen
-from api.server.serve import ServeSettings
+from api.server.serve import ServeSettings, listen
 from api.settings.engine import EngineSettings
 from api.text.model_source import resolve_model
 from benchmarks.ports import free_port

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import pytest
 
-from api.client.request_stream import OUTPUTS_WAITING_MAX, RequestStream
+from api.client.open_requests import OUTPUTS_WAITING_MAX, RequestStream
 from api.errors import EngineError
 from api.messages.engine import AddRequest, RequestOutput
 from api.server.client_protocol import HEADER_BYTES_MAX

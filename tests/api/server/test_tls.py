@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.cli.front_options import FrontSettings, TlsFiles
 from api.client import replicas
 from api.errors import OptionError
 from api.server import serve
 from api.server.serve import ServeSettings
 from api.settings.engine import EngineSettings
+from api.settings.server import FrontSettings, TlsFiles
 from benchmarks.ports import free_port
 from tests.api.server.test_serve import SAMPLE, FakeEngineClient
 from tests.support.api_server import DEADLINE_S, endless_text

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from api import settings as settings_module
+from api.settings import engine as settings_module
 from api.engine.options import EngineOptions
 from api.errors import OptionError
 from api.settings.engine import EngineSettings

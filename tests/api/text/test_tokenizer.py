@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from api.text.generation_config import GenerationConfig
-from api.text.incremental_decoder import HELD_TOKENS_MAX, REPLACEMENT
-from api.text.tokenizer import TextTokenizer
+from api.text.tokenizer import HELD_TOKENS_MAX, REPLACEMENT, TextTokenizer
 from tests.support.small_tokenizer import (
     BOS,
     BOS_ID,

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.capacity.chip_memory import StageMemory, chip_memory, chip_stages
-from stages.capacity.chip_tensor import ChipTensor
-from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
 from stages.errors import PlanError
 from stages.tensor_dtypes import CHOICES, TILE_BYTES, Kind, TensorDtype, WeightDtypes

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from stages.backend import ttnn
-from stages.capacity.chip_tensor import ChipTensor
-from stages.capacity.chip_weights import ChipWeights
+from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
 from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
@@ -20,8 +19,8 @@ from stages.plan import StageSpec
 from stages.run_config import SUFFIX
 from stages.tensor_dtypes import CHOICES, TILE_BYTES, WeightDtypes
 from tests.support.checkpoints import config_keys
+from weights.checkpoint import RandomCheckpoint
 from weights.model_config import ModelConfig
-from weights.random import RandomCheckpoint
 from weights.source import Scope
 from weights.tensor_shapes import layer_prefix
 

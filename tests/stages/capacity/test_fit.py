@@ -7,9 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stages.capacity.choice import Shape, choose
 from stages.capacity.deployment import Deployment
-from stages.capacity.fit import check_fits, fits, single_changes
+from stages.capacity.fit import Shape, check_fits, choose, fits, single_changes
 from stages.capacity.prediction import PredictionOptions, predict
 from stages.errors import PlanError
 from tests.support.plans import deployment, deployments, r1_config

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import StepError
-from stages.sampling.arrays import Floats
 from stages.sampling.logits_options import LogitsOptions
-from stages.sampling.request import Request
+from stages.sampling.logprobs import Floats
+from stages.sampling.sampler import Request
 from stages.step import Admission, SamplingParams, Segment
 from tests.support.sampling_reference import changed_logits
 

@@ -10,9 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.sampling.candidates import Candidates
-from stages.sampling.draw import draw_token
-from stages.sampling.random_numbers import uniform
+from stages.sampling.draw import Candidates, draw_token, uniform
 from stages.sampling.sampler import Sampler
 from stages.step import VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
 from tests.support.sampling_reference import changed_logits, chi_squared_bound, distribution, ranked

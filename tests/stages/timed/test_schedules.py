@@ -18,8 +18,7 @@ from stages.plan import StageSpec
 from stages.step import SamplingParams, Segment, Step, StepResult, TokenLogprobs
 from stages.timed.durations import GivenDurations
 from stages.timed.options import GivenTimes
-from stages.timed.stage import TimedStage
-from stages.timed.tokens import TokenMaker, certain
+from stages.timed.stage import TimedStage, TokenMaker, certain
 
 BLOCK = 32
 BYTES_PER_TOKEN = 6

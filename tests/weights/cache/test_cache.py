@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.disks import files_of_at_most
-from weights import cache as cache_module
+from weights.cache import cache as cache_module
 from weights.cache.cache import WeightCache
 from weights.cache.manifest import damaged_files
 from weights.errors import CacheError, CheckpointError

@@ -17,12 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import ROOT
 from weights.sample import SAMPLE_DIR
-from weights.sample.balance import BIAS_STEP, BiasBalancer
 from weights.sample.documents import Span, epoch, questions, texts, tokenizer_texts, training_texts
-from weights.sample.margins import Completion, Reference
 from weights.sample.packing import IGNORED, SPECIAL_TOKENS, batches, encode
 from weights.sample.tokenizer import train_tokenizer
-from weights.sample.train import EPOCHS, SEED, Trainer
+from weights.sample.train import BIAS_STEP, EPOCHS, SEED, BiasBalancer, Completion, Reference, Trainer
 
 LARGEST_CHECKPOINT = 12_000_000
 SMALLEST_MARGIN = 0.5

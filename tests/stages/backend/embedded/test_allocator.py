@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from stages.backend.embedded.allocator import keep_freed_memory
+from stages.backend.embedded.mesh import keep_freed_memory
 
 PAGES_PER_MIB = 256
 SIZES_MIB = range(1, 31)

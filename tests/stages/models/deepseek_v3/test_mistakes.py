@@ -9,9 +9,10 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from stages.backend import composite, ttnn
-from stages.batch_builder import BatchBuilder
+from stages.batch import BatchBuilder
 from stages.kv_cache import PageTables
-from stages.models.deepseek_v3 import mla, mla_weights, moe, rope
+from stages.models.deepseek_v3 import mla, moe, rope
+from stages.models.deepseek_v3 import mla as mla_weights
 from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mlp import MLP
 from tests.stages.models.deepseek_v3.test_model import TINY, TOLERANCE, worst_error

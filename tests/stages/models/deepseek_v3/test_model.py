@@ -10,7 +10,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from stages import stage
-from stages.batch_builder import BatchBuilder
+from stages.batch import BatchBuilder
 from tests.support.checkpoints import StoredDtype, config_keys, reference_model, write_checkpoint
 from tests.support.stage_driver import Driver, cache_options, relative_error, stage_options
 

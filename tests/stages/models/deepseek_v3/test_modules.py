@@ -17,12 +17,18 @@ from stages.backend import set_float_dtype, ttnn
 from stages.errors import DeviceError, PlanError
 from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
-from stages.models.deepseek_v3.mla_weights import convert_mla_weights
+from stages.models.deepseek_v3.mla import convert_mla_weights
 from stages.models.deepseek_v3.mlp import MLP
 from stages.models.deepseek_v3.moe import MoE
 from stages.models.deepseek_v3.rms_norm import RMSNorm
-from stages.op_configs import LinearConfig, MulConfig
-from stages.run_config import SubStateDict, load_weight_config, merge_run_config, save_weight_config
+from stages.run_config import (
+    LinearConfig,
+    MulConfig,
+    SubStateDict,
+    load_weight_config,
+    merge_run_config,
+    save_weight_config,
+)
 from tests.support.checkpoints import config_keys
 from tests.support.stage_driver import relative_error
 from weights.model_config import ModelConfig

@@ -10,11 +10,11 @@ from typing import Any
 import click
 import msgspec
 
-from api.cli.options import COUNT, SECONDS, with_options
 from api.errors import OptionError
 from api.server.admission import QueueLimits
 from api.server.api_keys import KEY_VARIABLES, ApiKeys
 from api.server.client_protocol import DEFAULT_CLIENT_TIMEOUT_S
+from api.settings.parameters import COUNT, SECONDS, with_options
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 

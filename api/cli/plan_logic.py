@@ -1,0 +1,164 @@
+"""`galaxyline plan`: whether a model fits the chips of some Galaxy rows, and how fast it is predicted to be there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from api.errors import OptionError
+from api.settings.stage_count import stage_count
+from api.text.model_source import check_model_files, resolve_model
+from stages.capacity.chip_memory import StageMemory
+from stages.capacity.deployment import Deployment
+from stages.capacity.fit import Shape, check_fits, choose
+from stages.capacity.prediction import Prediction, PredictionOptions, predict
+from stages.capacity.step_time import ExpertKernel
+from stages.tensor_dtypes import WeightDtypes
+from weights.model_config import ModelConfig
+from weights.presets import preset_config
+from weights.sizes import counted
+
+DEFAULT_MAX_MODEL_LEN = 4096
+DEFAULT_PROMPT_TOKENS = 1024
+
+PREDICTED = "predicted, not measured"
+
+
+class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `plan`, None where the plan decides. Counts are positive; lengths are in tokens.
+
+    `users` are those of a row in one microbatch. `trace_region` is in bytes on each chip. `context` is what is cached
+    for each user while it decodes, `prompt` the length of the prompt whose first token is waited for.
+    """
+
+    rows: int | None = None
+    stages: int | None = None
+    rows_per_stage: int | None = None
+    layers_per_stage: list[int] | None = None
+    users: int
+    microbatches: int | None = None
+    max_model_len: int | None = None
+    block_size: int
+    prefill_chunk: int
+    trace_region: int
+    context: int | None = None
+    prompt: int | None = None
+    traced: bool = False
+    expert_kernel: ExpertKernel = "all"
+    dtypes: WeightDtypes = WeightDtypes()
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What `plan` shows and writes."""
+
+    model: str
+    deployment: Deployment
+    options: PredictionOptions
+    assumptions: list[str]
+    memory: list[StageMemory]
+    prediction: Prediction
+
+
+def known_config(model: str | None, environment: Mapping[str, str]) -> tuple[str, ModelConfig]:
+    """The name and configuration of a model: those of its directory, else of a published model that comes with us.
+
+    Raises OptionError as `resolve_model` does, and CheckpointError where config.json will not do.
+    """
+    preset = None if model is None or Path(model).is_dir() else preset_config(model)
+    try:
+        source = resolve_model(model, environment)
+    except OptionError:
+        if model is None or preset is None:
+            raise
+        return model, preset
+    check_model_files(source, needs_weights=False)
+    return source.name, ModelConfig.from_file(source.path / "config.json")
+
+
+def make_plan(name: str, config: ModelConfig, settings: PlanSettings) -> Plan:
+    """Plans a model on chips.
+
+    Raises OptionError or PlanError where the options contradict each other or the model, or where it does not fit.
+    """
+    max_model_len = settings.max_model_len or min(DEFAULT_MAX_MODEL_LEN, config.max_position_embeddings)
+    options = PredictionOptions(
+        context=settings.context or max_model_len // 2,
+        prompt_tokens=settings.prompt or min(DEFAULT_PROMPT_TOKENS, max_model_len),
+        traced=settings.traced,
+        expert_kernel=settings.expert_kernel,
+    )
+    for flag, tokens in (("--context", options.context), ("--prompt", options.prompt_tokens)):
+        if tokens > max_model_len:
+            raise OptionError(f"{flag} {tokens} is more than the {max_model_len} tokens of --max-model-len.")
+    choice = choose(config, _shape(settings), _base(settings, max_model_len), options)
+    deployment = choice.deployment
+    return Plan(
+        model=name,
+        deployment=deployment,
+        options=options,
+        assumptions=[*choice.assumptions, *_assumptions(settings, deployment, options)],
+        memory=check_fits(config, deployment),
+        prediction=predict(config, deployment, options),
+    )
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Writes a plan as JSON, with what follows from it. Raises OptionError where it cannot be written."""
+    content = {
+        "model": plan.model,
+        "deployment": msgspec.to_builtins(plan.deployment)
+        | {
+            "microbatches": plan.deployment.steps_in_flight,
+            "rows": plan.deployment.rows,
+            "users": plan.deployment.users,
+        }
+        | {"layers_per_stage": [memory.end_layer - memory.first_layer for memory in plan.memory]},
+        "assumptions": plan.assumptions,
+        "memory": [msgspec.to_builtins(memory) | {"total": memory.total} for memory in plan.memory],
+        "prediction": {
+            "kind": PREDICTED,
+            "options": msgspec.to_builtins(plan.options),
+            **msgspec.to_builtins(plan.prediction),
+            "tokens_per_s_per_user": plan.prediction.tokens_per_s_per_user,
+            "tokens_per_s": plan.prediction.tokens_per_s,
+        },
+    }
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"Cannot write --json '{path}': {error.strerror}.") from error
+
+
+def _shape(settings: PlanSettings) -> Shape:
+    stages = stage_count(settings.stages, settings.layers_per_stage)
+    return Shape(rows=settings.rows, stages=stages, rows_per_stage=settings.rows_per_stage)
+
+
+def _base(settings: PlanSettings, max_model_len: int) -> Deployment:
+    """The deployment but for its shape."""
+    return Deployment(
+        stages=1,
+        rows_per_stage=1,
+        users_per_row=settings.users,
+        max_model_len=max_model_len,
+        block_size=settings.block_size,
+        prefill_chunk=settings.prefill_chunk,
+        microbatches=settings.microbatches,
+        layers_per_stage=None if settings.layers_per_stage is None else tuple(settings.layers_per_stage),
+        trace_region_bytes=settings.trace_region,
+        dtypes=settings.dtypes,
+    )
+
+
+def _assumptions(settings: PlanSettings, deployment: Deployment, options: PredictionOptions) -> list[str]:
+    told = []
+    if settings.microbatches is None:
+        told.append(f"{counted(deployment.steps_in_flight, 'microbatch')}: what keeps all stages busy (--microbatches)")
+    if settings.max_model_len is None:
+        told.append(f"{deployment.max_model_len} tokens of prompt and completion (--max-model-len)")
+    if settings.context is None:
+        told.append(f"{options.context} tokens cached for each user that decodes (--context)")
+    if settings.prompt is None:
+        told.append(f"prompts of {options.prompt_tokens} tokens (--prompt)")
+    return told

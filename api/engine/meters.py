@@ -1,0 +1,202 @@
+"""What the engine measures: how long requests wait, and what each step costs in every stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.clock import now_ns
+from actors.errors import ProtocolError
+from api.client.request_metrics import LATENCY_BOUNDS_S
+from api.messages.engine import Counts, EngineMetrics, StageMetrics
+from api.messages.histogram import Histogram
+from stages.step import Mode, StageTiming, Step, StepResult
+
+
+@dataclass(slots=True, frozen=True)
+class StepRecord:
+    """A step, when the engine submitted it (`actors.clock.now_ns`), and the requests whose tokens it holds.
+
+    `request_ids` are in the order of the step's segments, and empty where nobody asks for them.
+    """
+
+    step: Step
+    submitted_ns: int
+    request_ids: list[int]
+
+
+NS_PER_S = 1_000_000_000
+
+NS = 1e-9
+
+RECENT_SECONDS = 10
+
+"""What "recent" means for the share of time that a stage computes."""
+
+STEP_BOUNDS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+"""Bounds for everything that is measured of a step: from a hop within a host to a long prefill."""
+
+
+class BusyWindow:
+    """Time spent computing, by whole seconds of the clock, for the last RECENT_SECONDS of them."""
+
+    def __init__(self) -> None:
+        self._by_second: dict[int, int] = {}
+
+    def add(self, began_ns: int, ended_ns: int) -> None:
+        """Takes a step; none may begin before the former one ended."""
+        by_second = self._by_second
+        second = began_ns // NS_PER_S
+        while began_ns < ended_ns:
+            second_ends_ns = min(ended_ns, (second + 1) * NS_PER_S)
+            by_second[second] = by_second.get(second, 0) + second_ends_ns - began_ns
+            began_ns = second_ends_ns
+            second += 1
+        while len(by_second) > RECENT_SECONDS + 1:
+            del by_second[next(iter(by_second))]
+
+    def share(self, now_ns: int) -> float:
+        """Share of the time since the beginning of the second RECENT_SECONDS ago, in [0, 1]."""
+        first = now_ns // NS_PER_S - RECENT_SECONDS
+        busy_ns = sum(busy_ns for second, busy_ns in self._by_second.items() if second >= first)
+        return min(busy_ns / (now_ns - first * NS_PER_S), 1.0)
+
+
+class StageMeter:
+    """Adds up what the timings of all steps say of one stage.
+
+    A bubble is time in which the pipeline has a step in flight and the stage computes none. Steps come back in the
+    order in which every stage runs them, so that each one's timing tells of the wait before it: bubbles and busy
+    time together are the time in which a step is in flight, whenever none is.
+
+    Times of two hosts differ by their clocks; where that would make a time negative, it counts as 0.
+    """
+
+    def __init__(self) -> None:
+        self.busy_ns = 0
+        self.bubble_ns = 0
+        self.step_times: dict[Mode, Histogram] = {
+            "prefill": Histogram.of(STEP_BOUNDS_S),
+            "decode": Histogram.of(STEP_BOUNDS_S),
+        }
+        self.hops = Histogram.of(STEP_BOUNDS_S)
+        self.queues = Histogram.of(STEP_BOUNDS_S)
+        self.recent = BusyWindow()
+        self._waits_since_ns = 0
+
+    def pipeline_fills(self, now_ns: int) -> None:
+        """A step enters the pipeline, which was empty."""
+        self._waits_since_ns = now_ns
+
+    def step_done(self, mode: Mode, sent_ns: int, timing: StageTiming) -> None:
+        """A step came back, which the stage before, or the engine, had sent off at `sent_ns`."""
+        began_ns, ended_ns = timing.began_ns, timing.ended_ns
+        self.hops.observe(max(timing.received_ns - sent_ns, 0) * NS)
+        self.queues.observe((began_ns - timing.received_ns) * NS)
+        self.step_times[mode].observe((ended_ns - began_ns) * NS)
+        self.busy_ns += ended_ns - began_ns
+        self.recent.add(began_ns, ended_ns)
+        self.bubble_ns += max(began_ns - self._waits_since_ns, 0)
+        self._waits_since_ns = ended_ns
+
+    def pipeline_empties(self, now_ns: int) -> None:
+        """The last step in flight is back."""
+        self.bubble_ns += max(now_ns - self._waits_since_ns, 0)
+
+    def metrics(self, stage: int, host: str, now_ns: int) -> StageMetrics:
+        """The sums as they stand."""
+        return StageMetrics(
+            stage=stage,
+            host=host,
+            busy_seconds=self.busy_ns * NS,
+            busy_share=self.recent.share(now_ns),
+            bubble_seconds=self.bubble_ns * NS,
+            prefill_steps=self.step_times["prefill"],
+            decode_steps=self.step_times["decode"],
+            hops=self.hops,
+            queues=self.queues,
+        )
+
+
+class EngineMeters:
+    """Adds up, for the life of the engine; `metrics` gives the sums. Times are of `actors.clock.now_ns`."""
+
+    def __init__(self, stages: int) -> None:
+        self.stages = [StageMeter() for _ in range(stages)]
+        self._queue_times = Histogram.of(LATENCY_BOUNDS_S)
+        self._step_times: dict[Mode, Histogram] = {
+            "prefill": Histogram.of(STEP_BOUNDS_S),
+            "decode": Histogram.of(STEP_BOUNDS_S),
+        }
+        self._result_hops = Histogram.of(STEP_BOUNDS_S)
+        self._recoveries = Histogram.of(LATENCY_BOUNDS_S)
+        self._waiting_since_ns: dict[int, int] = {}
+        self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
+        self._returned_ns = 0
+
+    def request_waits(self, request_id: int, came_ns: int) -> None:
+        """A request has come."""
+        self._waiting_since_ns[request_id] = came_ns
+
+    def request_runs(self, request_id: int, admitted_ns: int) -> None:
+        """A request has got a slot; only its first one counts."""
+        since_ns = self._waiting_since_ns.pop(request_id, None)
+        if since_ns is not None:
+            self._queue_times.observe((admitted_ns - since_ns) * NS)
+
+    def request_leaves(self, request_id: int) -> None:
+        """A request has ended, perhaps before it got a slot."""
+        self._waiting_since_ns.pop(request_id, None)
+
+    def recovered(self, seconds: float) -> None:
+        """The pipeline is back, so long after it failed."""
+        self._recoveries.observe(seconds)
+
+    def pipeline_fills(self, submitted_ns: int) -> None:
+        """A step is submitted while none is in flight."""
+        for meter in self.stages:
+            meter.pipeline_fills(submitted_ns)
+
+    def step_done(self, record: StepRecord, result: StepResult, returned_ns: int) -> None:
+        """The oldest step in flight is back. Raises ProtocolError unless every stage has said its times."""
+        if len(result.timings) != len(self.stages):
+            raise ProtocolError(
+                f"Step {result.step_id} came back with the times of {len(result.timings)} stages; there are "
+                f"{len(self.stages)}."
+            )
+        mode = record.step.mode
+        sent_ns = record.submitted_ns
+        self._step_times[mode].observe((returned_ns - sent_ns) * NS)
+        self._inference_ns[mode] += returned_ns - max(sent_ns, self._returned_ns)
+        self._returned_ns = returned_ns
+        for meter, timing in zip(self.stages, result.timings, strict=True):
+            meter.step_done(mode, sent_ns, timing)
+            sent_ns = timing.ended_ns
+        self._result_hops.observe(max(returned_ns - sent_ns, 0) * NS)
+
+    def pipeline_empties(self, returned_ns: int) -> None:
+        """No step is in flight any more."""
+        for meter in self.stages:
+            meter.pipeline_empties(returned_ns)
+
+    def busy_share(self, stage: int) -> float:
+        """The share of the last seconds that a stage computed in."""
+        return self.stages[stage].recent.share(now_ns())
+
+    def metrics(self, counts: Counts, preemptions: int, hosts: Sequence[str]) -> EngineMetrics:
+        """The sums as they stand; `hosts` says where each stage is."""
+        asked_ns = now_ns()
+        return EngineMetrics(
+            counts=counts,
+            preemptions=preemptions,
+            prefill_seconds=self._inference_ns["prefill"] * NS,
+            decode_seconds=self._inference_ns["decode"] * NS,
+            queue_times=self._queue_times,
+            prefill_steps=self._step_times["prefill"],
+            decode_steps=self._step_times["decode"],
+            result_hops=self._result_hops,
+            recoveries=self._recoveries,
+            stages=[
+                meter.metrics(stage, host, asked_ns)
+                for stage, (meter, host) in enumerate(zip(self.stages, hosts, strict=True))
+            ],
+        )

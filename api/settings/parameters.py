@@ -1,0 +1,65 @@
+"""The types that options are read with on the command line."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+COUNT = click.IntRange(min=1)
+SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+class LayerSplit(click.ParamType[list[int]]):
+    """Numbers of layers with commas between, like "2,4"."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """The numbers. Raises click.BadParameter unless all are positive."""
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is no list of layer counts: write it like 2,4.", param, ctx)
+        return [int(part) for part in parts]
+
+
+class Milliseconds(click.ParamType[list[float]]):
+    """Times with commas between, like "10,12.5"."""
+
+    name = "ms,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """The times. Raises click.BadParameter unless all are positive."""
+        try:
+            times = [float(part) for part in str(value).split(",")]
+        except ValueError:
+            times = []
+        if not times or not all(0 < time < math.inf for time in times):
+            self.fail(f"{value!r} is no list of times: write it like 10 or 10,12.5.", param, ctx)
+        return times
+
+
+class JsonObject(click.ParamType[dict[str, object]]):
+    """A JSON object on the command line."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, object]:
+        """The object. Raises click.BadParameter for anything else."""
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not valid JSON: {error}.", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object.", param, ctx)
+        return parsed
+
+
+def with_options(
+    command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
+) -> Callable[..., None]:
+    """Adds options to a command, listed in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
