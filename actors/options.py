@@ -5,11 +5,11 @@ from typing import Literal
 import msgspec
 
 from actors.sockets.host import SILENCE_SECONDS
+from stages.device import Device
 from stages.errors import PlanError
 from stages.options import ITEM_BYTES, StageOptions
 from stages.plan import StageSpec
 
-Device = Literal["embedded", "ttnn", "timed"]
 Transport = Literal["host", "mesh"]
 
 STAGE_RUNNER = "stages.stage:Stage.load"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from actors.options import Device
 from benchmarks.options import benchmark_command
+from stages.device import Device
 
 BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload")
 

@@ -17,7 +17,6 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from actors.options import Device
 from actors.stage.cores import apply_share
 from benchmarks.bare_link import BareLink, bare_link
 from benchmarks.event_loop import EventLoop, event_loop
@@ -30,7 +29,7 @@ from benchmarks.ping_pong import PingPong, ping_pong
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.spread import Spread, ratios
 from benchmarks.stage_pair import StagePair, stage_pair
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE, Device
 
 TURNS = 15
 SHORT_TURNS = 3

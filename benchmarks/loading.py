@@ -12,7 +12,6 @@ from typing import NamedTuple
 import msgspec
 from rich.table import Table
 
-from actors.options import Device
 from actors.stage.cores import apply_share, share_cores
 from benchmarks.checkpoint import write_checkpoint
 from benchmarks.machine import Machine
@@ -20,7 +19,8 @@ from benchmarks.options import benchmark_command
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.spread import Spread, ratios
 from benchmarks.stage_weights import Load, load_once
-from stages.options import DEVICE_VARIABLE, CacheOptions, StageOptions
+from stages.device import DEVICE_VARIABLE, Device
+from stages.options import CacheOptions, StageOptions
 
 TURNS = 3
 SHORT_TURNS = 1

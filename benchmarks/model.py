@@ -15,7 +15,6 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from actors.options import Device
 from api.settings.engine import EngineSettings
 from benchmarks.checkpoint import SIZES, write_checkpoint
 from benchmarks.contender import Contender
@@ -26,6 +25,7 @@ from benchmarks.options import benchmark_command
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.spread import Spread, ratios
 from benchmarks.token_times import TokenTimes, prefill_tokens_per_s, random_prompts
+from stages.device import Device
 
 ONE_STAGE = "one stage"
 TWO_STAGES = "two stages"

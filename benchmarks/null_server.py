@@ -10,7 +10,6 @@ import msgspec
 import uvloop
 
 from actors.log import configure_logging
-from actors.options import Device
 from api.engine.options import EngineOptions
 from api.server.serve import ServeSettings, serve
 from api.settings.engine import EngineSettings
@@ -18,6 +17,7 @@ from api.text.model_source import ModelSource
 from benchmarks.null_stage import RUNNER
 from benchmarks.ports import free_port
 from benchmarks.server_process import ServerProcesses, running_server
+from stages.device import Device
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 

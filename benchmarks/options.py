@@ -9,9 +9,8 @@ from typing import Any
 import click
 
 from actors.log import LEVEL_VARIABLE, configure_logging
-from actors.options import Device
 from api.errors import exit_code
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE, Device
 from weights.errors import GalaxylineError
 
 DEFAULT_OUT = Path("generated/bench")

@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 from rich.table import Table
 
-from actors.options import Device
 from benchmarks.machine import Machine
 from benchmarks.null_model import write_null_model
 from benchmarks.null_server import null_server
@@ -24,6 +23,7 @@ from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.server_process import ServerProcesses, processor_seconds
 from benchmarks.spread import Spread
 from benchmarks.stream_client import ANSWER_SECONDS, StreamError
+from stages.device import Device
 
 FRONT_END_US_MAX = 100.0
 STAGE_US_MAX = 200.0

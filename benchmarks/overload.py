@@ -15,7 +15,6 @@ import msgspec
 import psutil
 from rich.table import Table
 
-from actors.options import Device
 from benchmarks.machine import Machine
 from benchmarks.null_model import write_null_model
 from benchmarks.open_loop_client import Notes
@@ -25,6 +24,7 @@ from benchmarks.ports import free_port
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.server_process import ServerProcesses, processor_seconds, running_server
 from benchmarks.stream_client import StreamError
+from stages.device import Device
 
 STAGES = 2
 MICROBATCHES = 3

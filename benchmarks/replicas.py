@@ -17,7 +17,6 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from actors.options import Device
 from benchmarks.machine import Machine
 from benchmarks.options import benchmark_command
 from benchmarks.ports import free_port
@@ -25,6 +24,7 @@ from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.server_process import ServerProcesses, running_server
 from benchmarks.spread import Spread, ratios
 from benchmarks.stream_client import StreamError, stream_all
+from stages.device import Device
 
 REPLICAS = (1, 2)
 STAGES = 2

@@ -9,8 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from actors.options import Device
 from benchmarks.machine import Machine
+from stages.device import Device
 
 Row = TypeVar("Row", bound=msgspec.Struct)
 

@@ -14,7 +14,6 @@ import click
 import msgspec
 from rich.table import Table
 
-from actors.options import Device
 from benchmarks.ideal import percentile
 from benchmarks.line_chart import line_chart
 from benchmarks.machine import Machine
@@ -22,6 +21,7 @@ from benchmarks.options import benchmark_command
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.scaling_case import EQUAL, R1, SAMPLE, cases
 from benchmarks.scaling_run import Effort, Run, measure
+from stages.device import Device
 
 FULL = Effort(warm_s=5.0, measured_s=20.0, probes=30)
 SHORT = Effort(warm_s=1.0, measured_s=3.0, probes=3)

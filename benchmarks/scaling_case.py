@@ -5,11 +5,11 @@ from pathlib import Path
 
 import msgspec
 
-from actors.options import Device
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
 from benchmarks.ideal import Ideal
 from benchmarks.null_model import write_null_model
+from stages.device import Device
 from stages.plan import default_microbatches
 from stages.step import Segment, Step
 from stages.timed.durations import durations

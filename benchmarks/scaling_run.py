@@ -11,7 +11,6 @@ import httpx
 import msgspec
 import psutil
 
-from actors.options import Device
 from api.messages.pipeline_view import PipelineView
 from benchmarks.ideal import Ideal
 from benchmarks.ports import free_port
@@ -19,6 +18,7 @@ from benchmarks.scaling_case import PLACES, USERS, Case
 from benchmarks.server_process import ServerProcesses, processor_seconds, running_server
 from benchmarks.steady_client import SteadyTimes
 from benchmarks.stream_client import StreamError
+from stages.device import Device
 
 CLIENT_SECONDS = 600.0
 STEP_SECONDS = re.compile(r'^galaxyline:stage_step_seconds_(count|sum)\{.*mode="(\w+)",stage="(\d+)"\} (\S+)$', re.M)

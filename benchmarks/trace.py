@@ -12,11 +12,11 @@ import msgspec
 import torch
 from rich.table import Table
 
-from actors.options import Device
 from benchmarks.machine import Machine
 from benchmarks.options import benchmark_command, bind_process
 from benchmarks.report import Report, Target, publish, table_of
 from benchmarks.spread import Spread, ratios
+from stages.device import Device
 from stages.options import CacheOptions, StageOptions
 from stages.plan import plan_stages
 from stages.stage import Stage

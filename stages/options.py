@@ -14,14 +14,8 @@ LoadFormat = Literal["auto", "dummy"]
 
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
-DEVICE_VARIABLE = "GALAXYLINE_DEVICE"
-"""Names the device of a process: stages/backend/ reads it when it is imported."""
-
 TRANSFORM_VERSION = 1
 """Raised by every change of what `convert_weights` writes: cache entries of another version are not found again."""
-
-TOKENS_AT_ONCE = 2048
-"""Tokens of one pass through a chip's experts: buffers in L1 grow with them, and 2048 is what fits."""
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):

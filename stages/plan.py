@@ -7,9 +7,6 @@ import msgspec
 from stages.errors import PlanError
 from weights.model_config import ModelConfig
 
-USERS_PER_ROW = 32
-"""Users of a Galaxy row in one microbatch, as tt-metal's demo has them."""
-
 
 class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One pipeline stage: the layers [first_layer, end_layer), the embedding at the front, the head at the end."""

@@ -5,6 +5,12 @@ TT-Metal's reports are at https://github.com/tenstorrent/tt-metal/tree/main/tech
 
 from typing import Literal
 
+USERS_PER_ROW = 32
+"""Users of a Galaxy row in one microbatch, as tt-metal's demo has them."""
+
+TOKENS_AT_ONCE = 2048
+"""Tokens of one pass through a chip's experts: buffers in L1 grow with them, and 2048 is what fits."""
+
 GALAXY_ROWS = 4
 GALAXY_COLUMNS = 8
 """Chips of a Galaxy: 4 rows of 8 (tt_metal/fabric/mesh_graph_descriptors/single_galaxy_mesh_graph_descriptor)."""

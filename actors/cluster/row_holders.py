@@ -5,12 +5,10 @@ from typing import Any
 
 from ray._private import state
 
-from actors.stage.actor import StageActor
-
 ENTRYPOINT_CHARACTERS_MAX = 80
 
 
-def row_holders() -> str:
+def row_holders(actor_class: str) -> str:
     """A sentence that names the processes that have stages in the cluster, and the hosts of these; or nothing.
 
     Spares are counted with them: Ray does not tell them apart.
@@ -18,7 +16,7 @@ def row_holders() -> str:
     stages = Counter(
         (actor["JobID"], actor["Address"]["IPAddress"])
         for actor in state.state.actor_table(None, actor_state_name="ALIVE").values()
-        if actor["ActorClassName"] == StageActor.__name__
+        if actor["ActorClassName"] == actor_class
     )
     if not stages:
         return ""

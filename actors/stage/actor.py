@@ -13,7 +13,6 @@ import structlog
 
 from actors.log import configure_logging
 from actors.mpi.membership import Membership
-from actors.options import Device
 from actors.release import refuse_other_release
 from actors.sockets.listener import Address
 from actors.stage.cores import apply_share, share_cores, tell_torch
@@ -23,8 +22,9 @@ from actors.stage.mesh_hop import MeshHop, Passage, Sockets
 from actors.stage.preparation import Preparation, prepare
 from actors.stage.runner import MeshRunner, OnProgress, StageRunner, runner_factory
 from actors.stage.server import StageServer
+from stages.device import DEVICE_VARIABLE, Device
 from stages.mesh_spec import MeshSpec
-from stages.options import DEVICE_VARIABLE, StageOptions
+from stages.options import StageOptions
 from stages.plan import StageSpec
 
 

@@ -9,10 +9,9 @@ import threading
 
 import msgspec
 
-from actors.options import Device
 from actors.stage.cores import set_thread_variables, share_cores
 from actors.stage.runner import runner_factory
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE, Device
 
 NICENESS = 5
 """Of the thread that imports, while stages serve: where both want a core it gets a quarter of it."""

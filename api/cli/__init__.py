@@ -15,10 +15,9 @@ from api.cli.options import PLAIN_COLUMNS, engine_options, model_options, num_sc
 from api.cli.plan import plan_command
 from api.cli.status import follow, read_view, render
 from api.errors import exit_code
-from api.server.api_keys import KEY_VARIABLES
 from api.server.serve import ServeSettings, serve
 from api.settings.parameters import COUNT, SECONDS
-from api.settings.server import front_options
+from api.settings.server import KEY_VARIABLES, front_options
 from api.text.generation_config import MODELS_OWN, NO_ADVICE
 from api.text.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
 from weights.errors import GalaxylineError

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from actors.options import Device
 from api.client.progress import LongWork
 from api.settings.chips import chip_dtype
 from api.settings.engine import resolve_dtype
 from api.text.model_source import ModelSource, check_model_files
-from stages.options import DEVICE_VARIABLE, Dtype, LoadFormat
+from stages.device import DEVICE_VARIABLE, Device
+from stages.options import Dtype, LoadFormat
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import GALAXY_COLUMNS
 from weights.errors import CacheError

@@ -21,7 +21,7 @@ from api.demo.setup import DemoSetup
 from api.settings.engine import EngineSettings
 from api.settings.parameters import COUNT
 from api.text.model_source import resolve_model
-from stages.plan import USERS_PER_ROW
+from stages.wormhole import USERS_PER_ROW
 
 INTERRUPTED = 130
 """Exit code of a demo that a signal ended: 128 + SIGINT, as shells count."""

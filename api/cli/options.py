@@ -10,7 +10,7 @@ import click
 import msgspec
 import structlog
 
-from actors.options import Device, Transport
+from actors.options import Transport
 from api.cli.weight_dtype_options import take_weight_dtypes, weight_dtype_options
 from api.engine.recovery import DEFAULT_MAX_RESTARTS
 from api.errors import OptionError
@@ -19,6 +19,7 @@ from api.settings.engine import DEFAULT_CACHE_DIR, EngineSettings
 from api.settings.environment import CACHE_VARIABLE, note_environment
 from api.settings.parameters import COUNT, SECONDS, JsonObject, LayerSplit, Milliseconds, with_options
 from api.text.model_source import resolve_model, resolve_timed_model
+from stages.device import Device
 
 PLAIN_COLUMNS = 120
 """Of a table that goes to no terminal."""

@@ -29,8 +29,7 @@ from api.settings.engine import DEFAULT_PREFILL_CHUNK
 from api.settings.parameters import COUNT, LayerSplit
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import DEFAULT_TRACE_REGION_BYTES
-from stages.plan import USERS_PER_ROW
-from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
+from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS, USERS_PER_ROW
 from weights.sizes import counted, in_words
 
 MS = 1e3

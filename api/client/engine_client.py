@@ -39,6 +39,10 @@ from api.messages.engine import (
 from api.messages.framing import Framing
 from api.scheduler.scheduler import check_request
 
+PROBE_TIMEOUT_S = 2.0
+
+"""How long the engine has to answer while its state says that it is ready."""
+
 leave_group = os.setpgrp
 
 """For subprocess's `preexec_fn`: the child becomes a process group of its own (uvloop has no other way to say so).

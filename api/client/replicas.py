@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import structlog
 
 from actors.cluster.environment import cluster_address
-from api.client.engine_client import EngineClient
+from api.client.engine_client import PROBE_TIMEOUT_S, EngineClient
 from api.client.open_requests import Load, RequestStream, least_loaded
 from api.engine.options import EngineOptions
 from api.messages.engine import (
@@ -23,7 +23,6 @@ from api.messages.engine import (
     takes_requests,
 )
 from api.scheduler.scheduler import check_request
-from api.server.app import PROBE_TIMEOUT_S
 from weights.errors import GalaxylineError
 
 log = structlog.get_logger()

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from api.errors import OptionError
-from stages.plan import USERS_PER_ROW
-from stages.wormhole import GALAXY_COLUMNS
+from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
 
 DEFAULT_MAX_NEW_TOKENS = 32
 

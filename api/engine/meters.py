@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from actors.clock import now_ns
 from actors.errors import ProtocolError
-from api.client.request_metrics import LATENCY_BOUNDS_S
 from api.messages.engine import Counts, EngineMetrics, StageMetrics
-from api.messages.histogram import Histogram
+from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
 from stages.step import Mode, StageTiming, Step, StepResult
 
 

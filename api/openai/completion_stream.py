@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -29,7 +30,6 @@ from api.openai.responses import (
     status_body,
 )
 from api.openai.stop_strings import StopStrings
-from api.server.admission import Place
 from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
 
@@ -204,6 +204,19 @@ async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Que
 log = structlog.get_logger()
 
 
+class Ticket(Protocol):
+    """What admission keeps of a request until its choices end."""
+
+    def began(self, index: int) -> None:
+        """Notes that the first chunk of a choice has come."""
+
+    def ended(self, index: int) -> None:
+        """Notes that the last chunk of a choice has come."""
+
+    def release(self) -> None:
+        """Gives up what is left of the request. May be repeated."""
+
+
 class Answer:
     """Iterate over `events`, or await `whole`. Close it however it ends: `contextlib.aclosing`."""
 
@@ -215,7 +228,7 @@ class Answer:
         prompts: list[Prompt],
         choices: list[Choice],
         pieces: Pieces,
-        place: Place,
+        ticket: Ticket,
     ) -> None:
         self._id = answer_id
         self._model = model
@@ -223,7 +236,7 @@ class Answer:
         self._prompts = prompts
         self._choices = choices
         self._pieces = pieces
-        self._place = place
+        self._ticket = ticket
         self._created = int(time.time())
         self._began = time.monotonic()
         self._last: dict[int, Piece] = {}
@@ -264,15 +277,15 @@ class Answer:
     async def aclose(self) -> None:
         """Aborts what has not ended, and logs how the request went. Nobody may be iterating; once is enough."""
         await self._pieces.aclose()
-        self._place.release()
+        self._ticket.release()
         self._log()
 
     def _note(self, piece: Piece) -> None:
         if piece.index not in self._last:
-            self._place.began(piece.index)
+            self._ticket.began(piece.index)
         self._last[piece.index] = piece
         if piece.finish_reason is not None:
-            self._place.ended(piece.index)
+            self._ticket.ended(piece.index)
 
     async def _chunks(self) -> AsyncGenerator[Completion, None]:
         options = self._request.stream_options or StreamOptions()

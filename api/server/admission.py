@@ -5,47 +5,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-import msgspec
-
 from api.errors import OverloadedError, RequestError
-
-DEFAULT_QUEUED_REQUESTS_MIN = 256
-DEFAULT_QUEUED_REQUESTS_PER_SLOT = 8
-DEFAULT_QUEUED_TOKENS = 1 << 20
-"""A list of so many token ids takes about 40 MB in the front end and as much in the engine."""
+from api.settings.server import QueueLimits
 
 RETRY_AFTER_S = 2
 """What a client is told while nothing has been measured."""
 
 RETRY_AFTER_S_MAX = 60
 ENDS_MEASURED = 64
-
-
-class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """`slots` completions run at once, `requests` more may wait, and those that have not begun to answer may have
-    `tokens` tokens of prompts together. The limits bind only while all slots are taken.
-    """
-
-    slots: int
-    requests: int
-    tokens: int
-
-    @classmethod
-    def of(
-        cls, slots: int, max_model_len: int, requests: int | None = None, tokens: int | None = None
-    ) -> "QueueLimits":
-        """The limits for an engine of so many slots, with defaults for what is None.
-
-        By default 8 completions may wait for each slot, and 256 at least; and a million tokens of prompts, or one
-        prompt of the greatest length where that is more.
-        """
-        return cls(
-            slots=slots,
-            requests=max(DEFAULT_QUEUED_REQUESTS_MIN, DEFAULT_QUEUED_REQUESTS_PER_SLOT * slots)
-            if requests is None
-            else requests,
-            tokens=max(DEFAULT_QUEUED_TOKENS, max_model_len) if tokens is None else tokens,
-        )
 
 
 class Admission:
@@ -74,7 +41,7 @@ class Admission:
         if self._is_full(1, 1):
             raise self._refusal()
 
-    def admit(self, prompt_tokens: Mapping[int, int]) -> "Place":
+    def admit(self, prompt_tokens: Mapping[int, int]) -> "Ticket":
         """Takes a request: the tokens of the prompt of each of its completions, by the completion's index.
 
         All of it is taken or nothing. While a slot is free, it may have any number of completions. Raises
@@ -89,15 +56,15 @@ class Admission:
             )
         if self._is_full(len(prompt_tokens), tokens):
             raise self._refusal()
-        return Place(self, prompt_tokens)
+        return Ticket(self, prompt_tokens)
 
     def add(self, completions: int, tokens: int) -> None:
-        """For `Place`: so many more, or fewer, are open, with so many tokens of prompts not begun."""
+        """For `Ticket`: so many more, or fewer, are open, with so many tokens of prompts not begun."""
         self._open += completions
         self._unbegun_tokens += tokens
 
     def note_end(self) -> None:
-        """For `Place`: a completion has ended."""
+        """For `Ticket`: a completion has ended."""
         self._ends.append(self._clock())
 
     def retry_after_s(self) -> int:
@@ -120,7 +87,7 @@ class Admission:
         )
 
 
-class Place:
+class Ticket:
     """What one request takes up until its completions end. Release it however the request ends."""
 
     def __init__(self, admission: Admission, prompt_tokens: Mapping[int, int]) -> None:

@@ -25,17 +25,14 @@ from api.openai.responses import (
     refusal,
     status_body,
 )
-from api.server.admission import Admission, QueueLimits
+from api.server.admission import Admission
 from api.server.completions import Completions
 from api.server.openapi import DescribedApp, answers_of, body_of, completion_answers, timeout_header
 from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
+from api.settings.server import QueueLimits
 from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
 from weights.release import VERSION
-
-PROBE_TIMEOUT_S = 2.0
-
-"""How long the engine has to answer while its state says that it is ready."""
 
 Probe = Callable[[], Awaitable[object]]
 

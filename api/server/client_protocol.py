@@ -11,11 +11,10 @@ import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from api.openai.responses import encode, status_body
+from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S
 
 HEADER_BYTES_MAX = 1 << 16
 """Of a request's line and header fields together: what nginx takes by default is half of this."""
-
-DEFAULT_CLIENT_TIMEOUT_S = 30.0
 
 TIMED_OUT = "The request did not come to its end within {:g} s: it was given up."
 HEADER_TOO_LARGE = f"The request's line and header fields are longer than {HEADER_BYTES_MAX} bytes: send less."

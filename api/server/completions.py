@@ -123,7 +123,7 @@ class Completions:
             self._draw_seed,
         )
         prompt_tokens = {choice.index: len(choice.prompt.tokens) for choice in choices if choice.request is not None}
-        place = self._admission.admit(prompt_tokens)
+        ticket = self._admission.admit(prompt_tokens)
         pieces = Pieces()
         try:
             for choice in choices:
@@ -134,6 +134,6 @@ class Completions:
                     pieces.add(text, self._engine.generate(choice.request))
         except GalaxylineError:
             await pieces.aclose()
-            place.release()
+            ticket.release()
             raise
-        return Answer(f"cmpl-{request_id}", self._model.name, reading.request, reading.prompts, choices, pieces, place)
+        return Answer(f"cmpl-{request_id}", self._model.name, reading.request, reading.prompts, choices, pieces, ticket)

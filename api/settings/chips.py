@@ -11,8 +11,8 @@ from stages.capacity.chip_memory import chip_stages
 from stages.capacity.deployment import DEFAULT_TRACE_REGION_BYTES, Deployment
 from stages.capacity.fit import check_fits
 from stages.options import CacheOptions, Dtype
-from stages.plan import USERS_PER_ROW, StageSpec, default_microbatches
-from stages.wormhole import GALAXY_COLUMNS
+from stages.plan import StageSpec, default_microbatches
+from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
 from weights.model_config import ModelConfig
 
 if TYPE_CHECKING:

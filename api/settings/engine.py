@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from actors.options import STAGE_RUNNER, TIMED_RUNNER, Device, PipelineOptions, Transport
+from actors.options import STAGE_RUNNER, TIMED_RUNNER, PipelineOptions, Transport
 from api.engine.options import EngineOptions
 from api.engine.recovery import DEFAULT_MAX_RESTARTS
 from api.engine.timeline import open_timeline
@@ -17,9 +17,11 @@ from api.settings.chips import chip_dtype, chip_plan
 from api.settings.stage_count import stage_count
 from api.settings.timed import check_timed, timed_options
 from api.text.model_source import ModelSource
+from stages.device import Device
 from stages.options import ITEM_BYTES, CacheOptions, Dtype, LoadFormat, StageOptions
-from stages.plan import USERS_PER_ROW, StageSpec, default_microbatches, explicit_stages, plan_stages
+from stages.plan import StageSpec, default_microbatches, explicit_stages, plan_stages
 from stages.tensor_dtypes import WeightDtypes
+from stages.wormhole import USERS_PER_ROW
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 DEFAULT_STAGES = 2

@@ -1,9 +1,11 @@
 """The options of the HTTP front end that protect it: queue limits, deadlines, API keys and TLS."""
 
 import functools
+import hashlib
+import hmac
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,96 @@ import click
 import msgspec
 
 from api.errors import OptionError
-from api.server.admission import QueueLimits
-from api.server.api_keys import KEY_VARIABLES, ApiKeys
-from api.server.client_protocol import DEFAULT_CLIENT_TIMEOUT_S
 from api.settings.parameters import COUNT, SECONDS, with_options
+
+KEY_VARIABLES = ("GALAXYLINE_API_KEY", "VLLM_API_KEY")
+KEY_FILE_BYTES_MAX = 1 << 20
+
+
+class ApiKeys:
+    """A set of keys, known by their SHA-256 digests alone: nothing that prints or logs this object tells a key."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
+
+    def __repr__(self) -> str:
+        return f"{len(self._digests)} API keys"
+
+    @classmethod
+    def read(cls, given: Iterable[str], file: Path | None, environment: Mapping[str, str]) -> "ApiKeys | None":
+        """Those of the command line and of the file, one a line; without either, the environment's. None: no keys.
+
+        Raises OptionError where the file cannot be read or holds no key, or a key is none that a header can carry.
+        """
+        keys = [*given, *([] if file is None else _lines(file))]
+        if not keys and file is None:
+            keys = [environment[name] for name in KEY_VARIABLES if environment.get(name)][:1]
+        if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in keys):
+            raise OptionError("An API key must be printable ASCII without spaces at its ends, and not empty.")
+        return cls(keys) if keys else None
+
+    def accepts(self, key: bytes) -> bool:
+        """Whether it is one of the keys; takes as long for any key."""
+        digest = _digest(key)
+        # All of them, whichever it is: the time must not tell how far the search went.
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(KEY_FILE_BYTES_MAX + 1)
+        lines = content.decode().splitlines()
+    except OSError as error:
+        raise OptionError(f"--api-key-file {file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        raise OptionError(f"--api-key-file {file} is no text.") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys or len(content) > KEY_FILE_BYTES_MAX:
+        raise OptionError(
+            f"--api-key-file {file} must have a key on each line, and at most {KEY_FILE_BYTES_MAX} bytes."
+        )
+    return keys
+
+
+DEFAULT_CLIENT_TIMEOUT_S = 30.0
+
+DEFAULT_QUEUED_REQUESTS_MIN = 256
+DEFAULT_QUEUED_REQUESTS_PER_SLOT = 8
+DEFAULT_QUEUED_TOKENS = 1 << 20
+"""A list of so many token ids takes about 40 MB in the front end and as much in the engine."""
+
+
+class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """`slots` completions run at once, `requests` more may wait, and those that have not begun to answer may have
+    `tokens` tokens of prompts together. The limits bind only while all slots are taken.
+    """
+
+    slots: int
+    requests: int
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, slots: int, max_model_len: int, requests: int | None = None, tokens: int | None = None
+    ) -> "QueueLimits":
+        """The limits for an engine of so many slots, with defaults for what is None.
+
+        By default 8 completions may wait for each slot, and 256 at least; and a million tokens of prompts, or one
+        prompt of the greatest length where that is more.
+        """
+        return cls(
+            slots=slots,
+            requests=max(DEFAULT_QUEUED_REQUESTS_MIN, DEFAULT_QUEUED_REQUESTS_PER_SLOT * slots)
+            if requests is None
+            else requests,
+            tokens=max(DEFAULT_QUEUED_TOKENS, max_model_len) if tokens is None else tokens,
+        )
+
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 

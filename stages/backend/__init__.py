@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.backend.embedded.dtype import set_float_dtype as _hold_floats_in
+from stages.device import DEVICE_VARIABLE
 from stages.errors import DeviceError
-from stages.options import DEVICE_VARIABLE
-from stages.plan import USERS_PER_ROW
+from stages.wormhole import USERS_PER_ROW
 
 DEVICE = os.environ.get(DEVICE_VARIABLE, "embedded")
 """The device of this process."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from stages.backend import DEVICE, ttnn
 from stages.backend.embedded import experts
-from stages.options import TOKENS_AT_ONCE
+from stages.wormhole import TOKENS_AT_ONCE
 
 FUSED_GATE = (256, 8, 4, 8)
 """Experts, groups, groups chosen and experts chosen of DeepSeek-V3, for which chips have a fused gate."""

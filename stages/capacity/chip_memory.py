@@ -7,10 +7,9 @@ import msgspec
 
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
-from stages.options import TOKENS_AT_ONCE
 from stages.plan import StageSpec, balanced_split, explicit_stages
 from stages.tensor_dtypes import TensorDtype
-from stages.wormhole import DRAM_BANKS, DRAM_BYTES, GALAXY_COLUMNS, L1_BANKS, L1_BYTES, TRACE_ALIGNMENT
+from stages.wormhole import DRAM_BANKS, DRAM_BYTES, GALAXY_COLUMNS, L1_BANKS, L1_BYTES, TOKENS_AT_ONCE, TRACE_ALIGNMENT
 from weights.model_config import ModelConfig
 
 

@@ -12,10 +12,18 @@ import msgspec
 
 from stages.capacity.chip_memory import Activations
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
-from stages.options import TOKENS_AT_ONCE
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, WeightDtypes
-from stages.wormhole import DRAM_BYTES_PER_S, GALAXY_COLUMNS, HOP_S, LINK_BYTES_PER_S, LINKS, Fidelity, flops_per_s
+from stages.wormhole import (
+    DRAM_BYTES_PER_S,
+    GALAXY_COLUMNS,
+    HOP_S,
+    LINK_BYTES_PER_S,
+    LINKS,
+    TOKENS_AT_ONCE,
+    Fidelity,
+    flops_per_s,
+)
 from weights.model_config import ModelConfig
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.server.admission import Admission, QueueLimits
+from api.server.admission import Admission
 from api.server.app import create_app
+from api.settings.server import QueueLimits
 from benchmarks.open_loop_client import Notes, OpenLoop, Outcome
 from benchmarks.overload_figures import Capacity, Turn, row_of
 from tests.support.api_server import MODEL, AppServer, endless_text

@@ -73,5 +73,5 @@ def test_a_job_takes_the_program_and_the_sample_model_along_and_little_else(
     in_another_process(PACK, str(ROOT), str(package), str(respects_gitignore))
     assert package.stat().st_size < UPLOAD_BYTES_MAX
     names = zipfile.ZipFile(package).namelist()
-    assert {"api/cli.py", "weights/sample/checkpoint/model.safetensors"} <= set(names)
+    assert {"api/cli/__main__.py", "weights/sample/checkpoint/model.safetensors"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", ".venv"))]

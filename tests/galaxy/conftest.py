@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE
 from tests import ROOT
 from tests.galaxy.chips import ON_CHIPS
 from tests.support.mock_galaxy.environment import mock_environment

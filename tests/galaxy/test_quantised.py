@@ -16,7 +16,7 @@ import torch
 
 from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights, stage_parts
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE
 from stages.plan import plan_stages
 from stages.run_config import WeightConfig
 from stages.tensor_dtypes import WeightDtypes

@@ -18,7 +18,7 @@ import psutil
 
 from actors.cluster.environment import prepare
 from actors.pipeline import Pipeline
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE
 from tests.galaxy import mesh_pipelines
 from tests.support.mock_galaxy.wiring import ROWS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from stages.options import DEVICE_VARIABLE
+from stages.device import DEVICE_VARIABLE
 from stages.tensor_dtypes import WeightDtypes
 from tests import ROOT
 from tests.support.stage_driver import Driver, cache_options, stage_options

@@ -10,8 +10,9 @@ from fastapi import FastAPI
 
 from api.messages.engine import AddRequest
 from api.server.app import create_app
-from api.server.client_protocol import DEFAULT_CLIENT_TIMEOUT_S, client_protocol
+from api.server.client_protocol import client_protocol
 from api.server.serve import listen, url
+from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S
 from api.text.generation_config import GenerationConfig
 from api.text.served_model import ServedModel
 from tests.support.fake_engine import FakeEngine

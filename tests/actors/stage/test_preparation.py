@@ -8,11 +8,12 @@ import sys
 import msgspec
 import pytest
 
-from actors.options import STAGE_RUNNER, TIMED_RUNNER, Device
+from actors.options import STAGE_RUNNER, TIMED_RUNNER
 from actors.stage.actor import StageSetup
 from actors.stage.cores import SPINS
 from actors.stage.identity import StageIdentity
 from actors.stage.preparation import Preparation
+from stages.device import Device
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
 from tests.support.early_runner import NAMES, VARIABLE

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.errors import OverloadedError, RequestError
-from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Place, QueueLimits
+from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Place
+from api.settings.server import QueueLimits
 
 
 class Clock:
@@ -111,7 +112,7 @@ def test_the_books_agree_with_a_count(events: list[list[int] | int]) -> None:
     """A list is a request's prompts; a number ends a completion of, or releases, one that is open."""
     bounds = limits()
     admission = Admission(bounds)
-    held: list[tuple[Place, dict[int, int]]] = []
+    held: list[tuple[Ticket, dict[int, int]]] = []
     for event in events:
         unbegun = sum(sum(tokens.values()) for _, tokens in held)
         opened = sum(len(tokens) for _, tokens in held)

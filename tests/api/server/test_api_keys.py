@@ -10,10 +10,11 @@ from structlog.testing import capture_logs
 from api import cli
 from api.cli.status import read_view
 from api.errors import OptionError
-from api.server.api_keys import KEY_VARIABLES, ApiKeys, Authentication
+from api.server.api_keys import Authentication
 from api.server.app import create_app
 from api.server.monitoring import add_monitoring_routes
 from api.server.serve import ServeSettings
+from api.settings.server import KEY_VARIABLES, ApiKeys
 from tests.api.cli.test_status import ReportingEngine, at_work
 from tests.support.api_client import error_of
 from tests.support.api_server import MODEL, AppServer, endless_text

@@ -7,8 +7,9 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from api.server.admission import RETRY_AFTER_S, Admission, QueueLimits
+from api.server.admission import RETRY_AFTER_S, Admission
 from api.server.app import create_app
+from api.settings.server import QueueLimits
 from tests.support.api_client import error_of
 from tests.support.api_server import MODEL, TEXT_TOKENS, endless_text, never_ending
 from tests.support.fake_engine import FakeEngine

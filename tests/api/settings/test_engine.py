@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from api.settings import engine as settings_module
 from api.engine.options import EngineOptions
 from api.errors import OptionError
+from api.settings import engine as settings_module
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource, resolve_model
 from stages.errors import PlanError

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stages.backend import set_float_dtype, ttnn
-from stages.backend.embedded import products as processor
 from stages.backend.embedded import paging, transformer
+from stages.backend.embedded import products as processor
 from stages.errors import DeviceError
 from tests.support.embedded_meshes import float32, integers, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
 from tests.support.op_cases.case import user_cores

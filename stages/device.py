@@ -1,0 +1,8 @@
+"""Which device a process computes on, and what the devices differ in."""
+
+from typing import Literal
+
+Device = Literal["embedded", "ttnn", "timed"]
+
+DEVICE_VARIABLE = "GALAXYLINE_DEVICE"
+"""Names the device of a process: stages/backend/ reads it when it is imported."""
