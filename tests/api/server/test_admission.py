@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.errors import OverloadedError, RequestError
-from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Place
+from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Ticket
 from api.settings.server import QueueLimits
 
 
