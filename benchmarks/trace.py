@@ -23,6 +23,7 @@ from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step
 from weights.model_config import ModelConfig
 from weights.sample import SAMPLE_DIR
+from weights.sizes import ceil_div
 
 BATCHES = [1, 8, 32]
 SHORT_BATCHES = [1, 2]
@@ -50,7 +51,7 @@ class Decoding:
     """A stage that is the whole model, and `users` requests that it decodes."""
 
     def __init__(self, users: int, max_model_len: int, *, enable_trace: bool, cache_dir: Path) -> None:
-        blocks = -(-max_model_len // BLOCK)
+        blocks = ceil_div(max_model_len, BLOCK)
         cache = CacheOptions(slots=users, pools=1, blocks=blocks * users, block_size=BLOCK, max_model_len=max_model_len)
         options = StageOptions(
             model_path=str(SAMPLE_DIR),

@@ -16,6 +16,7 @@ from stages.models.deepseek_v3.rope import Rope, RopeTables
 from stages.step import Segment, Step
 from stages.tensor_dtypes import TILE
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div, round_up
 
 HIDDEN_DTYPE = "bfloat16"
 
@@ -156,7 +157,7 @@ class BatchBuilder:
         """For how many users of every pool a decode step is made, of which the fullest pool has `most`."""
         if self._takes_all_shapes:
             return most
-        return max(_power_of_two(most), -(-self._users_per_row // self._columns))
+        return max(_power_of_two(most), ceil_div(self._users_per_row, self._columns))
 
     def prefill(self, step: Step) -> PrefillBatch:
         """`step` has been applied to the page tables."""
@@ -270,7 +271,7 @@ class BatchBuilder:
             segments[members[pool]].slot if pool in members else PADDING for pool in range(self._rows * self._columns)
         ]
         block_size = self._tables.options.block_size
-        blocks = -(-(start + length) // block_size)
+        blocks = ceil_div(start + length, block_size)
         pages = self._tables.rows(slots, self._table_width(start + length) if self._users_per_row else blocks)
         return PrefillRound(
             start=start,
@@ -317,7 +318,7 @@ class BatchBuilder:
     def _table_width(self, tokens: int) -> int:
         options = self._tables.options
         grows = self._takes_all_shapes and not self._is_static
-        return -(-tokens // options.block_size) if grows else options.blocks_per_slot
+        return ceil_div(tokens, options.block_size) if grows else options.blocks_per_slot
 
     def _look_up(self, positions: torch.Tensor) -> Rope:
         return self._rope.look_up(self._on_each_row(positions.view(1, -1)))
@@ -342,4 +343,4 @@ def _power_of_two(count: int) -> int:
 
 
 def _whole_tiles(count: int) -> int:
-    return -(-count // TILE) * TILE
+    return round_up(count, TILE)

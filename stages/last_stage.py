@@ -12,6 +12,7 @@ from stages.sampling.logprobs import Floats, token_logprobs
 from stages.sampling.sampler import Sampler
 from stages.step import Step, StepResult, TokenLogprobs
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div
 
 SCORED_AT_ONCE = 64
 """Most rows of logits that scoring prompts holds at a time: 33 MB of float32 for a vocabulary of 129280."""
@@ -72,7 +73,7 @@ class LastStage:
     def _few_at_once(self, hidden: HiddenStates | None, indices: Sequence[int]) -> Iterator[Floats]:
         """The logits [vocabulary] of each of a step's tokens `indices`; never more rows than may be held."""
         # Every row of the mesh gives as many logits as the one that has the most of these tokens.
-        count = -(-SCORED_AT_ONCE // int(self._mesh_device.shape[0]))
+        count = ceil_div(SCORED_AT_ONCE, int(self._mesh_device.shape[0]))
         for begin in range(0, len(indices), count):
             yield from self._rows(hidden, indices[begin : begin + count]).numpy()
 

@@ -8,6 +8,7 @@ from stages.errors import PlanError
 from stages.tensor_dtypes import TILE, WeightDtypes
 from stages.timed.options import TimedOptions
 from weights.model_config import UNCHANGED, ConfigChanges
+from weights.sizes import ceil_div
 
 Dtype = Literal["float32", "bfloat16"]
 LoadFormat = Literal["auto", "dummy"]
@@ -45,7 +46,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def blocks_per_slot(self) -> int:
         """Blocks that a request of the greatest length takes: the width of a page table."""
-        return -(-self.max_model_len // self.block_size)
+        return ceil_div(self.max_model_len, self.block_size)
 
     def pool_of(self, slot: int) -> int:
         """The pool whose blocks the slot uses; neighbouring slots lie in neighbouring pools."""

@@ -16,6 +16,7 @@ from weights.errors import CheckpointError
 from weights.fp8 import SCALE_SUFFIX, dequantise, scale_shape
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 from weights.safetensors_directory import SafetensorsDirectory
+from weights.sizes import ceil_div
 from weights.source import WeightSource
 from weights.tensor_shapes import EMBEDDING, HEAD, Shape
 
@@ -226,7 +227,7 @@ class RandomCheckpoint(WeightSource):
         """Odd integers, which bfloat16 holds exactly, scaled: 1 byte of random bits beside the result."""
         key = hashlib.blake2b(msgspec.json.encode((self._seed, name)), digest_size=32).digest()
         count = math.prod(shape)
-        words = numpy.random.SFC64(int.from_bytes(key, "little")).random_raw(-(-count // 8))
+        words = numpy.random.SFC64(int.from_bytes(key, "little")).random_raw(ceil_div(count, 8))
         bits = torch.from_numpy(words.astype("<u8", copy=False).view(numpy.int8))[:count]
         return bits.view(shape).to(dtype).mul_(2).add_(1).mul_(std / UNIFORM_STD)
 

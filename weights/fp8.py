@@ -3,6 +3,7 @@
 import torch
 
 from weights.model_config import FP8_BLOCK
+from weights.sizes import ceil_div
 
 SCALE_SUFFIX = "_scale_inv"
 """Added to a weight's name to give that of its scales; despite the name they multiply."""
@@ -10,7 +11,7 @@ SCALE_SUFFIX = "_scale_inv"
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales of a matrix of `shape`: blocks at the bottom and right edges may be smaller."""
-    return tuple(-(-size // FP8_BLOCK) for size in shape)
+    return tuple(ceil_div(size, FP8_BLOCK) for size in shape)
 
 
 def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,16 @@
-"""Numbers of bytes and of things as people read them."""
+"""Rounding up, and numbers of bytes and of things as people read them."""
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """The quotient, rounded up: how many pieces of `divisor` hold `value`."""
+    return -(-value // divisor)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not less than `value`."""
+    return ceil_div(value, multiple) * multiple
 
 
 def counted(count: int, noun: str) -> str:

@@ -30,7 +30,7 @@ from api.settings.parameters import COUNT, LayerSplit
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import DEFAULT_TRACE_REGION_BYTES
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS, USERS_PER_ROW
-from weights.sizes import counted, in_words
+from weights.sizes import ceil_div, counted, in_words
 
 MS = 1e3
 
@@ -49,7 +49,7 @@ def render(plan: Plan) -> Group:
 
 def _head(plan: Plan) -> Text:
     deployment = plan.deployment
-    galaxies = counted(-(-deployment.rows // GALAXY_ROWS), "Galaxy")
+    galaxies = counted(ceil_div(deployment.rows, GALAXY_ROWS), "Galaxy")
     text = Text.assemble((plan.model, "bold"))
     text.append(
         f" fits {counted(deployment.rows, 'row')} of {GALAXY_COLUMNS} chips ({galaxies}): "

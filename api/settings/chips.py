@@ -14,6 +14,7 @@ from stages.options import CacheOptions, Dtype
 from stages.plan import StageSpec, default_microbatches
 from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div
 
 if TYPE_CHECKING:
     from api.settings.engine import EngineSettings
@@ -75,7 +76,7 @@ def _users_per_row(settings: "EngineSettings", microbatches: int) -> int:
     if settings.max_num_seqs is None:
         return USERS_PER_ROW
     places = settings.rows_per_stage * microbatches * GALAXY_COLUMNS
-    users = -(-settings.max_num_seqs // places) * GALAXY_COLUMNS
+    users = ceil_div(settings.max_num_seqs, places) * GALAXY_COLUMNS
     given = users * settings.rows_per_stage * microbatches
     if given != settings.max_num_seqs:
         log.info(

@@ -23,6 +23,7 @@ from stages.plan import StageSpec, default_microbatches, explicit_stages, plan_s
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import USERS_PER_ROW
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
+from weights.sizes import ceil_div, round_up
 
 DEFAULT_STAGES = 2
 DEFAULT_CACHE_DIR = Path("generated/deepseek_v3")
@@ -143,14 +144,14 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def _prefill_chunk(self) -> int:
         asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
-        chunk = _rounded_up(asked, self.block_size)
+        chunk = round_up(asked, self.block_size)
         if self.prefill_chunk is not None and chunk != asked:
             log.info("--max-num-batched-tokens was rounded up to whole blocks", asked=asked, tokens=chunk)
         return chunk
 
     def _cache(self, config: ModelConfig, dtype: Dtype, microbatches: int, sharers: int) -> CacheOptions:
         asked = self.max_num_seqs or USERS_PER_ROW * microbatches
-        slots = _rounded_up(asked, microbatches)
+        slots = round_up(asked, microbatches)
         if slots != asked:
             log.info("--max-num-seqs was rounded up so that every microbatch has as many", asked=asked, slots=slots)
         max_model_len = self.max_model_len or config.max_position_embeddings
@@ -170,9 +171,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Blocks for `slots` requests of the greatest length, or as many as memory allows."""
         block_bytes = self.block_size * config.num_hidden_layers * config.kv_dim * ITEM_BYTES[dtype]
         if self.device == "timed":
-            return slots * -(-max_model_len // self.block_size)  # Which nothing is kept in.
+            return slots * ceil_div(max_model_len, self.block_size)  # Which nothing is kept in.
         affordable = int(CACHE_MEMORY_SHARE * memory_bytes()) // sharers // block_bytes
-        needed = -(-max_model_len // self.block_size)
+        needed = ceil_div(max_model_len, self.block_size)
         if affordable < needed:
             raise OptionError(
                 f"The KV cache of one request of {max_model_len} tokens takes {needed * block_bytes >> 20} MiB, more "
@@ -194,7 +195,3 @@ def resolve_dtype(asked: Dtype | Literal["auto"], source: ModelSource) -> Dtype:
 def memory_bytes() -> int:
     """Physical memory of this host."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

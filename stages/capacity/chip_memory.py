@@ -11,6 +11,7 @@ from stages.plan import StageSpec, balanced_split, explicit_stages
 from stages.tensor_dtypes import TensorDtype
 from stages.wormhole import DRAM_BANKS, DRAM_BYTES, GALAXY_COLUMNS, L1_BANKS, L1_BYTES, TOKENS_AT_ONCE, TRACE_ALIGNMENT
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div, round_up
 
 
 class Activations:
@@ -217,5 +218,5 @@ def _a_layer(config: ModelConfig, is_moe: bool) -> int:
 
 def _trace_region(size: int) -> int:
     """What a region of `size` bytes takes from the banks."""
-    share = -(-size // DRAM_BANKS)
-    return -(-share // TRACE_ALIGNMENT) * TRACE_ALIGNMENT * DRAM_BANKS
+    share = ceil_div(size, DRAM_BANKS)
+    return round_up(share, TRACE_ALIGNMENT) * DRAM_BANKS

@@ -23,6 +23,7 @@ from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, TILE_BYTES, VALUE_BYTES, TensorDtype, WeightDtypes
 from stages.wormhole import DRAM_ALIGNMENT, DRAM_BANKS, GALAXY_COLUMNS
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div, round_up
 
 Layout = Literal["tile", "row_major"]
 
@@ -48,14 +49,14 @@ class ChipTensor(msgspec.Struct, frozen=True, kw_only=True):
         """A page is a tile, or a row."""
         if self.layout == "tile":
             return TILE_BYTES[self.dtype]
-        return _rounded_up(self.shape[-1] * VALUE_BYTES[self.dtype], DRAM_ALIGNMENT)
+        return round_up(self.shape[-1] * VALUE_BYTES[self.dtype], DRAM_ALIGNMENT)
 
     @property
     def pages(self) -> int:
         """Tiles, with the last two dimensions padded to whole ones, or rows."""
         if self.layout == "row_major":
             return math.prod(self.shape[:-1])
-        height, width = (-(-size // TILE) for size in self.shape[-2:])
+        height, width = (ceil_div(size, TILE) for size in self.shape[-2:])
         return math.prod(self.shape[:-2]) * height * width
 
     @property
@@ -65,11 +66,7 @@ class ChipTensor(msgspec.Struct, frozen=True, kw_only=True):
 
     def allocated(self, banks: int = DRAM_BANKS) -> int:
         """What the allocator takes: as many pages of every bank as the fullest one gets."""
-        return _rounded_up(self.pages, banks) * self.page_bytes
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+        return round_up(self.pages, banks) * self.page_bytes
 
 
 class ChipWeights:

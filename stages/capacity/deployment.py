@@ -8,6 +8,7 @@ from stages.plan import check_stages, default_microbatches
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import GALAXY_COLUMNS
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div
 
 DEFAULT_TRACE_REGION_BYTES = 45_684_326
 """On each chip: what tt-metal's own demo sets aside for the decode trace of all 61 layers, found by trial (38,070,272
@@ -56,7 +57,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cache(self) -> CacheOptions:
         """The KV cache with room for all requests at their longest: a pool on each chip of a stage."""
-        blocks_per_slot = -(-self.max_model_len // self.block_size)
+        blocks_per_slot = ceil_div(self.max_model_len, self.block_size)
         return CacheOptions(
             slots=self.users,
             pools=self.chips,

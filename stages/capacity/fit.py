@@ -12,7 +12,7 @@ from stages.errors import PlanError
 from stages.tensor_dtypes import CHOICES
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
 from weights.model_config import ModelConfig
-from weights.sizes import counted, in_words
+from weights.sizes import ceil_div, counted, in_words
 
 ROWS_MAX = 32
 
@@ -120,7 +120,7 @@ def _shorter(config: ModelConfig, deployment: Deployment) -> Change | None:
     def of(blocks: int) -> Deployment:
         return msgspec.structs.replace(deployment, max_model_len=blocks * size)
 
-    fitting, refused = 0, -(-deployment.max_model_len // size)
+    fitting, refused = 0, ceil_div(deployment.max_model_len, size)
     while refused - fitting > 1:
         middle = (fitting + refused) // 2
         if fits(config, of(middle)):

@@ -7,6 +7,7 @@ from stages.capacity.deployment import Deployment
 from stages.capacity.step_time import ACTIVATION_BYTES, ExpertKernel, StageTimes, StepTime, hop_s
 from stages.wormhole import GALAXY_COLUMNS
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div
 
 
 class PredictionOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,5 +84,5 @@ def _cycle_s(stages: list[float], hop: float, microbatches: int) -> float:
 
 def _ttft_s(stages: list[float], hop: float, options: PredictionOptions, chunk: int) -> float:
     """The last chunk follows the others through the slowest stage; all are taken to be as slow as it is."""
-    chunks = -(-options.prompt_tokens // chunk)
+    chunks = ceil_div(options.prompt_tokens, chunk)
     return sum(stages) + hop * (len(stages) - 1) + (chunks - 1) * max(stages)

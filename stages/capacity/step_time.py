@@ -25,6 +25,7 @@ from stages.wormhole import (
     flops_per_s,
 )
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div, round_up
 
 
 class CollectiveCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,7 +190,7 @@ class StageTimes:
 
     def decode(self, users_per_row: int, context: int) -> StepTime:
         """A step of one token for `users_per_row` users of each row, with `context` tokens cached for each."""
-        tokens, own = _tiles(users_per_row), -(-users_per_row // GALAXY_COLUMNS)
+        tokens, own = _tiles(users_per_row), ceil_div(users_per_row, GALAXY_COLUMNS)
         # Their heads share tiles, so the cache of each user is read once.
         attention = self._attend(own, context, cache_reads=own) + self._swap(tokens, own)
         return self._step(tokens, attention, is_decode=True)
@@ -230,11 +231,11 @@ class StageTimes:
     def _experts(self, tokens: int) -> StepTime:
         weights = self._weights.experts()
         if self._expert_kernel == "all":
-            passes = -(-tokens // TOKENS_AT_ONCE)
-            return _sum(_product(weight, _tiles(-(-tokens // passes))) for weight in weights).times(passes)
+            passes = ceil_div(tokens, TOKENS_AT_ONCE)
+            return _sum(_product(weight, _tiles(ceil_div(tokens, passes))) for weight in weights).times(passes)
         hit = hit_share(self._config, tokens)
         experts = hit * self._config.n_routed_experts
-        each = _tiles(-(-tokens * self._config.num_experts_per_tok // max(1, round(experts))))
+        each = _tiles(ceil_div(tokens * self._config.num_experts_per_tok, max(1, round(experts))))
         return _sum(_product(weight, each, share=hit) for weight in weights)
 
     def _attend(self, queries: int, context: int, cache_reads: int) -> StepTime:
@@ -278,7 +279,7 @@ class StageTimes:
         if self._expert_kernel == "chosen":
             return StepTime()
         made = sum(tensor.bytes for tensor in Activations(self._config, self._rows, tokens).experts())
-        passes = -(-tokens * self._rows // TOKENS_AT_ONCE)
+        passes = ceil_div(tokens * self._rows, TOKENS_AT_ONCE)
         return _bound(2 * made * passes, 0)
 
     def _hidden(self, tokens: int) -> float:
@@ -314,4 +315,4 @@ def _sum(times: Iterable[StepTime]) -> StepTime:
 
 def _tiles(tokens: int) -> int:
     """Rows of whole tiles, as products take them."""
-    return -(-tokens // TILE) * TILE
+    return round_up(tokens, TILE)

@@ -10,6 +10,7 @@ from stages.plan import StageSpec
 from stages.step import Step
 from stages.timed.options import GivenTimes, PredictedTimes
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div, round_up
 
 CONTEXT_TOKENS = 64
 """Cached tokens are counted in such pieces: a prediction takes longer than a step may."""
@@ -48,9 +49,9 @@ class PredictedDurations:
         """See `Durations`."""
         if step.mode == "decode":
             context = max(segment.start for segment in step.segments) + 1
-            return self._decode_s(-(-len(step.segments) // self._rows), _rounded_up(context, CONTEXT_TOKENS))
+            return self._decode_s(ceil_div(len(step.segments), self._rows), round_up(context, CONTEXT_TOKENS))
         return sum(
-            self._prefill_s(_rounded_up(len(segment.tokens), CONTEXT_TOKENS // 2), segment.start)
+            self._prefill_s(round_up(len(segment.tokens), CONTEXT_TOKENS // 2), segment.start)
             for segment in step.segments
         )
 
@@ -66,7 +67,3 @@ def durations(config: ModelConfig, spec: StageSpec, options: StageOptions) -> Du
         return PredictedDurations(times, rows)
     timed.times.check(spec.stages)
     return GivenDurations(timed.times, spec.index)
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

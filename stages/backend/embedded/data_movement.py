@@ -23,6 +23,7 @@ from stages.backend.embedded.eltwise import typecast
 from stages.backend.embedded.memory import MemoryConfig, ShardSpec, TensorMemoryLayout
 from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
+from weights.sizes import ceil_div, round_up
 
 
 def reshape(input_tensor: Tensor, shape: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
@@ -132,8 +133,8 @@ def to_memory_config(tensor: Tensor, memory_config: MemoryConfig, dtype: DataTyp
 def _refuse_other_cores(x: Tensor, spec: ShardSpec) -> None:
     *others, height, width = x.shape
     if x.layout is TILE_LAYOUT:
-        height, width = (-(-size // TILE_SIZE) * TILE_SIZE for size in (height, width))
-    cores = -(-math.prod(others) * height // spec.shape[0])
+        height, width = (round_up(size, TILE_SIZE) for size in (height, width))
+    cores = ceil_div(math.prod(others) * height, spec.shape[0])
     if spec.shape[1] != width or cores > spec.cores:
         reason = f"it cannot be laid out as {list(spec.shape)} on each of {spec.cores} cores"
         refuse("to_memory_config", reason, x)

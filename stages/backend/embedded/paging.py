@@ -10,6 +10,7 @@ from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, int32
 from stages.backend.embedded.tensor import Tensor
 from stages.backend.embedded.trace import atomic
 from stages.errors import DeviceError
+from weights.sizes import ceil_div
 
 LATENTS_AT_ONCE = 1 << 20
 """Cache values that attention gathers at a time: they stay in a core's cache between the two products."""
@@ -109,7 +110,7 @@ def _bucket(group: list[int], positions: torch.Tensor, table: torch.Tensor, bloc
 
 def table_row(op: str, page_table: torch.Tensor, user: int, tokens: int, block_size: int) -> torch.Tensor:
     """The blocks of a user's first `tokens` tokens. Raises DeviceError where the page table does not reach."""
-    needed = -(-tokens // block_size)
+    needed = ceil_div(tokens, block_size)
     if user >= page_table.shape[0] or needed > page_table.shape[1]:
         raise DeviceError(
             f"{op}: a page table of {list(page_table.shape)} blocks of {block_size} does not hold {tokens} tokens "

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 from stages.tensor_dtypes import TILE, TensorDtype, WeightDtypes
 from weights.model_config import ModelConfig
+from weights.sizes import round_up
 
 INPUTS = 2
 OUTPUTS = 3
@@ -73,7 +74,7 @@ def head_projection(config: ModelConfig, columns: int, dtypes: WeightDtypes = DE
 
 def padded_vocabulary(config: ModelConfig, columns: int) -> int:
     """Tokens of the head: as many whole tiles for every column; one chip's head is as it is."""
-    return config.vocab_size if columns == 1 else -(-config.vocab_size // (columns * TILE)) * columns * TILE
+    return config.vocab_size if columns == 1 else round_up(config.vocab_size, columns * TILE)
 
 
 def layer_weights(config: ModelConfig, layer: int, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpecs:
