@@ -37,7 +37,7 @@ from api.messages.engine import (
     takes_requests,
 )
 from api.messages.framing import Framing
-from api.scheduler.scheduler import check_request
+from api.scheduler.sequence import check_request
 
 PROBE_TIMEOUT_S = 2.0
 

@@ -22,7 +22,7 @@ from api.messages.engine import (
     not_ready,
     takes_requests,
 )
-from api.scheduler.scheduler import check_request
+from api.scheduler.sequence import check_request
 from weights.errors import GalaxylineError
 
 log = structlog.get_logger()

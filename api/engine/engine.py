@@ -175,7 +175,7 @@ class Engine:
 
     def _add(self, request: AddRequest) -> None:
         try:
-            self._scheduler.add(request)
+            self._scheduler.add_request(request)
         except RequestError as error:
             refusal = RequestOutput(request_id=request.request_id, tokens=[], finish_reason="error", error=str(error))
             self._send(Outputs(outputs=[refusal]))

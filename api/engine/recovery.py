@@ -93,7 +93,7 @@ class Recovery:
         began_ns = now_ns()
         self.is_under_way = True
         self._tell(failure)
-        is_explained = self._condemn(failure)
+        is_explained = self._end_culprit(failure)
         self._watch.pipeline_lost()
         self._limit.note(failure, is_explained=is_explained)
         while True:
@@ -111,14 +111,14 @@ class Recovery:
         self._meters.recovered(seconds)
         log.info("the pipeline is back", epoch=pipeline.epoch, seconds=round(seconds, 3))
 
-    def _condemn(self, failure: PipelineError | ProtocolError) -> bool:
+    def _end_culprit(self, failure: PipelineError | ProtocolError) -> bool:
         """Ends the request that alone made steps fail, if it is found by now; whether it is."""
         step_id = failure.step_id if isinstance(failure, PipelineError) else None
-        condemned = self._scheduler.blame(step_id, str(failure))
-        if condemned:
-            self._send(Outputs(outputs=condemned))
-            self._watch.requests_ended(condemned)
-        return bool(condemned)
+        ended = self._scheduler.on_failure(step_id, str(failure))
+        if ended:
+            self._send(Outputs(outputs=ended))
+            self._watch.requests_ended(ended)
+        return bool(ended)
 
     def _tell(self, error: GalaxylineError) -> None:
         log.error("the pipeline failed", kind=type(error).__name__, error=str(error))

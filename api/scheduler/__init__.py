@@ -1,1 +1,1 @@
-"""Which requests run in which step: a state machine with no clock, no I/O and no sockets."""
+"""The scheduler: which requests run in which step, decided by a state machine with no clock, no I/O, no sockets."""

@@ -1,12 +1,12 @@
-"""Which request's tokens go into which step: a state machine without clock, I/O or knowledge of the pipeline.
+"""The choice of which requests' tokens go into which step: a state machine with no clock, no I/O and no sockets.
 
 Decode and prefill are separate steps and take turns when both are ready, so that a microbatch that is ready to decode
 waits for one prefill step at most before each decode step up to its own: never more than there are microbatches.
-Requests that failing steps have in common are kept apart (see api/scheduler/suspects.py).
 Microbatches decode in the order of their last decode step; a decode step holds every request of its microbatch that
 is ready. Prefill takes requests in the order of arrival; one step may hold chunks of several, of any microbatch, and
 the chunks of one prompt follow each other without waiting for results. Every stage runs steps in order, so a block or
-slot that is given up may be in the very next step again.
+slot that is given up may be in the very next step again. Requests whose steps make the pipeline fail share steps only
+as far as the quarantine allows (api/scheduler/quarantine.py).
 """
 
 from collections import deque
@@ -14,57 +14,35 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from actors.errors import ProtocolError
-from api.errors import RequestError
 from api.messages.engine import AddRequest, Counts, RequestOutput
 from api.scheduler.options import SchedulerOptions
-from api.scheduler.prefill_pace import PrefillPace
-from api.scheduler.sequence import Run, Sequence
+from api.scheduler.prefill_budget import PrefillBudget
+from api.scheduler.quarantine import Quarantine
+from api.scheduler.sequence import Run, Sequence, StepInFlight, check_request
 from api.scheduler.slots import BlockPool, Slots
-from api.scheduler.suspects import Suspects, acquit, group_of
-from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step, StepResult, TokenLogprobs
 
 BY_ARRIVAL = attrgetter("arrival")
 
 
-@dataclass(slots=True)
-class StepInFlight:
-    """A step whose result is awaited.
+@dataclass(slots=True, frozen=True)
+class Snapshot:
+    """The requests and blocks of a scheduler at one moment, for tests and debugging.
 
-    `members` are all runs in it and `runs` those it samples for; `scored` are those whose prompt it scores, each with
-    its segment's start. `microbatch` is None for a prefill step.
+    `waiting` are in the order in which they get slots. `ready` are the microbatches that could decode now, and
+    `free_blocks` the ids of each pool's free blocks.
     """
 
-    step_id: int
-    microbatch: int | None
-    token_count: int
-    members: list[Run]
-    runs: list[Run]
-    scored: list[tuple[Run, int]]
-
-
-def check_request(request: AddRequest, cache: CacheOptions) -> None:
-    """Raises RequestError, with the numbers, for a request that can never run.
-
-    What passes fits a pool: CacheOptions demands that each can hold a request of `max_model_len` tokens.
-    """
-    if not request.tokens:
-        raise RequestError("The prompt holds no token: give at least one.", "prompt")
-    if request.max_tokens < 1:
-        raise RequestError(f"max_tokens is {request.max_tokens}: ask for at least one token.", "max_tokens")
-    length = len(request.tokens) + request.max_tokens
-    if length > cache.max_model_len:
-        raise RequestError(
-            f"The prompt's {len(request.tokens)} tokens and max_tokens {request.max_tokens} make {length}, over the "
-            f"model's length of {cache.max_model_len}: shorten the prompt or lower max_tokens.",
-            "max_tokens",
-        )
+    waiting: list[Sequence]
+    running: list[Run]
+    ready: list[int]
+    free_blocks: list[list[int]]
 
 
 class Scheduler:
-    """Requests in, steps out; results in, outputs out. A request is waiting, or it runs in a slot.
+    """Turns requests into steps, and the results of steps into outputs. A request waits, or it runs in a slot.
 
-    `preemptions` counts how often a request had to give way since the start.
+    `preemptions` counts how often a request had to give up its slot to another since the start.
     """
 
     def __init__(self, options: SchedulerOptions, epoch: int) -> None:
@@ -75,15 +53,15 @@ class Scheduler:
         self._step_id = 0
         self._last_decode = [0] * options.steps_in_flight
         self._prefill_next = True
-        self._suspects = Suspects()
+        self._quarantine = Quarantine()
         self.preemptions = 0
-        self._pace = PrefillPace(options)
+        self._budget = PrefillBudget(options)
         self.reset(epoch)
 
     def reset(self, epoch: int) -> None:
-        """Starts over on an empty pipeline: every request waits, with its tokens so far, in the order of arrival.
+        """Begins an epoch on an empty pipeline: every request waits, with its tokens so far, in the order of arrival.
 
-        Results of former epochs are dropped.
+        Results of former epochs will be dropped.
         """
         microbatches = self._options.steps_in_flight
         cache = self._options.cache
@@ -99,7 +77,7 @@ class Scheduler:
         self._pools = [BlockPool(cache.blocks) for _ in range(cache.pools)]
         self._slots = Slots(self._options)
 
-    def add(self, request: AddRequest) -> None:
+    def add_request(self, request: AddRequest) -> None:
         """Queues a request. Raises RequestError for one that can never run, ValueError for an id that is in use."""
         check_request(request, self._options.cache)
         if request.request_id in self._sequences:
@@ -110,41 +88,45 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def abort(self, request_id: int) -> None:
-        """Ends a request without output; no later step contains it. Unknown ids, and those that ended, are fine."""
-        sequence = self._sequences.pop(request_id, None)
+        """Ends a request without output; no later step contains it. An id that is unknown or has ended is fine."""
+        sequence = self._sequences.get(request_id)
         if sequence is None:
             return
+        self._end(sequence)
         run = self._runs.get(request_id)
         if run is None:
             self._waiting.remove(sequence)
         else:
             self._leave(run)
 
-    def blame(self, step_id: int | None, error: str) -> list[RequestOutput]:
-        """Notes that a step in flight made the pipeline fail; to be told before `reset`.
+    def on_failure(self, step_id: int | None, error: str) -> list[RequestOutput]:
+        """Takes note of the step in flight that made the pipeline fail; call it before `reset`.
 
-        A request that was alone in such a step twice, and did not get on in between, ends with the sentence `error`.
+        A request that was alone in such a step twice, and made no progress in between, ends with the sentence `error`.
         """
         failed = next((step for step in self._in_flight if step.step_id == step_id), None)
-        sequences = [] if failed is None else [run.sequence for run in failed.members if run.active]
-        if failed is None or not self._suspects.blame(sequences, "prefill" if failed.microbatch is None else "decode"):
+        if failed is None:
             return []
-        request_id = sequences[0].request_id
-        del self._sequences[request_id]
-        return [RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=error)]
+        request_ids = [run.request_id for run in failed.members if run.active]
+        culprit = self._quarantine.record_failure(request_ids, failed.mode)
+        if culprit is None:
+            return []
+        self._end(self._sequences[culprit])
+        return [RequestOutput(request_id=culprit, tokens=[], finish_reason="error", error=error)]
 
     def fail(self, error: str) -> list[RequestOutput]:
-        """Ends every request with this sentence, and forgets every step."""
+        """Ends every request with the sentence `error`, and forgets every step."""
         failed = [
             RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=error)
             for request_id in self._sequences
         ]
         self._sequences.clear()
+        self._quarantine = Quarantine()
         self.reset(self._epoch)
         return failed
 
     def counts(self) -> Counts:
-        """The books as they stand."""
+        """The numbers of requests, steps, slots and blocks as they are now."""
         cache = self._options.cache
         return Counts(
             waiting=len(self._waiting),
@@ -156,12 +138,25 @@ class Scheduler:
             blocks=cache.blocks * cache.pools,
         )
 
+    def snapshot(self) -> Snapshot:
+        """The requests and blocks as they are now."""
+        return Snapshot(
+            waiting=list(self._waiting),
+            running=list(self._runs.values()),
+            ready=[
+                microbatch
+                for microbatch, runs in enumerate(self._decodable)
+                if any(run.active for run in runs) and not self._decoding[microbatch]
+            ],
+            free_blocks=[pool.free_ids for pool in self._pools],
+        )
+
     def requests_in(self, step: Step) -> list[int]:
-        """The ids of the requests whose tokens a step holds, in the order of its segments. Ask at once."""
+        """The ids of the requests in the step that `next_step` gave last, in the order of its segments."""
         return [self._by_slot[segment.slot].sequence.request_id for segment in step.segments]
 
     def next_step(self) -> Step | None:
-        """The next step to submit, in this order; None until a result or a request comes in."""
+        """Returns the next step; steps are submitted in this order. None until a result or a request comes in."""
         if len(self._in_flight) >= self._options.steps_in_flight:
             return None
         if self._prefill_next:
@@ -169,34 +164,33 @@ class Scheduler:
         return self._decode_step() or self._prefill_step()
 
     def on_result(self, result: StepResult) -> list[RequestOutput]:
-        """Takes the tokens of the oldest step in flight. Raises ProtocolError when the result is not that step's."""
+        """Takes in the result of the oldest step in flight. Raises ProtocolError when it is another step's result."""
         if result.epoch != self._epoch:
             return []
         awaited = self._awaited(result)
         self._in_flight.popleft()
         if awaited.microbatch is not None:
             self._decoding[awaited.microbatch] = False
-        self._pace.note(awaited.microbatch is None, awaited.token_count, result.timings)
+        self._budget.record_step(awaited.mode, awaited.token_count, result.timings)
         scores = {
             run: run.sequence.unscored(start, entries)
             for (run, start), entries in zip(awaited.scored, result.prompt_logprobs, strict=True)
             if run.active
         }
         logprobs = result.logprobs or [None] * len(result.tokens)
-        mode: Mode = "prefill" if awaited.microbatch is None else "decode"
         outputs = [
-            self._advance(run, mode, token, logprob, scores.pop(run, []))
-            for run, token, logprob in zip(awaited.runs, result.tokens, logprobs, strict=True)
+            self._advance(run, awaited.mode, token, logprob, scores.pop(run, []))
+            for run, token, logprob in zip(awaited.sampled, result.tokens, logprobs, strict=True)
             if run.active
         ]
         return outputs + [_scored(run, entries) for run, entries in scores.items() if entries]
 
     def _awaited(self, result: StepResult) -> StepInFlight:
         awaited = self._in_flight[0] if self._in_flight else None
-        if awaited is None or (awaited.step_id, len(awaited.runs)) != (result.step_id, len(result.tokens)):
+        if awaited is None or (awaited.step_id, len(awaited.sampled)) != (result.step_id, len(result.tokens)):
             raise ProtocolError(
                 f"The last stage sent {len(result.tokens)} tokens for step {result.step_id}; awaited was "
-                + (f"step {awaited.step_id} with {len(awaited.runs)}." if awaited else "no step.")
+                + (f"step {awaited.step_id} with {len(awaited.sampled)}." if awaited else "no step.")
             )
         if len(result.logprobs) not in {0, len(result.tokens)} or len(result.prompt_logprobs) != len(awaited.scored):
             raise ProtocolError(
@@ -210,12 +204,12 @@ class Scheduler:
         self, run: Run, mode: Mode, token: int, logprob: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
     ) -> RequestOutput:
         sequence = run.sequence
-        acquit(sequence, mode)
+        self._quarantine.release(sequence.request_id, mode)
         reason = sequence.append(token)
         if reason is None:
             self._decodable[run.microbatch].append(run)
         else:
-            del self._sequences[sequence.request_id]
+            self._end(sequence)
             self._leave(run)
         return RequestOutput(
             request_id=sequence.request_id,
@@ -229,12 +223,8 @@ class Scheduler:
     def _decode_step(self) -> Step | None:
         ready = [m for m, runs in enumerate(self._decodable) if runs and not self._decoding[m]]
         for microbatch in sorted(ready, key=self._last_decode.__getitem__):
-            group = group_of(self._decodable[microbatch][0].sequence)
-            runs = [run for run in self._decodable[microbatch] if group_of(run.sequence) == group]
-            self._decodable[microbatch] = [
-                run for run in self._decodable[microbatch] if group_of(run.sequence) != group
-            ]
-            # In the order of arrival, so that a run that gives way to another one is not in the step yet.
+            runs, self._decodable[microbatch] = self._quarantine.split(self._decodable[microbatch])
+            # In the order of arrival, so that a run that is preempted for another one is not in the step yet.
             runs.sort(key=BY_ARRIVAL)
             segments: list[Segment] = []
             decoded: list[Run] = []
@@ -252,7 +242,7 @@ class Scheduler:
         return None
 
     def _blocks_to_decode(self, run: Run) -> list[int] | None:
-        """What to append to the page table before the next token; None if the run itself had to give way."""
+        """The blocks to add for the run's next token, at most one; None if the run itself was preempted."""
         if run.issued < len(run.blocks) * self._block_size:
             return []
         pool = self._pools[run.pool]
@@ -261,7 +251,7 @@ class Scheduler:
             self._preempt(latest)
             if latest is run:
                 return None
-        new_blocks = pool.take(1)
+        new_blocks = pool.take_blocks(1)
         run.blocks += new_blocks
         return new_blocks
 
@@ -271,7 +261,7 @@ class Scheduler:
         members: list[Run] = []
         sampled: list[Run] = []
         scored: list[tuple[Run, int]] = []
-        most = budget = self._prefill_budget()
+        most = budget = self._prefill_tokens_max()
         while run := self._next_to_prefill(budget, admissions, members):
             members.append(run)
             count = self._chunk(run.prefill_end - run.issued, budget)
@@ -287,23 +277,24 @@ class Scheduler:
         in_flight = StepInFlight(self._step_id, None, most - budget, members, sampled, scored)
         return self._issue("prefill", segments, admissions, in_flight)
 
-    def _prefill_budget(self) -> int:
-        """Tokens that the next prefill step may hold: as many as may be where it holds up nobody."""
+    def _prefill_tokens_max(self) -> int:
+        """The most tokens that the next prefill step may hold: a whole chunk where no request waits to decode."""
         if any(self._decodable) or any(self._decoding):
-            return self._pace.tokens
+            return self._budget.tokens
         return self._options.prefill_chunk
 
     def _next_to_prefill(self, budget: int, admissions: list[Admission], members: list[Run]) -> Run | None:
-        """The run whose chunk comes next: the one that has begun, or else the first that waits, if it finds room.
+        """The run whose chunk comes next: the one that has begun, or else the first that waits, if there is room.
 
-        None too where it may not share a step with the `members` that are there.
+        None also where that one may not share a step with `members`.
         """
         run = self._prefilling
         if run is not None:
             return run if self._chunk(run.prefill_end - run.issued, budget) else None
         if not self._waiting or not self._chunk(len(self._waiting[0].tokens), budget):
             return None
-        if members and group_of(members[0].sequence) != group_of(self._waiting[0]):
+        group_of = self._quarantine.group_of
+        if members and group_of(members[0].request_id) != group_of(self._waiting[0].request_id):
             return None
         run = self._prefilling = self._admit(self._waiting[0])
         if run is not None:
@@ -312,14 +303,14 @@ class Scheduler:
         return run
 
     def _chunk(self, remaining: int, budget: int) -> int:
-        """Tokens of the next chunk: only the last chunk of a prompt may end within a block."""
+        """The number of tokens in the next chunk: only the last chunk of a prompt may end within a block."""
         return remaining if remaining <= budget else budget - budget % self._block_size
 
     def _admit(self, sequence: Sequence) -> Run | None:
         length = len(sequence.tokens)
-        # Room for the token after the prompt too: a run that had to give way at once would not get on.
+        # Room for the token after the prompt too: a run that is preempted at once would make no progress.
         needed = length // self._block_size + 1
-        slot = self._slots.take(needed, self._pools)
+        slot = self._slots.take_slot(needed, self._pools)
         if slot is None:
             return None
         pool = self._options.cache.pool_of(slot)
@@ -328,7 +319,7 @@ class Scheduler:
             slot=slot,
             microbatch=self._slots.microbatch_of(slot),
             pool=pool,
-            blocks=self._pools[pool].take(needed),
+            blocks=self._pools[pool].take_blocks(needed),
             prefill_end=length,
         )
         self._runs[sequence.request_id] = run
@@ -363,20 +354,24 @@ class Scheduler:
         return step
 
     def _preempt(self, run: Run) -> None:
-        """Gives up the run's slot and blocks; its sequence waits again, before all that arrived later."""
+        """Frees the run's slot and blocks; its sequence waits again, before all that arrived later."""
         self._leave(run)
         self.preemptions += 1
-        place = 0
-        while place < len(self._waiting) and self._waiting[place].arrival < run.arrival:
-            place += 1
-        self._waiting.insert(place, run.sequence)
+        position = 0
+        while position < len(self._waiting) and self._waiting[position].arrival < run.arrival:
+            position += 1
+        self._waiting.insert(position, run.sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._quarantine.forget(sequence.request_id)
 
     def _leave(self, run: Run) -> None:
         run.active = False
-        del self._runs[run.sequence.request_id]
-        self._pools[run.pool].give_back(run.blocks)
+        del self._runs[run.request_id]
+        self._pools[run.pool].free_blocks(run.blocks)
         del self._by_slot[run.slot]
-        self._slots.give_back(run.slot)
+        self._slots.free_slot(run.slot)
         self._ended.append(run.slot)
         if self._prefilling is run:
             self._prefilling = None
@@ -384,6 +379,4 @@ class Scheduler:
 
 def _scored(run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
     """The output of a chunk that scores a prompt and samples nothing."""
-    return RequestOutput(
-        request_id=run.sequence.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries
-    )
+    return RequestOutput(request_id=run.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries)

@@ -1,19 +1,38 @@
-"""A request inside the scheduler: what it is, and its stay in a slot."""
+"""A request inside the scheduler: whether it can run, its tokens, its stay in a slot, and the steps it is in."""
 
 from dataclasses import dataclass
 
+from api.errors import RequestError
 from api.messages.engine import AddRequest, FinishReason
-from api.scheduler.suspects import Suspicion
-from stages.step import Admission, SamplingParams, TokenLogprobs
+from stages.options import CacheOptions
+from stages.step import Admission, Mode, SamplingParams, TokenLogprobs
+
+
+def check_request(request: AddRequest, cache: CacheOptions) -> None:
+    """Raises RequestError, with the numbers, for a request that can never run.
+
+    What passes fits a pool: CacheOptions demands that each can hold a request of `max_model_len` tokens.
+    """
+    if not request.tokens:
+        raise RequestError("The prompt holds no token: give at least one.", "prompt")
+    if request.max_tokens < 1:
+        raise RequestError(f"max_tokens is {request.max_tokens}: ask for at least one token.", "max_tokens")
+    length = len(request.tokens) + request.max_tokens
+    if length > cache.max_model_len:
+        raise RequestError(
+            f"The prompt's {len(request.tokens)} tokens and max_tokens {request.max_tokens} make {length}, over the "
+            f"model's length of {cache.max_model_len}: shorten the prompt or lower max_tokens.",
+            "max_tokens",
+        )
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request's tokens, prompt first: all that is needed to begin it anew.
+    """One request's tokens, prompt first, and all else that is needed to begin it anew.
 
-    `arrival` counts upward; the first `prompt_tokens` are the prompt, and `end` is the number of tokens at which the
-    request has had its `max_tokens`. Log-probabilities of the prompt's tokens at positions 1 to `scored` have been
-    handed out. A step of it has failed since it last got on where there is a `suspicion`.
+    `arrival` counts upward; the first `prompt_tokens` tokens are the prompt, and `end` is the number of tokens at which
+    the request has had its `max_tokens`. Log-probabilities of the prompt's tokens at positions 1 to `scored` have been
+    handed out.
     """
 
     request_id: int
@@ -25,11 +44,10 @@ class Sequence:
     sampling: SamplingParams
     forced: list[int]
     scored: int = 0
-    suspicion: Suspicion | None = None
 
     @classmethod
     def of(cls, request: AddRequest, arrival: int) -> "Sequence":
-        """A request that has no tokens beyond its prompt yet."""
+        """The sequence of a new request: it has no tokens beyond its prompt."""
         return cls(
             request_id=request.request_id,
             arrival=arrival,
@@ -42,7 +60,7 @@ class Sequence:
         )
 
     def append(self, token: int) -> FinishReason | None:
-        """Takes a sampled token, or the forced one of its place; says whether the request ends with the sampled one."""
+        """Appends a sampled token, or the one forced in its stead; returns why the request ends, None if not."""
         answered = len(self.tokens) - self.prompt_tokens
         self.tokens.append(self.forced[answered] if answered < len(self.forced) else token)
         if token in self.stop_token_ids:
@@ -50,7 +68,7 @@ class Sequence:
         return "length" if len(self.tokens) == self.end else None
 
     def unscored(self, start: int, entries: list[TokenLogprobs]) -> list[TokenLogprobs]:
-        """Those of a chunk's `entries`, for positions from `start` + 1 on, that no former stay has handed out."""
+        """The `entries` of a chunk, for positions from `start` + 1 on, without those that were handed out before."""
         fresh = entries[max(self.scored - start, 0) :]
         self.scored += len(fresh)
         return fresh
@@ -60,9 +78,9 @@ class Sequence:
 class Run:
     """A sequence's stay in a slot, from its admission until it ends or is preempted.
 
-    Steps in flight hold on to the run and not to the sequence: once it is no longer `active`, what they sampled is
-    dropped, even when the sequence is running again. `issued` tokens are in steps, and so in the cache of every later
-    step; the first `prefill_end` of them are the prompt and what had been sampled before this stay.
+    Steps in flight refer to the run and not to the sequence: once it is no longer `active`, what they sampled is
+    dropped, even when the sequence is running again. The first `issued` tokens are in steps, and so in the cache of
+    every later step; the first `prefill_end` are the prompt and what had been sampled before this stay.
     """
 
     sequence: Sequence
@@ -75,7 +93,7 @@ class Run:
     active: bool = True
 
     def admission(self) -> Admission:
-        """What the stages are told of the request."""
+        """The admission of the request that its first step carries to the stages."""
         sequence = self.sequence
         return Admission(
             slot=self.slot,
@@ -85,6 +103,32 @@ class Run:
         )
 
     @property
+    def request_id(self) -> int:
+        """The id of the sequence's request."""
+        return self.sequence.request_id
+
+    @property
     def arrival(self) -> int:
-        """The sequence's."""
+        """The place of the sequence in the order of arrival."""
         return self.sequence.arrival
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A step whose result is awaited.
+
+    `members` are all runs with a segment in it and `sampled` those that get a token; `scored` are those whose prompt
+    is scored, each with its segment's start. `microbatch` is None for a prefill step.
+    """
+
+    step_id: int
+    microbatch: int | None
+    token_count: int
+    members: list[Run]
+    sampled: list[Run]
+    scored: list[tuple[Run, int]]
+
+    @property
+    def mode(self) -> Mode:
+        """Whether the step prefills or decodes."""
+        return "prefill" if self.microbatch is None else "decode"

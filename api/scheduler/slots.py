@@ -1,4 +1,4 @@
-"""The free slots, by microbatch and pool, and the choice of a slot for a request."""
+"""The free slots and blocks of the cache, and the choice of a slot for a request."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,23 @@ from api.scheduler.options import SchedulerOptions
 
 
 class BlockPool:
-    """Hands out block ids 0 .. blocks - 1, each to one owner at a time. The last one given back is the next to go."""
+    """The free blocks of one pool, with ids from 0 to blocks - 1. The block freed last is handed out next."""
 
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))
 
     @property
     def free(self) -> int:
-        """How many blocks can be taken now."""
+        """How many blocks are free."""
         return len(self._free)
 
-    def take(self, count: int) -> list[int]:
-        """`count` blocks. Raises ValueError if fewer are free: callers look at `free` first."""
+    @property
+    def free_ids(self) -> list[int]:
+        """The free blocks, in no particular order."""
+        return self._free.copy()
+
+    def take_blocks(self, count: int) -> list[int]:
+        """Takes `count` blocks. Raises ValueError if fewer are free: callers look at `free` first."""
         kept = len(self._free) - count
         if kept < 0:
             raise ValueError(f"{count} blocks were asked of a pool that has {len(self._free)} free.")
@@ -26,13 +31,16 @@ class BlockPool:
         taken.reverse()
         return taken
 
-    def give_back(self, blocks: list[int]) -> None:
-        """Frees blocks that `take` handed out."""
+    def free_blocks(self, blocks: list[int]) -> None:
+        """Frees blocks that `take_blocks` returned."""
         self._free.extend(reversed(blocks))
 
 
 class Slots:
-    """Every slot belongs to one microbatch, slot // slots_per_microbatch, and to one pool, CacheOptions.pool_of."""
+    """The free slots, by microbatch and pool.
+
+    Every slot belongs to one microbatch, slot // slots_per_microbatch, and to one pool, CacheOptions.pool_of.
+    """
 
     def __init__(self, options: SchedulerOptions) -> None:
         cache = options.cache
@@ -46,17 +54,17 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many slots no request has."""
+        """How many slots are free."""
         return self._free_slots
 
     def microbatch_of(self, slot: int) -> int:
-        """The microbatch whose decode steps the slot is in."""
+        """The microbatch that decodes the slot."""
         return slot // self._per_microbatch
 
-    def take(self, blocks: int, pools: Sequence[BlockPool]) -> int | None:
-        """A slot of the emptiest microbatch that has one in a pool with `blocks` free blocks; None if there is none.
+    def take_slot(self, blocks: int, pools: Sequence[BlockPool]) -> int | None:
+        """Takes a slot of the emptiest microbatch with a free one in a pool of `blocks` free blocks; None without one.
 
-        Of several such pools the one with most free blocks, so that pools fill evenly too.
+        Of several such pools, the one with most free blocks is chosen, so that pools fill evenly too.
         """
         if not self._free_slots or max(pool.free for pool in pools) < blocks:
             return None
@@ -69,8 +77,8 @@ class Slots:
                 return by_pool[max(fitting, key=lambda pool: pools[pool].free)].pop()
         return None
 
-    def give_back(self, slot: int) -> None:
-        """Frees a slot that `take` handed out."""
+    def free_slot(self, slot: int) -> None:
+        """Frees a slot that `take_slot` returned."""
         microbatch = self.microbatch_of(slot)
         self._free[microbatch][self._pool_of(slot)].append(slot)
         self._running[microbatch] -= 1

@@ -1,4 +1,4 @@
-"""Whom failures are put down to: requests that alone make a stage fail end, and nobody else does."""
+"""Requests that alone make a stage fail end, and no others do."""
 
 import math
 from collections import deque
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.messages.engine import AddRequest, RequestOutput
+from api.scheduler.quarantine import REPEATED, Quarantine
 from api.scheduler.scheduler import Scheduler
-from api.scheduler.suspects import REPEATED, Suspects, Suspicion, acquit, group_of
 from stages.step import Mode, StepResult
 from tests.api.scheduler.test_scheduler import nothing_in_use, request, scheduler_options
 from tests.support.engine_fakes import PoisonedStage, PoisonedStepError, reference_answer
@@ -53,7 +53,7 @@ class Company:
         for _ in range(self.lost_results.draw(st.integers(0, len(self.results)), label="results that arrive")):
             self.take(self.scheduler.on_result(self.results.popleft()))
         self.results.clear()
-        self.take(self.scheduler.blame(step_id, SENTENCE))
+        self.take(self.scheduler.on_failure(step_id, SENTENCE))
         self.epoch += 1
         self.scheduler.reset(self.epoch)
         self.stage = self.new_stage()
@@ -105,7 +105,7 @@ def test_poisoned_requests_end_with_the_reason_and_their_neighbours_with_their_a
         for number, length in enumerate(lengths)
     ]
     for added in asked:
-        company.scheduler.add(added)
+        company.scheduler.add_request(added)
     company.run()
     condemned = {added.request_id for added in asked if POISON in added.tokens}
     assert {request_id for request_id, (reason, _) in company.endings.items() if reason == "error"} == condemned
@@ -126,7 +126,7 @@ def test_failures_between_steps_are_nobodys_fault(pauses: list[int], lengths: li
     company = Company("decode", 6, data)
     asked = [request(number, length, 20) for number, length in enumerate(lengths)]
     for added in asked:
-        company.scheduler.add(added)
+        company.scheduler.add_request(added)
     for pause in pauses:
         company.run(pause)
         company.fail(None)
@@ -137,7 +137,7 @@ def test_failures_between_steps_are_nobodys_fault(pauses: list[int], lengths: li
 
 def test_a_request_that_gets_on_between_two_failures_goes_free() -> None:
     company = Company("decode", 3, None)  # type: ignore[arg-type] # no results are on their way
-    company.scheduler.add(asked := request(0, 10, 20))
+    company.scheduler.add_request(asked := request(0, 10, 20))
     for _ in range(8):
         while step := company.scheduler.next_step():
             company.take(company.scheduler.on_result(company.stage.run(step)))
@@ -145,7 +145,7 @@ def test_a_request_that_gets_on_between_two_failures_goes_free() -> None:
                 break
         lone = company.scheduler.next_step()
         assert lone is not None
-        company.take(company.scheduler.blame(lone.step_id, SENTENCE))
+        company.take(company.scheduler.on_failure(lone.step_id, SENTENCE))
         company.epoch += 1
         company.scheduler.reset(company.epoch)
         company.stage = company.new_stage()
@@ -153,28 +153,21 @@ def test_a_request_that_gets_on_between_two_failures_goes_free() -> None:
     assert has_its_answer(company, asked)
 
 
-@dataclass
-class Someone:
-    """A request as far as it can be suspected."""
-
-    suspicion: Suspicion | None = None
-
-
 @given(count=st.integers(1, 300), culprit=st.integers(0, 299), mode=st.sampled_from(MODES))
 def test_halving_finds_one_among_many_and_the_default_limit_suffices(count: int, culprit: int, mode: Mode) -> None:
-    suspects = Suspects()
-    people = [Someone() for _ in range(count)]
-    guilty = people[culprit % count]
-    step = people
+    quarantine = Quarantine()
+    requests = list(range(count))
+    guilty = culprit % count
+    step = requests
     for _failures in range(1, 20):
-        if suspects.blame(step, mode):
+        if quarantine.record_failure(step, mode) is not None:
             break
         assert guilty in step
-        group = group_of(guilty)
-        for person in people:
-            if group_of(person) != group:
-                acquit(person, mode)
-        step = [person for person in people if group_of(person) == group]
+        group = quarantine.group_of(guilty)
+        for one in requests:
+            if quarantine.group_of(one) != group:
+                quarantine.release(one, mode)
+        step = [one for one in requests if quarantine.group_of(one) == group]
     assert step == [guilty]
     assert _failures <= REPEATED + math.ceil(math.log2(count)) + 1
 
@@ -187,18 +180,15 @@ def test_halving_finds_one_among_many_and_the_default_limit_suffices(count: int,
 def test_only_who_was_alone_in_two_failures_after_the_first_is_condemned(
     steps: list[tuple[set[int], Mode, bool]],
 ) -> None:
-    suspects = Suspects()
-    people = [Someone() for _ in range(10)]
+    quarantine = Quarantine()
     failed, alone = [0] * 10, [0] * 10
     for members, mode, is_failure in steps:
         if not is_failure:
             for member in members:
-                was_suspected = people[member].suspicion
-                acquit(people[member], mode)
-                if was_suspected is not None and was_suspected.mode == mode:
+                if quarantine.release(member, mode):
                     failed[member] = alone[member] = 0
             continue
-        is_condemned = suspects.blame([people[member] for member in members], mode)
+        is_condemned = quarantine.record_failure(list(members), mode) is not None
         if len(members) == 1:
             [member] = members
             alone[member] += failed[member] > 0
@@ -207,5 +197,5 @@ def test_only_who_was_alone_in_two_failures_after_the_first_is_condemned(
             assert not is_condemned
         for member in members:
             failed[member] += 1
-        groups = [group_of(people[member]) for member in members]
+        groups = [quarantine.group_of(member) for member in members]
         assert all(groups.count(group) <= (len(groups) + 1) // 2 for group in groups if group is not None)

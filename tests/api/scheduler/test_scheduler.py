@@ -118,7 +118,7 @@ def nothing_in_use(options: SchedulerOptions) -> Counts:
 def test_a_burst_spreads_evenly_over_the_microbatches_and_pools() -> None:
     line = FakeLine(scheduler_options(slots=12, pools=2, prefill_chunk=256))
     for request_id in range(6):
-        line.scheduler.add(request(request_id, 10, 4))
+        line.scheduler.add_request(request(request_id, 10, 4))
     step = line.submit()
     assert step is not None
     slots = [admission.slot for admission in step.admissions]
@@ -128,8 +128,8 @@ def test_a_burst_spreads_evenly_over_the_microbatches_and_pools() -> None:
 
 def test_the_chunks_of_a_prompt_follow_each_other_without_waiting_for_results() -> None:
     line = FakeLine(scheduler_options())
-    line.scheduler.add(request(0, 100, 4))
-    line.scheduler.add(request(1, 40, 4))
+    line.scheduler.add_request(request(0, 100, 4))
+    line.scheduler.add_request(request(1, 40, 4))
     while line.submit():
         pass
     chunks = [[(s.start, len(s.tokens), s.sample) for s in step.segments] for step in line.steps]
@@ -141,8 +141,8 @@ def test_the_chunks_of_a_prompt_follow_each_other_without_waiting_for_results() 
 def test_short_prompts_share_a_step() -> None:
     line = FakeLine(scheduler_options())
     for request_id in range(3):
-        line.scheduler.add(request(request_id, 10, 4))
-    line.scheduler.add(request(3, 70, 4))
+        line.scheduler.add_request(request(request_id, 10, 4))
+    line.scheduler.add_request(request(3, 70, 4))
     step = line.submit()
     assert step is not None
     assert [len(segment.tokens) for segment in step.segments] == [10, 10, 10, 32]
@@ -150,11 +150,11 @@ def test_short_prompts_share_a_step() -> None:
 
 def test_decode_steps_are_not_held_up_by_a_queue_of_prompts() -> None:
     line = FakeLine(scheduler_options(slots=60, blocks=300))
-    line.scheduler.add(request(0, 10, 100))
+    line.scheduler.add_request(request(0, 10, 100))
     line.submit()
     line.deliver()
     for request_id in range(1, 40):
-        line.scheduler.add(request(request_id, 100, 20))
+        line.scheduler.add_request(request(request_id, 100, 20))
     modes = []
     for _ in range(30):
         while step := line.submit():
@@ -168,7 +168,7 @@ def test_decode_steps_are_not_held_up_by_a_queue_of_prompts() -> None:
 def test_every_microbatch_decodes_in_turn_beside_an_endless_queue_of_prompts() -> None:
     line = FakeLine(scheduler_options(slots=600, blocks=2400))
     for request_id in range(300):
-        line.scheduler.add(request(request_id, 64, 64))
+        line.scheduler.add_request(request(request_id, 64, 64))
     for _ in range(120):
         while line.submit():
             pass
@@ -181,8 +181,8 @@ def test_every_microbatch_decodes_in_turn_beside_an_endless_queue_of_prompts() -
 
 def test_a_request_waits_until_its_token_after_the_prompt_has_room_too() -> None:
     line = FakeLine(scheduler_options(stages=1, slots=2, blocks=4, prefill_chunk=128))
-    line.scheduler.add(request(0, 33, 1))
-    line.scheduler.add(request(1, 64, 1))
+    line.scheduler.add_request(request(0, 33, 1))
+    line.scheduler.add_request(request(1, 64, 1))
     step = line.submit()
     assert step is not None
     # Two blocks are left, which the second prompt alone would fill.
@@ -196,7 +196,7 @@ def test_a_request_waits_until_its_token_after_the_prompt_has_room_too() -> None
 def test_a_request_that_does_not_fit_is_not_overtaken() -> None:
     line = FakeLine(scheduler_options(stages=1, slots=3, blocks=5, prefill_chunk=128))
     for request_id, prompt in enumerate((70, 70, 1)):
-        line.scheduler.add(request(request_id, prompt, 1))
+        line.scheduler.add_request(request(request_id, prompt, 1))
     for _ in range(2):
         step = line.submit()
         assert step is not None
@@ -208,11 +208,11 @@ def test_preempted_requests_of_several_pools_wait_in_the_order_of_arrival() -> N
     line = FakeLine(scheduler_options(stages=1, slots=8, pools=2, blocks=4, prefill_chunk=256))
     requests = [request(request_id, 20 + 3 * request_id, 60) for request_id in range(8)]
     for added in requests:
-        line.scheduler.add(added)
+        line.scheduler.add_request(added)
     preempted = 0
     while line.scheduler.counts().running + line.scheduler.counts().waiting:
         line.submit()
-        waiting = [sequence.arrival for sequence in line.scheduler._waiting]
+        waiting = [sequence.arrival for sequence in line.scheduler.snapshot().waiting]
         assert waiting == sorted(waiting)
         preempted = max(preempted, len(waiting))
         line.deliver()
@@ -221,7 +221,7 @@ def test_preempted_requests_of_several_pools_wait_in_the_order_of_arrival() -> N
 
 def test_one_stage_has_one_step_in_flight_by_default() -> None:
     line = FakeLine(scheduler_options(stages=1))
-    line.scheduler.add(request(0, 100, 2))
+    line.scheduler.add_request(request(0, 100, 2))
     assert line.submit() is not None
     assert line.submit() is None
 
@@ -230,8 +230,8 @@ def test_max_tokens_ends_with_length_and_a_stop_token_is_the_last() -> None:
     line = FakeLine(scheduler_options())
     answer, _ = reference_answer(request(0, 9, 1).tokens, 100, [])
     stop = next(token for token in answer if token != answer[0])
-    line.scheduler.add(request(0, 9, 100, [stop]))
-    line.scheduler.add(request(1, 9, 1))
+    line.scheduler.add_request(request(0, 9, 100, [stop]))
+    line.scheduler.add_request(request(1, 9, 1))
     ended = line.drain()
     assert ended[0] == (answer[: answer.index(stop) + 1], "stop")
     assert ended[1] == reference_answer(request(1, 9, 1).tokens, 1, [])
@@ -245,7 +245,9 @@ def test_forced_tokens_take_the_place_of_sampled_ones_which_are_handed_out() -> 
     prompts = [request(request_id, 20, 1).tokens for request_id in range(4)]
     forced = [[(5 * place + number) % VOCABULARY for place in range(90)] for number in range(4)]
     for number in range(4):
-        line.scheduler.add(msgspec.structs.replace(request(number, prompts[number], 100), forced=forced[number]))
+        line.scheduler.add_request(
+            msgspec.structs.replace(request(number, prompts[number], 100), forced=forced[number])
+        )
     ended = line.drain()
     assert line.scheduler.preemptions > 0
     for number in range(4):
@@ -261,7 +263,7 @@ def test_preemption_takes_the_latest_and_changes_no_token() -> None:
     line = FakeLine(scheduler_options(stages=1, slots=4, blocks=5))
     requests = [request(request_id, 20, 100) for request_id in range(4)]
     for added in requests:
-        line.scheduler.add(added)
+        line.scheduler.add_request(added)
     ended = line.drain()
     assert ended == {r.request_id: reference_answer(r.tokens, 100, []) for r in requests}
     assert list(ended) == [0, 1, 2, 3]
@@ -271,7 +273,7 @@ def test_preemption_takes_the_latest_and_changes_no_token() -> None:
 
 def test_an_aborted_request_is_in_no_later_step_and_its_results_are_dropped() -> None:
     line = FakeLine(scheduler_options())
-    line.scheduler.add(request(0, 100, 9))
+    line.scheduler.add_request(request(0, 100, 9))
     line.submit()
     line.submit()
     line.scheduler.abort(0)
@@ -280,7 +282,7 @@ def test_an_aborted_request_is_in_no_later_step_and_its_results_are_dropped() ->
     assert line.submit() is None
     assert [line.deliver(), line.deliver()] == [[], []]
     assert line.scheduler.counts() == nothing_in_use(line.options)
-    line.scheduler.add(request(1, 10, 1))
+    line.scheduler.add_request(request(1, 10, 1))
     step = line.submit()
     assert step is not None
     assert step.ended == [0]
@@ -291,7 +293,7 @@ def test_a_reset_runs_everything_again_from_the_tokens_so_far() -> None:
     line = FakeLine(scheduler_options())
     requests = [request(request_id, 40, 30) for request_id in range(5)]
     for added in requests:
-        line.scheduler.add(added)
+        line.scheduler.add_request(added)
     handed_out: dict[int, list[int]] = {r.request_id: [] for r in requests}
     for _ in range(20):
         while line.submit():
@@ -321,29 +323,29 @@ def test_a_reset_runs_everything_again_from_the_tokens_so_far() -> None:
 def test_a_request_that_can_never_run_is_refused(prompt: int, max_tokens: int, message: str) -> None:
     line = FakeLine(scheduler_options())
     with pytest.raises(RequestError, match=message):
-        line.scheduler.add(request(0, prompt, max_tokens))
+        line.scheduler.add_request(request(0, prompt, max_tokens))
     assert line.scheduler.counts() == nothing_in_use(line.options)
 
 
 def test_a_request_as_long_as_the_model_fits_the_smallest_pool() -> None:
     line = FakeLine(scheduler_options(blocks=4))
-    line.scheduler.add(request(0, 100, 28))
-    line.scheduler.add(request(1, 127, 1))
+    line.scheduler.add_request(request(0, 100, 28))
+    line.scheduler.add_request(request(1, 127, 1))
     assert {key: reason for key, (_, reason) in line.drain().items()} == {0: "length", 1: "length"}
 
 
 def test_an_id_in_use_is_refused() -> None:
     line = FakeLine(scheduler_options())
-    line.scheduler.add(request(0, 5, 5))
+    line.scheduler.add_request(request(0, 5, 5))
     with pytest.raises(ValueError, match=r"Request 0 is here already\."):
-        line.scheduler.add(request(0, 5, 5))
+        line.scheduler.add_request(request(0, 5, 5))
 
 
 def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
     line = FakeLine(scheduler_options())
     with pytest.raises(ProtocolError, match=r"sent 0 tokens for step 3; awaited was no step\."):
         line.scheduler.on_result(StepResult(epoch=0, step_id=3, tokens=[]))
-    line.scheduler.add(request(0, 5, 5))
+    line.scheduler.add_request(request(0, 5, 5))
     line.submit()
     with pytest.raises(ProtocolError, match=r"sent 2 tokens for step 0; awaited was step 0 with 1\."):
         line.scheduler.on_result(StepResult(epoch=0, step_id=0, tokens=[1, 2]))
@@ -367,7 +369,7 @@ def test_prompt_logprobs_come_chunk_by_chunk_and_once_in_spite_of_preemption() -
     line = FakeLine(scheduler_options(stages=1, slots=4, blocks=7))
     requests = [request(request_id, 70, 50, sampling=SCORED) for request_id in range(3)]
     for added in requests:
-        line.scheduler.add(added)
+        line.scheduler.add_request(added)
     told: dict[int, list[list[TokenLogprobs]]] = {added.request_id: [] for added in requests}
     while line.scheduler.counts().running + line.scheduler.counts().waiting:
         line.submit()
@@ -383,7 +385,7 @@ def test_prompt_logprobs_come_chunk_by_chunk_and_once_in_spite_of_preemption() -
 
 def test_log_probabilities_of_another_number_than_asked_for_are_refused() -> None:
     line = FakeLine(scheduler_options())
-    line.scheduler.add(request(0, 5, 5, sampling=SCORED))
+    line.scheduler.add_request(request(0, 5, 5, sampling=SCORED))
     line.submit()
     result = line.results.popleft()
     for broken in (
@@ -396,12 +398,12 @@ def test_log_probabilities_of_another_number_than_asked_for_are_refused() -> Non
 
 def test_a_prefill_step_takes_no_longer_than_so_many_decode_steps_where_others_wait_for_it() -> None:
     line = FakeLine(scheduler_options(slots=30, blocks=300, max_model_len=2048, prefill_chunk=1024, prefill_wait=6.0))
-    line.scheduler.add(request(0, 40, 2000))
+    line.scheduler.add_request(request(0, 40, 2000))
     for _ in range(4):
         line.submit()
         line.deliver()
     for request_id in range(1, 5):
-        line.scheduler.add(request(request_id, 1500, 8))
+        line.scheduler.add_request(request(request_id, 1500, 8))
     for _ in range(200):
         while line.submit():
             pass
@@ -416,9 +418,9 @@ def test_a_prefill_step_takes_no_longer_than_so_many_decode_steps_where_others_w
 
 def test_a_prompt_that_nobody_waits_for_is_prefilled_in_the_largest_chunks() -> None:
     line = FakeLine(scheduler_options(slots=30, blocks=300, max_model_len=2048, prefill_chunk=1024, prefill_wait=1.0))
-    line.scheduler.add(request(0, 40, 4))
+    line.scheduler.add_request(request(0, 40, 4))
     line.drain()
-    line.scheduler.add(request(1, 2000, 4))
+    line.scheduler.add_request(request(1, 2000, 4))
     line.drain()
     assert [step.token_count for step in line.steps if step.mode == "prefill"] == [40, 1024, 976]
 
@@ -478,7 +480,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(count):
             added = request(len(self.tokens), prompt, max_tokens, stop, sampling)
             self.scores[added.request_id] = []
-            self.scheduler.add(added)
+            self.scheduler.add_request(added)
             self.live[added.request_id] = added
             self.tokens[added.request_id] = []
 
@@ -486,9 +488,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.live)))
-        run = self.scheduler._runs.get(request_id)
-        if run is not None:
-            self.must_end.add(run.slot)
+        running = self.scheduler.snapshot().running
+        self.must_end.update(run.slot for run in running if run.request_id == request_id)
         self.scheduler.abort(request_id)
         aborted = self.live.pop(request_id)
         answer, _ = reference_answer(aborted.tokens, aborted.max_tokens, aborted.stop_token_ids)
@@ -496,12 +497,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def submit(self) -> None:
-        ready = [
-            microbatch
-            for microbatch in range(self.steps_in_flight)
-            if any(run.active for run in self.scheduler._decodable[microbatch])
-            and not self.scheduler._decoding[microbatch]
-        ]
+        ready = self.scheduler.snapshot().ready
         step = self.line.submit()
         if step is None:
             return
@@ -516,13 +512,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.prefills_waited[microbatch] += step.mode == "prefill"
             self.prefills_waited[microbatch] *= waits
         assert max(self.prefills_waited) <= self.steps_in_flight
-        assert {run.slot for run in self.scheduler._runs.values()} == self.line.stage.live_slots
+        assert {run.slot for run in self.scheduler.snapshot().running} == self.line.stage.live_slots
 
     def check_order(self, step: Step) -> None:
         """Nobody who came earlier waits while another is admitted."""
         admitted = {admission.slot for admission in step.admissions}
-        arrivals = [run.arrival for run in self.scheduler._runs.values() if run.slot in admitted]
-        waiting = [sequence.arrival for sequence in self.scheduler._waiting]
+        snapshot = self.scheduler.snapshot()
+        arrivals = [run.arrival for run in snapshot.running if run.slot in admitted]
+        waiting = [sequence.arrival for sequence in snapshot.waiting]
         assert waiting == sorted(waiting)
         if arrivals and waiting:
             assert max(arrivals) < min(waiting)
@@ -581,20 +578,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def books_balance(self) -> None:
         counts = self.scheduler.counts()
-        running = self.scheduler._runs
-        waiting = [sequence.request_id for sequence in self.scheduler._waiting]
-        assert sorted([*running, *waiting]) == sorted(self.live)
+        snapshot = self.scheduler.snapshot()
+        running = snapshot.running
+        waiting = [sequence.request_id for sequence in snapshot.waiting]
+        assert sorted([*(run.request_id for run in running), *waiting]) == sorted(self.live)
         assert (counts.waiting, counts.running) == (len(waiting), len(running))
         assert counts.steps_in_flight == len(self.line.results) <= self.steps_in_flight
         in_flight = self.line.steps[len(self.line.steps) - len(self.line.results) :]
         decoding = [self.line.microbatch(step.segments[0].slot) for step in in_flight if step.mode == "decode"]
         assert len(set(decoding)) == len(decoding)
-        slots = [run.slot for run in running.values()]
+        slots = [run.slot for run in running]
         assert len(set(slots)) == len(slots) == counts.slots - counts.free_slots
-        for index, pool in enumerate(self.scheduler._pools):
-            held = [block for run in running.values() if run.pool == index for block in run.blocks]
-            assert sorted(held + pool._free) == list(range(self.line.options.cache.blocks))
-        for run in running.values():
+        for index, free in enumerate(snapshot.free_blocks):
+            held = [block for run in running if run.pool == index for block in run.blocks]
+            assert sorted(held + free) == list(range(self.line.options.cache.blocks))
+        for run in running:
             assert run.pool == self.line.options.cache.pool_of(run.slot)
 
     def teardown(self) -> None:
@@ -607,7 +605,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.line.results, "requests live, and nothing runs"
             self.deliver()
             self.books_balance()
-            oldest = min((run.arrival for run in self.scheduler._runs.values()), default=-1)
+            oldest = min((run.arrival for run in self.scheduler.snapshot().running), default=-1)
             now = (oldest, len(self.tokens[oldest]) if oldest >= 0 else -1)
             stalled = stalled + 1 if now == last else 0
             last = now

@@ -107,7 +107,7 @@ def test_tokens_are_the_same_however_they_are_scheduled(
     line = timed_stages(stages)
     told = {request.request_id: Told() for request in added}
     for request in added:
-        scheduler.add(request)
+        scheduler.add_request(request)
     results: deque[StepResult] = deque()
     waits = deque(delivers)
     while True:

@@ -1,17 +1,19 @@
-"""How long a prefill step may be: measured, so that the decode steps behind it do not wait long."""
+"""How many tokens a prefill step may hold, as measured, so that the decode steps behind it do not wait long."""
 
 from collections.abc import Sequence
 
 from api.scheduler.options import SchedulerOptions
-from stages.step import StageTiming
+from stages.step import Mode, StageTiming
 
 WEIGHT = 0.25
-"""What the newest measurement counts for: enough to follow a prompt whose later chunks take longer, too little for one
-slow step of a busy machine to matter for long."""
+"""The share of the newest measurement in the average.
+
+It is enough to follow a prompt whose later chunks take longer, and too little for one slow step of a busy machine to
+matter for long."""
 
 
-class PrefillPace:
-    """Learns from the steps that are done how many prompt tokens take as long as `prefill_wait` decode steps.
+class PrefillBudget:
+    """Measures how many prompt tokens take as long as `prefill_wait` decode steps.
 
     A step's time is that of its slowest stage, which all steps behind it wait for.
     """
@@ -31,12 +33,12 @@ class PrefillPace:
         within = int(self._wait * self._decode_step_ns / self._prompt_token_ns)
         return min(max(within - within % self._block_size, self._block_size), self._chunk_max)
 
-    def note(self, is_prefill: bool, tokens: int, timings: Sequence[StageTiming]) -> None:
-        """Takes the times that the stages took for a step; nothing where none were measured."""
+    def record_step(self, mode: Mode, tokens: int, timings: Sequence[StageTiming]) -> None:
+        """Takes in how long the stages worked on a step of so many tokens; empty `timings` change nothing."""
         slowest = max((timing.ended_ns - timing.began_ns for timing in timings), default=0)
         if slowest <= 0:
             return
-        if is_prefill:
+        if mode == "prefill":
             self._prompt_token_ns = _average(self._prompt_token_ns, slowest / tokens)
         else:
             self._decode_step_ns = _average(self._decode_step_ns, slowest)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.scheduler.options import SchedulerOptions
-from api.scheduler.prefill_pace import PrefillPace
+from api.scheduler.prefill_budget import PrefillBudget
 from stages.options import CacheOptions
 from stages.step import StageTiming
 
@@ -12,9 +12,9 @@ BLOCK = 32
 CHUNK_MAX = 2048
 
 
-def pace(wait: float) -> PrefillPace:
+def budget(wait: float) -> PrefillBudget:
     cache = CacheOptions(slots=2, pools=1, blocks=64, block_size=BLOCK, max_model_len=64)
-    return PrefillPace(
+    return PrefillBudget(
         SchedulerOptions(stages=1, cache=cache, prefill_chunk=CHUNK_MAX, microbatches=1, prefill_wait=wait)
     )
 
@@ -24,21 +24,21 @@ def took(*durations_ns: float) -> list[StageTiming]:
 
 
 def test_the_largest_chunk_is_allowed_until_both_kinds_of_step_are_measured() -> None:
-    measured = pace(4.0)
+    measured = budget(4.0)
     assert measured.tokens == CHUNK_MAX
-    measured.note(True, 100, took(1e6))
+    measured.record_step("prefill", 100, took(1e6))
     assert measured.tokens == CHUNK_MAX
-    measured.note(False, 1, took(1e5))
+    measured.record_step("decode", 1, took(1e5))
     assert measured.tokens == BLOCK
 
 
 def test_the_slowest_stage_counts_and_steps_without_times_do_not() -> None:
-    measured = pace(1.0)
-    measured.note(True, 100, took(1e6, 100e6, 2e6))
-    measured.note(False, 1, took(5e6, 320e6))
+    measured = budget(1.0)
+    measured.record_step("prefill", 100, took(1e6, 100e6, 2e6))
+    measured.record_step("decode", 1, took(5e6, 320e6))
     assert measured.tokens == 320
-    measured.note(False, 1, [])
-    measured.note(True, 64, took(0))
+    measured.record_step("decode", 1, [])
+    measured.record_step("prefill", 64, took(0))
     assert measured.tokens == 320
 
 
@@ -53,14 +53,14 @@ def test_chunks_come_to_take_as_long_as_allowed_and_no_longer(
     wait: float, decode: float, token: float, overhead: float, slow_at: int
 ) -> None:
     """A prefill step of n tokens takes overhead + n * token, a decode step `decode`; one step was ten times as slow."""
-    measured = pace(wait)
+    measured = budget(wait)
     for at in range(200):
         tokens = measured.tokens
         assert tokens % BLOCK == 0
         assert BLOCK <= tokens <= CHUNK_MAX
         slow = 10 if at == slow_at else 1
-        measured.note(True, tokens, took(slow * (overhead + tokens * token)))
-        measured.note(False, 8, took(decode))
+        measured.record_step("prefill", tokens, took(slow * (overhead + tokens * token)))
+        measured.record_step("decode", 8, took(decode))
     tokens = measured.tokens
     allowed = wait * decode + 1e3  # Times are whole nanoseconds.
     assert tokens == BLOCK or overhead + tokens * token <= allowed * (1 + 1e-6) + token
