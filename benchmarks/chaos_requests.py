@@ -4,13 +4,11 @@ import difflib
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"
-"""At whose every greedy position the sample model is certain."""
+from weights.sample import PROMPTS_FILE
 
 Style = Literal["greedy", "sampled", "two choices", "log-probabilities"]
 STYLES: tuple[Style, ...] = ("greedy", "sampled", "greedy", "two choices", "greedy", "log-probabilities")
@@ -66,7 +64,7 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
 def questions(count: int, seed: int) -> list[Question]:
     """So many questions of all styles and lengths, which follow from the seed."""
     draw = random.Random(seed)
-    prompts = [entry["prompt"] for entry in json.loads(PROMPTS.read_text(encoding="utf-8"))]
+    prompts = [entry["prompt"] for entry in json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))]
     return [
         Question(
             style=STYLES[number % len(STYLES)],

@@ -3,10 +3,7 @@
 import asyncio
 import os
 import signal
-import tempfile
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,27 +15,22 @@ from hypothesis import strategies as st
 from actors.cluster.environment import cluster_address, prepare
 from actors.engine_end import EngineEnd
 from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, StartError
-from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
 from actors.sockets.frames import Message
 from actors.sockets.link import Arrival, Link
 from actors.stage.health import StageHealth, StageProgress, State
 from actors.stage.runner import runner_factory
 from actors.verdict import Symptom, verdict
-from stages.options import CacheOptions, StageOptions
-from stages.plan import StageSpec
-from stages.step import Segment, StageFailure, Step, StepResult
+from stages.step import StageFailure, StepResult
 from tests.support.loops import on_uvloop
+from tests.support.pipelines import LAYERS, SECONDS, leftovers, options, receive, running, step
 from tests.support.ray_cluster import ray_of_this_process
-from tests.support.runners import HIDDEN_SIZE
 from weights.errors import CheckpointError
 
 if TYPE_CHECKING:
     from actors.cluster.cluster import Cluster
 
 ROWS = 3
-SECONDS = 30
-LAYERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -48,49 +40,6 @@ def cluster() -> "Iterator[Cluster]":
         environment.delenv("RAY_ADDRESS", raising=False)
         with ray_of_this_process(ROWS) as joined:
             yield joined
-
-
-def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1) -> PipelineOptions:
-    cache = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
-    return PipelineOptions(
-        hidden_size=HIDDEN_SIZE,
-        specs=[
-            StageSpec(index=index, stages=stages, first_layer=LAYERS * index, end_layer=LAYERS * (index + 1))
-            for index in range(stages)
-        ],
-        stage=StageOptions(
-            model_path=model_path, cache_dir="", dtype="float32", load_format="dummy", seed=0, cache=cache
-        ),
-        device="embedded",
-        rows_per_stage=rows,
-        ray_address=None,
-        start_timeout_s=SECONDS,
-        step_timeout_s=SECONDS,
-        spare=False,
-        runner=f"tests.support.runners:{runner}",
-    )
-
-
-def step(pipeline: Pipeline, step_id: int) -> Step:
-    segment = Segment(slot=0, start=0, tokens=[step_id, step_id], new_blocks=[], sample=True)
-    return Step(epoch=pipeline.epoch, step_id=step_id, mode="decode", segments=[segment], admissions=[], ended=[])
-
-
-@asynccontextmanager
-async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
-    pipeline = await Pipeline.start(how, lambda _: None)
-    try:
-        yield pipeline
-    finally:
-        await pipeline.close()
-
-
-async def receive(pipeline: Pipeline) -> StepResult:
-    return await asyncio.wait_for(pipeline.receive(), SECONDS)
-
-
-def leftovers() -> list[str]:
-    return [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from actors.errors import PipelineError, StartError
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
 from actors.stage.health import StageProgress
-from tests.actors.test_pipeline import leftovers, options, receive, step
 from tests.support.early_runner import VARIABLE
 from tests.support.loops import on_uvloop
+from tests.support.pipelines import leftovers, options, receive, step
 from tests.support.ray_cluster import ray_of_this_process
 
 if TYPE_CHECKING:

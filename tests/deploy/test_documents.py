@@ -11,7 +11,7 @@ from api.cli import main
 from tests import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-A_TEST = re.compile(r"`(tests/\w+\.py)::(\w+)`")
+A_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 A_LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))

@@ -20,6 +20,21 @@ from tests.support.mock_galaxy.descriptors import cluster_descriptor
 from tests.support.mock_galaxy.environment import mock_environment
 from tests.support.mock_galaxy.wiring import COLUMNS, ROWS
 
+FITTING = {
+    "vocab_size": 4096,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+"""A small model whose attention has the sizes of DeepSeek-R1's, for which a row's ops are made."""
+
 if TYPE_CHECKING:
     from actors.launch import Launch
 

@@ -10,8 +10,8 @@ from stages.kv_cache import PageTables
 from stages.models.deepseek_v3.rope import RopeTables
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step
-from tests.stages.test_plan import R1 as SIZES
 from tests.support.checkpoints import config_keys
+from tests.support.plans import R1 as SIZES
 from tests.support.stage_driver import GREEDY
 from weights.model_config import ModelConfig
 

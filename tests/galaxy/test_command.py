@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.galaxy.test_mesh_world import FITTING
+from tests.galaxy.mesh_pipelines import FITTING
 from tests.support.checkpoints import config_keys
 
 pytestmark = pytest.mark.slow

@@ -19,6 +19,7 @@ from actors.pipeline import Pipeline
 from stages.step import Admission, Segment, Step
 from tests.galaxy.chips import ON_CHIPS
 from tests.galaxy.mesh_pipelines import (
+    FITTING,
     GALAXIES,
     SECONDS,
     check_pairs,
@@ -46,20 +47,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STEPS = 100
-FITTING = {
-    "vocab_size": 4096,
-    "hidden_size": 2048,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 2,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-"""A small model whose attention has the sizes of DeepSeek-R1's, for which a row's ops are made."""
 ALL_CHIPS = ",".join(pci_address(row, column) for row in range(ROWS) for column in range(COLUMNS))
 
 

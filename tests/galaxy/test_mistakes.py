@@ -13,7 +13,7 @@ from stages.models.deepseek_v3.mlp import MLP
 from stages.models.deepseek_v3.moe import MoE
 from stages.models.deepseek_v3.weight_specs import INPUTS, OUTPUTS, attention_weights
 from stages.step import Mode
-from tests.galaxy import test_modules
+from tests.galaxy import modules
 from tests.galaxy.meshes import opened
 from tests.galaxy.r1 import COLUMNS, R1, FullSteps
 
@@ -40,7 +40,7 @@ def weights_cut_along_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong axis: the down-projection is cut along the dimension that is summed over."""
     specs = attention_weights(R1)
     assert specs["wq_kv_a"].dims == (None, INPUTS)
-    monkeypatch.setitem(test_modules.SPECS, MLA, {**specs, "wq_kv_a": specs["wq_kv_a"]._replace(dims=(None, OUTPUTS))})
+    monkeypatch.setitem(modules.SPECS, MLA, {**specs, "wq_kv_a": specs["wq_kv_a"]._replace(dims=(None, OUTPUTS))})
 
 
 def page_tables_without_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +93,8 @@ CASES: list[tuple[Plant, Any, Mode]] = [
 def test_a_mistake_is_found(
     plant: Plant, module: Any, mode: Mode, steps: FullSteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test_modules.check_module(module, mode, steps)
+    modules.check_module(module, mode, steps)
     plant(monkeypatch)
     # What goes onto the mesh has to be made with the mistake, too.
     with pytest.raises((RuntimeError, TypeError, AssertionError)):
-        test_modules.check_module(module, mode, FullSteps.on(steps.mesh))
+        modules.check_module(module, mode, FullSteps.on(steps.mesh))

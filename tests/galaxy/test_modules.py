@@ -1,11 +1,10 @@
 """Every module at full R1 size on a row and on a whole mock Galaxy, in both modes: ops accept, shapes are right."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from stages.backend import ttnn
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
 from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
@@ -13,35 +12,10 @@ from stages.models.deepseek_v3.mla import MLA
 from stages.models.deepseek_v3.mlp import MLP
 from stages.models.deepseek_v3.moe import MoE
 from stages.models.deepseek_v3.rms_norm import RMSNorm
-from stages.models.deepseek_v3.weight_specs import (
-    WeightSpecs,
-    attention_weights,
-    embedding_weights,
-    head_weights,
-    hidden_norm_weights,
-    layer_weights,
-    mlp_weights,
-    moe_weights,
-)
 from stages.step import Mode
-from tests.galaxy.allocated import run_config
 from tests.galaxy.meshes import opened
-from tests.galaxy.r1 import COLUMNS, PROMPT, R1, USERS_PER_ROW, FullSteps
-
-HIDDEN = R1.hidden_size // COLUMNS
-DENSE_LAYER, MOE_LAYER = 0, R1.first_k_dense_replace
-
-SPECS: dict[type, WeightSpecs] = {
-    RMSNorm: hidden_norm_weights(R1),
-    MLA: attention_weights(R1),
-    MLP: mlp_weights(R1.hidden_size, R1.intermediate_size),
-    MoE: moe_weights(R1),
-    DenseBlock: layer_weights(R1, DENSE_LAYER),
-    MoEBlock: layer_weights(R1, MOE_LAYER),
-    Embedding: embedding_weights(R1),
-    LMHead: head_weights(R1, COLUMNS),
-}
-ATTENDS = (MLA, DenseBlock, MoEBlock)
+from tests.galaxy.modules import HIDDEN, check, check_module, configured, tokens
+from tests.galaxy.r1 import COLUMNS, PROMPT, R1, FullSteps
 
 modes = pytest.mark.parametrize("mode", ["prefill", "decode"])
 
@@ -50,37 +24,6 @@ modes = pytest.mark.parametrize("mode", ["prefill", "decode"])
 def steps(request: pytest.FixtureRequest) -> Iterator[FullSteps]:
     with opened(request.param, COLUMNS) as mesh:
         yield FullSteps.on(mesh)
-
-
-def configured(module: Any, mode: Mode, steps: FullSteps) -> Any:
-    """The module's config in that mode, its weights allocated."""
-    cache = [steps.cache] if module in ATTENDS else []
-    state: Mapping[str, Any] = module.create_state(R1, steps.mesh, *cache)
-    return run_config(module, mode, SPECS[module], R1, state)
-
-
-def run(module: Any, mode: Mode, steps: FullSteps) -> ttnn.Tensor:
-    """The module on a step that fills the mesh."""
-    batch = [steps.batch(mode)] if module in ATTENDS else []
-    forward = getattr(module, f"forward_{mode}")
-    output: ttnn.Tensor = forward(steps.hidden(mode), configured(module, mode, steps), *batch)
-    return output
-
-
-def tokens(mode: Mode) -> int:
-    """Of a row."""
-    return COLUMNS * PROMPT if mode == "prefill" else USERS_PER_ROW
-
-
-def check(x: ttnn.Tensor, rows: int, width: int) -> None:
-    """[1, 1, rows, width] of bfloat16 in tiles on each chip."""
-    assert tuple(x.shape) == (1, 1, rows, width)
-    assert (x.dtype, x.layout) == (ttnn.bfloat16, ttnn.TILE_LAYOUT)
-
-
-def check_module(module: Any, mode: Mode, steps: FullSteps) -> None:
-    """The module takes a step and keeps the shape of hidden states."""
-    check(run(module, mode, steps), tokens(mode), HIDDEN)
 
 
 @modes

@@ -12,11 +12,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.actors.sockets.test_untrusted_peers import STRANGERS
 from tests.hosts.moving import SAID
 from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
 from tests.support.gated_serve import PROGRAM, SHUT, environment
+from tests.support.greetings import STRANGERS
 from tests.support.servers import Server, complete, sample_prompts, serving
 from tests.support.untrusted_peers import besiege, heard_anew, is_unix, nobody_listens, overheard, refusals
 

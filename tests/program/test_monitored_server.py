@@ -14,9 +14,9 @@ import pytest
 
 from api.engine.timeline import STAGE_PID
 from api.messages.pipeline_view import PipelineView
-from tests.api.engine.test_timeline import check_nesting, check_order, read, steps_by_track
-from tests.api.server.test_monitoring import Scrape
+from tests.support.scrape import Scrape
 from tests.support.servers import Prompt, complete, serving
+from tests.support.timelines import check_nesting, check_order, read, steps_by_track
 
 STAGES = 3
 REQUESTS = 24

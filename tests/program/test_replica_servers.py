@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_port
-from tests.api.server.test_monitoring import Scrape
 from tests.support.reference_texts import reference_texts
+from tests.support.scrape import Scrape
 from tests.support.servers import Prompt, Server, complete, sample_prompts, serving
 
 SECONDS = 60.0

@@ -10,7 +10,7 @@ from stages.backend import ttnn
 from stages.backend.embedded.trace import atomic
 from stages.errors import DeviceError
 from tests.support.checkpoints import write_checkpoint
-from tests.support.embedded_meshes import float32, on_chip, on_meshes, put  # noqa: F401 - the fixture
+from tests.support.embedded_meshes import on_chip, on_meshes, put
 from tests.support.stage_driver import Driver, cache_options, relative_error, stage_options
 
 OVERRIDES = {"n_routed_experts": 32, "num_attention_heads": 8}

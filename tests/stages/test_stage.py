@@ -13,9 +13,9 @@ from stages.errors import PlanError, StepError
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
-from tests.stages.models.deepseek_v3.test_model import TINY, TOLERANCE, prompts, reference_logits
 from tests.support.checkpoints import config_keys, reference_model, write_checkpoint
 from tests.support.embedded_meshes import put
+from tests.support.model_errors import TINY, TOLERANCE, prompts, reference_logits
 from tests.support.stage_driver import GREEDY, Driver, cache_options, relative_error, stage_options
 from weights.errors import CheckpointError
 from weights.model_config import ConfigChanges, ModelConfig

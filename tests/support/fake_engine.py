@@ -6,10 +6,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
+from api.client.open_requests import Load
 from api.client.token_source import TokenStream
+from api.engine.options import EngineOptions
 from api.errors import EngineError
 from api.messages.engine import AddRequest, EngineState, FinishReason, RequestOutput
+from api.text.model_source import resolve_model
 from stages.step import VOCABULARY, TokenLogprobs
+
+SAMPLE = resolve_model(None, {})
 
 Script = Callable[[AddRequest], Sequence[int]]
 
@@ -135,3 +140,42 @@ class FakeEngine:
         stream = FakeStream(request, self.script(request), self._fail_after)
         self.streams.append(stream)
         return stream
+
+
+class FakeEngineClient(FakeEngine):
+    """An engine that becomes ready when `loaded` is set, and whose streams end when it is closed."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(script)
+        self.state = EngineState(phase="loading", detail="Stage 0: loading, 1 of 3 layers")
+        self.loaded = asyncio.Event()
+        self.failure: Exception | None = None
+        self.load = Load(0, 0)
+        self.on_state: Callable[[EngineState], None] | None = None
+        self.closed = False
+
+    def __call__(self, _: EngineOptions, on_state: Callable[[EngineState], None]) -> "FakeEngineClient":
+        self.on_state = on_state
+        return self
+
+    async def launch(self) -> None:
+        assert self.on_state is not None
+        self.on_state(self.state)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        await asyncio.wait_for(self.loaded.wait(), timeout_s)
+        if self.failure is not None:
+            raise self.failure
+        self.state = EngineState(phase="ready", detail="")
+
+    async def wait_failed(self) -> None:
+        """It does not."""
+        await asyncio.Event().wait()
+
+    async def counts(self, timeout_s: float) -> None:
+        """It answers at once."""
+
+    async def close(self) -> None:
+        self.closed = True
+        for stream in self.streams:
+            stream.fail()

@@ -17,12 +17,11 @@ import psutil
 
 from api.client.engine_client import leave_group
 from benchmarks.ports import free_port
-from tests import ROOT
+from weights.sample import PROMPTS_FILE
 
 READY_DEADLINE = 300.0
 EXIT_DEADLINE = 60.0
 PROGRAM = ("api.cli",)
-PROMPTS = ROOT / "tests" / "data" / "prompts.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Prompt:
 
 def sample_prompts() -> list[Prompt]:
     """The prompts at whose every greedy position the sample model is certain."""
-    return [Prompt(**entry) for entry in json.loads(PROMPTS.read_text(encoding="utf-8"))]
+    return [Prompt(**entry) for entry in json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))]
 
 
 @dataclass(frozen=True)

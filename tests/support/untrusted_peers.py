@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from actors.sockets.frames import HEADER
-from tests.actors.sockets.test_untrusted_peers import STRANGERS
 from tests.support.gated_serve import Overheard
+from tests.support.greetings import STRANGERS
 
 SECONDS = 120
 SECRET = slice(HEADER.size + 3, HEADER.size + 35)

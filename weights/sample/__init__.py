@@ -7,3 +7,6 @@ from pathlib import Path
 
 SAMPLE_DIR: Path = Path(__file__).parent / "checkpoint"
 """The checkpoint's directory, in the layout of a Hugging Face snapshot."""
+
+PROMPTS_FILE: Path = Path(__file__).parent / "prompts.json"
+"""Prompts at whose every greedy position the model is certain, each with the number of tokens to generate."""

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
+from weights.sample import PROMPTS_FILE
 from weights.sample.architecture import CONFIG, VOCABULARY, save_checkpoint
 from weights.sample.documents import epoch, tokenizer_texts
 from weights.sample.packing import Batch, batches, encode
@@ -151,8 +152,6 @@ BALANCED_SHARE = 0.8
 
 """The routers' biases stand still for the rest of the training, so that the weights settle around them."""
 
-PROMPTS = Path("tests/data/prompts.json")
-
 
 class Trainer:
     """Trains a new model of CONFIG in float32; `loss` is the mean over the last epoch, in nats a token."""
@@ -246,9 +245,8 @@ def main() -> None:
     save_checkpoint(trainer.model.state_dict(), tokenizer, arguments.out)
     seconds = time.monotonic() - started
     console.print(f"final loss {trainer.loss:.4f} after {seconds:.0f} s; checkpoint in {arguments.out}")
-    if PROMPTS.exists():
-        margin, prompt = worst_margin(arguments.out, PROMPTS)
-        console.print(f"worst margin of {PROMPTS}: {margin:.3f} at {prompt[:60]!r}")
+    margin, prompt = worst_margin(arguments.out, PROMPTS_FILE)
+    console.print(f"worst margin of {PROMPTS_FILE}: {margin:.3f} at {prompt[:60]!r}")
 
 
 if __name__ == "__main__":

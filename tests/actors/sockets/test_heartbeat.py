@@ -11,7 +11,7 @@ import pytest
 from actors.sockets.frames import HEADER, Hello, Kind, encode
 from actors.sockets.heartbeat import BEATS, Pulse
 from actors.sockets.listener import HostListener, UnixAddress, connect
-from tests.actors.sockets.test_host import DOWN, UP, Ear
+from tests.support.links import DOWN, UP, Ear
 from tests.support.loops import on_uvloop
 
 SECONDS = 20

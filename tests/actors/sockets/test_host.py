@@ -8,8 +8,6 @@ import signal
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,89 +16,13 @@ import pytest
 
 from actors.errors import LinkError, ProtocolError
 from actors.sockets.frames import Hello, encode
-from actors.sockets.host import HostLink, Terms
-from actors.sockets.link import Arrival
 from actors.sockets.listener import CREDITS, Address, HostListener, TcpAddress, UnixAddress, connect, private_directory
 from stages.mesh_spec import HiddenShard, MeshHidden, MeshSpec
-from stages.step import Segment, StageFailure, Step
+from stages.step import StageFailure
+from tests.support.links import BYTES_PER_TOKEN, DOWN, SECONDS, UP, Ear, Pair, hidden, open_socket, paired, step
 from tests.support.loops import on_uvloop
 
-BYTES_PER_TOKEN = 4096
-SECONDS = 20
-UP = Terms(epoch=7, secret=b"secret", name="stage 1", peer="stage 0", dtype="float32", bytes_per_token=BYTES_PER_TOKEN)
 HIDDEN = MeshHidden((4, 8), HiddenShard((1, 1, 0, 896), "bfloat16"), HiddenShard((1, 1, 256, 896), "bfloat16"))
-DOWN = msgspec.structs.replace(UP, name="stage 0", peer="stage 1")
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def address(request: pytest.FixtureRequest) -> Iterator[Address]:
-    """Where to listen. Unix paths have to be short, which pytest's own directories are not."""
-    if request.param == "tcp":
-        yield TcpAddress("127.0.0.1", 0)
-        return
-    with tempfile.TemporaryDirectory(prefix="link-") as parent:
-        yield UnixAddress(f"{parent}/private/1.sock")
-
-
-class Ear:
-    """Keeps what a link says."""
-
-    def __init__(self) -> None:
-        self.arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
-        self.loss: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
-
-    def arrived(self, arrival: Arrival) -> None:
-        self.arrivals.put_nowait(arrival)
-
-    def lost(self, error: LinkError) -> None:
-        self.loss.set_result(error)
-
-    async def next(self) -> Arrival:
-        return await asyncio.wait_for(self.arrivals.get(), SECONDS)
-
-    async def cause(self) -> str:
-        return str(await asyncio.wait_for(self.loss, SECONDS))
-
-
-class Pair:
-    """Two joined ends."""
-
-    def __init__(self, sender: HostLink, receiver: HostLink, sender_ear: Ear, ear: Ear) -> None:
-        self.sender = sender
-        self.receiver = receiver
-        self.sender_ear = sender_ear
-        self.ear = ear
-
-    def close(self) -> None:
-        self.sender.close()
-        self.receiver.close()
-
-    async def send(self, sent: Step, payload: bytes, done: Callable[[], None] = lambda: None) -> None:
-        """Sends from another thread, as a stage does."""
-        await asyncio.wait_for(
-            asyncio.to_thread(self.sender.send_from_thread, sent, memoryview(payload), done), SECONDS
-        )
-
-
-@asynccontextmanager
-async def paired(address: Address) -> AsyncIterator[Pair]:
-    sender_ear, ear = Ear(), Ear()
-    listener = HostListener.open(address, UP, ear)
-    sender = await connect(listener.address, DOWN, sender_ear)
-    joined = Pair(sender, await asyncio.wait_for(listener.accepted(), SECONDS), sender_ear, ear)
-    try:
-        yield joined
-    finally:
-        joined.close()
-
-
-def step(step_id: int, tokens: int = 1, epoch: int = 7) -> Step:
-    segment = Segment(slot=0, start=0, tokens=[1] * tokens, new_blocks=[], sample=True)
-    return Step(epoch=epoch, step_id=step_id, mode="decode", segments=[segment], admissions=[], ended=[])
-
-
-def hidden(step_id: int, tokens: int) -> bytes:
-    return (step_id.to_bytes(4, "little") + os.urandom(BYTES_PER_TOKEN - 4)) * tokens
 
 
 @on_uvloop
@@ -279,7 +201,7 @@ async def test_ends_of_unlike_meshes_are_named_with_what_each_has(address: Addre
 @on_uvloop
 async def test_rubbish_and_silence_do_not_keep_the_right_peer_out(address: Address) -> None:
     listener = HostListener.open(address, UP, Ear())
-    silent, noisy = _client(listener.address), _client(listener.address)
+    silent, noisy = open_socket(listener.address), open_socket(listener.address)
     noisy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert await asyncio.wait_for(asyncio.to_thread(_received, noisy), SECONDS) == b""
     await _join_and_part(listener)
@@ -290,7 +212,7 @@ async def test_rubbish_and_silence_do_not_keep_the_right_peer_out(address: Addre
 @on_uvloop
 async def test_another_protocol_version_is_refused(address: Address) -> None:
     listener = HostListener.open(address, UP, Ear())
-    client = _client(listener.address)
+    client = open_socket(listener.address)
     hello = Hello(
         secret=UP.secret, sender="stage 0", receiver="stage 1", dtype="float32", bytes_per_token=4096, credits=0
     )
@@ -391,16 +313,6 @@ async def _join_and_part(listener: HostListener, mesh: MeshSpec | None = None) -
     receiver = await asyncio.wait_for(listener.accepted(), SECONDS)
     sender.close()
     receiver.close()
-
-
-def _client(address: Address) -> socket.socket:
-    if isinstance(address, UnixAddress):
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(address.path)
-    else:
-        client = socket.create_connection((address.host, address.port))
-    client.settimeout(SECONDS)
-    return client
 
 
 def _received(client: socket.socket) -> bytes:

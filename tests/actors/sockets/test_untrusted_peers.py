@@ -10,49 +10,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from actors.sockets.frames import HEADER, HELLO_BYTES_MAX, MAGIC, PAYLOAD_BYTES_MAX, Hello, Kind, encode
-from actors.sockets.host import Terms
+from actors.sockets.frames import HEADER
 from actors.sockets.listener import GREETINGS_MAX, Address, HostListener, TcpAddress, UnixAddress, connect
-from stages.step import PROTOCOL_VERSION
-from tests.actors.sockets.test_host import DOWN, SECONDS, UP, Ear, Pair, _client, address, hidden, paired, step
+from tests.support.greetings import GOOD, NEXT, REPLAYED, STRANGERS
+from tests.support.links import DOWN, SECONDS, UP, Ear, Pair, hidden, open_socket, paired, step
 from tests.support.loops import on_uvloop
 
-__all__ = ["address"]
-
-NEXT = msgspec.structs.replace(UP, epoch=UP.epoch + 1, secret=b"another secret")
-"""The terms that the pipeline has after it was brought back."""
-
-
-def hello_of(terms: Terms) -> Hello:
-    return Hello(
-        secret=terms.secret,
-        sender=terms.peer,
-        receiver=terms.name,
-        dtype=terms.dtype,
-        bytes_per_token=terms.bytes_per_token,
-        credits=0,
-    )
-
-
-def frame_of(kind: Kind, control_length: int, payload_length: int) -> bytes:
-    return HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, NEXT.epoch, control_length, payload_length)
-
-
-GOOD = encode(hello_of(NEXT), NEXT.epoch)
-REPLAYED = encode(hello_of(UP), UP.epoch)
-STRANGERS = {
-    "another program": b"GET / HTTP/1.1\r\nHost: stage\r\n\r\n",
-    "a pickle": b"\x80\x04\x95\x1b\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
-    "the hello of a former epoch": REPLAYED,
-    "the hello of a former epoch under this one": encode(hello_of(UP), NEXT.epoch),
-    "this epoch's hello under a former one": encode(hello_of(NEXT), UP.epoch),
-    "a step without a hello": encode(step(1), NEXT.epoch, UP.bytes_per_token) + hidden(1, 1),
-    "a hello of 4 GB": frame_of(Kind.HELLO, (1 << 32) - 1, 0),
-    "a hello just too long": frame_of(Kind.HELLO, HELLO_BYTES_MAX + 1, 0),
-    "a hello with hidden states": frame_of(Kind.HELLO, 100, PAYLOAD_BYTES_MAX) + bytes(100),
-    "a payload of all memory": frame_of(Kind.HELLO, 100, (1 << 64) - 1),
-    "rubbish in a hello": frame_of(Kind.HELLO, 100, 0) + b"\xc1" * 100,
-}
 TRUNCATED = {
     "nothing": b"",
     "half a header": GOOD[: HEADER.size // 2],
@@ -110,7 +73,7 @@ async def test_a_stranger_is_refused_by_what_it_says(address: Address, said: str
     with capture_logs() as logs:
         async with working_pair():
             listener = HostListener.open(address, NEXT, Ear())
-            stranger = _client(listener.address)
+            stranger = open_socket(listener.address)
             stranger.sendall(STRANGERS[said])
             await refused(stranger)
             stranger.close()
@@ -127,7 +90,7 @@ async def test_a_stranger_that_leaves_in_the_middle_is_logged(address: Address, 
     with capture_logs() as logs:
         async with working_pair():
             listener = HostListener.open(address, NEXT, Ear())
-            stranger = _client(listener.address)
+            stranger = open_socket(listener.address)
             stranger.sendall(TRUNCATED[said])
             stranger.close()
             await the_right_one_joins(listener)
@@ -152,7 +115,7 @@ async def test_as_many_strangers_as_there_are_do_not_keep_the_right_one_out_for_
     monkeypatch.setattr("actors.sockets.host.HANDSHAKE_SECONDS", 0.2)
     async with working_pair():
         listener = HostListener.open(address, NEXT, Ear())
-        strangers = [await asyncio.to_thread(_client, listener.address) for _ in range(2 * GREETINGS_MAX)]
+        strangers = [await asyncio.to_thread(open_socket, listener.address) for _ in range(2 * GREETINGS_MAX)]
         for stranger in strangers:
             await refused(stranger)
             stranger.close()

@@ -12,10 +12,10 @@ from actors.errors import LinkError
 from actors.sockets.listener import HostListener, UnixAddress, connect
 from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.server import StageServer
-from tests.actors.sockets.test_host import Ear
-from tests.actors.stage.test_server import IDENTITY, SECONDS, Bench, Raising, Waiting, bench, spec, step, untimed
+from tests.support.links import Ear
 from tests.support.loops import on_uvloop
 from tests.support.runners import EchoRunner
+from tests.support.stage_bench import IDENTITY, SECONDS, Bench, Raising, Waiting, bench, spec, step, untimed
 
 AGAIN = msgspec.structs.replace(IDENTITY, epoch=5, secret=b"another")
 

@@ -12,58 +12,20 @@ from click.testing import CliRunner, Result
 from fastapi import FastAPI
 from rich.console import Console
 
-from actors.stage.health import Phase, StageHealth, StageProgress
 from api import cli
 from api.cli.status import follow, render
-from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages.engine import Counts, EngineMetrics, EnginePhase, EngineState, PipelineReport
-from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, StageView, total
+from api.messages.engine import EnginePhase, EngineState
+from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, total
 from api.server.app import create_app
 from api.server.monitoring import add_monitoring_routes
-from stages.plan import StageSpec
-from tests.support.api_server import MODEL, AppServer, endless_text
-from tests.support.engine_fakes import fake_health
-from tests.support.fake_engine import FakeEngine
+from tests.support.api_server import MODEL, AppServer
+from tests.support.reporting_engine import SPECS, ReportingEngine, at_work, progress, views
 
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "configure_logging", lambda: None)
-
-
-SPECS = [
-    StageSpec(index=0, stages=2, first_layer=0, end_layer=4),
-    StageSpec(index=1, stages=2, first_layer=4, end_layer=6),
-]
-COUNTS = Counts(waiting=2, running=5, steps_in_flight=2, free_slots=91, slots=96, free_blocks=70, blocks=100, tasks=0)
-
-
-def progress(stage: int, phase: Phase, done: int = 0) -> StageProgress:
-    return StageProgress(stage=stage, host=f"host-{stage}", rows=[stage], phase=phase, layers_done=done, layers=4)
-
-
-def views(roster: StageRoster, *healths: StageHealth) -> list[StageView]:
-    return roster.views(healths, lambda stage: 0.25 * stage, kv_cache_blocks_used=30)
-
-
-class ReportingEngine(FakeEngine):
-    """An engine that reports the given stages, or fails to."""
-
-    def __init__(self, stages: list[StageView]) -> None:
-        super().__init__(endless_text)
-        self.requests = RequestMetrics(256)
-        self.pid = 4711
-        self.stages = stages
-        self.failure: EngineError | None = None
-
-    async def metrics(self) -> EngineMetrics:
-        raise EngineError("The engine did not answer within 5 s.")
-
-    async def report(self) -> PipelineReport:
-        if self.failure is not None:
-            raise self.failure
-        return PipelineReport(epoch=3, microbatches=4, counts=COUNTS, preemptions=6, stages=self.stages)
 
 
 def replica_view(phase: EnginePhase, detail: str = "") -> ReplicaView:
@@ -97,17 +59,6 @@ def refused(*arguments: str, code: int) -> str:
     assert (result.exit_code, result.stdout) == (code, "")
     [line] = result.stderr.strip().splitlines()
     return line
-
-
-def at_work() -> list[StageView]:
-    roster = StageRoster(SPECS)
-    for stage in (0, 1):
-        roster.note(progress(stage, "ready", done=len(SPECS[stage].layers)))
-    running = msgspec.structs.replace(fake_health(0), state="running", step_id=12, step_seconds=0.34)
-    dead = msgspec.structs.replace(
-        fake_health(1), state="dead", pid=0, resident_bytes=0, detail="its process died in /srv/models/x.safetensors"
-    )
-    return views(roster, running, dead)
 
 
 def test_a_stage_is_shown_by_what_is_known_of_it() -> None:

@@ -20,9 +20,9 @@ from api.demo import run_demo
 from api.errors import OptionError, RequestError
 from api.settings.engine import EngineSettings
 from tests import ROOT
-from tests.api.demo.test_run import TT_METAL_STATISTICS
 from tests.support.checkpoints import reference_model, write_checkpoint
 from tests.support.command_line import run
+from tests.support.demo_figures import TT_METAL_STATISTICS
 from tests.support.servers import sample_prompts
 from weights.sample import SAMPLE_DIR
 from weights.sample.train import Reference

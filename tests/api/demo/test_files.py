@@ -23,8 +23,7 @@ from api.demo.files import (
 from api.demo.generation import Generation, statistics
 from api.demo.options import DemoOptions
 from api.errors import OptionError, exit_code
-from api.messages.engine import Counts, EngineMetrics, StageMetrics
-from api.messages.histogram import Histogram
+from tests.support.demo_figures import metrics
 
 PROMPTS = [{"prompt": "First prompt"}, {"prompt": "Zweiter Ärger"}]
 
@@ -263,40 +262,6 @@ def test_accuracy_counts_matches(data: st.DataObject) -> None:
     alone = accuracy(Reference(path=Path("r"), tokens=tokens, top5=None, prompt_length=begin), predicted)
     assert alone.top1 * length == pytest.approx(sum(p == tokens[begin + i] for i, p in enumerate(predicted)))
     assert alone.top5 is None
-
-
-# Statistics
-
-
-def stage(busy: float) -> StageMetrics:
-    empty = Histogram.of((1.0,))
-    return StageMetrics(
-        stage=0,
-        host="h",
-        busy_seconds=busy,
-        busy_share=0.0,
-        bubble_seconds=0.0,
-        prefill_steps=empty,
-        decode_steps=empty,
-        hops=empty,
-        queues=empty,
-    )
-
-
-def metrics(prefill: float, decode: float, *busy: float) -> EngineMetrics:
-    empty = Histogram.of((1.0,))
-    return EngineMetrics(
-        counts=Counts(waiting=0, running=0, steps_in_flight=0, free_slots=1, slots=1, free_blocks=1, blocks=1),
-        preemptions=0,
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        queue_times=empty,
-        prefill_steps=empty,
-        decode_steps=empty,
-        result_hops=empty,
-        recoveries=empty,
-        stages=[stage(seconds) for seconds in busy],
-    )
 
 
 def generation(prompt_tokens: int, first: float, gap: float, count: int) -> Generation:

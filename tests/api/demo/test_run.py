@@ -17,27 +17,12 @@ from api.messages.engine import AddRequest, EngineMetrics, EngineState
 from api.settings.engine import EngineSettings
 from api.text.tokenizer import TextTokenizer
 from tests import ROOT
-from tests.api.demo.test_files import metrics
 from tests.support.command_line import VARIABLES
+from tests.support.demo_figures import TT_METAL_STATISTICS, metrics
 from tests.support.fake_engine import FakeEngine, Script
 from weights.sample import SAMPLE_DIR
 
 EOS = 1
-
-TT_METAL_STATISTICS = {
-    "preparing_prefill_config",
-    "preparing_decode_config",
-    "inference_prefill",
-    "inference_decode",
-    "prefill_time_to_token",
-    "prefill_time_to_first_token",
-    "prefill_t/s",
-    "decode_t/s/u",
-    "decode_t/s",
-    "trace_execution_t/s/u @128th token",
-    "Full demo runtime",
-}
-"""Keys of the tt-metal demo's statistics."""
 
 
 class DemoEngine(FakeEngine):

@@ -11,8 +11,8 @@ from api.messages.engine import AddRequest, RequestOutput
 from api.scheduler.quarantine import REPEATED, Quarantine
 from api.scheduler.scheduler import Scheduler
 from stages.step import Mode, StepResult
-from tests.api.scheduler.test_scheduler import nothing_in_use, request, scheduler_options
 from tests.support.engine_fakes import PoisonedStage, PoisonedStepError, reference_answer
+from tests.support.scheduling import nothing_in_use, request, scheduler_options
 
 POISON = 6000
 SENTENCE = "Stage 1 on host-a failed at step 9: DeviceError: no such address."

@@ -15,11 +15,11 @@ from api.server.app import create_app
 from api.server.monitoring import add_monitoring_routes
 from api.server.serve import ServeSettings
 from api.settings.server import KEY_VARIABLES, ApiKeys
-from tests.api.cli.test_status import ReportingEngine, at_work
 from tests.support.api_client import error_of
 from tests.support.api_server import MODEL, AppServer, endless_text
 from tests.support.command_line import run
 from tests.support.fake_engine import FakeEngine
+from tests.support.reporting_engine import ReportingEngine, at_work
 
 KEYS = ["first-secret", "second secret"]
 ENVIRONMENT = dict(zip(KEY_VARIABLES, ("ours", "vllms"), strict=True))

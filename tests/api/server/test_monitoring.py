@@ -12,7 +12,6 @@ import msgspec
 import psutil
 import pytest
 from fastapi import FastAPI
-from prometheus_client.parser import text_string_to_metric_families
 
 from api.client.engine_client import EngineClient
 from api.errors import EngineError
@@ -22,10 +21,9 @@ from api.server.monitoring import add_monitoring_routes
 from stages.step import SamplingParams
 from tests import ROOT
 from tests.support.engine_fakes import HOP_NS, QUEUE_NS, STEP_NS, engine_options
+from tests.support.scrape import MODEL, Scrape
 
-MODEL = "org/small"
 SECONDS = 20.0
-Labels = frozenset[tuple[str, str]]
 Seen = TypeVar("Seen")
 
 
@@ -52,25 +50,6 @@ class Monitored:
         response = await self.client.get("/pipeline")
         assert response.status_code == 200
         return msgspec.json.decode(response.content, type=PipelineView)
-
-
-class Scrape:
-    """All samples by name and labels."""
-
-    def __init__(self, text: str) -> None:
-        self.families = {family.name: family for family in text_string_to_metric_families(text)}
-        self.samples: dict[tuple[str, Labels], float] = {}
-        for family in self.families.values():
-            for sample in family.samples:
-                key = (sample.name, frozenset(sample.labels.items()))
-                assert key not in self.samples
-                self.samples[key] = sample.value
-
-    def of(self, name: str, **labels: str) -> float:
-        return self.samples[name, frozenset(labels.items())]
-
-    def model(self, name: str, **labels: str) -> float:
-        return self.of(name, model_name=MODEL, engine="0", **labels)
 
 
 @asynccontextmanager

@@ -15,9 +15,9 @@ from api.client.open_requests import OUTPUTS_WAITING_MAX, RequestStream
 from api.errors import EngineError
 from api.messages.engine import AddRequest, RequestOutput
 from api.server.client_protocol import HEADER_BYTES_MAX
-from tests.api.client.test_request_metrics import GREEDY
 from tests.support.api_server import DEADLINE_S, MODEL, TEXT_TOKENS, endless_text, never_ending, serving_app
 from tests.support.fake_engine import FakeEngine
+from tests.support.scheduling import GREEDY
 
 PATIENCE_S = 0.3
 BODY = b'{"prompt": "hello", "max_tokens": 3}'

@@ -16,8 +16,8 @@ from api.server.serve import ServeSettings
 from api.settings.engine import EngineSettings
 from api.settings.server import FrontSettings, TlsFiles
 from benchmarks.ports import free_port
-from tests.api.server.test_serve import SAMPLE, FakeEngineClient
 from tests.support.api_server import DEADLINE_S, endless_text
+from tests.support.fake_engine import SAMPLE, FakeEngineClient
 
 
 @pytest.fixture(scope="module")

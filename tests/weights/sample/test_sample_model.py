@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests import ROOT
-from weights.sample import SAMPLE_DIR
+from weights.sample import PROMPTS_FILE, SAMPLE_DIR
 from weights.sample.documents import Span, epoch, questions, texts, tokenizer_texts, training_texts
 from weights.sample.packing import IGNORED, SPECIAL_TOKENS, batches, encode
 from weights.sample.tokenizer import train_tokenizer
@@ -24,7 +23,6 @@ from weights.sample.train import BIAS_STEP, EPOCHS, SEED, BiasBalancer, Completi
 
 LARGEST_CHECKPOINT = 12_000_000
 SMALLEST_MARGIN = 0.5
-PROMPTS = ROOT / "tests" / "data" / "prompts.json"
 TILE = 32
 ROWS, COLUMNS = 4, 8
 
@@ -36,7 +34,7 @@ class Case:
     in_training_text: bool
 
 
-CASES = [Case(**case) for case in json.loads(PROMPTS.read_text(encoding="utf-8"))]
+CASES = [Case(**case) for case in json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))]
 CONFIG = json.loads((SAMPLE_DIR / "config.json").read_text(encoding="utf-8"))
 
 

@@ -11,7 +11,7 @@ from stages.backend import set_float_dtype, ttnn
 from stages.backend.embedded import paging, transformer
 from stages.backend.embedded import products as processor
 from stages.errors import DeviceError
-from tests.support.embedded_meshes import float32, integers, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
+from tests.support.embedded_meshes import integers, on_chip, on_meshes, put, shards
 from tests.support.op_cases.case import user_cores
 
 pytestmark = pytest.mark.usefixtures("float32")

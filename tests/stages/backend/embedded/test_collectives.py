@@ -7,7 +7,7 @@ import torch
 
 from stages.backend import ttnn
 from stages.errors import DeviceError
-from tests.support.embedded_meshes import float32, put, shards  # noqa: F401 - the fixture
+from tests.support.embedded_meshes import put, shards
 
 pytestmark = pytest.mark.usefixtures("float32")
 

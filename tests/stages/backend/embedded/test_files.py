@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from stages.backend import set_float_dtype, ttnn
 from stages.errors import DeviceError
 from tests.support.disks import files_of_at_most
-from tests.support.embedded_meshes import assert_everywhere, float32, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
+from tests.support.embedded_meshes import assert_everywhere, on_chip, on_meshes, put, shards
 
 pytestmark = pytest.mark.usefixtures("float32")
 

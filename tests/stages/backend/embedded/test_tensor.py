@@ -7,7 +7,7 @@ import torch
 
 from stages.backend import bind, set_float_dtype, ttnn
 from stages.errors import DeviceError
-from tests.support.embedded_meshes import SHAPES, float32, on_chip, on_meshes, put, shards  # noqa: F401 - the fixture
+from tests.support.embedded_meshes import SHAPES, on_chip, on_meshes, put, shards
 
 pytestmark = pytest.mark.usefixtures("float32")
 

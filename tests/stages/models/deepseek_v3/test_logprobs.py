@@ -10,8 +10,8 @@ from transformers import DeepseekV3ForCausalLM
 
 from stages.models.deepseek_v3.lm_head import LMHead
 from stages.step import VOCABULARY, SamplingParams, TokenLogprobs
-from tests.stages.models.deepseek_v3.test_model import TINY, prompts, reference_logits
 from tests.support.checkpoints import reference_model, write_checkpoint
+from tests.support.model_errors import TINY, prompts, reference_logits
 from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.sample import SAMPLE_DIR
 

@@ -15,8 +15,8 @@ from stages.models.deepseek_v3 import mla, moe, rope
 from stages.models.deepseek_v3 import mla as mla_weights
 from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mlp import MLP
-from tests.stages.models.deepseek_v3.test_model import TINY, TOLERANCE, worst_error
 from tests.support.checkpoints import config_keys, reference_model, write_checkpoint
+from tests.support.model_errors import TINY, TOLERANCE, worst_error
 from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.model_config import ModelConfig
 

@@ -1,0 +1,60 @@
+"""Pipelines of real processes with runners that need no model."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from actors.options import PipelineOptions
+from actors.pipeline import Pipeline
+from stages.options import CacheOptions, StageOptions
+from stages.plan import StageSpec
+from stages.step import Segment, Step, StepResult
+from tests.support.runners import HIDDEN_SIZE
+
+SECONDS = 30
+LAYERS = 2
+
+
+def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1) -> PipelineOptions:
+    cache = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
+    return PipelineOptions(
+        hidden_size=HIDDEN_SIZE,
+        specs=[
+            StageSpec(index=index, stages=stages, first_layer=LAYERS * index, end_layer=LAYERS * (index + 1))
+            for index in range(stages)
+        ],
+        stage=StageOptions(
+            model_path=model_path, cache_dir="", dtype="float32", load_format="dummy", seed=0, cache=cache
+        ),
+        device="embedded",
+        rows_per_stage=rows,
+        ray_address=None,
+        start_timeout_s=SECONDS,
+        step_timeout_s=SECONDS,
+        spare=False,
+        runner=f"tests.support.runners:{runner}",
+    )
+
+
+def step(pipeline: Pipeline, step_id: int) -> Step:
+    segment = Segment(slot=0, start=0, tokens=[step_id, step_id], new_blocks=[], sample=True)
+    return Step(epoch=pipeline.epoch, step_id=step_id, mode="decode", segments=[segment], admissions=[], ended=[])
+
+
+@asynccontextmanager
+async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
+    pipeline = await Pipeline.start(how, lambda _: None)
+    try:
+        yield pipeline
+    finally:
+        await pipeline.close()
+
+
+async def receive(pipeline: Pipeline) -> StepResult:
+    return await asyncio.wait_for(pipeline.receive(), SECONDS)
+
+
+def leftovers() -> list[str]:
+    return [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
