@@ -19,7 +19,7 @@ from actors.mpi.world import World
 from actors.options import PipelineOptions
 from actors.sockets.host import HostLink, Terms
 from actors.sockets.listener import Address, HostListener, TcpAddress, UnixAddress, connect
-from actors.stage.actor import StageSetup
+from actors.stage.actor import StageActor, StageSetup
 from actors.stage.group import StageGroup
 from actors.stage.health import StageHealth, StageProgress
 from actors.stage.identity import ENGINE, StageIdentity, stage_name
@@ -89,7 +89,14 @@ class Launch:
         options = self._options
         left = self._deadline - asyncio.get_running_loop().time()
         seconds = min(left, options.placement_timeout_s)
-        placement = await place(cluster, len(options.specs), options.rows_per_stage, options.pipelines, seconds=seconds)
+        placement = await place(
+            cluster,
+            len(options.specs),
+            options.rows_per_stage,
+            options.pipelines,
+            seconds=seconds,
+            actor_class=StageActor.__name__,
+        )
         self._placement = placement
         if options.transport == "mesh":
             lost = self._world_lost = asyncio.get_running_loop().create_future()

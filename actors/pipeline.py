@@ -9,7 +9,7 @@ from typing import Protocol
 
 import structlog
 
-from actors.cluster.environment import prepare
+from actors.cluster.environment import prepare_environment
 from actors.engine_end import EngineEnd
 from actors.errors import LinkError, PipelineError
 from actors.options import PipelineOptions
@@ -68,10 +68,10 @@ class Pipeline:
         or StartError naming stage, host and cause; a CheckpointError, CacheError, PlanError or DeviceError of a stage
         is raised as itself. Whatever was started is ended before it raises.
         """
-        prepare(options.ray_address)
+        prepare_environment(options.ray_address)
         # Importing Ray takes most of a second; the caller's loop has other work.
         await asyncio.to_thread(_import_ray)
-        from actors.launch import Launch  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+        from actors.launch import Launch  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
         pipeline = cls(next(_epochs), options.step_timeout_s)
         launch = Launch(options, pipeline.engine_end(), on_progress)
@@ -267,4 +267,4 @@ class _Outlet:
 
 
 def _import_ray() -> None:
-    import ray  # noqa: F401, PLC0415 - not before `prepare` has set what it reads
+    import ray  # noqa: F401, PLC0415 - not before `prepare_environment` has set what it reads

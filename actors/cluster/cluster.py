@@ -1,11 +1,10 @@
 """The Ray cluster that stages run on: joined where there is one, else started on this host alone.
 
-This module imports Ray, which reads its environment at that moment: `ray_environment.prepare` has to come first.
+This module imports Ray, which reads its environment at that moment: `prepare_environment` has to be called before.
 """
 
 import asyncio
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -16,8 +15,8 @@ import ray
 import structlog
 
 from actors.cluster.environment import cluster_address
-from actors.cluster.error_listener import stop_error_listener
 from actors.cluster.placement import ROWS
+from actors.cluster.ray_private import loopback_arguments, stop_error_listener
 from actors.errors import ClusterError
 from stages.step import Host, Topology
 
@@ -136,15 +135,13 @@ def _start_despite_load(rows: int) -> None:
 def _start(rows: int) -> None:
     ray.init(
         address="local",
-        _node_ip_address=LOOPBACK,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         num_cpus=1,
         resources={ROWS: rows},
         object_store_memory=OBJECT_STORE_BYTES,
-        # By default as many stages start at once as `num_cpus` says, and each takes a second of a core to import Ray.
-        _system_config={"worker_maximum_startup_concurrency": len(os.sched_getaffinity(0))},
+        **loopback_arguments(LOOPBACK),
     )
     bound = {node["NodeManagerAddress"] for node in _nodes()}
     if bound != {LOOPBACK}:

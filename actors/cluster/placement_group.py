@@ -15,7 +15,7 @@ from ray.util.placement_group import (
 
 from actors.cluster.cluster import Cluster
 from actors.cluster.placement import ROWS, Seat, hosts_sentence, needed_rows, plan_seats, refuse_impossible, seat_beside
-from actors.cluster.row_holders import row_holders
+from actors.cluster.ray_private import actor_holders
 from actors.errors import PlacementError
 
 PREFIX = "galaxyline rows "
@@ -76,8 +76,10 @@ GRANT_SECONDS = 5.0
 class Placement:
     """Rows for all stages, in one placement group, and in others for stages that had to move; made by `place`."""
 
-    def __init__(self, cluster: Cluster, group: PlacementGroup, seats: list[Seat]) -> None:
+    def __init__(self, cluster: Cluster, group: PlacementGroup, seats: list[Seat], actor_class: str) -> None:
+        """`actor_class` is the name of the class whose actors use such rows: a refusal names the processes of these."""
         self._cluster = cluster
+        self._actor_class = actor_class
         self._groups = [group] * len(seats)
         self._all_groups = [group]
         self.seats = seats
@@ -96,7 +98,9 @@ class Placement:
         if not lost:
             return
         before = self.seats[max(0, lost[0] - 1)]
-        group, moved = await _reserve(self._cluster, len(lost), len(before.rows), before.host.node_id, seconds)
+        group, moved = await _reserve(
+            self._cluster, len(lost), len(before.rows), before.host.node_id, seconds, self._actor_class
+        )
         self._all_groups.append(group)
         kept = [seat for stage, seat in enumerate(self.seats) if stage not in lost]
         replaced = dict(zip(lost, seat_beside(kept, moved), strict=True))
@@ -109,19 +113,21 @@ class Placement:
             await _remove(self._cluster, group)
 
 
-async def place(cluster: Cluster, stages: int, rows_per_stage: int, pipelines: int = 1, *, seconds: float) -> Placement:
+async def place(
+    cluster: Cluster, stages: int, rows_per_stage: int, pipelines: int = 1, *, seconds: float, actor_class: str
+) -> Placement:
     """Reserves rows for all stages of one pipeline, or for none: no other pipeline of the cluster has the same ones.
 
-    Raises PlacementError at once if the hosts could not hold so many `pipelines` even if they were empty, and after
-    `seconds` if the rows are in use.
+    `actor_class` is the name of the class whose actors use such rows. Raises PlacementError at once if the hosts could
+    not hold so many `pipelines` even if they were empty, and after `seconds` if the rows are in use.
     """
     refuse_impossible(await cluster.topology(), stages * pipelines, rows_per_stage)
-    group, seats = await _reserve(cluster, stages, rows_per_stage, await cluster.node_id(), seconds)
-    return Placement(cluster, group, seats)
+    group, seats = await _reserve(cluster, stages, rows_per_stage, await cluster.node_id(), seconds, actor_class)
+    return Placement(cluster, group, seats, actor_class)
 
 
 async def _reserve(
-    cluster: Cluster, stages: int, rows_per_stage: int, first: str, seconds: float
+    cluster: Cluster, stages: int, rows_per_stage: int, first: str, seconds: float, actor_class: str
 ) -> tuple[PlacementGroup, list[Seat]]:
     """A placement group with a bundle for each stage, those of node `first` ahead; retries until `seconds` are over."""
     loop = asyncio.get_running_loop()
@@ -137,9 +143,10 @@ async def _reserve(
         # Two that gave way to each other must not meet again and again.
         pause = RETRY_SECONDS * (0.5 + random.random())  # noqa: S311 - no secret
         if loop.time() + pause > deadline:
+            holders = await cluster.call(actor_holders, actor_class)
             raise PlacementError(
                 f"{needed_rows(stages, rows_per_stage)}, and they were not free within {seconds:g} s: "
-                f"{hosts_sentence(topology, taken)}, too many of them in use.{await cluster.call(row_holders)} "
+                f"{hosts_sentence(topology, taken)}, too many of them in use.{holders} "
                 "End what uses them, or use fewer stages."
             )
         await asyncio.sleep(pause)

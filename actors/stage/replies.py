@@ -1,7 +1,6 @@
 """What several stages were asked at once, awaited with patience that ends. The module imports Ray; see `cluster`."""
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import NoReturn, TypeVar
@@ -9,31 +8,10 @@ from typing import NoReturn, TypeVar
 from ray import ObjectRef
 from ray.exceptions import RayActorError, RayTaskError
 
-from actors.errors import LinkError, ProtocolError, ReleaseError, StartError
-from actors.release import own_release, release_sentence
+from actors.cluster.ray_private import last_line, setup_error
+from actors.errors import LinkError, ProtocolError, StartError
 from actors.stage.health import StageHealth
 from weights.errors import GalaxylineError
-
-_RELEASE = re.compile(r"\bReleaseError: (.*)")
-
-_OUR_MODULE = re.compile(r"No module named '(actors|stages|weights)\b|from '(actors|stages|weights)\b")
-
-
-def setup_failure(stage: int, host: str, told: str) -> GalaxylineError:
-    """The error for what Ray `told` of an actor whose constructor failed or could not even be read."""
-    cause = last_line(told)
-    if refused := _RELEASE.search(cause):
-        return ReleaseError(refused[1])
-    if _OUR_MODULE.search(cause):
-        what = f"has no galaxyline that Ray's processes can use ({cause})"
-        return ReleaseError(release_sentence(host, what, own_release()))
-    return StartError(f"Stage {stage} on {host} could not be set up: {cause}")
-
-
-def last_line(told: str) -> str:
-    """What a traceback ends with."""
-    return next((line.strip() for line in reversed(told.splitlines()) if line.strip()), "no cause was given")
-
 
 Result = TypeVar("Result")
 
@@ -121,7 +99,7 @@ class StageAnswers:
         if isinstance(cause, GalaxylineError) and not isinstance(cause, LinkError | ProtocolError | StartError):
             return cause
         if isinstance(cause, RayActorError) and cause.actor_init_failed:
-            return setup_failure(index, self._host(index), str(cause))
+            return setup_error(index, self._host(index), str(cause))
         told = death(cause) if isinstance(cause, RayActorError) else f"{type(cause).__name__}: {cause}"
         if isinstance(cause, GalaxylineError):
             told = str(cause)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from actors.cluster.environment import cluster_address, prepare
+from actors.cluster.environment import cluster_address, prepare_environment
 from actors.engine_end import EngineEnd
 from actors.errors import ClusterError, LinkError, PipelineError, PlacementError, StartError
 from actors.pipeline import Pipeline
@@ -196,8 +196,8 @@ async def test_pipelines_that_start_at_once_on_one_host_own_different_rows(clust
 
 
 async def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
-    prepare("127.0.0.1:1")
-    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    prepare_environment("127.0.0.1:1")
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
     with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
         await Cluster.join("127.0.0.1:1", 1)

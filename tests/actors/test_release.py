@@ -6,10 +6,10 @@ import re
 import msgspec
 import pytest
 
+from actors.cluster.ray_private import setup_error
 from actors.errors import ReleaseError, StartError
 from actors.release import own_release, refuse_other_release
 from actors.stage.actor import StageActor
-from actors.stage.replies import setup_failure
 from api.errors import exit_code
 from weights.release import VERSION
 
@@ -57,6 +57,6 @@ def test_a_setup_of_the_same_release_has_to_be_one() -> None:
     ],
 )
 def test_what_ray_tells_becomes_one_sentence(told: str, kind: type[Exception], sentence: str) -> None:
-    failure = setup_failure(2, "host-1", told)
+    failure = setup_error(2, "host-1", told)
     assert type(failure) is kind
     assert re.search(sentence, str(failure))

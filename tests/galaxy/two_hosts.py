@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.cluster.environment import prepare
+from actors.cluster.environment import prepare_environment
 from actors.pipeline import Pipeline
 from stages.device import DEVICE_VARIABLE
 from tests.galaxy import mesh_pipelines
@@ -107,7 +107,7 @@ def ray_on(host: TestHost, environment: Mapping[str, str], *arguments: str) -> I
 
 async def joined_by_all() -> None:
     """Waits for both nodes."""
-    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
     cluster = await Cluster.join(f"{ADDRESSES[0]}:{PORT}", ROWS)
     for _ in range(TRIES):
@@ -119,7 +119,7 @@ async def joined_by_all() -> None:
 
 async def run_pipeline(folder: Path) -> dict[str, object]:
     """The hosts of the stages, once both ends of their socket have noted the same."""
-    prepare(f"{ADDRESSES[0]}:{PORT}")
+    prepare_environment(f"{ADDRESSES[0]}:{PORT}")
     await joined_by_all()
     environments = mesh_pipelines.galaxy_environments(folder)
     how = mesh_pipelines.options("plain", environments, folder, ROWS, ray_address=f"{ADDRESSES[0]}:{PORT}")

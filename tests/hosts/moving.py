@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from actors.cluster.environment import prepare
+from actors.cluster.environment import prepare_environment
 from actors.cluster.placement import Seat
 from actors.errors import PlacementError
 
@@ -40,13 +40,13 @@ async def hosts_when(cluster: "Cluster", count: int) -> None:
 
 
 async def move() -> None:
-    prepare(os.environ["RAY_ADDRESS"])
-    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    prepare_environment(os.environ["RAY_ADDRESS"])
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
     from actors.cluster.placement_group import place  # noqa: PLC0415
 
     cluster = await Cluster.join(None, 0)
     hosts = len((await cluster.topology()).hosts)
-    staying, moving = [await place(cluster, STAGES, 1, seconds=SECONDS) for _ in range(2)]
+    staying, moving = [await place(cluster, STAGES, 1, seconds=SECONDS, actor_class="StageActor") for _ in range(2)]
     await moving.settle(SECONDS)
     say([places(staying.seats), places(moving.seats)])
     await asyncio.to_thread(sys.stdin.readline)
@@ -59,7 +59,7 @@ async def move() -> None:
     await moving.settle(SECONDS)
     say(places(moving.seats))
     await moving.remove()
-    await (await place(cluster, STAGES, 1, seconds=SECONDS)).remove()
+    await (await place(cluster, STAGES, 1, seconds=SECONDS, actor_class="StageActor")).remove()
     await cluster.leave()
 
 

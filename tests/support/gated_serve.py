@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from actors.cluster.environment import prepare
+from actors.cluster.environment import prepare_environment
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
 from actors.sockets.frames import Hello, encode
@@ -51,8 +51,8 @@ def until_open(gate: Path) -> None:
 
 async def start(options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> Pipeline:
     """Of the engine's process: a pipeline like any other, behind the gate."""
-    prepare(options.ray_address)
-    from actors.stage.group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+    prepare_environment(options.ray_address)
+    from actors.stage.group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
     listen = StageGroup.listen
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from actors.cluster.environment import prepare
+from actors.cluster.environment import prepare_environment
 
 if TYPE_CHECKING:
     from actors.cluster.cluster import Cluster
@@ -54,8 +54,8 @@ def ray_of_this_process(rows: int) -> "Iterator[Cluster]":
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", directory)
         environment.setattr(tempfile, "tempdir", directory)
-        prepare(None)
-        from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare` has set
+        prepare_environment(None)
+        from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
         joined = asyncio.run(Cluster.join(None, rows))
         yield joined
@@ -65,8 +65,8 @@ def ray_of_this_process(rows: int) -> "Iterator[Cluster]":
 
 async def hold(rows: int) -> None:
     """Starts the cluster and ends it when nobody wants it any more."""
-    prepare(None)
-    import ray  # noqa: PLC0415 - reads what `prepare` has set
+    prepare_environment(None)
+    import ray  # noqa: PLC0415 - reads what `prepare_environment` has set
 
     from actors.cluster.cluster import Cluster  # noqa: PLC0415
 

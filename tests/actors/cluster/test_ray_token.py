@@ -12,7 +12,7 @@ from actors.cluster import environment
 SECONDS = 120
 START = """
 import asyncio, os
-from actors.cluster.environment import prepare
+from actors.cluster.environment import prepare_environment
 
 async def start() -> None:
     from actors.cluster.cluster import Cluster
@@ -23,7 +23,7 @@ async def start() -> None:
     finally:
         await cluster.leave()
 
-prepare(None)
+prepare_environment(None)
 asyncio.run(start())
 """
 OURS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
@@ -33,10 +33,10 @@ def test_each_start_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     tokens = set()
     for _ in range(2):
         for name in OURS:
-            # Set first, so that what `prepare` sets is undone after the test.
+            # Set first, so that what `prepare_environment` sets is undone after the test.
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
-        environment.prepare(None)
+        environment.prepare_environment(None)
         assert os.environ["RAY_AUTH_MODE"] == "token"
         tokens.add(os.environ["RAY_AUTH_TOKEN"])
     assert [len(token) for token in tokens] == [64, 64]
@@ -45,7 +45,7 @@ def test_each_start_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
-    environment.prepare(None)
+    environment.prepare_environment(None)
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("disabled", "")
 
 

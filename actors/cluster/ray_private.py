@@ -1,0 +1,119 @@
+"""Everything in the project that depends on what Ray does not document: private names, settings and texts.
+
+tests/actors/cluster/test_ray_private.py compares them with the Ray that is installed. Ray itself is imported within
+the functions only, because the variables named here have to be set before that happens.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import MutableMapping
+from typing import Any
+
+from actors.errors import ReleaseError, StartError
+from actors.release import own_release, release_sentence
+from weights.errors import GalaxylineError
+
+RAY_START_SECONDS = 60
+"""How long Ray's processes may take to start. By default they get 30 s, which a busy host misses."""
+
+ENVIRONMENT = {
+    "RAY_raylet_start_wait_time_s": str(RAY_START_SECONDS),
+    # By the default of 15, a stage that has sent its result to the engine waits until the engine has processed it.
+    "RAY_worker_niceness": "0",
+    # Ray refuses a process that runs another patch release of Python, unless only the minor release has to be equal.
+    "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
+}
+"""Variables of every process that starts or joins a cluster."""
+
+LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Variables of a cluster of this host alone: Ray keeps a loopback address only where clusters are off, as on a desktop;
+otherwise it replaces it by the outward one."""
+
+STARTUP_CONCURRENCY = "worker_maximum_startup_concurrency"
+"""Entry of Ray's system configuration: how many workers of a node may start at the same time."""
+
+ENTRYPOINT_CHARACTERS_MAX = 80
+
+_RELEASE = re.compile(r"\bReleaseError: (.*)")
+
+_OUR_MODULE = re.compile(r"No module named '(actors|stages|weights)\b|from '(actors|stages|weights)\b")
+
+
+def set_environment(environment: MutableMapping[str, str], *, is_loopback: bool) -> None:
+    """Adds Ray's undocumented variables to an environment; what the user has set stays."""
+    for name, value in {**ENVIRONMENT, **(LOOPBACK_ENVIRONMENT if is_loopback else {})}.items():
+        environment.setdefault(name, value)
+
+
+def loopback_arguments(address: str) -> dict[str, Any]:
+    """Returns the undocumented arguments of `ray.init` that start a cluster at a loopback `address`.
+
+    By default as many stages start at once as `num_cpus` allows, and each takes a second of a core to import Ray.
+    """
+    return {
+        "_node_ip_address": address,
+        "_system_config": {STARTUP_CONCURRENCY: len(os.sched_getaffinity(0))},
+    }
+
+
+def stop_error_listener() -> None:
+    """Ends the thread in which a driver waits for error messages of the cluster, to print them.
+
+    Without Ray's head this thread polls in a loop that never waits, and takes a core, and the interpreter, from what
+    still serves. What it prints is of no use here: the pipeline finds out by itself what became of its stages. Ray has
+    no setting for it; its own `disconnect` ends it in the same way, and may do so again.
+    """
+    from ray._private.worker import global_worker  # noqa: PLC0415 - see the module
+
+    global_worker.threads_stopped.set()
+    global_worker.gcs_error_subscriber.close()  # type: ignore[attr-defined] # set as it connects
+    global_worker.listener_thread.join()  # type: ignore[attr-defined]
+
+
+def actor_holders(class_name: str) -> str:
+    """Returns a sentence that names the processes whose actors of this class run in the cluster, and their hosts.
+
+    It is empty where there are none. Spares are counted with stages, as Ray does not distinguish them.
+    """
+    from ray._private import state  # noqa: PLC0415 - see the module
+
+    actors = Counter(
+        (actor["JobID"], actor["Address"]["IPAddress"])
+        for actor in state.state.actor_table(None, actor_state_name="ALIVE").values()
+        if actor["ActorClassName"] == class_name
+    )
+    if not actors:
+        return ""
+    jobs = {job["JobID"]: job for job in state.state.job_table()}  # type: ignore[no-untyped-call]
+    held = (f"{count} on {address} by {_process(jobs.get(job))}" for (job, address), count in sorted(actors.items()))
+    return f" These processes of stages run: {', '.join(held)}."
+
+
+def _process(job: dict[str, Any] | None) -> str:
+    if job is None:
+        return "a job that is gone"
+    entrypoint = job["Entrypoint"]
+    if len(entrypoint) > ENTRYPOINT_CHARACTERS_MAX:
+        entrypoint = entrypoint[:ENTRYPOINT_CHARACTERS_MAX] + "..."
+    return f"process {job['DriverPid']} on {job['DriverIPAddress']} ({entrypoint})"
+
+
+def setup_error(stage: int, host: str, traceback: str) -> GalaxylineError:
+    """Returns the error for an actor whose constructor raised, or whose class could not be imported.
+
+    Ray passes neither the exception nor its class on, but only the text of the `traceback`; so this is the one place
+    where the kind of a failure is read from a text.
+    """
+    cause = last_line(traceback)
+    if refused := _RELEASE.search(cause):
+        return ReleaseError(refused[1])
+    if _OUR_MODULE.search(cause):
+        what = f"has no galaxyline that Ray's processes can use ({cause})"
+        return ReleaseError(release_sentence(host, what, own_release()))
+    return StartError(f"Stage {stage} on {host} could not be set up: {cause}")
+
+
+def last_line(traceback: str) -> str:
+    """Returns the last line of a traceback that is not empty."""
+    return next((line.strip() for line in reversed(traceback.splitlines()) if line.strip()), "no cause was given")
