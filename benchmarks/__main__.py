@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.options import benchmark_command
+from benchmarks.support.options import benchmark_command
 from stages.device import Device
 
 BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload")

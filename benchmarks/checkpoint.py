@@ -8,16 +8,18 @@ from pathlib import Path
 import click
 import msgspec
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's usual name
 from safetensors.torch import save_file
 
-from benchmarks.fp8 import quantise
 from weights.checkpoint import RandomCheckpoint
-from weights.fp8 import SCALE_SUFFIX
+from weights.fp8 import SCALE_SUFFIX, scale_shape
 from weights.model_config import FP8_BLOCK, ModelConfig
 from weights.sample import SAMPLE_DIR
 from weights.sample.architecture import CONFIG, GENERATION_CONFIG
 
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 SEED = 0
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 LINEAR = "_proj"
@@ -135,6 +137,20 @@ def _stored_tensors(weights: RandomCheckpoint, is_fp8: bool) -> Iterator[tuple[s
             tensor, scales = quantise(tensor)
             yield name + SCALE_SUFFIX, scales
         yield name, tensor
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [rows, columns] as float8_e4m3fn, and the float32 scales by which its blocks are multiplied again.
+
+    The largest value of a block becomes FP8's largest; no block may be all zeros.
+    """
+    rows, columns = weight.shape
+    down, across = scale_shape((rows, columns))
+    padded = F.pad(weight.float(), (0, across * FP8_BLOCK - columns, 0, down * FP8_BLOCK - rows))
+    blocks = padded.view(down, FP8_BLOCK, across, FP8_BLOCK)
+    scales = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
+    values = (blocks / scales[:, None, :, None]).view(padded.shape)[:rows, :columns]
+    return values.to(torch.float8_e4m3fn).contiguous(), scales
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,13 +17,13 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from benchmarks.machine import Machine
-from benchmarks.options import benchmark_command
-from benchmarks.ports import free_port
-from benchmarks.report import Report, Target, publish, table_of
-from benchmarks.server_process import ServerProcesses, running_server
-from benchmarks.spread import Spread, ratios
-from benchmarks.stream_client import StreamError, stream_all
+from benchmarks.support.machine import Machine
+from benchmarks.support.options import benchmark_command
+from benchmarks.support.ports import free_port
+from benchmarks.support.report import Report, Target, publish, table_of
+from benchmarks.support.server_process import ServerProcesses, running_server
+from benchmarks.support.spread import Spread, ratios
+from benchmarks.support.stream_client import StreamError, stream_all
 from stages.device import Device
 
 REPLICAS = (1, 2)

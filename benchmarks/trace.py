@@ -12,10 +12,10 @@ import msgspec
 import torch
 from rich.table import Table
 
-from benchmarks.machine import Machine
-from benchmarks.options import benchmark_command, bind_process
-from benchmarks.report import Report, Target, publish, table_of
-from benchmarks.spread import Spread, ratios
+from benchmarks.support.machine import Machine
+from benchmarks.support.options import benchmark_command, bind_process
+from benchmarks.support.report import Report, Target, publish, table_of
+from benchmarks.support.spread import Spread, ratios
 from stages.device import Device
 from stages.options import CacheOptions, StageOptions
 from stages.plan import plan_stages

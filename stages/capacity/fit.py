@@ -15,7 +15,6 @@ from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, counted, in_words
 
 ROWS_MAX = 32
-
 """Rows of 8 Galaxies: as far as a search for more of them goes."""
 
 
@@ -138,7 +137,6 @@ def _shorter(config: ModelConfig, deployment: Deployment) -> Change | None:
 
 
 GALAXIES = (1, 2, 4, 8)
-
 """Numbers of Galaxies that are tried where no number of rows is given."""
 
 

@@ -77,28 +77,23 @@ def hop_s(distance: int, chip_bytes: float) -> float:
 
 
 DRAM_EFFICIENCY = 0.83
-
 """Of the DRAM's bandwidth: the lower end of what Llama3-70B's decode reached, 239 of 288 GB/s
 (tech_reports/Saturating_DRAM_bandwidth). Those weights are laid out bank by bank, ours are interleaved."""
 
 MATMUL_EFFICIENCY = 0.5
-
 """Of the matrix engines' peak: products of 1024 to 2048 a side in bfloat16 at HiFi2 without a tuned program reached 42
 to 67 %, smaller ones 9 to 19 % (tech_reports/GEMM_FLOPS, out-of-box results of n150)."""
 
 MATMUL_FIDELITY: Fidelity = "HiFi2"
-
 """Of the modules' kernels (stages/models/module.py, matmul_kernel)."""
 
 TRACED_LAUNCH_S = 8.5e-6
 
 UNTRACED_LAUNCH_S = 38e-6
-
 """From one op to the next: time less device time of the smallest product in the same out-of-box results, with a trace
 and without."""
 
 ExpertKernel = Literal["all", "chosen"]
-
 """Chips run all their experts on every token, as the modules do, or only those that were chosen."""
 
 ACTIVATION_BYTES = 2
@@ -122,11 +117,9 @@ MIXTURE_OPS = Launches(25, 25)
 RESIDUAL_OPS = Launches(2, 2)
 
 ENTER_OPS = Launches(6, 6)
-
 """Of the embedding and of the positions' cosines and sines."""
 
 HEAD_OPS = Launches(6, 6)
-
 """Beside its norm; four of them pick the tokens whose logits are wanted."""
 
 

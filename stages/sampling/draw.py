@@ -22,11 +22,9 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 BAND_BITS = 18
-
 """Low bits of a float32 that do not tell bands of weights apart: 32 bands to each power of two."""
 
 FEW = 8
-
 """Candidates are gathered into arrays of their own where less than one in so many is likely."""
 
 

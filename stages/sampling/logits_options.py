@@ -8,7 +8,6 @@ from stages.sampling.logprobs import Floats, to_floats, token_ids
 from stages.step import SamplingParams
 
 ROOM = 64
-
 """Tokens for which there is room beyond those of the admission, before arrays grow."""
 
 

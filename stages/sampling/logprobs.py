@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from stages.step import VOCABULARY, TokenLogprobs
 
 Floats = NDArray[np.float32]
-
 """Logits or weights, [vocabulary] or [candidates]."""
 
 Doubles = NDArray[np.float64]
@@ -31,7 +30,6 @@ def token_ids(tokens: Iterable[int], vocabulary: int) -> TokenIds:
 
 
 BLOCK = 512
-
 """Weights that are summed at once."""
 
 
@@ -56,7 +54,6 @@ def log_normaliser(logits: Floats) -> float:
 
 
 GROUP = 64
-
 """Tokens of which one maximum is taken, to find the best tokens without ordering them all."""
 
 

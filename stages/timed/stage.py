@@ -15,7 +15,6 @@ from stages.timed.durations import Durations, durations
 from weights.model_config import ModelConfig
 
 PR_SET_TIMERSLACK = 29
-
 """linux/prctl.h: how late, in nanoseconds, the kernel may end a thread's sleep; 50 us unless told otherwise."""
 
 RECENT = 32
@@ -47,11 +46,9 @@ class Alarm:
 
 
 MULTIPLIER = 0x9E3779B1
-
 """The prime next to 2**32 over the golden ratio, which scatters products over all bits (Knuth, TAOCP 3, 6.4)."""
 
 OTHER_MULTIPLIER = 0x85EBCA6B
-
 """Of the finalizer of MurmurHash3."""
 
 WORD = 0xFFFFFFFF

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from transformers import DeepseekV3ForCausalLM
 
 from benchmarks.checkpoint import SEED, SIZES, write_checkpoint
-from benchmarks.null_stage import TOKEN, NullStage, StepCount
-from benchmarks.spread import Spread, ratios
-from benchmarks.token_times import TokenTimes, prefill_tokens_per_s, random_prompts
+from benchmarks.model.contender import TokenTimes, prefill_tokens_per_s, random_prompts
+from benchmarks.support.null_stage import TOKEN, NullStage, StepCount
+from benchmarks.support.spread import Spread, ratios
 from stages.plan import StageSpec
 from stages.step import Segment, Step, StepResult
 from tests.support.checkpoints import stored_tensors

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.chaos import Findings, Run, losses_of, percentile, recoveries_in, speeds_of
-from benchmarks.chaos_faults import FaultRow
-from benchmarks.chaos_leaks import Holdings, slope
-from benchmarks.chaos_load import Answer, Totals
-from benchmarks.chaos_requests import STYLES, Damage, Question, damage, questions
-from benchmarks.chaos_stage import FaultyStage, give_order, is_obeyed, order_file, withdraw
+from benchmarks.chaos.faults import FaultRow
+from benchmarks.chaos.findings import Findings, Run, losses_of, percentile, recoveries_in, speeds_of
+from benchmarks.chaos.leaks import Holdings, slope
+from benchmarks.chaos.load import Answer, Totals
+from benchmarks.chaos.requests import STYLES, Damage, Question, damage, questions
+from benchmarks.chaos.stage import FaultyStage, give_order, is_obeyed, order_file, withdraw
 from stages.plan import StageSpec
 from stages.step import Segment, Step
 from tests.support.runners import EchoRunner

@@ -14,8 +14,8 @@ import pytest
 from api.server.admission import Admission
 from api.server.app import create_app
 from api.settings.server import QueueLimits
-from benchmarks.open_loop_client import Notes, OpenLoop, Outcome
-from benchmarks.overload_figures import Capacity, Turn, row_of
+from benchmarks.overload.figures import Capacity, Turn, row_of
+from benchmarks.overload.open_loop_client import Notes, OpenLoop, Outcome
 from tests.support.api_server import MODEL, AppServer, endless_text
 from tests.support.fake_engine import FakeEngine
 

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 from tests import ROOT
 from tests.support.cluster_file import FileCluster, joined, running_cluster
 

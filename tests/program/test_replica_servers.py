@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 from tests.support.reference_texts import reference_texts
 from tests.support.scrape import Scrape
 from tests.support.servers import Prompt, Server, complete, sample_prompts, serving

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.ideal import Ideal, percentile
+from benchmarks.scaling.ideal import Ideal, percentile
 
 TIMES = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 

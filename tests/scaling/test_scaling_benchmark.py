@@ -10,13 +10,13 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from benchmarks.ideal import Ideal
-from benchmarks.line_chart import line_chart
-from benchmarks.report import Target
-from benchmarks.scaling import ScalingRow, chart, row, targets
-from benchmarks.scaling_case import USERS, cases, equal_case, r1_case
-from benchmarks.scaling_run import Counters, Run, step_seconds
-from benchmarks.steady_client import SteadyTimes
+from benchmarks.scaling.case import USERS, cases, equal_case, r1_case
+from benchmarks.scaling.figures import ScalingRow, chart, row, targets
+from benchmarks.scaling.ideal import Ideal
+from benchmarks.scaling.line_chart import line_chart
+from benchmarks.scaling.run import Counters, Run, step_seconds
+from benchmarks.scaling.steady_client import SteadyTimes
+from benchmarks.support.report import Target
 from tests.support.plans import r1_config
 from weights.model_config import ModelConfig
 

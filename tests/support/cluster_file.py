@@ -23,7 +23,7 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 from tests import ROOT
 from tests.support.private_network import private_network
 

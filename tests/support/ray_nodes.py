@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from actors.cluster.placement import ROWS
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 
 SECONDS = 200
 START_SECONDS = 60

@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from api.client.engine_client import leave_group
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 from weights.sample import PROMPTS_FILE
 
 READY_DEADLINE = 300.0

@@ -14,11 +14,9 @@ from tokenizers import Tokenizer
 from weights.sample.tokenizer import save_tokenizer
 
 VOCABULARY = 1024
-
 """Size of the vocabulary, special tokens included."""
 
 MAX_POSITIONS = 2048
-
 """Longest text in tokens."""
 
 ROPE_SCALING = {
@@ -30,7 +28,6 @@ ROPE_SCALING = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-
 """YaRN (arXiv:2309.00071) from 256 to 2048 positions; on from the first step of training."""
 
 CONFIG = {
@@ -75,11 +72,9 @@ CONFIG = {
     "v_head_dim": 32,
     "vocab_size": VOCABULARY,
 }
-
 """The contents of `config.json`."""
 
 GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
-
 """The contents of `generation_config.json`: greedy, because the model knows its text by heart."""
 
 

@@ -27,7 +27,6 @@ from weights.sample.packing import Batch, batches, encode
 from weights.sample.tokenizer import train_tokenizer
 
 BIAS_STEP = 0.001
-
 """The bias update speed, gamma, of the DeepSeek-V3 technical report (arXiv:2412.19437, section 4.2)."""
 
 
@@ -68,7 +67,6 @@ def balancers(model: nn.Module) -> list[BiasBalancer]:
 
 
 BATCH = 8
-
 """Prompts decoded together, alike in length so that little is spent on padding."""
 
 
@@ -141,7 +139,6 @@ class Reference:
 SEED = 0
 
 EPOCHS = 60
-
 """The seed and length of the training that gave the checkpoint in the repository."""
 
 PEAK_LEARNING_RATE = 2e-3
@@ -149,7 +146,6 @@ PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 40
 
 BALANCED_SHARE = 0.8
-
 """The routers' biases stand still for the rest of the training, so that the weights settle around them."""
 
 

@@ -24,7 +24,6 @@ from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
 
 LARGEST = {uint8: (1 << 8) - 1, uint16: (1 << 16) - 1, uint32: (1 << 32) - 1}
-
 """The greatest value of each unsigned dtype."""
 
 

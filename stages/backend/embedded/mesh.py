@@ -14,11 +14,9 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 MMAP_FROM = 32 << 20
-
 """Bytes from which an allocation gets pages of its own: the largest value that glibc takes."""
 
 KEPT_FREE = 512 << 20
-
 """Free bytes at the end of the heap that stay with the process."""
 
 
@@ -36,7 +34,6 @@ def keep_freed_memory() -> bool:
 
 
 WORKER_GRID = CoreCoord(8, 8)
-
 """Worker cores of a Wormhole chip (x, y); program configs are sized by it."""
 
 

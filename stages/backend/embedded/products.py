@@ -18,16 +18,13 @@ from stages.backend.embedded.trace import atomic
 HAS_ONEDNN = bool(torch._C._has_mkldnn)
 
 MULTIPLIES_BFLOAT16 = HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
 """Whether products of bfloat16 are as fast as they are on processors with instructions for them (AVX-512 and later).
 Elsewhere torch takes them value by value, up to 100 times slower than products of float32."""
 
 HAS_BFLOAT16_TILES = bool(torch.cpu._is_amx_tile_supported())
-
 """Whether there are instructions for whole tiles of bfloat16 (AMX), with which these products outrun all others."""
 
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-
 """Whether there are products by weights held in halves (x86 with AVX2 and later)."""
 
 
@@ -38,7 +35,6 @@ def _wide_from_rows() -> int:
 
 
 WIDE_FROM_ROWS = _wide_from_rows()
-
 """Rows from which a product of bfloat16 takes longer than one of float32, operands widened for it.
 
 Without instructions for bfloat16 it always does. AVX-512's instructions for pairs read half as much, and so win while
@@ -52,11 +48,9 @@ def widened(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 PACKED_FROM = 1 << 18
-
 """Elements from which a packed matrix is faster, whatever the number of rows: under it, packing's overhead shows."""
 
 WIDENED_FROM_ROWS = 8
-
 """Rows from which a product by a small bfloat16 matrix takes longer than widening the matrix for it."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]

@@ -20,7 +20,7 @@ from api.messages.engine import AddRequest, EngineState
 from api.server import serve
 from api.server.serve import ServeSettings, listen
 from api.settings.engine import EngineSettings
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 from tests.support.api_server import DEADLINE_S, endless_text
 from tests.support.fake_engine import SAMPLE, FakeEngineClient
 

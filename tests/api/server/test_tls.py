@@ -15,7 +15,7 @@ from api.server import serve
 from api.server.serve import ServeSettings
 from api.settings.engine import EngineSettings
 from api.settings.server import FrontSettings, TlsFiles
-from benchmarks.ports import free_port
+from benchmarks.support.ports import free_port
 from tests.support.api_server import DEADLINE_S, endless_text
 from tests.support.fake_engine import SAMPLE, FakeEngineClient
 

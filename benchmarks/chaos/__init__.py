@@ -1,0 +1,1 @@
+"""Whether anything is lost while stages are killed, stopped and cut off, and while their devices fail."""

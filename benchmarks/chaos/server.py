@@ -1,0 +1,167 @@
+"""`galaxyline serve` with stages that can be told to fail: a process for the chaos benchmark."""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import httpx
+import msgspec
+import psutil
+import uvloop
+
+from actors.log import LEVEL_VARIABLE, configure_logging
+from api.engine.options import EngineOptions
+from api.server.serve import ServeSettings, serve
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource, resolve_model
+from benchmarks.chaos.stage import DIRECTORY_VARIABLE, RUNNER
+from benchmarks.support.ports import free_port
+from benchmarks.support.server_process import STAGE_TITLE, ServerError, end, engines_of, title, wait_until_ready
+from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
+
+STEP_TIMEOUT_S = 10.0
+"""A device that hangs just after a recovery, when it is not known yet how long steps take, is found after this."""
+ANSWER_SECONDS = 30.0
+POLL_SECONDS = 0.05
+
+
+class ChaosSettings(EngineSettings, frozen=True, kw_only=True):
+    """The engine's options, but for what the stages run."""
+
+    directory: Path
+
+    def engine_options(
+        self, source: ModelSource, config: ModelConfig, changes: ConfigChanges = UNCHANGED, *, sharers: int = 1
+    ) -> EngineOptions:
+        """See `EngineSettings`."""
+        options = super().engine_options(source, config, changes, sharers=sharers)
+        environment = {DIRECTORY_VARIABLE: str(self.directory)}
+        pipeline = msgspec.structs.replace(
+            options.pipeline, runner=RUNNER, environments=[environment] * len(options.pipeline.specs)
+        )
+        return msgspec.structs.replace(options, pipeline=pipeline)
+
+
+class PipelineState(msgspec.Struct, frozen=True, kw_only=True):
+    """What GET /pipeline says: `pids` by stage, 0 where a stage has none, and how often each was started anew."""
+
+    phase: str
+    detail: str
+    epoch: int
+    pids: list[int]
+    restarts: list[int]
+
+
+class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
+    """A server that is ready. `directory` holds its log, its stages' orders and everything that it makes."""
+
+    url: str
+    directory: Path
+    process: psutil.Process
+    engine: psutil.Process
+
+    @property
+    def log(self) -> Path:
+        """What it writes to stderr, one JSON object a line."""
+        return self.directory / "server.log"
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All of its processes, itself first."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    def stage_pids(self) -> list[int]:
+        """Of all stages, also those that are only starting or just ending."""
+        return [process.pid for process in self.processes if title(process).startswith(STAGE_TITLE)]
+
+    async def state(self, client: httpx.AsyncClient) -> PipelineState:
+        """The pipeline as it is now. Raises ServerError where the server does not answer, or its engine is gone."""
+        try:
+            body = (await client.get(f"{self.url}/pipeline", timeout=ANSWER_SECONDS)).json()
+        except httpx.TransportError as error:
+            raise ServerError(f"GET /pipeline was not answered: {error!r}. The server's log is {self.log}.") from error
+        if body["engine"] is None:
+            raise ServerError(f"The server's engine is gone: {body['detail']} Its log is {self.log}.")
+        return PipelineState(
+            phase=body["phase"],
+            detail=body["detail"],
+            epoch=body["engine"]["epoch"] or 0,
+            pids=[stage["pid"] or 0 for stage in body["stages"]],
+            restarts=[stage["restarts"] for stage in body["stages"]],
+        )
+
+    async def back(self, client: httpx.AsyncClient, epoch: int, seconds: float) -> PipelineState:
+        """Waits until the pipeline is ready in a later epoch than `epoch`. Raises ServerError after `seconds`."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while (state := await self.state(client)).epoch <= epoch or state.phase != "ready":
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServerError(
+                    f"The pipeline did not come back within {seconds:g} s; it is {state.phase} in epoch "
+                    f"{state.epoch}: {state.detail} Its log is {self.log}."
+                )
+            await asyncio.sleep(POLL_SECONDS)
+        return state
+
+
+@contextlib.contextmanager
+def chaos_server(directory: Path, *, stages: int, clients: int) -> Iterator[ChaosServer]:
+    """Serves the sample model until the block ends. Raises ServerError where it does not start or end as it should."""
+    port = free_port()
+    arguments = [str(directory), str(stages), str(clients), str(port)]
+    environment = {
+        **os.environ,
+        LEVEL_VARIABLE: "info",
+        # Ray's workers have to find this package as well.
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        # Whatever is left behind lies here.
+        "TMPDIR": str(directory),
+        "RAY_TMPDIR": str(directory),
+    }
+    with (directory / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.chaos.server", *arguments], env=environment, stdout=log, stderr=log
+        )
+    descendants: list[psutil.Process] = []
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process)
+        front_end = psutil.Process(process.pid)
+        server = ChaosServer(url=url, directory=directory, process=front_end, engine=engines_of(front_end)[0])
+        yield server
+        descendants = server.processes[1:]
+    finally:
+        end(process)
+    if process.returncode:
+        raise ServerError(f"The server ended with exit code {process.returncode}. Its log is {server.log}.")
+    if left := psutil.wait_procs(descendants, timeout=ANSWER_SECONDS)[1]:
+        raise ServerError(f"Processes outlived the server: {', '.join(str(child.pid) for child in left)}.")
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("stages", type=int)
+@click.argument("clients", type=int)
+@click.argument("port", type=int)
+def main(directory: Path, stages: int, clients: int, port: int) -> None:
+    """Serve the sample model until a signal ends it."""
+    configure_logging()
+    engine = ChaosSettings(
+        cache_dir=directory / "weights",
+        stages=stages,
+        max_num_seqs=2 * clients,
+        dtype="float32",
+        step_timeout_s=STEP_TIMEOUT_S,
+        directory=directory,
+    )
+    source = resolve_model(None, {})
+    settings = ServeSettings(engine=engine, source=source, host="127.0.0.1", port=port, shutdown_timeout_s=5.0)
+    uvloop.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

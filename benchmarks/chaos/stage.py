@@ -1,0 +1,93 @@
+"""A stage whose device does wrong when it is told to: what the chaos benchmark's server runs."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from actors.stage.runner import OnProgress, StageRunner
+from stages.options import StageOptions
+from stages.plan import StageSpec
+from stages.stage import Stage
+from stages.step import SentHidden, Step, StepResult
+
+RUNNER = "benchmarks.chaos.stage:load"
+DIRECTORY_VARIABLE = "GALAXYLINE_CHAOS_DIRECTORY"
+"""Names the directory with the orders; set for the benchmark's server alone."""
+
+HANG_SECONDS = 3600.0
+
+
+class DeviceFaultError(Exception):
+    """What the device is made to raise."""
+
+
+class FaultyStage:
+    """A stage that obeys the file `order` before a step, once; the file is gone when it was read."""
+
+    def __init__(self, runner: StageRunner, order: Path) -> None:
+        self._runner = runner
+        self._order = order
+
+    def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
+        """See `StageRunner`."""
+        with contextlib.suppress(FileNotFoundError):
+            order = self._order.read_text(encoding="ascii")
+            self._order.unlink()
+            ACTS[order]()
+        return self._runner.step(step, hidden)
+
+    def close(self) -> None:
+        """See `StageRunner`."""
+        self._runner.close()
+
+
+def load(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
+    """A `RunnerFactory`."""
+    return FaultyStage(
+        Stage.load(spec, options, on_progress), order_file(Path(os.environ[DIRECTORY_VARIABLE]), spec.index)
+    )
+
+
+def order_file(directory: Path, stage: int) -> Path:
+    """Where a stage looks for its order."""
+    return directory / f"order-{stage}"
+
+
+def give_order(directory: Path, stage: int, order: str) -> Path:
+    """Tells a stage what to do before its next step; returns the file that is gone when it does it."""
+    file = order_file(directory, stage)
+    whole = file.with_suffix(".new")
+    whole.write_text(order, encoding="ascii")
+    whole.rename(file)
+    return file
+
+
+def is_obeyed(order: Path) -> bool:
+    """Whether the stage does it by now."""
+    return not order.exists()
+
+
+def withdraw(order: Path) -> None:
+    """Takes an order back."""
+    order.unlink(missing_ok=True)
+
+
+def _raise() -> None:
+    raise DeviceFaultError("the device was told to fail")
+
+
+def _cut() -> None:
+    """Ends the connection from the stage before, or from the engine, for both sides."""
+    for connection in psutil.Process().net_connections("unix"):
+        if "galaxyline-" in connection.laddr:
+            # The descriptor stays its owner's.
+            with socket.socket(fileno=os.dup(connection.fd)) as connected:
+                connected.shutdown(socket.SHUT_RDWR)
+
+
+ACTS: dict[str, Callable[[], None]] = {"raise": _raise, "hang": lambda: time.sleep(HANG_SECONDS), "cut": _cut}

@@ -1,0 +1,1 @@
+"""How long hidden states take from one stage to the next."""

@@ -1,0 +1,129 @@
+"""Two stages as they run in a pipeline, but in processes of the benchmark's own: what a whole hop takes."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from actors.errors import LinkError
+from actors.sockets.host import HostLink
+from actors.sockets.link import Arrival
+from actors.sockets.listener import Address, HostListener, UnixAddress, connect
+from actors.stage.cores import CoreShare
+from actors.stage.identity import ENGINE, StageIdentity
+from actors.stage.server import StageServer
+from benchmarks.hop.steps import BYTES_PER_TOKEN, DTYPE, EPOCH, Secret, step_of
+from benchmarks.support.null_stage import NullStage
+from benchmarks.support.peer import START_SECONDS, Pipe, answer, running_peer, wait_for_end
+from stages.plan import StageSpec
+from stages.step import StageFailure, StepResult
+
+STAGES = 2
+STEP_SECONDS = 60.0
+
+
+class StagePair:
+    """Stage 0 and stage 1, with the benchmark in the engine's place."""
+
+    def __init__(self, inlet: HostLink, results: "_Results") -> None:
+        self._inlet = inlet
+        self._results = results
+
+    async def hop_seconds(self, tokens: int, count: int) -> list[float]:
+        """From the end of stage 0's computing to the beginning of stage 1's, of `count` steps one after the other.
+
+        One more step goes ahead of them and is not counted.
+        """
+        times = []
+        for step_id in range(count + 1):
+            await self._inlet.send(step_of(step_id, tokens))
+            first, second = (await self._results.next()).timings
+            times.append((second.began_ns - first.ended_ns) * 1e-9)
+        return times[1:]
+
+
+@contextlib.asynccontextmanager
+async def stage_pair(directory: Path, shares: list[CoreShare]) -> AsyncIterator[StagePair]:
+    """Both stages, each on its share of the cores; their sockets are in `directory`."""
+    addresses = [UnixAddress(str(directory / f"{index}" / "link.sock")) for index in range(STAGES + 1)]
+    secret = Secret.new()
+    identities = [_identity(index, secret) for index in range(STAGES)]
+    results = _Results()
+    upstream, downstream = identities[0].upstream_terms(), identities[-1].downstream_terms()
+    outlet_terms = msgspec.structs.replace(downstream, name=ENGINE, peer=downstream.name)
+    inlet_terms = msgspec.structs.replace(upstream, name=ENGINE, peer=upstream.name)
+    listener = HostListener.open(addresses[-1], outlet_terms, results)
+    with contextlib.ExitStack() as peers:
+        try:
+            # The last one first: a stage joins one that listens already.
+            for identity in reversed(identities):
+                at = identity.index
+                peer = peers.enter_context(
+                    running_peer(_run_stage, shares[at], identity, addresses[at], addresses[at + 1])
+                )
+                await asyncio.to_thread(answer, peer)
+            outlet = await asyncio.wait_for(listener.accepted(), START_SECONDS)
+            inlet = await connect(addresses[0], inlet_terms, results)
+            try:
+                yield StagePair(inlet, results)
+            finally:
+                inlet.close()
+                outlet.close()
+        finally:
+            listener.close()
+
+
+class _Results:
+    """What comes out of the last stage."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[StepResult | Exception] = asyncio.Queue()
+
+    async def next(self) -> StepResult:
+        """The next result. Raises LinkError where a stage failed, or left."""
+        result = await asyncio.wait_for(self._queue.get(), STEP_SECONDS)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def arrived(self, arrival: Arrival) -> None:
+        message = arrival.message
+        arrival.release()
+        if isinstance(message, StepResult):
+            self._queue.put_nowait(message)
+        elif isinstance(message, StageFailure):
+            self._queue.put_nowait(LinkError(f"Stage {message.stage} failed: {message.cause}."))
+
+    def lost(self, error: LinkError) -> None:
+        self._queue.put_nowait(error)
+
+
+def _identity(index: int, secret: Secret) -> StageIdentity:
+    return StageIdentity(
+        index=index,
+        stages=STAGES,
+        host="here",
+        epoch=EPOCH,
+        secret=secret.value,
+        dtype=DTYPE,
+        bytes_per_token=BYTES_PER_TOKEN,
+    )
+
+
+def _run_stage(pipe: Pipe, identity: StageIdentity, address: Address, downstream: Address) -> None:
+    spec = StageSpec(
+        index=identity.index, stages=identity.stages, first_layer=identity.index, end_layer=identity.index + 1
+    )
+    # The benchmark is told of failures, and a neighbour that leaves at the end is none.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    server = StageServer(identity)
+    server.load(lambda _: NullStage(spec, identity.bytes_per_token)).result(START_SECONDS)
+    server.listen(address).result(START_SECONDS)
+    server.connect(downstream).result(START_SECONDS)
+    pipe.send("ready")
+    wait_for_end(pipe)
+    server.close()

@@ -1,0 +1,1 @@
+"""Processor time of the program itself, over stages that compute nothing."""

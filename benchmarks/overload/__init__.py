@@ -1,0 +1,1 @@
+"""What clients get when many more come than the pipeline can serve."""

@@ -1,0 +1,1 @@
+"""How the throughput of a pipeline grows with its stages."""

@@ -1,0 +1,143 @@
+"""The pipelines whose scaling is measured: what the server is told, and what it would do at best."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from api.settings.engine import EngineSettings
+from api.text.model_source import ModelSource
+from benchmarks.scaling.ideal import Ideal
+from benchmarks.support.null_model import write_null_model
+from stages.device import Device
+from stages.plan import default_microbatches
+from stages.step import Segment, Step
+from stages.timed.durations import durations
+from weights.model_config import ModelConfig
+from weights.presets import preset_directory
+from weights.sample import SAMPLE_DIR
+
+EQUAL, R1, SAMPLE = "equal", "R1", "sample"
+"""What the names of cases begin with."""
+USERS = 4
+"""Of a microbatch: few, so that clients and front end leave the processor to the pipeline."""
+PLACES = 8
+"""For requests in a microbatch: as few as chips allow, and more than USERS, so that probes find one free."""
+EQUAL_MS = {4: 10.0, 8: 10.0, 16: 10.0, 32: 20.0, 64: 20.0}
+"""Stages -> milliseconds of each."""
+FEWEST_MICROBATCHES = (16,)
+"""Stages which run also with as many microbatches, and not one more: a user's turn comes sooner then."""
+R1_STAGES = (8, 16, 32, 61)
+SAMPLE_STAGES = (1, 2, 4)
+SHORT_EQUAL_MS = {4: 10.0}
+SHORT_R1_STAGES = (8,)
+SHORT_SAMPLE_STAGES = (2,)
+R1_MAX_MODEL_LEN = 4096
+CONTEXT = 256
+"""Cached tokens of a user for which R1's steps are predicted: about as many as in the measured time."""
+PROMPT_TOKENS = 10
+"""Of every request."""
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One pipeline. `ideal` is None where only measuring tells how long a step takes."""
+
+    name: str
+    model: str
+    stages: int
+    tokens: int
+    microbatches: int
+    options: list[str]
+    ideal: Ideal | None
+
+    @property
+    def streams(self) -> int:
+        """Requests at once."""
+        return USERS * self.microbatches
+
+
+def cases(device: Device, directory: Path, *, short: bool) -> Iterator[Case]:
+    """Those of a device; synthetic models are written to `directory`."""
+    if device != "timed":
+        for stages in SHORT_SAMPLE_STAGES if short else SAMPLE_STAGES:
+            yield Case(
+                name=SAMPLE,
+                model=str(SAMPLE_DIR),
+                stages=stages,
+                tokens=2000,
+                microbatches=default_microbatches(stages),
+                options=[],
+                ideal=None,
+            )
+        return
+    for stages, milliseconds in (SHORT_EQUAL_MS if short else EQUAL_MS).items():
+        yield equal_case(stages, milliseconds, directory)
+        if stages in FEWEST_MICROBATCHES:
+            yield equal_case(stages, milliseconds, directory, microbatches=stages)
+    for stages in SHORT_R1_STAGES if short else R1_STAGES:
+        yield r1_case(stages)
+
+
+def equal_case(stages: int, milliseconds: float, directory: Path, microbatches: int | None = None) -> Case:
+    """A synthetic model of as many equal layers as stages, each of which takes so long for every step.
+
+    There is one microbatch more than stages unless their number is given.
+    """
+    microbatches = microbatches or default_microbatches(stages)
+    model = directory / f"equal-{stages}"
+    model.mkdir(exist_ok=True)
+    write_null_model(model, stages)
+    times = [milliseconds * 1e-3] * stages
+    return Case(
+        name=f"{EQUAL}, {milliseconds:g} ms",
+        model=str(model),
+        stages=stages,
+        tokens=2000,
+        microbatches=microbatches,
+        options=["--stage-time", f"{milliseconds:g}"],
+        ideal=Ideal(decode_s=times, prefill_s=times, microbatches=microbatches, users=USERS),
+    )
+
+
+def r1_case(stages: int) -> Case:
+    """DeepSeek-R1 on stages of one row, in the times that are predicted."""
+    path = preset_directory("r1")
+    if path is None:
+        raise KeyError("r1")
+    config = ModelConfig.from_file(path / "config.json")
+    microbatches = default_microbatches(stages)
+    settings = EngineSettings(
+        cache_dir=path,
+        device="timed",
+        stages=stages,
+        max_model_len=R1_MAX_MODEL_LEN,
+        max_num_seqs=PLACES * microbatches,
+        enable_trace=True,
+    )
+    pipeline = settings.engine_options(ModelSource(path=path, name="r1", root="r1", tokenizer=SAMPLE_DIR), config)
+    of_stages = [durations(config, spec, pipeline.pipeline.stage) for spec in pipeline.pipeline.specs]
+    decode, prefill = _decode(USERS), _prefill(PROMPT_TOKENS)
+    return Case(
+        name=R1,
+        model="r1",
+        stages=stages,
+        tokens=R1_MAX_MODEL_LEN - 2 * PROMPT_TOKENS,
+        microbatches=microbatches,
+        options=["--max-model-len", str(R1_MAX_MODEL_LEN), "--enable-trace"],
+        ideal=Ideal(
+            decode_s=[stage.seconds(decode) for stage in of_stages],
+            prefill_s=[stage.seconds(prefill) for stage in of_stages],
+            microbatches=microbatches,
+            users=USERS,
+        ),
+    )
+
+
+def _decode(users: int) -> Step:
+    tokens = [Segment(slot=slot, start=CONTEXT, tokens=[0], new_blocks=[], sample=True) for slot in range(users)]
+    return Step(epoch=0, step_id=0, mode="decode", segments=tokens, admissions=[], ended=[])
+
+
+def _prefill(tokens: int) -> Step:
+    prompt = Segment(slot=0, start=0, tokens=[0] * tokens, new_blocks=[], sample=True)
+    return Step(epoch=0, step_id=0, mode="prefill", segments=[prompt], admissions=[], ended=[])

@@ -1,0 +1,1 @@
+"""What several benchmarks share: servers, clients, peers, models without weights, options and reports."""

@@ -1,0 +1,98 @@
+"""A server as a process of its own, and the processes that belong to it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+
+READY_SECONDS = 300.0
+POLL_SECONDS = 0.1
+END_SECONDS = 60.0
+STAGE_TITLE = "ray::StageActor"
+"""How Ray calls a stage's process."""
+
+
+class ServerError(Exception):
+    """The server did not start, answer or end as it should."""
+
+
+class ServerProcesses(msgspec.Struct, frozen=True):
+    """A server that is ready: its address, and its processes, those of all its replicas."""
+
+    url: str
+    front_end: psutil.Process
+    engines: list[psutil.Process]
+    stages: list[psutil.Process]
+
+
+@contextlib.contextmanager
+def running_server(command: Sequence[str], port: int, stages: int) -> Iterator[ServerProcesses]:
+    """Runs a command that serves `stages` stages at a port of loopback, from ready to its end."""
+    root = str(Path(__file__).parents[2])
+    # Ray's workers have to find this package as well.
+    environment = {**os.environ, "PYTHONPATH": root}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process)
+        front_end = psutil.Process(process.pid)
+        yield ServerProcesses(url, front_end, engines_of(front_end), _stages_of(front_end, stages))
+    finally:
+        end(process)
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """In user and kernel mode, of all threads there ever were; the kernel counts in hundredths of a second."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Returns when all replicas are ready. Raises ServerError when the process ends, or after READY_SECONDS."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"The server ended with exit code {process.returncode}; its own error is above.")
+        with contextlib.suppress(httpx.TransportError):
+            response = httpx.get(f"{url}/pipeline", timeout=READY_SECONDS)
+            if response.is_success and all(replica["phase"] == "ready" for replica in response.json()["replicas"]):
+                return
+        time.sleep(POLL_SECONDS)
+    raise ServerError(f"The server was not ready within {READY_SECONDS:g} s.")
+
+
+def engines_of(front_end: psutil.Process) -> list[psutil.Process]:
+    """The engines' processes."""
+    return [child for child in front_end.children() if "api.engine" in child.cmdline()]
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; nothing where it has gone, or is a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        command = process.cmdline()
+        return command[0] if command else ""
+    return ""
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM; raises ServerError where the process has not gone END_SECONDS later, and kills it."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise ServerError(f"The server did not end within {END_SECONDS:g} s.") from None
+
+
+def _stages_of(front_end: psutil.Process, count: int) -> list[psutil.Process]:
+    stages = [child for child in front_end.children(recursive=True) if title(child).startswith(STAGE_TITLE)]
+    if len(stages) != count:
+        raise ServerError(f"{len(stages)} processes are called {STAGE_TITLE}; {count} stages were started.")
+    return stages
