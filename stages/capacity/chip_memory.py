@@ -15,7 +15,7 @@ from weights.sizes import ceil_div, round_up
 
 
 class Activations:
-    """Of layers on a stage of `rows` x `columns` chips, for steps of `tokens` on every row."""
+    """The activations that one chip of a `rows` x `columns` stage holds at its fullest, for `tokens` on every row."""
 
     def __init__(self, config: ModelConfig, rows: int, tokens: int, columns: int = GALAXY_COLUMNS) -> None:
         self._config = config
@@ -25,7 +25,10 @@ class Activations:
         self._all_tokens = rows * tokens
 
     def attention(self) -> list[ChipTensor]:
-        """Of a prefill of one lane, at the end of its round: every column borrows the lane, and one keeps it."""
+        """The activations of attention in a prefill of one request, when its columns have exchanged users for heads.
+
+        A request is prefilled by all columns of its row, of which one keeps its KV.
+        """
         config = self._config
         heads, tokens, lanes = config.num_attention_heads, self._tokens, self._tokens * self._columns
         share, wide, narrow = heads // self._columns, config.kv_dim, config.kv_lora_rank
@@ -43,11 +46,11 @@ class Activations:
         ]
 
     def feed_forward(self, layer: int) -> list[ChipTensor]:
-        """Of a layer's feed-forward part, before its results are added."""
+        """The activations of a layer's feed-forward part, before its results are added to the residual."""
         return self._mixture() if self._config.is_moe(layer) else self._dense()
 
     def experts(self) -> list[ChipTensor]:
-        """What a pass through the chip's routed experts makes of its tokens."""
+        """The results of one pass of tokens through the chip's routed experts."""
         config = self._config
         tokens = min(self._all_tokens, TOKENS_AT_ONCE)
         inner = (1, self._local_experts, tokens, config.moe_intermediate_size)
@@ -76,7 +79,7 @@ class Activations:
         ]
 
     def _former_pass(self, tokens: int) -> Iterator[ChipTensor]:
-        """What is left of one pass through the experts when the next comes to its end, and that one's own tokens."""
+        """What a pass through the experts leaves behind until the next one ends, and the tokens of that next pass."""
         if self._all_tokens > TOKENS_AT_ONCE:
             yield _float("former_weighted", (1, self._local_experts, tokens, self._config.hidden_size))
             yield _float("some", (1, 1, tokens, self._config.hidden_size))
@@ -91,7 +94,7 @@ class Activations:
         ]
 
     def _residual(self) -> Iterator[ChipTensor]:
-        """The layer's own input and its normalised form, and the cosines and sines of the step."""
+        """The input of the layer, its normalised form, and the cosines and sines of the step."""
         shape = (1, 1, self._tokens, self._config.hidden_size // self._columns)
         yield from (_float(name, shape) for name in ("x", "normed"))
         rope = (1, 1, self._tokens, self._config.qk_rope_head_dim)
@@ -103,10 +106,10 @@ def _float(name: str, shape: tuple[int, ...], dtype: TensorDtype = "bfloat16") -
 
 
 class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes on every chip of a stage.
+    """The memory of one stage, in bytes on each of its chips.
 
-    `tables` are those of rotary positions and of the experts' places; `activations` the most that a prefill step
-    holds at once; `decode_l1` the most that a decode step holds in L1, where its results stay.
+    `tables` are those of rotary positions and of the experts' chips, `activations` the most that a prefill step holds
+    at once, and `decode_l1` the most that a decode step holds in L1, where its results stay.
     """
 
     stage: int
@@ -124,29 +127,29 @@ class StageMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
-        """Of DRAM."""
+        """Bytes of DRAM."""
         return self.weights + self.kv_cache + self.tables + self.activations + self.trace
 
     @property
     def fits(self) -> bool:
-        """Whether both memories hold what they must."""
+        """Whether DRAM and L1 are large enough."""
         return self.lack <= 0
 
     @property
     def lack(self) -> float:
-        """By how much more than all of its memory is asked for, as a share of it."""
+        """The missing memory as a share of the chip's DRAM or L1, whichever lacks more; 0 or less if all fits."""
         return max(self.total / self.available, self.decode_l1 / self.available_l1) - 1
 
 
 def chip_memory(config: ModelConfig, deployment: Deployment) -> list[StageMemory]:
-    """What each stage takes. Raises PlanError as `chip_stages` does."""
+    """The memory of each stage. Raises PlanError as `chip_stages` does."""
     specs = chip_stages(config, deployment)
     layers = _Layers(config, deployment)
     return [_stage_memory(deployment, spec, layers) for spec in specs]
 
 
 def chip_stages(config: ModelConfig, deployment: Deployment) -> list[StageSpec]:
-    """The layers of each stage: those asked for, else such that the fullest chips are as empty as can be.
+    """The layers of each stage: as the deployment gives them, else split so that the fullest chip holds the least.
 
     A decode step reads all weights of its stage, so this evens out time as well as memory. Raises PlanError as
     `Deployment.check` and `explicit_stages` do.
@@ -162,12 +165,12 @@ def chip_stages(config: ModelConfig, deployment: Deployment) -> list[StageSpec]:
 
 
 def allocated(tensors: Iterable[ChipTensor], banks: int = DRAM_BANKS) -> int:
-    """Bytes that the allocator takes for all of them."""
+    """Bytes that the allocator takes for all of `tensors`."""
     return sum(tensor.allocated(banks) for tensor in tensors)
 
 
 class _Layers:
-    """What one layer of each kind takes: dense ones, and those with a mixture of experts."""
+    """The memory of one layer of each kind: dense, and with a mixture of experts."""
 
     def __init__(self, config: ModelConfig, deployment: Deployment) -> None:
         self.config = config
@@ -212,11 +215,11 @@ def _stage_memory(deployment: Deployment, spec: StageSpec, layers: _Layers) -> S
 
 
 def _a_layer(config: ModelConfig, is_moe: bool) -> int:
-    """One of a kind; all of a kind are alike."""
+    """The index of a layer of this kind; all layers of a kind are equal."""
     return config.first_k_dense_replace if is_moe else 0
 
 
 def _trace_region(size: int) -> int:
-    """What a region of `size` bytes takes from the banks."""
+    """Bytes that a trace region of `size` bytes takes of all banks together."""
     share = ceil_div(size, DRAM_BANKS)
     return round_up(share, TRACE_ALIGNMENT) * DRAM_BANKS

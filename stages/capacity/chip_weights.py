@@ -1,7 +1,7 @@
-"""What each chip of a stage holds for a part of the model: the shapes and dtypes of its weights and of its state.
+"""The shapes and dtypes of the weights and the state that one chip of a stage holds for each part of the model.
 
 The weights are those of `weight_specs`, as a mesh of rows x columns chips shares them; they are named as their files
-below a part's directory. The state is what `create_state` of stages/models/deepseek_v3/ makes.
+below a part's directory. The state is what `create_state` of stages/models/deepseek_v3/ creates.
 """
 
 import math
@@ -41,19 +41,19 @@ class ChipTensor(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def values(self) -> int:
-        """Numbers in it, padding not counted."""
+        """The number of values, padding not counted."""
         return math.prod(self.shape)
 
     @property
     def page_bytes(self) -> int:
-        """A page is a tile, or a row."""
+        """Bytes of a page, which is a tile or a row."""
         if self.layout == "tile":
             return TILE_BYTES[self.dtype]
         return round_up(self.shape[-1] * VALUE_BYTES[self.dtype], DRAM_ALIGNMENT)
 
     @property
     def pages(self) -> int:
-        """Tiles, with the last two dimensions padded to whole ones, or rows."""
+        """The number of pages: tiles, with the last two dimensions padded to whole ones, or rows."""
         if self.layout == "row_major":
             return math.prod(self.shape[:-1])
         height, width = (ceil_div(size, TILE) for size in self.shape[-2:])
@@ -61,11 +61,11 @@ class ChipTensor(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes(self) -> int:
-        """What its pages hold."""
+        """Bytes of all pages."""
         return self.pages * self.page_bytes
 
     def allocated(self, banks: int = DRAM_BANKS) -> int:
-        """What the allocator takes: as many pages of every bank as the fullest one gets."""
+        """Bytes that the allocator takes: as many pages in every bank as the fullest one gets."""
         return round_up(self.pages, banks) * self.page_bytes
 
 
@@ -85,34 +85,34 @@ class ChipWeights:
         return [*first, *(tensor for layer in spec.layers for tensor in self.layer(layer)), *last]
 
     def embedding(self) -> list[ChipTensor]:
-        """The table of hidden states."""
+        """The embedding table."""
         return self._on_chip(embedding_weights(self._config, self._dtypes))
 
     def head(self) -> list[ChipTensor]:
-        """The final norm, and the head."""
+        """The final norm and the output head."""
         return self._on_chip(head_weights(self._config, self._columns, self._dtypes))
 
     def layer(self, layer: int) -> list[ChipTensor]:
-        """A decoder layer."""
+        """The weights of a decoder layer."""
         return self._on_chip(layer_weights(self._config, layer, self._dtypes))
 
     def experts(self) -> list[ChipTensor]:
-        """The routed experts of a layer that lie on this chip."""
+        """The weights of a layer's routed experts that are on this chip."""
         return self._on_chip({"mlp": {"experts": expert_weights(self._config, self._dtypes)}})
 
     def selection(self) -> ChipTensor:
-        """The state of a mixture: the columns of the identity that are this chip's experts."""
+        """The state of a mixture of experts: the columns of the identity matrix that select this chip's experts."""
         experts = self._config.n_routed_experts
         local = experts // (self._rows * self._columns)
         return ChipTensor(name="select", shape=(1, 1, experts, local), dtype="bfloat16")
 
     def kv_cache(self, cache: CacheOptions) -> ChipTensor:
-        """A layer's KV cache: the blocks of this chip's pool, and one of scratch."""
+        """A layer's KV cache: the blocks of this chip's pool, and one scratch block."""
         shape = (cache.blocks + 1, 1, cache.block_size, self._config.kv_dim)
         return ChipTensor(name="kv_cache", shape=shape, dtype=self._dtypes.kv_cache)
 
     def rope_tables(self, cache: CacheOptions) -> list[ChipTensor]:
-        """Cosines and sines of all positions of a request, once a stage, and the matrix that swaps pairs."""
+        """The cosines and sines of all positions of a request, once a stage, and the matrix that swaps pairs."""
         shape = (cache.blocks_per_slot * cache.block_size, self._config.qk_rope_head_dim)
         tables = [ChipTensor(name=name, shape=shape, dtype="bfloat16", layout="row_major") for name in ("cos", "sin")]
         return [*tables, ChipTensor(name="transformation", shape=(1, 1, TILE, TILE), dtype="bfloat16")]
@@ -123,7 +123,7 @@ class ChipWeights:
     def _each(self, specs: WeightSpecs, directory: str) -> Iterator[ChipTensor]:
         for key, spec in specs.items():
             if isinstance(spec, WeightSpec):
-                # Several operands of one operation stand under its name, each by its own.
+                # Several operands of one operation are grouped under its name, each under its own.
                 path = directory.removesuffix("/") if key == spec.operand else directory + key
                 yield ChipTensor(
                     name=f"{path}.{spec.operand}",

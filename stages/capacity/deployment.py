@@ -1,4 +1,4 @@
-"""A pipeline on chips: its stages, the rows of each, the requests in flight, and the dtypes of its weights."""
+"""A pipeline on chips as `plan` sees it: stages, rows of each, requests in flight, and dtypes of weights."""
 
 import msgspec
 
@@ -16,7 +16,7 @@ bytes and a fifth more; models/demos/deepseek_v3/demo/demo.py)."""
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pipeline asks of its chips.
+    """A pipeline on chips: its stages, their rows, the requests in flight, and the dtypes of the weights.
 
     Each of `stages` owns `rows_per_stage` rows of 8 chips. A microbatch has `users_per_row` requests on each row, and
     `microbatches` are in flight (None: one more than stages), each request with up to `max_model_len` tokens in the
@@ -36,27 +36,27 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rows(self) -> int:
-        """Galaxy rows in all."""
+        """The number of Galaxy rows of all stages."""
         return self.stages * self.rows_per_stage
 
     @property
     def chips(self) -> int:
-        """Of one stage."""
+        """The number of chips of one stage."""
         return self.rows_per_stage * GALAXY_COLUMNS
 
     @property
     def steps_in_flight(self) -> int:
-        """The number of microbatches."""
+        """The number of microbatches in flight."""
         return default_microbatches(self.stages) if self.microbatches is None else self.microbatches
 
     @property
     def users(self) -> int:
-        """Requests in flight."""
+        """The number of requests in flight."""
         return self.users_per_row * self.rows_per_stage * self.steps_in_flight
 
     @property
     def cache(self) -> CacheOptions:
-        """The KV cache with room for all requests at their longest: a pool on each chip of a stage."""
+        """A KV cache with room for all requests at their longest, with a pool on each chip of a stage."""
         blocks_per_slot = ceil_div(self.max_model_len, self.block_size)
         return CacheOptions(
             slots=self.users,

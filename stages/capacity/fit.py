@@ -1,4 +1,4 @@
-"""Whether a deployment fits its chips, the smallest changes that would make it, and which one to plan by default."""
+"""Which deployments fit their chips: the smallest changes that make one fit, and the fastest one that does."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -15,11 +15,14 @@ from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, counted, in_words
 
 ROWS_MAX = 32
-"""Rows of 8 Galaxies: as far as a search for more of them goes."""
+"""The most rows that a search tries: those of 8 Galaxies."""
+
+GALAXIES = (1, 2, 4, 8)
+"""Numbers of Galaxies that are tried if no number of rows is given."""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """One change to a deployment, what it is called, and what it gives; `flags` ask for it."""
+    """One change to a deployment, in words, with the command line flags for it and the deployment that it gives."""
 
     what: Literal["rows", "dtype", "users", "length"]
     text: str
@@ -28,7 +31,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fits(config: ModelConfig, deployment: Deployment) -> bool:
-    """Whether every stage fits its chips; False too where the model cannot be shared by them."""
+    """Whether every stage fits its chips; False too if the model cannot be shared by them."""
     try:
         return all(memory.fits for memory in chip_memory(config, deployment))
     except PlanError:
@@ -36,9 +39,9 @@ def fits(config: ModelConfig, deployment: Deployment) -> bool:
 
 
 def check_fits(config: ModelConfig, deployment: Deployment) -> list[StageMemory]:
-    """What each stage takes.
+    """Returns the memory of each stage.
 
-    Raises PlanError where one does not fit: it names the stage, what it lacks and every single change that would do.
+    Raises PlanError if one does not fit; its message names the stage, what it lacks and every single change that helps.
     """
     memories = chip_memory(config, deployment)
     lacking = [memory for memory in memories if not memory.fits]
@@ -48,7 +51,7 @@ def check_fits(config: ModelConfig, deployment: Deployment) -> list[StageMemory]
 
 
 def refusal(config: ModelConfig, deployment: Deployment, memory: StageMemory) -> str:
-    """The sentence about a stage that does not fit."""
+    """The message about a stage that does not fit: what it needs, and the changes that would make it fit."""
     last = memory.end_layer - 1
     layers = f"layer {last}" if memory.first_layer == last else f"layers {memory.first_layer} to {last}"
     found = [f"{change.text} ({change.flags})" for change in single_changes(config, deployment)]
@@ -58,7 +61,7 @@ def refusal(config: ModelConfig, deployment: Deployment, memory: StageMemory) ->
 
 
 def single_changes(config: ModelConfig, deployment: Deployment) -> list[Change]:
-    """The smallest change of each sort that makes a deployment fit, of those that exist."""
+    """The smallest change of each kind that makes a deployment fit, as far as there are any."""
     rows = next((change for change in _more_rows(deployment) if fits(config, change.deployment)), None)
     narrower = [change for change in _narrower(deployment) if fits(config, change.deployment)]
     users = next((change for change in _fewer_users(deployment) if fits(config, change.deployment)), None)
@@ -73,7 +76,7 @@ def _lack(memory: StageMemory) -> str:
 
 
 def _more_rows(deployment: Deployment) -> Iterator[Change]:
-    """More rows in all: as more stages, or as more rows in each; of as many rows, first those in the fewest stages."""
+    """Deployments with more rows, fewest rows first; with equally many rows, the fewest stages come first."""
     widest = max(GALAXY_ROWS, deployment.rows_per_stage)
     for rows in range(deployment.rows + 1, ROWS_MAX + 1):
         for rows_per_stage in range(min(rows, widest), 0, -1):
@@ -113,7 +116,7 @@ def _fewer_users(deployment: Deployment) -> Iterator[Change]:
 
 
 def _shorter(config: ModelConfig, deployment: Deployment) -> Change | None:
-    """The greatest length of whole blocks that fits, found by halving."""
+    """The greatest length in whole blocks that fits, found by bisection."""
     size = deployment.block_size
 
     def of(blocks: int) -> Deployment:
@@ -136,10 +139,6 @@ def _shorter(config: ModelConfig, deployment: Deployment) -> Change | None:
     )
 
 
-GALAXIES = (1, 2, 4, 8)
-"""Numbers of Galaxies that are tried where no number of rows is given."""
-
-
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked of a pipeline's shape; None leaves it open."""
 
@@ -149,18 +148,18 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """A deployment, and in words what was assumed for it."""
+    """A deployment, and the assumptions behind it in words."""
 
     deployment: Deployment
     assumptions: list[str]
 
 
 def choose(config: ModelConfig, shape: Shape, base: Deployment, options: PredictionOptions) -> Choice:
-    """The fastest of the deployments that `shape` leaves open and that fit; of `base` all but the shape is taken.
+    """The fastest deployment of a shape that `shape` allows and that fits; all but the shape is taken from `base`.
 
-    Where no number of rows follows from `shape`, the fewest whole Galaxies that fit are taken. Where none fits, the
-    one that lacks least is returned, for `check_fits` to refuse. Raises PlanError where `shape` contradicts itself or
-    the model cannot be shared by any.
+    If `shape` does not fix the number of rows, the fewest whole Galaxies that fit are taken. If nothing fits, the
+    deployment that lacks least is returned, for `check_fits` to refuse. Raises PlanError if `shape` contradicts itself
+    or no allowed shape can share the model.
     """
     totals = _totals(shape)
     for rows in totals:
@@ -193,7 +192,7 @@ def _totals(shape: Shape) -> list[int]:
 
 
 def _shapes(shape: Shape, rows: int, base: Deployment) -> Iterator[Deployment]:
-    """Fewest stages first; a stage takes more rows than a Galaxy has only if asked to."""
+    """Deployments of `rows` rows, fewest stages first; stages larger than a Galaxy only if `shape` asks for them."""
     for rows_per_stage in range(rows, 0, -1):
         stages = rows // rows_per_stage
         is_asked = shape.rows_per_stage is not None or shape.stages is not None
@@ -204,7 +203,7 @@ def _shapes(shape: Shape, rows: int, base: Deployment) -> Iterator[Deployment]:
 
 
 def _least_lacking(config: ModelConfig, deployments: list[Deployment]) -> Deployment:
-    """Of those that the model can be shared by."""
+    """The deployment that lacks least memory. Raises PlanError if none can share the model."""
     lacking: list[tuple[float, int]] = []
     refusals: list[PlanError] = []
     for index, deployment in enumerate(deployments):

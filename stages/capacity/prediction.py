@@ -11,7 +11,7 @@ from weights.sizes import ceil_div
 
 
 class PredictionOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What is predicted: `context` tokens cached for each user that decodes, and prompts of `prompt_tokens`."""
+    """The load to predict: `context` cached tokens for each user that decodes, and prompts of `prompt_tokens`."""
 
     context: int
     prompt_tokens: int
@@ -20,10 +20,10 @@ class PredictionOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of each stage's decode and prefill steps, and what follows for users.
+    """Predicted times of each stage's decode and prefill steps, and what follows for users.
 
-    `hop_s` is the way from a stage to the next. `cycle_s` lies between two tokens of a user while all microbatches
-    are in flight; `ttft_s` is the time to the first token of a prompt that nothing else holds up.
+    `hop_s` is the time from a stage to the next, `cycle_s` the time between two tokens of a user while all microbatches
+    are in flight, and `ttft_s` the time to the first token of a prompt that nothing else delays.
     """
 
     decode: list[StepTime]
@@ -35,17 +35,17 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens_per_s_per_user(self) -> float:
-        """t/s/u."""
+        """Tokens per second per user (t/s/u)."""
         return 1 / self.cycle_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all users in flight."""
+        """Tokens per second of all users in flight."""
         return self.users / self.cycle_s
 
 
 def predict(config: ModelConfig, deployment: Deployment, options: PredictionOptions) -> Prediction:
-    """The speed of a deployment. Raises PlanError as `chip_stages` does."""
+    """Predicts the speed of a deployment. Raises PlanError as `chip_stages` does."""
     stages = [
         StageTimes(
             config,
@@ -78,11 +78,11 @@ def _hop_s(config: ModelConfig, deployment: Deployment, tokens: int) -> float:
 
 
 def _cycle_s(stages: list[float], hop: float, microbatches: int) -> float:
-    """The slowest stage runs every microbatch once in it, and a microbatch passes all stages."""
+    """Seconds between two tokens of a user: the slowest stage runs every microbatch, and each passes all stages."""
     return max(microbatches * max(stages), sum(stages) + hop * (len(stages) - 1))
 
 
 def _ttft_s(stages: list[float], hop: float, options: PredictionOptions, chunk: int) -> float:
-    """The last chunk follows the others through the slowest stage; all are taken to be as slow as it is."""
+    """Seconds to the first token: the last chunk, as slow as all others, follows them through the slowest stage."""
     chunks = ceil_div(options.prompt_tokens, chunk)
     return sum(stages) + hop * (len(stages) - 1) + (chunks - 1) * max(stages)

@@ -1,7 +1,7 @@
-"""Predicted time of a stage's steps: a roofline of weights read and arithmetic, and the network and launches beside it.
+"""Predicted times of a stage's steps: a roofline of weights read and arithmetic, plus network and launches.
 
-Nothing here was measured on a Galaxy. A matrix product takes the longer of reading its weights and computing; what
-reads, computes and sends is taken to be one after the other, as ops of one queue are.
+Nothing here was measured on a Galaxy. A matrix product takes the longer of reading its weights and computing; reading,
+computing and sending are assumed to follow each other, as ops of one queue do.
 """
 
 import functools
@@ -27,16 +27,37 @@ from stages.wormhole import (
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, round_up
 
+DRAM_EFFICIENCY = 0.83
+"""The share of the DRAM's bandwidth that is reached: the lower end of Llama3-70B's decode, 239 of 288 GB/s
+(tech_reports/Saturating_DRAM_bandwidth). Those weights are laid out bank by bank, ours are interleaved."""
+
+MATMUL_EFFICIENCY = 0.5
+"""The share of the matrix engines' peak that is reached: products of 1024 to 2048 a side in bfloat16 at HiFi2 without
+a tuned program reached 42 to 67 %, smaller ones 9 to 19 % (tech_reports/GEMM_FLOPS, out-of-box results of n150)."""
+
+MATMUL_FIDELITY: Fidelity = "HiFi2"
+"""The fidelity of the modules' kernels (stages/models/module.py, matmul_kernel)."""
+
+TRACED_LAUNCH_S = 8.5e-6
+UNTRACED_LAUNCH_S = 38e-6
+"""Seconds from one op to the next, with a trace and without: time less device time of the smallest product in the same
+out-of-box results."""
+
+ExpertKernel = Literal["all", "chosen"]
+"""Whether chips run all their experts on every token, as the modules do, or only those that were chosen."""
+
+ACTIVATION_BYTES = 2
+
 
 class CollectiveCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of one call on N chips: `fixed_s` + `hop_s` * (N - 1) + bytes over the busiest link / bandwidth."""
+    """Seconds of a collective on N chips: `fixed_s` + `hop_s` * (N - 1) + bytes over the busiest link / bandwidth."""
 
     fixed_s: float
     hop_s: float
     bytes_per_s: float
 
     def seconds(self, chips: int, busiest_link_bytes: float) -> float:
-        """Nothing on an axis of one chip."""
+        """Seconds of one call; 0 on an axis of one chip."""
         if chips == 1:
             return 0.0
         return self.fixed_s + self.hop_s * (chips - 1) + busiest_link_bytes / (self.bytes_per_s * LINKS)
@@ -52,79 +73,50 @@ ALL_TO_ALL = CollectiveCost(fixed_s=2.99e-6, hop_s=2.14e-6, bytes_per_s=7.6e9)
 
 
 def all_gather_s(chips: int, input_bytes: float) -> float:
-    """Of as many bytes from each chip."""
+    """Seconds of an all-gather of `input_bytes` from each chip."""
     return ALL_GATHER.seconds(chips, (chips - 1) * input_bytes)
 
 
 def reduce_scatter_s(chips: int, input_bytes: float) -> float:
-    """Of partial sums of as many bytes on each chip."""
+    """Seconds of a reduce-scatter of partial sums of `input_bytes` on each chip."""
     return REDUCE_SCATTER.seconds(chips, (chips - 1) / chips * input_bytes)
 
 
 def all_reduce_s(chips: int, input_bytes: float) -> float:
-    """Of partial sums of as many bytes on each chip."""
+    """Seconds of an all-reduce of partial sums of `input_bytes` on each chip."""
     return ALL_REDUCE.seconds(chips, 2 * (chips - 1) / chips * input_bytes)
 
 
 def all_to_all_s(chips: int, input_bytes: float) -> float:
-    """Of as many bytes on each chip; those for distant chips pass through the ones between."""
+    """Seconds of an all-to-all of `input_bytes` on each chip; bytes for distant chips pass through those between."""
     return ALL_TO_ALL.seconds(chips, (chips // 2) * (chips - chips // 2) / chips * input_bytes)
 
 
 def hop_s(distance: int, chip_bytes: float) -> float:
-    """From a stage to the next over one link: each chip sends `chip_bytes`, and `distance` rows share a column."""
+    """Seconds from a stage to the next over one link: each chip sends `chip_bytes`; `distance` rows share a column."""
     return HOP_S * distance + distance * chip_bytes / LINK_BYTES_PER_S
 
 
-DRAM_EFFICIENCY = 0.83
-"""Of the DRAM's bandwidth: the lower end of what Llama3-70B's decode reached, 239 of 288 GB/s
-(tech_reports/Saturating_DRAM_bandwidth). Those weights are laid out bank by bank, ours are interleaved."""
-
-MATMUL_EFFICIENCY = 0.5
-"""Of the matrix engines' peak: products of 1024 to 2048 a side in bfloat16 at HiFi2 without a tuned program reached 42
-to 67 %, smaller ones 9 to 19 % (tech_reports/GEMM_FLOPS, out-of-box results of n150)."""
-
-MATMUL_FIDELITY: Fidelity = "HiFi2"
-"""Of the modules' kernels (stages/models/module.py, matmul_kernel)."""
-
-TRACED_LAUNCH_S = 8.5e-6
-
-UNTRACED_LAUNCH_S = 38e-6
-"""From one op to the next: time less device time of the smallest product in the same out-of-box results, with a trace
-and without."""
-
-ExpertKernel = Literal["all", "chosen"]
-"""Chips run all their experts on every token, as the modules do, or only those that were chosen."""
-
-ACTIVATION_BYTES = 2
-
-
 class Launches(NamedTuple):
-    """Ops of a module's forward pass."""
+    """The number of ops in a module's forward pass."""
 
     decode: int
     prefill: int
 
 
 NORM_OPS = Launches(3, 3)
-
 ATTENTION_OPS = Launches(32, 35)
-
 MLP_OPS = Launches(6, 6)
-
 MIXTURE_OPS = Launches(25, 25)
-
 RESIDUAL_OPS = Launches(2, 2)
-
 ENTER_OPS = Launches(6, 6)
-"""Of the embedding and of the positions' cosines and sines."""
-
+"""Ops of the embedding and of the positions' cosines and sines."""
 HEAD_OPS = Launches(6, 6)
-"""Beside its norm; four of them pick the tokens whose logits are wanted."""
+"""Ops of the output head without its norm; four of them select the tokens whose logits are wanted."""
 
 
 class StepTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a step, by what they go to: products count where they are bound."""
+    """Seconds of a step by what they are spent on; a product counts as memory or compute, whichever takes longer."""
 
     memory_s: float = 0.0
     compute_s: float = 0.0
@@ -133,7 +125,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total_s(self) -> float:
-        """One after the other."""
+        """Seconds of the whole step: the sum, as nothing overlaps."""
         return self.memory_s + self.compute_s + self.network_s + self.launch_s
 
     def __add__(self, other: "StepTime") -> "StepTime":
@@ -145,7 +137,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def times(self, count: int) -> "StepTime":
-        """Of so many alike."""
+        """The time of `count` equal steps."""
         return StepTime(
             memory_s=self.memory_s * count,
             compute_s=self.compute_s * count,
@@ -155,12 +147,12 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def hit_share(config: ModelConfig, tokens: int) -> float:
-    """The expected share of experts that any of `tokens` chooses, where each choice is as likely as the others."""
+    """The expected share of experts that at least one of `tokens` chooses, if all choices are equally likely."""
     return 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
 
 
 class StageTimes:
-    """Times of one stage's steps; needs neither torch nor a device."""
+    """Predicts the times of one stage's steps, without torch or a device."""
 
     def __init__(
         self,
@@ -172,7 +164,7 @@ class StageTimes:
         traced: bool = False,
         expert_kernel: ExpertKernel = "all",
     ) -> None:
-        """`traced` says whether decode steps are replayed from a trace."""
+        """`traced`: decode steps are replayed from a trace."""
         self._config = config
         self._spec = spec
         self._rows = rows
@@ -182,14 +174,14 @@ class StageTimes:
         self._expert_kernel = expert_kernel
 
     def decode(self, users_per_row: int, context: int) -> StepTime:
-        """A step of one token for `users_per_row` users of each row, with `context` tokens cached for each."""
+        """The time of a step of one token for `users_per_row` users of each row, with `context` cached tokens each."""
         tokens, own = _tiles(users_per_row), ceil_div(users_per_row, GALAXY_COLUMNS)
-        # Their heads share tiles, so the cache of each user is read once.
+        # The heads of a user share tiles, so the cache of each user is read once.
         attention = self._attend(own, context, cache_reads=own) + self._swap(tokens, own)
         return self._step(tokens, attention, is_decode=True)
 
     def prefill(self, tokens: int, start: int = 0) -> StepTime:
-        """A step of `tokens` prompt tokens of one request from position `start`; its other rows only pad."""
+        """The time of a step of `tokens` prompt tokens of one request from position `start`; other rows only pad."""
         length = _tiles(tokens)
         # The kernel reads the cache for every head and every tile of queries.
         reads = self._config.num_attention_heads * length // TILE
@@ -203,7 +195,7 @@ class StageTimes:
         for layer in self._spec.layers:
             total += kind(self._config.is_moe(layer))
         if self._spec.is_last:
-            # A prompt's last token alone needs logits.
+            # Only the last token of a prompt needs logits.
             total += self._head(tokens if is_decode else TILE, is_decode)
         return total
 
@@ -232,14 +224,17 @@ class StageTimes:
         return _sum(_product(weight, each, share=hit) for weight in weights)
 
     def _attend(self, queries: int, context: int, cache_reads: int) -> StepTime:
-        """Of `queries` tokens on the chip that has most, each over `context` cached ones, read `cache_reads` times."""
+        """The time of attention on the busiest chip: `queries` tokens, each over `context` cached ones.
+
+        The cache is read `cache_reads` times.
+        """
         config = self._config
         token = ChipTensor(name="token", shape=(1, 1, TILE, config.kv_dim), dtype=self._dtypes.kv_cache).bytes / TILE
         flops = 2 * queries * config.num_attention_heads * context * (config.kv_dim + config.kv_lora_rank)
         return _bound(cache_reads * context * token, flops)
 
     def _swap(self, lanes: int, own: int) -> StepTime:
-        """All-to-alls: queries of all `lanes` by heads to a chip's `own` users, and what they attended to back."""
+        """The time of two all-to-alls: queries of all `lanes`, by heads, to a chip's `own` users, and results back."""
         config = self._config
         queries = lanes * _tiles(config.num_attention_heads // GALAXY_COLUMNS) * config.kv_dim
         attended = own * _tiles(config.num_attention_heads) * config.kv_lora_rank
@@ -268,7 +263,7 @@ class StageTimes:
         return self._norm(tokens, is_decode) + gather + products + self._launches(HEAD_OPS, is_decode)
 
     def _traffic(self, tokens: int) -> StepTime:
-        """What prefill's experts write to DRAM and read again; decode's results stay in L1."""
+        """The time in which experts write results to DRAM and read them again in prefill; in decode they stay in L1."""
         if self._expert_kernel == "chosen":
             return StepTime()
         made = sum(tensor.bytes for tensor in Activations(self._config, self._rows, tokens).experts())
@@ -285,7 +280,7 @@ class StageTimes:
 
 
 def _product(weight: ChipTensor, tokens: int, share: float = 1.0) -> StepTime:
-    """`tokens` times a weight, of which a `share` is needed."""
+    """The time of multiplying `tokens` by a weight, of which a `share` is needed."""
     return _bound(share * weight.bytes, 2 * share * tokens * weight.values)
 
 
@@ -307,5 +302,5 @@ def _sum(times: Iterable[StepTime]) -> StepTime:
 
 
 def _tiles(tokens: int) -> int:
-    """Rows of whole tiles, as products take them."""
+    """`tokens` rounded up to whole tiles, as products take them."""
     return round_up(tokens, TILE)

@@ -1,4 +1,4 @@
-"""From logits to tokens, a function of the request alone: whatever else is in the batch, on any number of threads.
+"""Sampling: from logits to tokens, as a function of the request alone, whatever else is in the batch.
 
 Options act in the order of vLLM's v1 sampler (vllm/v1/sample/sampler.py and the logits processors it calls):
 
@@ -7,6 +7,6 @@ Options act in the order of vLLM's v1 sampler (vllm/v1/sample/sampler.py and the
    choice is greedy;
 3. a greedy choice ends here; else come `temperature`, `min_p`, `top_k`, `top_p`, and the draw.
 
-Equal logits rank by token id, where vLLM keeps all that equal the last of `top_k`. Rows are worked on one by one in
+Equal logits rank by token id, where vLLM keeps all that equal the last of `top_k`. Rows are processed one by one in
 numpy, which uses one thread: torch's sums over a vocabulary depend on the number of threads.
 """

@@ -1,4 +1,4 @@
-"""Drawing one token: which may be drawn, how likely each is, and the random number that chooses."""
+"""Draws of one token: the candidates, how likely each is, and the random number that chooses between them."""
 
 import math
 from dataclasses import dataclass
@@ -10,30 +10,22 @@ from stages.sampling.logprobs import BLOCK, Doubles, Floats, TokenIds, best_toke
 from stages.step import GREEDY_BELOW, SamplingParams
 
 WORD = (1 << 64) - 1
-
-
-def uniform(seed: int, choice: int, position: int) -> float:
-    """The random number in [0, 1) of this seed, choice and position: Philox, a counter-based generator.
-
-    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011). Any integer may be a seed.
-    """
-    philox = np.random.Philox(key=np.array([seed & WORD, choice], dtype=np.uint64), counter=[0, 0, 0, position])
-    return float(np.random.Generator(philox).random())
-
+"""The bits of a seed that are used."""
 
 BAND_BITS = 18
-"""Low bits of a float32 that do not tell bands of weights apart: 32 bands to each power of two."""
+"""Low bits of a float32 that two weights of one band may differ in: there are 32 bands to each power of two."""
 
 FEW = 8
-"""Candidates are gathered into arrays of their own where less than one in so many is likely."""
+"""Candidates are copied to smaller arrays if fewer than one in FEW of them is likely."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """`tokens` in ascending order, or the whole vocabulary, with the logit and the weight of each.
+    """The tokens that may be drawn, each with its logit and its weight.
 
-    A weight is a probability but for their sum; what has weight 0 is no candidate any more. Weights are ordered as
-    logits are, though different logits may have one weight.
+    `tokens` are in ascending order, or None for the whole vocabulary. Weights are probabilities not divided by their
+    sum; a token of weight 0 has been dropped. A larger logit never has a smaller weight, but different logits may have
+    the same weight.
     """
 
     tokens: TokenIds | None
@@ -42,20 +34,20 @@ class Candidates:
 
     @classmethod
     def of(cls, logits: Floats, top_k: int, temperature: float) -> "Candidates":
-        """The `top_k` best tokens of `logits` [vocabulary], or all where it is 0. The best logit is finite."""
+        """The `top_k` best tokens of `logits` [vocabulary], or all if `top_k` is 0. The best logit is finite."""
         if not top_k:
             return cls(None, logits, softmax_weights(logits, temperature))
         tokens = np.sort(best_tokens(logits, top_k))
         return cls(tokens, logits[tokens], softmax_weights(logits[tokens], temperature))
 
     def drop_unlikely(self, min_p: float) -> None:
-        """Drops those whose probability is less than `min_p` times the best one's."""
+        """Drops the tokens whose probability is less than `min_p` times that of the best one."""
         self.weights[:] *= self.weights >= min_p
 
     def nucleus(self, top_p: float) -> "Candidates":
-        """The fewest best ones whose share of all weights reaches `top_p`."""
+        """The fewest best candidates whose share of all weights reaches `top_p`."""
         whole = float(block_sums(self.weights).sum())
-        # All that lie below this have together less than 1 - top_p.
+        # The candidates below this threshold have a share of less than 1 - top_p together.
         likely = self.weights >= (1 - top_p) * whole / len(self.weights)
         near = self._gathered(likely) if np.count_nonzero(likely) * FEW < len(likely) else self
         near._drop_after(near._reaching(top_p * whole))
@@ -77,11 +69,11 @@ class Candidates:
         return Candidates(tokens, self.logits[indices], self.weights[indices])
 
     def _reaching(self, mass: float) -> int:
-        """The index of the one with which the weights of the best ones reach `mass`.
+        """The index of the candidate at which the running sum of weights, best first, reaches `mass`.
 
-        Nothing is sorted but the band of near weights in which that happens.
+        Only the band of similar weights in which that happens is sorted.
         """
-        # Floats above zero are ordered as their bits are.
+        # Positive floats have the same order as their bits.
         bands = self.weights.view(np.int32) >> BAND_BITS
         running = np.bincount(bands, self.weights)[::-1].cumsum()
         mass = min(mass, float(running[-1]))
@@ -93,22 +85,32 @@ class Candidates:
         return int(ranked[min(count, len(ranked) - 1)])
 
     def _drop_after(self, end: int) -> None:
-        """Drops all that rank after the one at index `end`; equal logits rank by token id."""
+        """Drops all candidates that rank after the one at index `end`; equal logits rank by token id."""
         self.weights[:] *= self.logits >= self.logits[end]
         self.weights[end + 1 :][self.logits[end + 1 :] == self.logits[end]] = 0
 
 
 def _passing(running: Doubles, level: float) -> int:
-    """The first index whose running sum is over `level`, at most the one with which the sum is complete."""
+    """The first index whose running sum is greater than `level`, at most the first that has the whole sum."""
     return min(int(running.searchsorted(level, side="right")), int(running.searchsorted(running[-1])))
 
 
-def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
-    """The token for `position`: the best one, or a draw from softmax(logits / temperature) among those kept.
+def uniform(seed: int, choice: int, position: int) -> float:
+    """The random number in [0, 1) of this seed, choice and position: Philox, a counter-based generator.
 
-    `logits` [vocabulary]. Kept are the `top_k` best whose probability is at least `min_p` times the best one's
-    (Nguyen et al., arXiv:2407.01082), and of these the nucleus: the fewest best ones whose share reaches `top_p`
-    (Holtzman et al., arXiv:1904.09751). Logits that are not finite give the first of the largest.
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011). Any integer may be a seed.
+    """
+    philox = np.random.Philox(key=np.array([seed & WORD, choice], dtype=np.uint64), counter=[0, 0, 0, position])
+    return float(np.random.Generator(philox).random())
+
+
+def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
+    """The token for `position`: the best one, or a draw from softmax(logits / temperature) among the candidates.
+
+    `logits` [vocabulary]. The candidates are the `top_k` best tokens whose probability is at least `min_p` times the
+    best one's (Nguyen et al., arXiv:2407.01082), and of these the nucleus: the fewest best ones whose share reaches
+    `top_p` (Holtzman et al., arXiv:1904.09751). If the largest logit is not finite, the first token that has it is
+    returned.
     """
     best = int(logits.argmax())
     if params.temperature < GREEDY_BELOW or not math.isfinite(logits[best]):

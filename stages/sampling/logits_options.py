@@ -8,15 +8,15 @@ from stages.sampling.logprobs import Floats, to_floats, token_ids
 from stages.step import SamplingParams
 
 ROOM = 64
-"""Tokens for which there is room beyond those of the admission, before arrays grow."""
+"""Tokens that the arrays have room for beyond those of the admission, before they grow."""
 
 
 class Penalties:
-    """Which tokens a request has had and how often its answer has had each: one entry a token, in arrays that grow.
+    """Repetition, presence and frequency penalties of one request, with its tokens and how often the answer has each.
 
-    vLLM's penalties (apply_penalties in vllm/model_executor/layers/utils.py): the logit of a token of prompt or answer
-    is divided by the repetition penalty where it is positive, else multiplied by it; then the frequency penalty is
-    subtracted as often as the answer has the token, and the presence penalty once if it has it at all.
+    As in vLLM (apply_penalties in vllm/model_executor/layers/utils.py), the logit of a token of the prompt or answer is
+    divided by the repetition penalty if it is positive, else multiplied by it; then the frequency penalty is subtracted
+    as often as the answer has the token, and the presence penalty once if the answer has it at all.
     """
 
     def __init__(self, sampling: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> None:
@@ -34,11 +34,11 @@ class Penalties:
 
     @staticmethod
     def asked_for(sampling: SamplingParams) -> bool:
-        """Whether any of the penalties does something."""
+        """Whether any of the penalties has an effect."""
         return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
     def note(self, token: int) -> None:
-        """The answer has one more token."""
+        """Counts one more token of the answer."""
         entry = self._entries.setdefault(token, self._size)
         if entry == self._size:
             if entry == len(self._tokens):
@@ -52,7 +52,7 @@ class Penalties:
         """Changes `logits` [vocabulary] in place."""
         tokens, counts = self._tokens[: self._size], self._counts[: self._size]
         penalised = logits[tokens].astype(np.float64)
-        # What overflows is infinite, and becomes the largest number or a ban.
+        # Products that overflow are infinite; `to_floats` makes them the largest number, or leaves minus infinity.
         with np.errstate(over="ignore"):
             penalised = np.where(penalised > 0, penalised / self._repetition, penalised * self._repetition)
         penalised -= self._frequency * counts + self._presence * (counts > 0)
@@ -60,15 +60,15 @@ class Penalties:
 
 
 class LogitsOptions:
-    """Allowed tokens, bad words, least answer, bias and penalties, in this order; see vLLM's Sampler.
+    """One request's allowed tokens, bad words, minimum answer, bias and penalties, applied in this order.
 
-    Banned tokens get minus infinity, which neither bias nor penalties change. Where bad words and the least answer
-    would leave no token at all, they give way, and so do allowed tokens that are none of the vocabulary: vLLM leaves
-    this open.
+    The order is that of vLLM's Sampler. Banned tokens get minus infinity, which neither bias nor penalties change.
+    Bad words and the minimum answer are ignored where they would leave no token at all, and so are allowed tokens that
+    are not in the vocabulary; vLLM does not define these cases.
     """
 
     def __init__(self, sampling: SamplingParams, vocabulary: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
-        """`prompt` and `answer` are the request's tokens so far, empty where its sampling reads none."""
+        """`prompt` and `answer` are the request's tokens so far, empty if its sampling reads none."""
         self._allowed = token_ids(sampling.allowed_token_ids, vocabulary)
         self._bad_words = [word for word in sampling.bad_words if word and 0 <= word[-1] < vocabulary]
         self._min_tokens = sampling.min_tokens
@@ -78,14 +78,14 @@ class LogitsOptions:
         self._penalties = Penalties(sampling, prompt, answer) if Penalties.asked_for(sampling) else None
 
     def note(self, token: int) -> None:
-        """The answer has one more token."""
+        """Counts one more token of the answer."""
         if self._penalties is not None:
             self._penalties.note(token)
 
     def apply(self, logits: Floats, answer: Sequence[int], answered: int) -> Floats:
-        """`logits` [vocabulary] as they are where nothing changes them, else a changed copy.
+        """Returns `logits` [vocabulary] themselves if no option changes them, else a changed copy.
 
-        `answered` tokens have been sampled; `answer` are these tokens, where bad words read them.
+        `answered` is the number of tokens sampled so far; `answer` contains them if bad words read them.
         """
         banned = self._banned(answer, answered)
         if not (banned or len(self._allowed) or len(self._biased) or self._penalties):
@@ -99,9 +99,9 @@ class LogitsOptions:
         return changed
 
     def _banned(self, answer: Sequence[int], answered: int) -> list[int]:
-        """The last token of each bad word whose others the answer ends with, and what may not stop it yet.
+        """The last token of each bad word whose other tokens end the answer, and stop tokens that come too early.
 
-        As vLLM does, only the answer is looked at: a word that begins in the prompt may be completed.
+        Only the answer is compared, as in vLLM: a word that begins in the prompt may be completed.
         """
         stops = self._stops if answered < self._min_tokens else []
         return stops + [word[-1] for word in self._bad_words if _ends_with(answer, word[:-1])]

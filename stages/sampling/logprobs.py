@@ -1,4 +1,4 @@
-"""Logits of one position: float arrays, their softmax with sums in float64, ranks and log-probabilities."""
+"""Softmax, ranks and log-probabilities of the logits of one position, with sums in float64."""
 
 import math
 from collections.abc import Iterable
@@ -17,24 +17,26 @@ TokenIds = NDArray[np.int64]
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
+BLOCK = 512
+"""Weights that are summed at once."""
+
+GROUP = 64
+"""Tokens per group; the maxima of groups bound the best tokens, so that not all logits need to be ordered."""
+
 
 def to_floats(values: Doubles) -> Floats:
-    """As float32; what is too large becomes the largest number, so that no option makes an infinite logit."""
+    """Converts to float32; too large values become the largest number, so that no option makes an infinite logit."""
     with np.errstate(over="ignore"):
         return np.minimum(values, FLOAT_MAX).astype(np.float32)
 
 
 def token_ids(tokens: Iterable[int], vocabulary: int) -> TokenIds:
-    """The ids that are tokens of the vocabulary, ascending, each once; no option has an effect on others."""
+    """The ids below `vocabulary`, ascending, each once; options ignore all others."""
     return np.array(sorted({token for token in tokens if 0 <= token < vocabulary}), dtype=np.int64)
 
 
-BLOCK = 512
-"""Weights that are summed at once."""
-
-
 def softmax_weights(logits: Floats, temperature: float) -> Floats:
-    """exp((logits - best) / temperature), [vocabulary]: probabilities but for their sum; the best token's is 1."""
+    """exp((logits - best) / temperature), [vocabulary]: softmax before the division by the sum; the best has 1."""
     # A difference that overflows becomes minus infinity, whose weight is 0.
     with np.errstate(over="ignore"):
         weights: Floats = logits - logits.max()
@@ -51,10 +53,6 @@ def block_sums(weights: Floats) -> Doubles:
 def log_normaliser(logits: Floats) -> float:
     """log(sum(exp(logits))): a logit less this is its natural log-probability."""
     return float(logits.max()) + math.log(block_sums(softmax_weights(logits, 1.0)).sum())
-
-
-GROUP = 64
-"""Tokens of which one maximum is taken, to find the best tokens without ordering them all."""
 
 
 def best_tokens(logits: Floats, count: int) -> TokenIds:
@@ -82,7 +80,10 @@ def _reached_by(logits: Floats, count: int) -> float:
 
 
 def token_logprobs(logits: Floats, token: int, top: int) -> TokenLogprobs:
-    """Those of `token` and of the `top` best, 0 or more or VOCABULARY, from the model's `logits` [vocabulary]."""
+    """The log-probabilities of `token` and of the `top` best tokens, from the model's `logits` [vocabulary].
+
+    `top` is 0 or more, or VOCABULARY for all tokens.
+    """
     normaliser = log_normaliser(logits)
     count = len(logits) if top == VOCABULARY else top
     best = best_tokens(logits, count).tolist() if count else []

@@ -1,4 +1,4 @@
-"""The last stage's account of all requests, from whose logits it samples."""
+"""The sampler of the last stage: its requests by slot, and the tokens that it draws for them."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ from stages.step import Admission, Segment, Step, TokenLogprobs
 
 
 class ScoredPrompt(NamedTuple):
-    """The logits of a segment's first tokens score these tokens of its prompt: each the one after it.
+    """The prompt tokens that a segment's logits score: the logits at each position score the token after it.
 
-    `top` best tokens are asked for beside each, as `prompt_logprobs` says.
+    `top` is the number of best tokens to report beside each, as in `prompt_logprobs`.
     """
 
     tokens: list[int]
@@ -22,7 +22,7 @@ class ScoredPrompt(NamedTuple):
 
 
 class Request:
-    """Its options, and its tokens where they are read; each token it is given it remembers itself."""
+    """The sampling options of one request, with its tokens if they are read; sampled tokens are appended."""
 
     def __init__(self, admission: Admission, vocabulary: int) -> None:
         """Raises StepError where the admission lacks tokens that its sampling reads."""
@@ -37,7 +37,7 @@ class Request:
     def sample(self, logits: Floats, position: int) -> int:
         """The token at `position`, from the model's `logits` [vocabulary] of the one before, which are not changed.
 
-        Raises StepError where the request's tokens do not reach just up to there.
+        Raises StepError if the request reads its tokens and does not have exactly those before `position`.
         """
         answered = position - self._prompt_tokens
         if self._sampling.reads_tokens and answered != len(self._answer):
@@ -52,11 +52,11 @@ class Request:
         return token
 
     def logprobs(self, logits: Floats, token: int) -> TokenLogprobs | None:
-        """Of `token`, from the model's `logits` [vocabulary], as the request asks for them."""
+        """The log-probabilities of `token`, from the model's `logits` [vocabulary], if the request asks for them."""
         return None if self._sampling.logprobs is None else token_logprobs(logits, token, self._sampling.logprobs)
 
     def scored_prompt(self, segment: Segment) -> ScoredPrompt | None:
-        """What the logits of a prefill `segment` score, if the request asks for it: nothing beyond the prompt."""
+        """The prompt tokens that the logits of a prefill `segment` score; None unless the request wants scores."""
         if self._sampling.prompt_logprobs is None:
             return None
         after = segment.start + 1
@@ -75,17 +75,17 @@ def _check(admission: Admission) -> None:
 
 
 class Sampled(NamedTuple):
-    """A step's tokens, in the order of the segments that sample, and for each its log-probabilities if asked for."""
+    """The tokens of a step, in the order of the segments that sample, each with its log-probabilities if asked for."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
 
 
 class Sampler:
-    """Requests by slot, changed by the steps themselves, as page tables are."""
+    """Samples for all requests of a pipeline; like page tables, its state follows from the steps alone."""
 
     def __init__(self, vocabulary: int) -> None:
-        """`vocabulary` tokens have logits."""
+        """`vocabulary` is the number of tokens that have logits."""
         self._vocabulary = vocabulary
         self._requests: dict[int, Request] = {}
 
@@ -94,7 +94,7 @@ class Sampler:
         self._requests.clear()
 
     def apply(self, step: Step) -> None:
-        """Takes over a step's ends and admissions, which page tables have accepted.
+        """Applies the ends and admissions of a step, which page tables have accepted already.
 
         Raises StepError where an admission lacks tokens that its sampling reads.
         """
@@ -106,7 +106,7 @@ class Sampler:
     def sample(self, step: Step, logits: torch.Tensor) -> Sampled:
         """One token for each segment that samples, from their `logits` [segments that sample, vocabulary], float32.
 
-        Raises StepError where a request whose tokens are read is not where the step says.
+        Raises StepError if a request that reads its tokens is at another position than the step's.
         """
         rows = iter(logits.numpy())
         sampled = Sampled([], [])
@@ -119,7 +119,7 @@ class Sampler:
         return sampled
 
     def scored_prompts(self, step: Step) -> list[ScoredPrompt | None]:
-        """For each segment of a step what it scores: of a prefill's the prompt, if the request asks for it."""
+        """The prompt tokens that each segment scores; None in decode steps and for requests that want no scores."""
         if step.mode == "decode":
             return [None] * len(step.segments)
         return [self._requests[segment.slot].scored_prompt(segment) for segment in step.segments]

@@ -1,1 +1,1 @@
-"""The timed device: stages that take the time of real ones and compute nothing. Nothing here imports torch."""
+"""The timed device: stages that take the time of real ones without computing. Nothing here imports torch."""

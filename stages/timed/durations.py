@@ -1,4 +1,4 @@
-"""How long a stage's step takes: what was given, or what is predicted."""
+"""Durations of a stage's steps: given by the user, or predicted."""
 
 import functools
 from typing import Protocol
@@ -13,18 +13,18 @@ from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, round_up
 
 CONTEXT_TOKENS = 64
-"""Cached tokens are counted in such pieces: a prediction takes longer than a step may."""
+"""Cached tokens are rounded up to a multiple of this, as predicting every length anew takes longer than a step may."""
 
 
 class Durations(Protocol):
-    """Times of one stage's steps."""
+    """How long the steps of one stage take."""
 
     def seconds(self, step: Step) -> float:
-        """Of this step."""
+        """The duration of `step` in seconds."""
 
 
 class GivenDurations:
-    """The same for every step, and a little more for each token of a prompt."""
+    """The same duration for every step, plus a given time for each token of a prompt."""
 
     def __init__(self, times: GivenTimes, stage: int) -> None:
         self._step_s = times.step_s[stage] if len(times.step_s) > 1 else times.step_s[0]
@@ -38,7 +38,7 @@ class GivenDurations:
 
 
 class PredictedDurations:
-    """Those of `StageTimes`, with the users shared out evenly over rows, and prompts one after the other."""
+    """The durations of `StageTimes`, with users shared evenly by rows, and prompts one after the other."""
 
     def __init__(self, times: StageTimes, rows: int) -> None:
         self._rows = rows
@@ -57,7 +57,7 @@ class PredictedDurations:
 
 
 def durations(config: ModelConfig, spec: StageSpec, options: StageOptions) -> Durations:
-    """The times of a stage. Raises PlanError where the options are not for this device."""
+    """The durations of a stage's steps. Raises PlanError if the options are not for the timed device."""
     timed = options.timed
     if timed is None:
         raise PlanError("The timed device was not told how long steps take.")

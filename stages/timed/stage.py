@@ -1,4 +1,4 @@
-"""A stage that takes its time and computes nothing: what scaling tests and capacity planning run on."""
+"""The stage of the timed device, which waits in place of computing; scaling tests and capacity planning run on it."""
 
 import ctypes
 import time
@@ -18,13 +18,22 @@ PR_SET_TIMERSLACK = 29
 """linux/prctl.h: how late, in nanoseconds, the kernel may end a thread's sleep; 50 us unless told otherwise."""
 
 RECENT = 32
+"""Wake-ups that an alarm corrects itself by."""
+
+MULTIPLIER = 0x9E3779B1
+"""The prime next to 2**32 over the golden ratio, which scatters products over all bits (Knuth, TAOCP 3, 6.4)."""
+
+OTHER_MULTIPLIER = 0x85EBCA6B
+"""A multiplier of MurmurHash3's finalizer."""
+
+WORD = 0xFFFFFFFF
 
 
 class Alarm:
-    """For the thread that makes it.
+    """Waits that end on time, for the thread that creates the alarm.
 
-    A thread wakes some 0.1 ms after it wanted to: what the latest wake-ups were late by at least is taken off the next
-    sleep, so that a wait ends on time at best, and never before.
+    A thread wakes up some 0.1 ms late: the least delay of the latest RECENT wake-ups is taken off the next sleep, so
+    that a wait ends on time if possible, and never early.
     """
 
     def __init__(self) -> None:
@@ -33,11 +42,11 @@ class Alarm:
         self._ends_at = 0.0
 
     def set(self, seconds: float) -> None:
-        """The wait is to end so long after this moment."""
+        """Starts a wait that ends in `seconds`."""
         self._ends_at = time.monotonic() + seconds
 
     def wait(self) -> None:
-        """Returns when the time is over."""
+        """Returns at the end of the wait."""
         while (left := self._ends_at - time.monotonic()) > 0:
             asked = max(0.0, left - min(self._late_s))
             began = time.monotonic()
@@ -45,39 +54,30 @@ class Alarm:
             self._late_s.append(time.monotonic() - began - asked)
 
 
-MULTIPLIER = 0x9E3779B1
-"""The prime next to 2**32 over the golden ratio, which scatters products over all bits (Knuth, TAOCP 3, 6.4)."""
-
-OTHER_MULTIPLIER = 0x85EBCA6B
-"""Of the finalizer of MurmurHash3."""
-
-WORD = 0xFFFFFFFF
-
-
 class TokenMaker:
-    """Makes ids below `vocabulary`, but none of `never`."""
+    """Makes up token ids below `vocabulary`, except those of `never`."""
 
     def __init__(self, vocabulary: int, never: Sequence[int]) -> None:
-        """Raises ValueError where that leaves none."""
+        """Raises ValueError if `never` leaves no token."""
         absent = frozenset(never)
         self._tokens = array("I", (token for token in range(vocabulary) if token not in absent))
         if not self._tokens:
             raise ValueError(f"A vocabulary of {vocabulary} tokens leaves none but {len(absent)} that never come.")
 
     def after(self, token: int, position: int) -> int:
-        """The token after `token`, which stands at `position`."""
+        """The token that follows `token` at `position`."""
         mixed = ((token + 1) * MULTIPLIER ^ (position + 1) * OTHER_MULTIPLIER) & WORD
         mixed = ((mixed ^ mixed >> 15) * MULTIPLIER) & WORD
         return self._tokens[(mixed >> 7) % len(self._tokens)]
 
 
 def certain(token: int) -> TokenLogprobs:
-    """The device knows what comes: a token has the probability 1, and there is no other."""
+    """Log-probabilities of a token that is certain: its probability is 1, and no other is listed."""
     return TokenLogprobs(logprob=0.0, rank=1, top_tokens=[token], top_logprobs=[0.0])
 
 
 class TimedStage:
-    """A `StageRunner`: takes part in everything but the computing. Hidden states are zeros, of the right length."""
+    """A `StageRunner` that does everything but compute. Hidden states are zeros of the right length."""
 
     def __init__(self, spec: StageSpec, times: Durations, bytes_per_token: int, tokens: TokenMaker) -> None:
         self._spec = spec
@@ -90,7 +90,7 @@ class TimedStage:
 
     @classmethod
     def load(cls, spec: StageSpec, options: StageOptions, on_progress: Callable[[int, int], None]) -> "TimedStage":
-        """Reads config.json alone. Raises CheckpointError or PlanError."""
+        """Loads a stage, for which it reads config.json alone. Raises CheckpointError or PlanError."""
         if options.timed is None:
             raise PlanError("The timed device was not told how long steps take.")
         config = ModelConfig.from_file(Path(options.model_path) / "config.json").changed(options.changes)
@@ -100,14 +100,14 @@ class TimedStage:
         return cls(spec, durations(config, spec, options), bytes_per_token, tokens)
 
     def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
-        """See `StageRunner`: returns when the step's time is over."""
+        """See `StageRunner`. Returns when the duration of the step is over."""
         self._alarm.set(self._times.seconds(step))
         output = self._output(step, hidden)
         self._alarm.wait()
         return output
 
     def close(self) -> None:
-        """Nothing to give up."""
+        """See `StageRunner`. There is nothing to release."""
 
     def _output(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
         if self._spec.is_last:
@@ -137,7 +137,7 @@ class TimedStage:
         return self._tokens.after(segment.tokens[-1], segment.start + len(segment.tokens) - 1)
 
     def _scores(self, step: Step) -> list[list[TokenLogprobs]]:
-        """Of the tokens after each of a prompt's in the step, where they are wanted; see `StepResult`."""
+        """The log-probabilities of prompt tokens that the step scores, as in `StepResult`."""
         scores = []
         for segment in step.segments:
             admitted = self._admitted[segment.slot]
