@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster.cluster import Cluster
-from actors.cluster.placement import Seat
+from actors.cluster.placement import StagePlacement
 from actors.cluster.placement_group import Placement, place
 from actors.engine_end import EngineEnd
 from actors.errors import LinkError, ProtocolError, StartError
@@ -23,7 +23,7 @@ from actors.stage.actor import StageActor, StageSetup
 from actors.stage.group import StageGroup
 from actors.stage.health import StageHealth, StageProgress
 from actors.stage.identity import ENGINE, StageIdentity, stage_name
-from actors.stage.mesh_hop import Passage
+from actors.stage.mesh_hop import Transfer
 from actors.stage.spares import Spares
 from stages.step import Host
 
@@ -77,12 +77,12 @@ class Launch:
         if lost:
             await self._group.give_up(lost)
             await self._placement.settle(self._deadline - asyncio.get_running_loop().time())
-            setups = self._setups(self._placement.seats)
+            setups = self._setups(self._placement.stages)
             replaced = {index: setups[index] for index in lost}
             await self._group.replace(replaced, self._spares, self._deadline, self._on_progress)
-        inlet = await self._join(self._group, self._placement.seats, await self._here(self._cluster))
-        self._tell_ready(self._placement.seats)
-        self._spares.provide(self._placement.seats)
+        inlet = await self._join(self._group, self._placement.stages, await self._here(self._cluster))
+        self._tell_ready(self._placement.stages)
+        self._spares.provide(self._placement.stages)
         return inlet
 
     async def _start(self, cluster: Cluster) -> HostLink:
@@ -101,31 +101,31 @@ class Launch:
         if options.transport == "mesh":
             lost = self._world_lost = asyncio.get_running_loop().create_future()
             self._world = await World.start(
-                cluster, placement.seats, options, self._directory, self._deadline, functools.partial(_lose, lost)
+                cluster, placement.stages, options, self._directory, self._deadline, functools.partial(_lose, lost)
             )
         here = await self._here(cluster)
-        self._group = StageGroup(cluster, placement, self._setups(placement.seats), here.node_id)
-        inlet = await self._unless_lost(self._bring_up(self._group, placement.seats, here))
+        self._group = StageGroup(cluster, placement, self._setups(placement.stages), here.node_id)
+        inlet = await self._unless_lost(self._bring_up(self._group, placement.stages, here))
         outlet = self._engine.outlet
         self._world_lost.add_done_callback(lambda lost: outlet.lost(lost.result()))
-        self._tell_ready(placement.seats)
+        self._tell_ready(placement.stages)
         # Only now, so that what is to serve starts first.
         self._spares = Spares(cluster, options, here.node_id)
-        self._spares.provide(placement.seats)
+        self._spares.provide(placement.stages)
         return inlet
 
     async def _here(self, cluster: Cluster) -> Host:
         node_id = await cluster.node_id()
         return next(host for host in (await cluster.topology()).hosts if host.node_id == node_id)
 
-    def _tell_ready(self, seats: list[Seat]) -> None:
-        for seat, spec in zip(seats, self._options.specs, strict=True):
+    def _tell_ready(self, placements: list[StagePlacement]) -> None:
+        for placed, spec in zip(placements, self._options.specs, strict=True):
             layers = len(spec.layers)
             self._on_progress(
                 StageProgress(
                     stage=spec.index,
-                    host=seat.host.name,
-                    rows=seat.rows,
+                    host=placed.host.name,
+                    rows=placed.rows,
                     phase="ready",
                     layers_done=layers,
                     layers=layers,
@@ -136,9 +136,9 @@ class Launch:
         """What every stage says of itself; nothing before there are stages."""
         return [] if self._group is None else await self._group.health()
 
-    async def passages(self) -> list[list[Passage]]:
+    async def transfers(self) -> list[list[Transfer]]:
         """What has gone through each stage's mesh sockets lately; nothing before there are stages."""
-        return [] if self._group is None else await self._group.passages()
+        return [] if self._group is None else await self._group.transfers()
 
     @property
     def world_pids(self) -> list[int]:
@@ -180,14 +180,14 @@ class Launch:
             if spares is not None:
                 last_first.push_async_callback(spares.close)
 
-    def _setups(self, seats: list[Seat]) -> list[StageSetup]:
+    def _setups(self, placements: list[StagePlacement]) -> list[StageSetup]:
         options = self._options
         return [
             StageSetup(
                 identity=StageIdentity(
                     index=spec.index,
                     stages=len(options.specs),
-                    host=seat.host.name,
+                    host=placed.host.name,
                     epoch=self._engine.epoch,
                     secret=self._engine.secret,
                     dtype=options.stage.dtype,
@@ -198,26 +198,26 @@ class Launch:
                 options=options.stage,
                 device=options.device,
                 runner=options.runner,
-                rows=seat.rows,
-                neighbour=seat.neighbour,
-                neighbours=seat.neighbours,
-                environment=self._environment(spec.index, seat),
+                rows=placed.rows,
+                neighbour=placed.neighbour,
+                neighbours=placed.neighbours,
+                environment=self._environment(spec.index, placed),
                 membership=None if self._world is None else self._world.memberships[spec.index],
                 fifo_bytes=options.fifo_bytes,
             )
-            for spec, seat in zip(options.specs, seats, strict=True)
+            for spec, placed in zip(options.specs, placements, strict=True)
         ]
 
-    def _environment(self, stage: int, seat: Seat) -> dict[str, str]:
+    def _environment(self, stage: int, placed: StagePlacement) -> dict[str, str]:
         """Of a stage's own: on chips it sees those of its rows alone, unless the user names others."""
         own = self._options.environment(stage)
         if self._options.device != "ttnn" or VISIBLE_DEVICES in own:
             return own
-        return {VISIBLE_DEVICES: visible_devices(seat.rows), **own}
+        return {VISIBLE_DEVICES: visible_devices(placed.rows), **own}
 
-    async def _bring_up(self, group: StageGroup, seats: list[Seat], here: Host) -> HostLink:
+    async def _bring_up(self, group: StageGroup, placements: list[StagePlacement], here: Host) -> HostLink:
         await group.load(self._deadline, self._on_progress)
-        inlet = await self._join(group, seats, here)
+        inlet = await self._join(group, placements, here)
         if self._world is not None:
             await group.join_meshes(self._deadline)
         return inlet
@@ -234,14 +234,14 @@ class Launch:
         finally:
             starting.cancel()
 
-    async def _join(self, group: StageGroup, seats: list[Seat], here: Host) -> HostLink:
+    async def _join(self, group: StageGroup, placements: list[StagePlacement], here: Host) -> HostLink:
         """Opens every stage's socket, then joins each to the next; the engine is before the first, after the last."""
-        hosts = [here, *(seat.host for seat in seats), here]
+        hosts = [here, *(placed.host for placed in placements), here]
         wanted = [
             self._address(hosts[index], hosts[index + 1], f"{self._engine.epoch}-{index}.sock")
             for index in range(len(hosts) - 1)
         ]
-        last = stage_name(len(seats) - 1)
+        last = stage_name(len(placements) - 1)
         try:
             self._listener = HostListener.open(wanted[-1], self._terms(last), self._engine.outlet)
             bound = await group.listen(wanted[:-1], self._deadline)

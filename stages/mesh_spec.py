@@ -28,7 +28,7 @@ Connection = tuple[int, int, int, int]
 """Row and column of a chip of the sender's mesh, then of the receiver's."""
 
 
-class MeshSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class MeshSocketSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A socket between two meshes: what passes, how many bytes wait at each receiving chip, which chips are joined."""
 
     hidden: MeshHidden
@@ -36,7 +36,7 @@ class MeshSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     connections: list[Connection]
 
     @classmethod
-    def between_equals(cls, hidden: MeshHidden, fifo_bytes: int) -> "MeshSpec":
+    def between_equals(cls, hidden: MeshHidden, fifo_bytes: int) -> "MeshSocketSpec":
         """Every chip sends to the one at its own place on the next mesh."""
         rows, columns = hidden.mesh_shape
         places = [(row, column) for row in range(rows) for column in range(columns)]

@@ -131,21 +131,21 @@ class Stage:
         states = self._run(step, hidden)
         return self._to_torch(states) if self._last is None else self._last.logits(step, states)
 
-    def hidden(self) -> MeshHidden:
+    def hidden_spec(self) -> MeshHidden:
         """The mesh and the hidden states on it: bfloat16 [1, 1, tokens, hidden / columns] on each chip."""
         rows, columns = self.mesh_device.shape
         users = columns * self._batches.users(self._options.cache.slots // self._options.cache.pools)
         return MeshHidden((rows, columns), prefill=self._shard(0), decode=self._shard(users))
 
     @torch.inference_mode()
-    def hidden_of(self, step: Step) -> HiddenShard | None:
+    def step_hidden_spec(self, step: Step) -> HiddenShard | None:
         """What the step brings and leaves on each chip; None without tokens. Raises StepError as `step` does."""
         batch = self._batch_of(step)
         return None if batch is None else self._shard(batch.places.width)
 
     @torch.inference_mode()
     def step_on_mesh(self, step: Step, hidden: ttnn.Tensor | None) -> ttnn.Tensor | StepResult | None:
-        """Runs one step on tensors of the mesh, which are as `hidden_of` says, `hidden` None on the first stage."""
+        """Runs one step on tensors of the mesh, which are as `step_hidden_spec` says, `hidden` None on the first stage."""
         batch = self._batch_of(step)
         states = None
         if batch is not None:

@@ -15,7 +15,7 @@ ROWS = "galaxy_rows"
 Rows = list[int]
 
 
-class Seat(msgspec.Struct, frozen=True, kw_only=True):
+class StagePlacement(msgspec.Struct, frozen=True, kw_only=True):
     """Where one stage goes: a bundle of the placement group, thereby a host, and the rows it owns there.
 
     It is the `neighbour`-th of the pipeline's `neighbours` stages on its host. A host's rows are numbered from 0;
@@ -55,9 +55,9 @@ def _host_words(host: Host, taken: set[int]) -> str:
     return f"{host.name} ({host.rows}, {len(taken)} in use)" if taken else f"{host.name} ({host.rows})"
 
 
-def plan_seats(
+def plan_placements(
     topology: Topology, taken: Mapping[str, set[int]], first: str, stages: int, rows_per_stage: int
-) -> list[Seat] | None:
+) -> list[StagePlacement] | None:
     """Seats for all stages on rows that are not `taken` (row numbers by node); None where they do not suffice.
 
     On as few hosts as can hold them, that of the engine (`first`) among these if it makes no more of them. Each host
@@ -69,23 +69,25 @@ def plan_seats(
     if sum(room.values()) < stages:
         return None
     counts = _share_out(room, first, stages)
-    seats: list[Seat] = []
+    placements: list[StagePlacement] = []
     for host in sorted(topology.hosts, key=lambda host: host.node_id != first):
         neighbours = counts[host.node_id]
         for neighbour, rows in enumerate(_choose_rows(runs[host.node_id], neighbours)):
-            seats.append(Seat(bundle=len(seats), host=host, rows=rows, neighbour=neighbour, neighbours=neighbours))
-    return seats
+            placements.append(
+                StagePlacement(bundle=len(placements), host=host, rows=rows, neighbour=neighbour, neighbours=neighbours)
+            )
+    return placements
 
 
-def seat_beside(kept: Sequence[Seat], moved: Sequence[Seat]) -> list[Seat]:
-    """The seats `moved` to hosts where others may have been `kept`: they share its cores with these."""
-    filled = Counter(seat.host.node_id for seat in kept)
-    sizes = filled + Counter(seat.host.node_id for seat in moved)
+def placements_beside(kept: Sequence[StagePlacement], moved: Sequence[StagePlacement]) -> list[StagePlacement]:
+    """The placements `moved` to hosts where others may have been `kept`: they share its cores with these."""
+    filled = Counter(placed.host.node_id for placed in kept)
+    sizes = filled + Counter(placed.host.node_id for placed in moved)
     return [
         msgspec.structs.replace(
-            seat, neighbour=filled[seat.host.node_id] + seat.neighbour, neighbours=sizes[seat.host.node_id]
+            placed, neighbour=filled[placed.host.node_id] + placed.neighbour, neighbours=sizes[placed.host.node_id]
         )
-        for seat in moved
+        for placed in moved
     ]
 
 

@@ -14,7 +14,15 @@ from ray.util.placement_group import (
 )
 
 from actors.cluster.cluster import Cluster
-from actors.cluster.placement import ROWS, Seat, hosts_sentence, needed_rows, plan_seats, refuse_impossible, seat_beside
+from actors.cluster.placement import (
+    ROWS,
+    StagePlacement,
+    hosts_sentence,
+    needed_rows,
+    placements_beside,
+    plan_placements,
+    refuse_impossible,
+)
 from actors.cluster.ray_private import actor_holders
 from actors.errors import PlacementError
 
@@ -28,11 +36,11 @@ class RowClaim(msgspec.Struct, frozen=True):
     rows: dict[str, list[int]]
 
     @classmethod
-    def of(cls, seats: Sequence[Seat]) -> "RowClaim":
-        """A new claim to the rows of all seats."""
+    def of(cls, placements: Sequence[StagePlacement]) -> "RowClaim":
+        """A new claim to the rows of all placements."""
         rows: dict[str, list[int]] = {}
-        for seat in seats:
-            rows.setdefault(seat.host.node_id, []).extend(seat.rows)
+        for placed in placements:
+            rows.setdefault(placed.host.node_id, []).extend(placed.rows)
         return cls(secrets.token_hex(8), rows)
 
     @property
@@ -76,16 +84,18 @@ GRANT_SECONDS = 5.0
 class Placement:
     """Rows for all stages, in one placement group, and in others for stages that had to move; made by `place`."""
 
-    def __init__(self, cluster: Cluster, group: PlacementGroup, seats: list[Seat], actor_class: str) -> None:
+    def __init__(
+        self, cluster: Cluster, group: PlacementGroup, placements: list[StagePlacement], actor_class: str
+    ) -> None:
         """`actor_class` is the name of the class whose actors use such rows: a refusal names the processes of these."""
         self._cluster = cluster
         self._actor_class = actor_class
-        self._groups = [group] * len(seats)
+        self._groups = [group] * len(placements)
         self._all_groups = [group]
-        self.seats = seats
+        self.stages = placements
 
     def group_of(self, stage: int) -> PlacementGroup:
-        """The group that has the bundle of the stage's seat."""
+        """The group that has the bundle of the stage."""
         return self._groups[stage]
 
     async def settle(self, seconds: float) -> None:
@@ -94,17 +104,17 @@ class Placement:
         Raises PlacementError where there are none within `seconds`.
         """
         alive = {host.node_id for host in (await self._cluster.topology()).hosts}
-        lost = [stage for stage, seat in enumerate(self.seats) if seat.host.node_id not in alive]
+        lost = [stage for stage, placed in enumerate(self.stages) if placed.host.node_id not in alive]
         if not lost:
             return
-        before = self.seats[max(0, lost[0] - 1)]
+        before = self.stages[max(0, lost[0] - 1)]
         group, moved = await _reserve(
             self._cluster, len(lost), len(before.rows), before.host.node_id, seconds, self._actor_class
         )
         self._all_groups.append(group)
-        kept = [seat for stage, seat in enumerate(self.seats) if stage not in lost]
-        replaced = dict(zip(lost, seat_beside(kept, moved), strict=True))
-        self.seats = [replaced.get(stage, seat) for stage, seat in enumerate(self.seats)]
+        kept = [placed for stage, placed in enumerate(self.stages) if stage not in lost]
+        replaced = dict(zip(lost, placements_beside(kept, moved), strict=True))
+        self.stages = [replaced.get(stage, placed) for stage, placed in enumerate(self.stages)]
         self._groups = [group if stage in replaced else old for stage, old in enumerate(self._groups)]
 
     async def remove(self) -> None:
@@ -122,24 +132,24 @@ async def place(
     not hold so many `pipelines` even if they were empty, and after `seconds` if the rows are in use.
     """
     refuse_impossible(await cluster.topology(), stages * pipelines, rows_per_stage)
-    group, seats = await _reserve(cluster, stages, rows_per_stage, await cluster.node_id(), seconds, actor_class)
-    return Placement(cluster, group, seats, actor_class)
+    group, placements = await _reserve(cluster, stages, rows_per_stage, await cluster.node_id(), seconds, actor_class)
+    return Placement(cluster, group, placements, actor_class)
 
 
 async def _reserve(
     cluster: Cluster, stages: int, rows_per_stage: int, first: str, seconds: float, actor_class: str
-) -> tuple[PlacementGroup, list[Seat]]:
+) -> tuple[PlacementGroup, list[StagePlacement]]:
     """A placement group with a bundle for each stage, those of node `first` ahead; retries until `seconds` are over."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + max(1.0, seconds)
     while True:
         topology = await cluster.topology()
         taken = taken_rows(await cluster.call(_claims))
-        seats = plan_seats(topology, taken, first, stages, rows_per_stage)
-        if seats is not None:
-            group = await _try_seats(cluster, seats, min(deadline - loop.time(), GRANT_SECONDS))
+        placements = plan_placements(topology, taken, first, stages, rows_per_stage)
+        if placements is not None:
+            group = await _try_placements(cluster, placements, min(deadline - loop.time(), GRANT_SECONDS))
             if group is not None:
-                return group, seats
+                return group, placements
         # Two that gave way to each other must not meet again and again.
         pause = RETRY_SECONDS * (0.5 + random.random())  # noqa: S311 - no secret
         if loop.time() + pause > deadline:
@@ -152,10 +162,10 @@ async def _reserve(
         await asyncio.sleep(pause)
 
 
-async def _try_seats(cluster: Cluster, seats: list[Seat], seconds: float) -> PlacementGroup | None:
-    """Reserves the seats' rows, unless somebody else claims one of them or they are not granted in time."""
-    claim = RowClaim.of(seats)
-    group = await cluster.call(_make_group, seats, claim.name)
+async def _try_placements(cluster: Cluster, placements: list[StagePlacement], seconds: float) -> PlacementGroup | None:
+    """Reserves the placements' rows, unless somebody else claims one of them or they are not granted in time."""
+    claim = RowClaim.of(placements)
+    group = await cluster.call(_make_group, placements, claim.name)
     is_ours = False
     try:
         if not has_rival(claim, await cluster.call(_claims)):
@@ -166,13 +176,13 @@ async def _try_seats(cluster: Cluster, seats: list[Seat], seconds: float) -> Pla
     return group if is_ours else None
 
 
-def _make_group(seats: Sequence[Seat], name: str) -> PlacementGroup:
+def _make_group(placements: Sequence[StagePlacement], name: str) -> PlacementGroup:
     """PACK alone keeps neither neighbours together nor to the fewest hosts, so each bundle names its host."""
     group: PlacementGroup = placement_group(
-        [{ROWS: len(seat.rows)} for seat in seats],
+        [{ROWS: len(placed.rows)} for placed in placements],
         strategy="PACK",
         name=name,
-        bundle_label_selector=[{NODE_LABEL: seat.host.node_id} for seat in seats],
+        bundle_label_selector=[{NODE_LABEL: placed.host.node_id} for placed in placements],
     )
     return group
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actors.cluster.cluster import Cluster
-from actors.cluster.placement import Seat
+from actors.cluster.placement import StagePlacement
 from actors.errors import LinkError
 from actors.mpi.daemons import Daemons
 from actors.mpi.membership import Membership
@@ -30,7 +30,7 @@ class World:
     async def start(
         cls,
         cluster: Cluster,
-        seats: Sequence[Seat],
+        placements: Sequence[StagePlacement],
         options: PipelineOptions,
         directory: Path,
         deadline: float,
@@ -40,20 +40,20 @@ class World:
 
         `lost` is called should the world end by itself. Raises StartError.
         """
-        graph = mesh_graph_descriptor(len(seats), options.rows_per_stage)
-        hosts = [seat.host for seat in seats]
+        graph = mesh_graph_descriptor(len(placements), options.rows_per_stage)
+        hosts = [placed.host for placed in placements]
         agent, path = directory / "daemon_agent", str(directory / "daemons.sock")
         write_agent(agent, path)
         daemons = Daemons(cluster, {host.name: host for host in hosts}, path)
         await daemons.listen()
         try:
             command = mpirun_command(hosts, await cluster.node_id(), str(agent))
-            mpi = await MpiWorld.start(command, directory, len(seats), deadline, lost)
+            mpi = await MpiWorld.start(command, directory, len(placements), deadline, lost)
         except BaseException:
             await asyncio.shield(daemons.close())
             raise
         memberships = [
-            Membership(rank=index, mesh_graph=graph, placeholder=mpi.ranks[index]) for index in range(len(seats))
+            Membership(rank=index, mesh_graph=graph, placeholder=mpi.ranks[index]) for index in range(len(placements))
         ]
         return cls(daemons, mpi, memberships)
 

@@ -14,7 +14,7 @@ from enum import IntEnum
 import msgspec
 
 from actors.errors import ProtocolError
-from stages.mesh_spec import MeshSpec
+from stages.mesh_spec import MeshSocketSpec
 from stages.step import PROTOCOL_VERSION, StageFailure, Step, StepResult
 
 
@@ -99,7 +99,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_u
     dtype: str
     bytes_per_token: int
     credits: int
-    mesh: MeshSpec | None = None
+    mesh: MeshSocketSpec | None = None
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ BEATS = 6
 """Signs of life within the time after which silence is a loss."""
 
 
-class Pulse:
+class HeartbeatMonitor:
     """Sends a sign of life at a steady rate, and tells when none has come for `silence_s` seconds.
 
     Silence is counted in turns of this side's own loop: where this process, or the whole machine, stood still, the

@@ -18,10 +18,10 @@ import structlog
 from actors.errors import LinkError, ProtocolError
 from actors.sockets.credits import CreditReturns, Credits
 from actors.sockets.frames import BufferPool, Credit, Frame, FrameReader, Heartbeat, Hello, Message, encode
-from actors.sockets.heartbeat import Pulse
+from actors.sockets.heartbeat import HeartbeatMonitor
 from actors.sockets.link import Arrival, LinkEvents
 from actors.sockets.writer import FrameWriter
-from stages.mesh_spec import MeshSpec
+from stages.mesh_spec import MeshSocketSpec
 
 HANDSHAKE_SECONDS = 5.0
 SILENCE_SECONDS = 3.0
@@ -42,7 +42,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     peer: str
     dtype: str
     bytes_per_token: int
-    mesh: MeshSpec | None = None
+    mesh: MeshSocketSpec | None = None
     silence_s: float = SILENCE_SECONDS
 
 
@@ -59,7 +59,7 @@ class HostLink(asyncio.BufferedProtocol):
         self._writer = FrameWriter(self._loop, connected, self._broken)
         self._credits = Credits()
         self._returns = CreditReturns(credits_given, self._return_credits)
-        self._pulse = Pulse(self._loop, terms.silence_s, self._beat, self._fall_silent)
+        self._monitor = HeartbeatMonitor(self._loop, terms.silence_s, self._beat, self._fall_silent)
         self._transport: asyncio.Transport | None = None
         self._is_closed = False
         self.received_bytes = 0
@@ -131,7 +131,7 @@ class HostLink(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Called by the loop after each read."""
-        self._pulse.heard()
+        self._monitor.heard()
         self.received_bytes += nbytes
         try:
             for frame in self._reader.received(nbytes):
@@ -165,7 +165,7 @@ class HostLink(asyncio.BufferedProtocol):
             self._reader.established()
             self._credits.grant(control.credits)
             self._joined.set_result(None)
-            self._pulse.start()
+            self._monitor.start()
         elif isinstance(control, Credit):
             self._credits.grant(control.count)
         elif isinstance(control, Heartbeat):
@@ -229,7 +229,7 @@ class HostLink(asyncio.BufferedProtocol):
         if self._is_closed:
             return
         self._is_closed = True
-        self._pulse.stop()
+        self._monitor.stop()
         if not self._joined.done():
             self._joined.set_exception(error)
             self._joined.exception()

@@ -18,12 +18,12 @@ from actors.sockets.listener import Address
 from actors.stage.cores import apply_share, share_cores, tell_torch
 from actors.stage.health import StageHealth
 from actors.stage.identity import StageIdentity
-from actors.stage.mesh_hop import MeshHop, Passage, Sockets
+from actors.stage.mesh_hop import MeshHop, Sockets, Transfer
 from actors.stage.preparation import Preparation, prepare
 from actors.stage.runner import MeshRunner, OnProgress, StageRunner, runner_factory
 from actors.stage.server import StageServer
 from stages.device import DEVICE_VARIABLE, Device
-from stages.mesh_spec import MeshSpec
+from stages.mesh_spec import MeshSocketSpec
 from stages.options import StageOptions
 from stages.plan import StageSpec
 
@@ -121,9 +121,9 @@ class StageActor:
         if self._hop is not None:
             await asyncio.wrap_future(self._server.call(self._hop.barrier))
 
-    async def passages(self) -> list[Passage]:
+    async def transfers(self) -> list[Transfer]:
         """What has gone through the stage's mesh sockets lately."""
-        return [] if self._hop is None else self._hop.passages()
+        return [] if self._hop is None else self._hop.transfers()
 
     async def health(self) -> StageHealth:
         """What the stage is doing at this moment."""
@@ -134,7 +134,7 @@ class StageActor:
         await asyncio.to_thread(self._server.close)
 
     @property
-    def _mesh_spec(self) -> MeshSpec | None:
+    def _mesh_spec(self) -> MeshSocketSpec | None:
         return None if self._hop is None else self._hop.spec
 
     def _make_runner(self, on_progress: OnProgress) -> StageRunner:

@@ -20,7 +20,7 @@ from actors.release import own_release
 from actors.sockets.listener import Address
 from actors.stage.actor import StageActor, StageSetup
 from actors.stage.health import Phase, StageHealth, StageProgress, State
-from actors.stage.mesh_hop import Passage
+from actors.stage.mesh_hop import Transfer
 from actors.stage.replies import StageAnswers, answer, death
 from actors.stage.spares import Spares
 
@@ -59,7 +59,9 @@ class StageGroup:
         is_world = any(setup.membership is not None for setup in setups)
         self._silence_s = math.inf if is_world else max(ABSENT_SECONDS, setups[0].identity.silence_s)
         self._remote: ActorClass[StageActor] = ray.remote(StageActor)
-        self._actors = [self._make(setup, seat.bundle) for setup, seat in zip(setups, placement.seats, strict=True)]
+        self._actors = [
+            self._make(setup, placed.bundle) for setup, placed in zip(setups, placement.stages, strict=True)
+        ]
 
     def _make(self, setup: StageSetup, bundle: int) -> "ActorHandle[StageActor]":
         handle = self._remote.options(
@@ -122,10 +124,10 @@ class StageGroup:
         were_spare = []
         for index, setup in setups.items():
             self._setups[index] = setup
-            seat = self._placement.seats[index]
-            spare = await spares.take(seat.host, setup)
+            placed = self._placement.stages[index]
+            spare = await spares.take(placed.host, setup)
             if spare is None:
-                self._actors[index] = self._make(setup, seat.bundle)
+                self._actors[index] = self._make(setup, placed.bundle)
                 continue
             were_spare.append(index)
             self._actors[index] = spare.actor
@@ -182,9 +184,9 @@ class StageGroup:
         passed = {i: actor.pass_barrier.remote() for i, actor in enumerate(self._actors)}
         await self._answers.all("pass the barrier", passed, deadline, self._silence_s)
 
-    async def passages(self) -> list[list[Passage]]:
+    async def transfers(self) -> list[list[Transfer]]:
         """What has gone through each stage's mesh sockets lately."""
-        return list(await asyncio.gather(*(answer(actor.passages.remote()) for actor in self._actors)))
+        return list(await asyncio.gather(*(answer(actor.transfers.remote()) for actor in self._actors)))
 
     async def health(self) -> list[StageHealth]:
         """What every stage says of itself within a second."""
@@ -248,7 +250,7 @@ class StageGroup:
             await asyncio.sleep(PROGRESS_SECONDS)
 
     def _note_pid(self, index: int, pid: int) -> None:
-        if self._placement.seats[index].host.node_id == self._here:
+        if self._placement.stages[index].host.node_id == self._here:
             self._pids[index] = pid
 
     def _progress(self, index: int, phase: Phase, done: int, layers: int) -> StageProgress:

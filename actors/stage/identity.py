@@ -3,7 +3,7 @@
 import msgspec
 
 from actors.sockets.host import SILENCE_SECONDS, Terms
-from stages.mesh_spec import MeshSpec
+from stages.mesh_spec import MeshSocketSpec
 
 ENGINE = "the engine"
 
@@ -33,19 +33,19 @@ class StageIdentity(msgspec.Struct, frozen=True, kw_only=True):
         """Whether results rather than hidden states leave it."""
         return self.index == self.stages - 1
 
-    def upstream_terms(self, mesh: MeshSpec | None = None) -> Terms:
+    def upstream_terms(self, mesh: MeshSocketSpec | None = None) -> Terms:
         """The link that steps come in by; `mesh` is the socket beside it that hidden states come in by."""
         if self.index == 0:
             return self._terms(ENGINE, 0, None)
         return self._terms(stage_name(self.index - 1), self.bytes_per_token, mesh)
 
-    def downstream_terms(self, mesh: MeshSpec | None = None) -> Terms:
+    def downstream_terms(self, mesh: MeshSocketSpec | None = None) -> Terms:
         """The link that hidden states or results leave by; `mesh` is the socket that hidden states leave by instead."""
         if self.is_last:
             return self._terms(ENGINE, 0, None)
         return self._terms(stage_name(self.index + 1), self.bytes_per_token, mesh)
 
-    def _terms(self, peer: str, bytes_per_token: int, mesh: MeshSpec | None) -> Terms:
+    def _terms(self, peer: str, bytes_per_token: int, mesh: MeshSocketSpec | None) -> Terms:
         return Terms(
             epoch=self.epoch,
             secret=self.secret,

@@ -14,17 +14,17 @@ from actors.errors import ProtocolError
 from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.runner import MeshRunner
 from stages.errors import StepError
-from stages.mesh_spec import HiddenShard, MeshSpec
+from stages.mesh_spec import HiddenShard, MeshSocketSpec
 from stages.step import SentHidden, Step, StepResult
 
 KEPT = 1024
 
-"""Passages that a stage remembers."""
+"""Transfers that a stage remembers."""
 
 Direction = Literal["send", "receive"]
 
 
-class Passage(msgspec.Struct, frozen=True):
+class Transfer(msgspec.Struct, frozen=True):
     """One tensor through one socket: whom it went to or came from, and the `sequence`-th of that socket."""
 
     socket: str
@@ -33,7 +33,7 @@ class Passage(msgspec.Struct, frozen=True):
     sent: SentHidden
 
 
-class PassageLog:
+class TransferLog:
     """What one end of one socket has carried. Used by one thread; others may read `latest`."""
 
     def __init__(self, socket: str, direction: Direction, peer: str) -> None:
@@ -41,13 +41,13 @@ class PassageLog:
         self._direction = direction
         self._peer = peer
         self._count = 0
-        self.latest: deque[Passage] = deque(maxlen=KEPT)
+        self.latest: deque[Transfer] = deque(maxlen=KEPT)
 
     def note(self, step_id: int, tensor: HiddenShard) -> SentHidden:
         """Counts a tensor."""
         self._count += 1
         sent = SentHidden(sequence=self._count, step_id=step_id, tensor=tensor)
-        self.latest.append(Passage(self._socket, self._direction, self._peer, sent))
+        self.latest.append(Transfer(self._socket, self._direction, self._peer, sent))
         return sent
 
     def check(self, step: Step, expected: HiddenShard) -> None:
@@ -76,15 +76,15 @@ class Receiver(Protocol):
 class Sockets(msgspec.Struct, frozen=True):
     """How mesh sockets are made: `stages.backend.mesh_sockets`, or a test's own."""
 
-    sender: Callable[[Any, MeshSpec, int, int], Sender]
-    receiver: Callable[[Any, MeshSpec, int, int], Receiver]
+    sender: Callable[[Any, MeshSocketSpec, int, int], Sender]
+    receiver: Callable[[Any, MeshSocketSpec, int, int], Receiver]
     barrier: Callable[[], None]
 
 
 class MeshHop:
     """A `StageRunner` that takes hidden states from the mesh before, and gives them to the one after.
 
-    All its methods but `passages` belong to the thread that computes. Mesh ids are the stages' indices.
+    All its methods but `transfers` belong to the thread that computes. Mesh ids are the stages' indices.
     """
 
     def __init__(self, runner: MeshRunner, identity: StageIdentity, fifo_bytes: int, sockets: Sockets) -> None:
@@ -92,13 +92,13 @@ class MeshHop:
         self._index = identity.index
         self._is_last = identity.is_last
         self._sockets = sockets
-        self.spec = MeshSpec.between_equals(runner.hidden(), fifo_bytes)
+        self.spec = MeshSocketSpec.between_equals(runner.hidden_spec(), fifo_bytes)
         self._receiver: Receiver | None = None
         self._sender: Sender | None = None
         here = stage_name(self._index)
         before, after = stage_name(self._index - 1), stage_name(self._index + 1)
-        self._received = PassageLog(f"{before} -> {here}", "receive", before)
-        self._sent = PassageLog(f"{here} -> {after}", "send", after)
+        self._received = TransferLog(f"{before} -> {here}", "receive", before)
+        self._sent = TransferLog(f"{here} -> {after}", "send", after)
 
     def open_sockets(self) -> None:
         """Makes both sockets, each of which waits for its other end: the first stage's outlet comes first."""
@@ -117,13 +117,13 @@ class MeshHop:
 
         Raises ProtocolError where the stage before has not sent what the step calls for.
         """
-        expected = self._runner.hidden_of(step)
+        expected = self._runner.step_hidden_spec(step)
         output = self._runner.step_on_mesh(step, self._take(step, expected))
         if isinstance(output, StepResult):
             return output
         return memoryview(b"") if expected is None else self._give(step, expected, output)
 
-    def passages(self) -> list[Passage]:
+    def transfers(self) -> list[Transfer]:
         """The latest that were received, then the latest that were sent."""
         return [*self._received.latest, *self._sent.latest]
 

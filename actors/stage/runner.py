@@ -36,16 +36,16 @@ class MeshRunner(Protocol):
     mesh_device: Any
     """The open mesh."""
 
-    def hidden(self) -> MeshHidden:
+    def hidden_spec(self) -> MeshHidden:
         """The mesh's shape and the hidden states on it, the same on all stages of a pipeline."""
 
-    def hidden_of(self, step: Step) -> HiddenShard | None:
+    def step_hidden_spec(self, step: Step) -> HiddenShard | None:
         """What the step brings and leaves on each chip; None for a step without tokens."""
 
     def step_on_mesh(self, step: Step, hidden: Any) -> Any:
         """Runs one step on device tensors.
 
-        `hidden` is as `hidden_of` says, None on the first stage or without tokens. Returns the same for the next
+        `hidden` is as `step_hidden_spec` says, None on the first stage or without tokens. Returns the same for the next
         stage, or on the last stage a StepResult.
         """
 

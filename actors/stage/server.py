@@ -22,7 +22,7 @@ from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.io_thread import IoThread
 from actors.stage.runner import OnProgress, StageRunner
 from stages.errors import StepError
-from stages.mesh_spec import MeshSpec
+from stages.mesh_spec import MeshSocketSpec
 from stages.step import SentHidden, StageFailure, StageTiming, Step, StepResult
 
 
@@ -97,14 +97,14 @@ class StageServer:
         self._arrivals.put(task)
         return task.done
 
-    def listen(self, address: Address, mesh: MeshSpec | None = None) -> "Future[Address]":
+    def listen(self, address: Address, mesh: MeshSocketSpec | None = None) -> "Future[Address]":
         """Opens the address for the stage before this one, or the engine; gives the address it was bound to.
 
         `mesh` is the socket by which hidden states come from mesh to mesh, if they do not come with the steps.
         """
         return self._io.run(self._listen(address, mesh))
 
-    def connect(self, address: Address, mesh: MeshSpec | None = None) -> "Future[None]":
+    def connect(self, address: Address, mesh: MeshSocketSpec | None = None) -> "Future[None]":
         """Joins the next stage, or the engine. Ends in LinkError or ProtocolError if that fails."""
         return self._io.run(self._connect(address, mesh))
 
@@ -254,7 +254,7 @@ class StageServer:
 
     # The I/O thread
 
-    async def _listen(self, address: Address, mesh: MeshSpec | None) -> Address:
+    async def _listen(self, address: Address, mesh: MeshSocketSpec | None) -> Address:
         self._listener = HostListener.open(address, self._identity.upstream_terms(mesh), _Upstream(self))
         self._accepting = asyncio.create_task(self._accept(self._listener))
         return self._listener.address
@@ -267,7 +267,7 @@ class StageServer:
         else:
             link.close()
 
-    async def _connect(self, address: Address, mesh: MeshSpec | None) -> None:
+    async def _connect(self, address: Address, mesh: MeshSocketSpec | None) -> None:
         joining = self._joining
         link = await connect(address, self._identity.downstream_terms(mesh), _Downstream(self))
         if joining is not self._joining:

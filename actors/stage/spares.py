@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.cluster import Cluster
-from actors.cluster.placement import Seat
+from actors.cluster.placement import StagePlacement
 from actors.cluster.process_end import kill, until_gone
 from actors.options import PipelineOptions
 from actors.release import own_release
@@ -77,20 +77,20 @@ class Spares:
         self._here = here
         self._spares: dict[str, Spare] = {}
 
-    def provide(self, seats: Iterable[Seat]) -> None:
+    def provide(self, placements: Iterable[StagePlacement]) -> None:
         """Starts one on each host of these that has none; does not wait for it."""
         if not self._are_wanted:
             return
         options = self._options
-        for seat in seats:
-            if seat.host.node_id not in self._spares:
+        for placed in placements:
+            if placed.host.node_id not in self._spares:
                 preparation = Preparation(
                     device=options.device,
                     runner=options.runner,
-                    neighbours=seat.neighbours,
+                    neighbours=placed.neighbours,
                     environment=options.environment(0),
                 )
-                self._spares[seat.host.node_id] = Spare(seat.host, preparation)
+                self._spares[placed.host.node_id] = Spare(placed.host, preparation)
 
     @property
     def _are_wanted(self) -> bool:

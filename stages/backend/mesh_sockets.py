@@ -6,7 +6,7 @@ Importing this module imports ttnn, whose sockets read MPI's and tt-metal's vari
 from typing import Any
 
 from stages.backend import bind
-from stages.mesh_spec import HiddenShard, MeshSpec
+from stages.mesh_spec import HiddenShard, MeshSocketSpec
 
 ttnn: Any = bind("ttnn")
 
@@ -27,7 +27,7 @@ def barrier() -> None:
 class MeshSender:
     """The sending end of a socket between two meshes."""
 
-    def __init__(self, mesh_device: Any, spec: MeshSpec, sender: int, receiver: int) -> None:
+    def __init__(self, mesh_device: Any, spec: MeshSocketSpec, sender: int, receiver: int) -> None:
         """`sender` and `receiver` are mesh ids; waits for the other end."""
         self._socket = _socket(mesh_device, spec, sender, receiver)
 
@@ -40,7 +40,7 @@ class MeshSender:
 class MeshReceiver:
     """The receiving end of a socket between two meshes."""
 
-    def __init__(self, mesh_device: Any, spec: MeshSpec, sender: int, receiver: int) -> None:
+    def __init__(self, mesh_device: Any, spec: MeshSocketSpec, sender: int, receiver: int) -> None:
         """`sender` and `receiver` are mesh ids; waits for the other end."""
         self._mesh_device = mesh_device
         self._socket = _socket(mesh_device, spec, sender, receiver)
@@ -59,7 +59,7 @@ def hidden_shard(tensor: Any) -> HiddenShard:
     return HiddenShard(tuple(tensor.shape), tensor.dtype.name.lower())
 
 
-def _socket(mesh_device: Any, spec: MeshSpec, sender: int, receiver: int) -> Any:
+def _socket(mesh_device: Any, spec: MeshSocketSpec, sender: int, receiver: int) -> Any:
     core = ttnn.CoreCoord(*CORE)
     connections = [
         ttnn.SocketConnection(

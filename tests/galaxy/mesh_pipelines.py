@@ -159,13 +159,13 @@ def check_pairs(folder: Path, stages: int, count: int) -> None:
         assert sent == (expected_calls("send", count) if stage < stages - 1 else [])
 
 
-async def check_passages(pipeline: Pipeline, stages: int, count: int) -> None:
+async def check_transfers(pipeline: Pipeline, stages: int, count: int) -> None:
     """The pipeline's own record says the same of both ends of each socket."""
-    passages = await launched(pipeline).passages()
-    for before, after in itertools.pairwise(passages):
-        sent = [passage for passage in before if passage.direction == "send"]
-        received = [passage for passage in after if passage.direction == "receive"]
-        assert [passage.sent for passage in sent] == [passage.sent for passage in received]
-        assert {passage.socket for passage in sent} == {passage.socket for passage in received}
-        assert [passage.sent.step_id for passage in sent] == list(range(1, count + 1))
-    assert len(passages) == stages
+    transfers = await launched(pipeline).transfers()
+    for before, after in itertools.pairwise(transfers):
+        sent = [transfer for transfer in before if transfer.direction == "send"]
+        received = [transfer for transfer in after if transfer.direction == "receive"]
+        assert [transfer.sent for transfer in sent] == [transfer.sent for transfer in received]
+        assert {transfer.socket for transfer in sent} == {transfer.socket for transfer in received}
+        assert [transfer.sent.step_id for transfer in sent] == list(range(1, count + 1))
+    assert len(transfers) == stages

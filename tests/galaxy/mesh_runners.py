@@ -56,17 +56,17 @@ class TensorRunner:
         ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
         self.mesh_device: Any = ttnn.open_mesh_device(ttnn.MeshShape(*self._shape))
 
-    def hidden(self) -> MeshHidden:
+    def hidden_spec(self) -> MeshHidden:
         return MeshHidden(self._shape, PREFILL, DECODE)
 
-    def hidden_of(self, step: Step) -> HiddenShard | None:
+    def step_hidden_spec(self, step: Step) -> HiddenShard | None:
         self._step_id = step.step_id
         if not step.segments:
             return None
         return DECODE if step.mode == "decode" else PREFILL
 
     def step_on_mesh(self, step: Step, hidden: Any) -> Any:
-        what = self.hidden_of(step)
+        what = self.step_hidden_spec(step)
         if self.spec.is_first and what is not None:
             hidden = ttnn.empty(what.shape, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=self.mesh_device)
         if self.spec.is_last:
@@ -134,14 +134,14 @@ def stopped_in_barrier(spec: StageSpec, options: StageOptions, on_progress: OnPr
 
 
 class _OtherShape(TensorRunner):
-    def hidden(self) -> MeshHidden:
+    def hidden_spec(self) -> MeshHidden:
         wider = HiddenShard((1, 1, 64, HIDDEN_SIZE // COLUMNS), "bfloat16")
-        return msgspec.structs.replace(super().hidden(), decode=wider)
+        return msgspec.structs.replace(super().hidden_spec(), decode=wider)
 
 
 class _Mistaken(TensorRunner):
-    def hidden_of(self, step: Step) -> HiddenShard | None:
-        super().hidden_of(step)
+    def step_hidden_spec(self, step: Step) -> HiddenShard | None:
+        super().step_hidden_spec(step)
         return PREFILL
 
 

@@ -23,7 +23,7 @@ from tests.galaxy.mesh_pipelines import (
     GALAXIES,
     SECONDS,
     check_pairs,
-    check_passages,
+    check_transfers,
     galaxy_environments,
     launched,
     leftovers,
@@ -84,7 +84,7 @@ async def test_four_rows_pass_a_hundred_steps_on(
 ) -> None:
     async with running(options("plain", rows, tmp_path)) as pipeline:
         await run_steps(pipeline, STEPS)
-        await check_passages(pipeline, ROWS, STEPS)
+        await check_transfers(pipeline, ROWS, STEPS)
     check_pairs(tmp_path, ROWS, STEPS)
 
 
@@ -94,7 +94,7 @@ async def test_two_galaxies_pass_a_hundred_steps_on(
 ) -> None:
     async with running(options("plain", galaxies, tmp_path, ROWS)) as pipeline:
         await run_steps(pipeline, STEPS)
-        await check_passages(pipeline, GALAXIES, STEPS)
+        await check_transfers(pipeline, GALAXIES, STEPS)
     check_pairs(tmp_path, GALAXIES, STEPS)
 
 
@@ -125,9 +125,9 @@ async def test_real_stages_are_joined_from_mesh_to_mesh(
             )
             result = await asyncio.wait_for(pipeline.receive(), SECONDS)
             assert (result.step_id, len(result.tokens)) == (step_id, 1)
-        sent, received = await launched(pipeline).passages()
-    assert [passage.sent for passage in sent] == [passage.sent for passage in received]
-    assert [passage.sent.tensor.shape for passage in sent] == 3 * [(1, 1, 32, FITTING["hidden_size"] // COLUMNS)]
+        sent, received = await launched(pipeline).transfers()
+    assert [transfer.sent for transfer in sent] == [transfer.sent for transfer in received]
+    assert [transfer.sent.tensor.shape for transfer in sent] == 3 * [(1, 1, 32, FITTING["hidden_size"] // COLUMNS)]
 
 
 @within(2 * SECONDS)

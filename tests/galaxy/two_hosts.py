@@ -125,7 +125,7 @@ async def run_pipeline(folder: Path) -> dict[str, object]:
     how = mesh_pipelines.options("plain", environments, folder, ROWS, ray_address=f"{ADDRESSES[0]}:{PORT}")
     async with mesh_pipelines.running(how) as pipeline:
         await mesh_pipelines.run_steps(pipeline, STEPS)
-        await mesh_pipelines.check_passages(pipeline, len(NAMES), STEPS)
+        await mesh_pipelines.check_transfers(pipeline, len(NAMES), STEPS)
         hosts = await stage_hosts(pipeline)
     mesh_pipelines.check_pairs(folder, len(NAMES), STEPS)
     return {"hosts": hosts}

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from actors.cluster.environment import prepare_environment
-from actors.cluster.placement import Seat
+from actors.cluster.placement import StagePlacement
 from actors.errors import PlacementError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def say(what: object) -> None:
     print(SAID + json.dumps(what), flush=True)  # noqa: T201
 
 
-def places(seats: list[Seat]) -> list[tuple[str, list[int]]]:
-    return [(seat.host.name, seat.rows) for seat in seats]
+def places(placements: list[StagePlacement]) -> list[tuple[str, list[int]]]:
+    return [(placed.host.name, placed.rows) for placed in placements]
 
 
 async def hosts_when(cluster: "Cluster", count: int) -> None:
@@ -48,7 +48,7 @@ async def move() -> None:
     hosts = len((await cluster.topology()).hosts)
     staying, moving = [await place(cluster, STAGES, 1, seconds=SECONDS, actor_class="StageActor") for _ in range(2)]
     await moving.settle(SECONDS)
-    say([places(staying.seats), places(moving.seats)])
+    say([places(staying.stages), places(moving.stages)])
     await asyncio.to_thread(sys.stdin.readline)
     await hosts_when(cluster, hosts - 1)
     try:
@@ -57,7 +57,7 @@ async def move() -> None:
         say(str(error))
     await staying.remove()
     await moving.settle(SECONDS)
-    say(places(moving.seats))
+    say(places(moving.stages))
     await moving.remove()
     await (await place(cluster, STAGES, 1, seconds=SECONDS, actor_class="StageActor")).remove()
     await cluster.leave()

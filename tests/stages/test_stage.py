@@ -86,13 +86,13 @@ def test_hidden_states_that_stay_on_meshes_give_the_same_tokens(
     options = stage_options(model, weight_cache, cache=cache_options(slots=4 * pools, pools=pools))
     by_bytes, by_mesh = (Driver.load(options, 2, shape) for _ in range(2))
     first, last = by_mesh.stages
-    assert first.hidden() == last.hidden()
-    assert first.hidden().mesh_shape == shape
+    assert first.hidden_spec() == last.hidden_spec()
+    assert first.hidden_spec().mesh_shape == shape
 
     def on_mesh(step: Step) -> StepResult:
-        what = first.hidden_of(step)
+        what = first.step_hidden_spec(step)
         hidden = first.step_on_mesh(step, None)
-        assert what == last.hidden_of(step)
+        assert what == last.step_hidden_spec(step)
         assert not isinstance(hidden, StepResult)
         if what is None or hidden is None:
             assert (what, hidden) == (None, None)
@@ -100,7 +100,7 @@ def test_hidden_states_that_stay_on_meshes_give_the_same_tokens(
             assert tuple(hidden.shape) == what.shape
             joined = ttnn.ConcatMesh2dToTensor(first.mesh_device, shape, (2, 3))
             hidden = put(last.mesh_device, ttnn.to_torch(hidden, mesh_composer=joined), (2, 3))
-            assert step.mode == "prefill" or what.shape[2] <= first.hidden().decode.shape[2]
+            assert step.mode == "prefill" or what.shape[2] <= first.hidden_spec().decode.shape[2]
         result = last.step_on_mesh(step, hidden)
         assert isinstance(result, StepResult)
         return result

@@ -1,4 +1,4 @@
-"""Who sits where: seats, refusals, core shares."""
+"""Who sits where: placements, refusals, core shares."""
 
 import itertools
 import os
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.cluster.placement import hosts_sentence, plan_seats, refuse_impossible, seat_beside
+from actors.cluster.placement import hosts_sentence, placements_beside, plan_placements, refuse_impossible
 from actors.cluster.placement_group import RowClaim, has_rival, read_claims, taken_rows
 from actors.errors import PlacementError
 from actors.stage.cores import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
@@ -48,12 +48,12 @@ def test_neighbours_share_a_host_and_no_row_is_given_twice(
     there, taken = cluster
     free = {host.node_id: set(range(host.rows)) - taken[host.node_id] for host in there.hosts}
     room = {node: stages_that_fit(rows, rows_per_stage) for node, rows in free.items()}
-    seats = plan_seats(there, taken, f"n{first}", stages, rows_per_stage)
-    if seats is None:
+    placements = plan_placements(there, taken, f"n{first}", stages, rows_per_stage)
+    if placements is None:
         assert sum(room.values()) < stages
         return
-    assert [seat.bundle for seat in seats] == list(range(stages))
-    hosts = [seat.host.node_id for seat in seats]
+    assert [placed.bundle for placed in placements] == list(range(stages))
+    hosts = [placed.host.node_id for placed in placements]
     used = set(hosts)
     assert sum(a != b for a, b in itertools.pairwise(hosts)) == len(used) - 1
     holding = [
@@ -67,37 +67,40 @@ def test_neighbours_share_a_host_and_no_row_is_given_twice(
     with_engine = any(f"n{first}" in some and room[f"n{first}"] for some in holding if len(some) == fewest)
     assert (hosts[0] == f"n{first}") is with_engine
     for node in used:
-        here = [seat for seat in seats if seat.host.node_id == node]
-        owned = [row for seat in here for row in seat.rows]
+        here = [placed for placed in placements if placed.host.node_id == node]
+        owned = [row for placed in here for row in placed.rows]
         assert len(set(owned)) == len(owned) == len(here) * rows_per_stage
         assert free[node] >= set(owned)
-        assert [seat.neighbour for seat in here] == list(range(len(here)))
-        assert {seat.neighbours for seat in here} == {len(here)}
-        assert all(seat.rows == list(range(seat.rows[0], seat.rows[0] + rows_per_stage)) for seat in here)
+        assert [placed.neighbour for placed in here] == list(range(len(here)))
+        assert {placed.neighbours for placed in here} == {len(here)}
+        assert all(placed.rows == list(range(placed.rows[0], placed.rows[0] + rows_per_stage)) for placed in here)
 
 
 def test_linked_rows_are_given_to_neighbours_and_the_smallest_room_that_does() -> None:
-    alone = plan_seats(topology(8), {"n0": {1, 5}}, "n0", stages=2, rows_per_stage=1)
+    alone = plan_placements(topology(8), {"n0": {1, 5}}, "n0", stages=2, rows_per_stage=1)
     assert alone is not None
-    assert [seat.rows for seat in alone] == [[6], [7]]
-    best = plan_seats(topology(4, 8, 2, 3), {}, "elsewhere", stages=10, rows_per_stage=1)
+    assert [placed.rows for placed in alone] == [[6], [7]]
+    best = plan_placements(topology(4, 8, 2, 3), {}, "elsewhere", stages=10, rows_per_stage=1)
     assert best is not None
-    assert [seat.host.name for seat in best] == ["host-1"] * 8 + ["host-2"] * 2
+    assert [placed.host.name for placed in best] == ["host-1"] * 8 + ["host-2"] * 2
 
 
 def test_a_stage_that_moves_shares_cores_with_those_that_stayed() -> None:
-    kept = plan_seats(topology(4, 4), {"n0": {2, 3}}, "n1", stages=1, rows_per_stage=1)
-    moved = plan_seats(topology(4, 4), {"n0": {0, 1, 2, 3}, "n1": {0}}, "n0", stages=2, rows_per_stage=1)
+    kept = plan_placements(topology(4, 4), {"n0": {2, 3}}, "n1", stages=1, rows_per_stage=1)
+    moved = plan_placements(topology(4, 4), {"n0": {0, 1, 2, 3}, "n1": {0}}, "n0", stages=2, rows_per_stage=1)
     assert kept is not None
     assert moved is not None
-    placed = [(seat.host.node_id, seat.rows, seat.neighbour, seat.neighbours) for seat in seat_beside(kept, moved)]
+    placed = [
+        (placed.host.node_id, placed.rows, placed.neighbour, placed.neighbours)
+        for placed in placements_beside(kept, moved)
+    ]
     assert placed == [("n1", [1], 1, 3), ("n1", [2], 2, 3)]
 
 
 def test_claims_are_read_from_names_and_rivals_found() -> None:
-    seats = plan_seats(topology(2, 2), {}, "n1", stages=3, rows_per_stage=1)
-    assert seats is not None
-    claim, rival = RowClaim.of(seats), RowClaim.of(seats[2:])
+    placements = plan_placements(topology(2, 2), {}, "n1", stages=3, rows_per_stage=1)
+    assert placements is not None
+    claim, rival = RowClaim.of(placements), RowClaim.of(placements[2:])
     assert claim.rows == {"n1": [0, 1], "n0": [0]}
     assert read_claims(["", "somebody else's", claim.name, rival.name]) == [claim, rival]
     assert taken_rows([claim, rival]) == {"n1": {0, 1}, "n0": {0}}

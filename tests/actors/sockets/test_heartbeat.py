@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from actors.sockets.frames import HEADER, Hello, Kind, encode
-from actors.sockets.heartbeat import BEATS, Pulse
+from actors.sockets.heartbeat import BEATS, HeartbeatMonitor
 from actors.sockets.listener import HostListener, UnixAddress, connect
 from tests.support.links import DOWN, UP, Ear
 from tests.support.loops import on_uvloop
@@ -24,15 +24,15 @@ class Clock:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.events: list[str] = []
-        self.pulse = Pulse(
+        self.monitor = HeartbeatMonitor(
             self.loop, SILENCE_S, lambda: self.events.append("beat"), lambda: self.events.append("silent")
         )
 
     def turn(self) -> None:
-        self.pulse._turn()
+        self.monitor._turn()
 
     def close(self) -> None:
-        self.pulse.stop()
+        self.monitor.stop()
         self.loop.close()
 
 
@@ -54,7 +54,7 @@ def test_every_word_starts_the_count_anew(clock: Clock) -> None:
     for _ in range(5 * BEATS):
         clock.turn()
         clock.turn()
-        clock.pulse.heard()
+        clock.monitor.heard()
     assert set(clock.events) == {"beat"}
     clock.close()
 

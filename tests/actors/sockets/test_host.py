@@ -17,7 +17,7 @@ import pytest
 from actors.errors import LinkError, ProtocolError
 from actors.sockets.frames import Hello, encode
 from actors.sockets.listener import CREDITS, Address, HostListener, TcpAddress, UnixAddress, connect, private_directory
-from stages.mesh_spec import HiddenShard, MeshHidden, MeshSpec
+from stages.mesh_spec import HiddenShard, MeshHidden, MeshSocketSpec
 from stages.step import StageFailure
 from tests.support.links import BYTES_PER_TOKEN, DOWN, SECONDS, UP, Ear, Pair, hidden, open_socket, paired, step
 from tests.support.loops import on_uvloop
@@ -187,10 +187,12 @@ async def test_a_peer_with_other_terms_is_refused_and_the_right_one_still_joins(
     await _join_and_part(listener)
 
 
-@pytest.mark.parametrize("other", [None, MeshSpec.between_equals(HIDDEN, 1 << 12)])
+@pytest.mark.parametrize("other", [None, MeshSocketSpec.between_equals(HIDDEN, 1 << 12)])
 @on_uvloop
-async def test_ends_of_unlike_meshes_are_named_with_what_each_has(address: Address, other: MeshSpec | None) -> None:
-    own = MeshSpec.between_equals(HIDDEN, 1 << 14)
+async def test_ends_of_unlike_meshes_are_named_with_what_each_has(
+    address: Address, other: MeshSocketSpec | None
+) -> None:
+    own = MeshSocketSpec.between_equals(HIDDEN, 1 << 14)
     listener = HostListener.open(address, msgspec.structs.replace(UP, mesh=own), Ear())
     told = f"do not agree on what passes between their meshes: stage 0 has {other or 'none'}; stage 1 has {own}."
     with pytest.raises(ProtocolError, match=re.escape(told)):
@@ -308,7 +310,7 @@ def _killed_peer(upstream: Address, pipe: "Connection[Address, None]") -> None:
     asyncio.run(live())
 
 
-async def _join_and_part(listener: HostListener, mesh: MeshSpec | None = None) -> None:
+async def _join_and_part(listener: HostListener, mesh: MeshSocketSpec | None = None) -> None:
     sender = await connect(listener.address, msgspec.structs.replace(DOWN, mesh=mesh), Ear())
     receiver = await asyncio.wait_for(listener.accepted(), SECONDS)
     sender.close()

@@ -9,9 +9,9 @@ import pytest
 
 from actors.errors import ProtocolError
 from actors.stage.identity import StageIdentity
-from actors.stage.mesh_hop import KEPT, MeshHop, PassageLog, Sockets
+from actors.stage.mesh_hop import KEPT, MeshHop, Sockets, TransferLog
 from stages.errors import StepError
-from stages.mesh_spec import HiddenShard, MeshHidden, MeshSpec
+from stages.mesh_spec import HiddenShard, MeshHidden, MeshSocketSpec
 from stages.step import Mode, Segment, SentHidden, Step, StepResult
 
 STAGES = 3
@@ -26,13 +26,13 @@ class Wires:
 
     def __init__(self) -> None:
         self.queues: dict[tuple[int, int], deque[HiddenShard]] = {}
-        self.specs: list[MeshSpec] = []
+        self.specs: list[MeshSocketSpec] = []
         self.barriers = 0
 
     def sockets(self) -> Sockets:
         return Sockets(self.end, self.end, self.barrier)
 
-    def end(self, mesh_device: Any, spec: MeshSpec, sender: int, receiver: int) -> "Wire":
+    def end(self, mesh_device: Any, spec: MeshSocketSpec, sender: int, receiver: int) -> "Wire":
         self.specs.append(spec)
         return Wire(self.queues.setdefault((sender, receiver), deque()))
 
@@ -64,17 +64,17 @@ class Runner:
         self.gives: HiddenShard | None = None
         self.is_closed = False
 
-    def hidden(self) -> MeshHidden:
+    def hidden_spec(self) -> MeshHidden:
         return HIDDEN
 
-    def hidden_of(self, step: Step) -> HiddenShard | None:
+    def step_hidden_spec(self, step: Step) -> HiddenShard | None:
         return {"prefill": PREFILL, "decode": DECODE}[step.mode] if step.segments else None
 
     def step_on_mesh(self, step: Step, hidden: HiddenShard | None) -> HiddenShard | StepResult | None:
-        assert hidden == (None if self.index == 0 else self.hidden_of(step))
+        assert hidden == (None if self.index == 0 else self.step_hidden_spec(step))
         if self.index == STAGES - 1:
             return StepResult(epoch=step.epoch, step_id=step.step_id, tokens=[1])
-        return self.gives or self.hidden_of(step)
+        return self.gives or self.step_hidden_spec(step)
 
     def close(self) -> None:
         self.is_closed = True
@@ -117,10 +117,10 @@ def test_tensors_go_from_stage_to_stage_and_both_ends_remember_them() -> None:
         SentHidden(sequence=3, step_id=3, tensor=DECODE),
     ]
     for hop, received, given in ((first, [], sent), (middle, sent, sent), (last, sent, [])):
-        passages = hop.passages()
-        assert [passage.sent for passage in passages if passage.direction == "receive"] == received
-        assert [passage.sent for passage in passages if passage.direction == "send"] == given
-    assert {(passage.socket, passage.peer) for passage in middle.passages()} == {
+        transfers = hop.transfers()
+        assert [transfer.sent for transfer in transfers if transfer.direction == "receive"] == received
+        assert [transfer.sent for transfer in transfers if transfer.direction == "send"] == given
+    assert {(transfer.socket, transfer.peer) for transfer in middle.transfers()} == {
         ("stage 0 -> stage 1", "stage 0"),
         ("stage 1 -> stage 2", "stage 2"),
     }
@@ -131,7 +131,7 @@ def test_a_step_without_tokens_sends_nothing() -> None:
     through(middle, through(first, step(1, segments=0)))
     through(middle, through(first, step(2)))
 
-    assert [passage.sent.sequence for passage in middle.passages()] == [1, 1]
+    assert [transfer.sent.sequence for transfer in middle.transfers()] == [1, 1]
 
 
 DROPPED = SentHidden(sequence=1, step_id=1, tensor=DECODE)
@@ -193,7 +193,7 @@ def test_every_chip_is_joined_to_its_own_place() -> None:
     hops(wires)
     (spec,) = set(map(msgspec.json.encode, wires.specs))
 
-    read = msgspec.json.decode(spec, type=MeshSpec)
+    read = msgspec.json.decode(spec, type=MeshSocketSpec)
     assert len(wires.specs) == 2 * (STAGES - 1)
     assert read.connections == [(row, column, row, column) for row in range(2) for column in range(8)]
     assert read.fifo_bytes == FIFO_BYTES
@@ -210,7 +210,7 @@ def test_close_and_barrier_reach_runner_and_world() -> None:
 
 
 def test_the_record_is_bounded() -> None:
-    log = PassageLog("stage 0 -> stage 1", "send", "stage 1")
+    log = TransferLog("stage 0 -> stage 1", "send", "stage 1")
     for step_id in range(KEPT + 1):
         log.note(step_id, DECODE)
 
