@@ -145,7 +145,7 @@ class Stage:
 
     @torch.inference_mode()
     def step_on_mesh(self, step: Step, hidden: ttnn.Tensor | None) -> ttnn.Tensor | StepResult | None:
-        """Runs one step on tensors of the mesh, which are as `step_hidden_spec` says, `hidden` None on the first stage."""
+        """Runs one step on tensors of the mesh, as `step_hidden_spec` gives them, `hidden` None on the first stage."""
         batch = self._batch_of(step)
         states = None
         if batch is not None:
