@@ -1,8 +1,8 @@
 """The device's inputs of a step: where its tokens lie on the mesh, their positions and their page tables.
 
-Axis 0 of the mesh shares out the batch: a row has the tokens of its own slots, and on it a column keeps the cache of
-its own pool. Each pool of a row has one lane of tokens, as long as every other lane, so that attention can swap heads
-for lanes. Lanes are padded where shapes must be few; one embedded chip takes a step as it is.
+Axis 0 of the mesh shares out the batch: a row has the tokens of its own slots, and each of its columns keeps the cache
+of its own pool. The tokens of a pool form one lane of its row. All lanes are equally long, so that attention can
+exchange heads for lanes. Lanes are padded where shapes must be few; one embedded chip takes a step as it is.
 """
 
 import dataclasses
@@ -19,19 +19,18 @@ from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, round_up
 
 HIDDEN_DTYPE = "bfloat16"
-
 """ttnn's name of the dtype of hidden states between layers and stages."""
 
 PADDING = -1
-
-"""In the places of tokens: one that only fills a lane."""
+"""The index in a layout, and the slot, of a token that only fills a lane."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Which of a step's tokens lies where: `tokens` [rows * width], row by row, each a token's index or PADDING.
+class TokenLayout:
+    """The places of a step's tokens on the mesh: `width` on each of its rows.
 
-    `tokens` is None where every token lies at its own index, on one chip.
+    `tokens` [rows * width] has, row by row, the index of the token at each place, or PADDING. It is None where every
+    token lies at its own index, on one chip.
     """
 
     rows: int
@@ -39,7 +38,7 @@ class Places:
     tokens: torch.Tensor | None
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """[tokens, ...] -> [rows * width, ...], zero where a place is padding."""
+        """[tokens, ...] -> [rows * width, ...], zero where there is padding."""
         if self.tokens is None:
             return values
         placed = values[self.tokens.clamp(min=0)]
@@ -48,10 +47,10 @@ class Places:
 
     def collect(self, values: torch.Tensor) -> torch.Tensor:
         """[rows * width, ...] -> [tokens, ...]: the inverse of `spread`."""
-        return values if self.tokens is None else values[self.of_tokens()]
+        return values if self.tokens is None else values[self.places()]
 
-    def of_tokens(self) -> torch.Tensor:
-        """The place of each of the step's tokens."""
+    def places(self) -> torch.Tensor:
+        """The place of each of the step's tokens, int64 [tokens]."""
         if self.tokens is None:
             return torch.arange(self.width)
         taken = (self.tokens != PADDING).nonzero()[:, 0]
@@ -59,11 +58,12 @@ class Places:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillRound:
-    """One segment, at most, of every pool: they start at the same position and fill lanes of `length` tokens.
+class PrefillGroup:
+    """Segments that attend together: at most one of every pool, all from the same position `start`.
 
-    `lanes` says where on a row each column's lane begins; a column that is not one of `columns` borrows another's,
-    and writes what it computes to scratch blocks. `chunk_pages` [1, blocks] are the blocks of these tokens on each
+    Each fills a lane of `length` tokens, and `lanes` has the index on a row at which each column's lane begins. A
+    column that is not one of `columns` has no segment: it borrows another's lane and writes its results to scratch
+    blocks. `chunk_pages` [1, blocks] are the blocks of these tokens on each
     chip, `pages` [1, blocks] those from the sequence's first token on; both int32.
     """
 
@@ -77,22 +77,23 @@ class PrefillRound:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBatch:
-    """Segments of many tokens: `rope` of all tokens of a row, and the rounds in which they attend."""
+    """Segments of many tokens: `rope` for all tokens of a row, and the groups in which they attend."""
 
-    places: Places
+    layout: TokenLayout
     rope: Rope
-    rounds: list[PrefillRound]
+    groups: list[PrefillGroup]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeBatch:
     """One token for each of `users` slots of every pool.
 
-    `rope` is that of a row's tokens; `positions` [users] and `pages` [users, blocks], int32, are each chip's own.
-    `kv_memory_config` lays out what they add to the cache, a core for each user, and `q_memory_config` their queries.
+    `rope` is for all tokens of a row; `positions` [users] and `pages` [users, blocks], int32, are each chip's own.
+    `kv_memory_config` is the layout of what they add to the cache, a core for each user, and `q_memory_config` that of
+    their queries.
     """
 
-    places: Places
+    layout: TokenLayout
     rope: Rope
     users: int
     positions: ttnn.Tensor
@@ -102,7 +103,6 @@ class DecodeBatch:
 
 
 CORE_GRID = ttnn.CoreCoord(8, 8)
-
 """Cores of a Wormhole chip that a program may use."""
 
 
@@ -119,9 +119,9 @@ class BatchBuilder:
         is_static: bool = False,
         users_per_row: int = PADDED_USERS_PER_ROW,
     ) -> None:
-        """Where `is_static`, page tables of decode steps all have the greatest width, as a trace needs them.
+        """With `is_static`, page tables of decode steps all have the greatest width, as a trace needs them.
 
-        With `users_per_row` all steps are padded to few shapes, decode steps to so many places a row at least.
+        With `users_per_row`, all steps are padded to few shapes, decode steps to at least that many tokens a row.
         """
         self._is_static = is_static or users_per_row > 0
         self._users_per_row = users_per_row
@@ -134,7 +134,7 @@ class BatchBuilder:
         self._takes_all_shapes = self._rows * self._columns == 1 and not users_per_row
 
     def decode(self, step: Step) -> DecodeBatch:
-        """`step` has been applied to the page tables; each of its segments has one token."""
+        """Makes the inputs of a decode step, which has been applied to the page tables; its segments have one token."""
         pools = self._by_pool(step.segments)
         users = self.users(max(len(pool) for pool in pools))
         lanes = [pool + [PADDING] * (users - len(pool)) for pool in pools]
@@ -144,7 +144,7 @@ class BatchBuilder:
         positions = torch.tensor(starts, dtype=torch.int32)
         pages = self._tables.rows(slots, self._table_width(max(starts) + 1))
         return DecodeBatch(
-            places=self._places(tokens.view(self._rows, -1)),
+            layout=self._layout_of(tokens.view(self._rows, -1)),
             rope=self._look_up(positions),
             users=users,
             positions=self._on_each_chip(positions),
@@ -154,75 +154,76 @@ class BatchBuilder:
         )
 
     def users(self, most: int) -> int:
-        """For how many users of every pool a decode step is made, of which the fullest pool has `most`."""
+        """Returns the number of users of every pool in a decode step whose fullest pool has `most` users."""
         if self._takes_all_shapes:
             return most
         return max(_power_of_two(most), ceil_div(self._users_per_row, self._columns))
 
     def prefill(self, step: Step) -> PrefillBatch:
-        """`step` has been applied to the page tables."""
-        rounds = self._rounds(step.segments)
+        """Makes the inputs of a prefill step, which has been applied to the page tables."""
         begins = [0]
         for segment in step.segments:
             begins.append(begins[-1] + len(segment.tokens))
         tokens: list[torch.Tensor] = []
         positions: list[torch.Tensor] = []
-        prepared = []
+        groups: list[PrefillGroup] = []
         width = 0
-        for members in rounds:
-            prepared.append(self._prepare(members, step.segments, width))
+        for members in self._group_members(step.segments):
+            group = self._group(members, step.segments, width)
+            groups.append(group)
             for column in self._columns_of(members):
-                lane_tokens, lane_positions = self._lane(members, column, step.segments, begins, prepared[-1].length)
+                lane_tokens, lane_positions = self._lane(members, column, step.segments, begins, group.length)
                 tokens.append(lane_tokens)
                 positions.append(lane_positions)
-                width += prepared[-1].length
+                width += group.length
         return PrefillBatch(
-            places=self._places(torch.cat(tokens, dim=1)),
+            layout=self._layout_of(torch.cat(tokens, dim=1)),
             rope=self._look_up(torch.cat(positions, dim=1)),
-            rounds=prepared,
+            groups=groups,
         )
 
     def ids(self, batch: PrefillBatch | DecodeBatch, step: Step) -> ttnn.Tensor:
-        """Token ids, uint32 [1, tokens of the row] on each chip."""
+        """Returns token ids, uint32 [1, tokens of the row] on each chip."""
         ids = torch.tensor([token for segment in step.segments for token in segment.tokens], dtype=torch.int32)
-        return self._on_each_row(batch.places.spread(ids)[None])
+        return self._on_each_row(batch.layout.spread(ids)[None])
 
-    def picks(self, places: Places, indices: Sequence[int]) -> tuple[ttnn.Tensor, torch.Tensor]:
-        """Where the tokens `indices` of a step lie: uint32 [1, picks] on each row, as many on every row.
+    def logit_indices(self, layout: TokenLayout, tokens: Sequence[int]) -> tuple[ttnn.Tensor, torch.Tensor]:
+        """Returns which tokens of each row need logits, given those of the step: uint32 [1, n] on each row.
 
-        The second result says which of all rows' picks, row by row, are those tokens, in their order.
+        `n` is the same on every row. The second result, int64 [tokens], has the index of each of `tokens` among the
+        n * rows logits, row by row.
         """
-        at = places.of_tokens()[torch.tensor(indices)]
-        rows = at // places.width
-        counts = torch.bincount(rows, minlength=places.rows)
+        at = layout.places()[torch.tensor(tokens)]
+        rows = at // layout.width
+        counts = torch.bincount(rows, minlength=layout.rows)
         most = int(counts.max())
         if self._users_per_row:
             most = _whole_tiles(most)
-        picks = torch.zeros(places.rows, most, dtype=torch.int32)
-        chosen = torch.empty(len(indices), dtype=torch.long)
-        for row in range(places.rows):
+        indices = torch.zeros(layout.rows, most, dtype=torch.int32)
+        chosen = torch.empty(len(tokens), dtype=torch.long)
+        for row in range(layout.rows):
             members = (rows == row).nonzero()[:, 0]
-            picks[row, : len(members)] = (at[members] % places.width).to(torch.int32)
+            indices[row, : len(members)] = (at[members] % layout.width).to(torch.int32)
             chosen[members] = row * most + torch.arange(len(members))
-        return self._on_each_row(picks.view(1, -1)), chosen
+        return self._on_each_row(indices.view(1, -1)), chosen
 
-    def hidden(self, places: Places, hidden: torch.Tensor) -> ttnn.Tensor:
-        """Hidden states [tokens, hidden] as [1, 1, tokens of the row, hidden / columns] on each chip."""
+    def hidden(self, layout: TokenLayout, hidden: torch.Tensor) -> ttnn.Tensor:
+        """Returns hidden states [tokens, hidden] as [1, 1, tokens of the row, hidden / columns] on each chip."""
         return ttnn.from_torch(
-            places.spread(hidden)[None, None],
+            layout.spread(hidden)[None, None],
             dtype=ttnn.bfloat16,
             layout=ttnn.TILE_LAYOUT,
             device=self._mesh_device,
             mesh_mapper=ttnn.ShardTensor2dMesh(self._mesh_device, (self._rows, self._columns), (2, 3)),
         )
 
-    def hidden_to_torch(self, places: Places, hidden: ttnn.Tensor) -> torch.Tensor:
-        """The inverse of `hidden`."""
+    def hidden_to_torch(self, layout: TokenLayout, hidden: ttnn.Tensor) -> torch.Tensor:
+        """Returns hidden states on each chip as [tokens, hidden]: the inverse of `hidden`."""
         composer = ttnn.ConcatMesh2dToTensor(self._mesh_device, (self._rows, self._columns), (2, 3))
-        return places.collect(ttnn.to_torch(hidden, mesh_composer=composer)[0, 0])
+        return layout.collect(ttnn.to_torch(hidden, mesh_composer=composer)[0, 0])
 
     def _q_memory_config(self, users: int) -> ttnn.MemoryConfig:
-        """A tile of heads a core, or several where cores are too few: all 128 heads of R1 would overflow L1."""
+        """A tile of heads for each core, or several where cores are too few: all 128 heads of R1 would overflow L1."""
         tiles = _whole_tiles(self._heads) // TILE
         heights = [height for height in range(1, tiles + 1) if tiles % height == 0]
         fits = [height for height in heights if users * tiles // height <= CORE_GRID.x * CORE_GRID.y]
@@ -230,7 +231,7 @@ class BatchBuilder:
         return self._over_cores(users * tiles // height, height * TILE)
 
     def _over_cores(self, cores: int, height: int) -> ttnn.MemoryConfig:
-        """`height` vectors of the cache's width on each of so many cores."""
+        """The layout of `height` vectors of the cache's width on each of `cores` cores."""
         return ttnn.create_sharded_memory_config(
             (height, _whole_tiles(self._kv_dim)),
             core_grid=ttnn.num_cores_to_corerangeset(cores, CORE_GRID, row_wise=True),
@@ -244,24 +245,24 @@ class BatchBuilder:
             pools[self._tables.options.pool_of(segment.slot)].append(index)
         return pools
 
-    def _rounds(self, segments: Sequence[Segment]) -> list[dict[int, int]]:
-        """Pool -> segment's index, for each round: first fit among the rounds of the same start."""
-        rounds: list[dict[int, int]] = []
+    def _group_members(self, segments: Sequence[Segment]) -> list[dict[int, int]]:
+        """Pool -> index of its segment, for each group: a segment joins the first group of its start with room."""
+        groups: list[dict[int, int]] = []
         for index, segment in enumerate(segments):
             pool = self._tables.options.pool_of(segment.slot)
-            for members in rounds:
+            for members in groups:
                 start = segments[next(iter(members.values()))].start
                 if pool not in members and start == segment.start:
                     members[pool] = index
                     break
             else:
-                rounds.append({pool: index})
-        return rounds
+                groups.append({pool: index})
+        return groups
 
     def _columns_of(self, members: dict[int, int]) -> list[int]:
         return sorted({pool % self._columns for pool in members})
 
-    def _prepare(self, members: dict[int, int], segments: Sequence[Segment], begin: int) -> PrefillRound:
+    def _group(self, members: dict[int, int], segments: Sequence[Segment], begin: int) -> PrefillGroup:
         chosen = [segments[index] for index in members.values()]
         start = chosen[0].start
         length = self._lane_length(start, max(len(segment.tokens) for segment in chosen))
@@ -273,7 +274,7 @@ class BatchBuilder:
         block_size = self._tables.options.block_size
         blocks = ceil_div(start + length, block_size)
         pages = self._tables.rows(slots, self._table_width(start + length) if self._users_per_row else blocks)
-        return PrefillRound(
+        return PrefillGroup(
             start=start,
             length=length,
             lanes=[lane_of.get(column, begin) for column in range(self._columns)],
@@ -299,7 +300,7 @@ class BatchBuilder:
         begins: Sequence[int],
         length: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and positions [rows, length] of one column's lane on every row."""
+        """Returns token indices and positions, both [rows, length], of one column's lane on every row."""
         tokens = torch.full((self._rows, length), PADDING)
         positions = torch.zeros(self._rows, length, dtype=torch.int32)
         for row in range(self._rows):
@@ -311,9 +312,9 @@ class BatchBuilder:
                 positions[row, :count] = torch.arange(segment.start, segment.start + count)
         return tokens, positions
 
-    def _places(self, tokens: torch.Tensor) -> Places:
+    def _layout_of(self, tokens: torch.Tensor) -> TokenLayout:
         rows, width = tokens.shape
-        return Places(rows, width, None if self._takes_all_shapes else tokens.flatten())
+        return TokenLayout(rows, width, None if self._takes_all_shapes else tokens.flatten())
 
     def _table_width(self, tokens: int) -> int:
         options = self._tables.options

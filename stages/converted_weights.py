@@ -100,7 +100,7 @@ class ConvertedWeights:
         name = self.entry_name(part)
 
         def build(directory: Path) -> None:
-            scope = self.source.scope(part.prefixes[0] if len(part.prefixes) == 1 else "")
+            scope = self.source.view(part.prefixes[0] if len(part.prefixes) == 1 else "")
             files = part.convert(self.source.config, scope, directory, self.mesh_device, self.dtypes)
             save_weight_config(directory, files)
             # Files that were written to meanwhile would be kept under the name of what they no longer are.

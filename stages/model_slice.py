@@ -110,12 +110,12 @@ class ModelSlice:
             x = layer.forward(x, batch)
         return x
 
-    def logits(self, x: ttnn.Tensor, batch: Batch, picks: ttnn.Tensor | None) -> ttnn.Tensor:
-        """[1, 1, n, vocabulary / columns] for the tokens `picks` [1, n], or for all. Last stage only."""
+    def logits(self, x: ttnn.Tensor, batch: Batch, indices: ttnn.Tensor | None) -> ttnn.Tensor:
+        """[1, 1, n, vocabulary / columns] for the tokens `indices` [1, n], or for all. Last stage only."""
         if self.head is None:
             raise RuntimeError("only the last stage has a head")
         config = self.head.prefill if isinstance(batch, PrefillBatch) else self.head.decode
-        picked = x if picks is None else LMHead.pick(x, config, picks)
+        picked = x if indices is None else LMHead.pick(x, config, indices)
         if isinstance(batch, PrefillBatch):
             return LMHead.forward_prefill(picked, config)
         return LMHead.forward_decode(picked, config)

@@ -19,6 +19,11 @@ TRANSFORM_VERSION = 1
 """Raised by every change of what `convert_weights` writes: cache entries of another version are not found again."""
 
 
+TRACE_REGION_BYTES = 45_684_326
+"""Memory of each chip for the traces of a stage: what tt-metal's DeepSeek-V3 demo sets aside for the decode trace of
+all 61 layers, found by trial (its demo.py: 38,070,272 bytes and a fifth more)."""
+
+
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Size of the paged KV cache, the same on every stage of a pipeline.
 

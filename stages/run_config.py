@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -304,20 +304,3 @@ def _map_paths(weights: WeightConfig, change: Callable[[str], str]) -> WeightCon
     return {
         key: change(value) if isinstance(value, str) else _map_paths(value, change) for key, value in weights.items()
     }
-
-
-class SubStateDict(Mapping[str, torch.Tensor]):
-    """The tensors under a prefix, read only when asked for."""
-
-    def __init__(self, state_dict: StateDict, prefix: str) -> None:
-        self._state_dict = state_dict
-        self._prefix = prefix
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._state_dict[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._state_dict if name.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

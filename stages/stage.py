@@ -12,22 +12,17 @@ from stages.decode_trace import DecodeTraces
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
-from stages.last_stage import LastStage
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.models.deepseek_v3.rope import RopeTables
-from stages.options import StageOptions
+from stages.options import TRACE_REGION_BYTES, StageOptions
+from stages.output_head import OutputHead
 from stages.plan import StageSpec
 from stages.step import Step, StepResult
 from stages.wormhole import GALAXY_COLUMNS
 from weights.cache.cache import WeightCache
 from weights.checkpoint import open_weights
 from weights.model_config import ModelConfig
-
-TRACE_REGION_BYTES = 45_684_326
-
-"""Of each chip, for the traces of a stage: what tt-metal's own demo sets aside for the decode trace of all 61 layers,
-found by trial (38,070,272 bytes and a fifth more; models/demos/deepseek_v3/demo/demo.py)."""
 
 
 def open_mesh(rows: int, columns: int, *, enable_trace: bool) -> ttnn.MeshDevice:
@@ -71,7 +66,7 @@ class Stage:
         rope = RopeTables.create(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.enable_trace)
         self._traces = DecodeTraces(model, mesh_device) if options.enable_trace else None
-        self._last = LastStage(config, mesh_device, model, self._batches) if spec.is_last else None
+        self._head = OutputHead(config, mesh_device, model, self._batches) if spec.is_last else None
         self._prepared: tuple[Step, Batch | None] | None = None
 
     @classmethod
@@ -114,8 +109,8 @@ class Stage:
         where the step contradicts the stage's state.
         """
         states = self._run(step, None if self._spec.is_first else self._from_bytes(step, hidden))
-        if self._last is not None:
-            return self._last.result(step, states)
+        if self._head is not None:
+            return self._head.result(step, states)
         output = self._to_torch(states)
         if not output.numel():
             return memoryview(b"")
@@ -129,7 +124,7 @@ class Stage:
         the next stage, or on the last stage float32 logits [segments that sample, vocabulary]. Raises as `step` does.
         """
         states = self._run(step, hidden)
-        return self._to_torch(states) if self._last is None else self._last.logits(step, states)
+        return self._to_torch(states) if self._head is None else self._head.logits(step, states)
 
     def hidden_spec(self) -> MeshHidden:
         """The mesh and the hidden states on it: bfloat16 [1, 1, tokens, hidden / columns] on each chip."""
@@ -141,7 +136,7 @@ class Stage:
     def step_hidden_spec(self, step: Step) -> HiddenShard | None:
         """What the step brings and leaves on each chip; None without tokens. Raises StepError as `step` does."""
         batch = self._batch_of(step)
-        return None if batch is None else self._shard(batch.places.width)
+        return None if batch is None else self._shard(batch.layout.width)
 
     @torch.inference_mode()
     def step_on_mesh(self, step: Step, hidden: ttnn.Tensor | None) -> ttnn.Tensor | StepResult | None:
@@ -150,8 +145,8 @@ class Stage:
         states = None
         if batch is not None:
             states = self._compute(self._input(step, None, batch) if hidden is None else hidden, batch)
-        if self._last is not None:
-            return self._last.result(step, states)
+        if self._head is not None:
+            return self._head.result(step, states)
         return None if states is None else states.x
 
     def close(self) -> None:
@@ -169,8 +164,8 @@ class Stage:
         """Applies the step to slots and page tables; None without segments."""
         self._enter_epoch(step)
         self._tables.apply(step)
-        if self._last is not None:
-            self._last.apply(step)
+        if self._head is not None:
+            self._head.apply(step)
         if not step.segments:
             return None
         return self._batches.decode(step) if step.mode == "decode" else self._batches.prefill(step)
@@ -194,8 +189,8 @@ class Stage:
             raise StepError(f"Step {step.step_id} is of epoch {step.epoch}, but epoch {self._epoch} has begun.")
         if step.epoch > self._epoch:
             self._tables.clear()
-            if self._last is not None:
-                self._last.clear()
+            if self._head is not None:
+                self._head.clear()
             self._epoch = step.epoch
 
     def _input(self, step: Step, hidden: torch.Tensor | None, batch: Batch) -> ttnn.Tensor:
@@ -208,7 +203,7 @@ class Stage:
                 f"Step {step.step_id} has {step.token_count} tokens of {self._config.hidden_size} values, but hidden "
                 f"states of shape {tuple(hidden.shape)}."
             )
-        return self._batches.hidden(batch.places, hidden)
+        return self._batches.hidden(batch.layout, hidden)
 
     def _check_tokens(self, step: Step) -> None:
         for segment in step.segments:
@@ -219,7 +214,7 @@ class Stage:
         """[tokens, hidden_size] of the step, in the stage's dtype."""
         if states is None:
             return torch.empty(0, self._config.hidden_size)
-        return self._batches.hidden_to_torch(states.batch.places, states.x).to(self._dtype)
+        return self._batches.hidden_to_torch(states.batch.layout, states.x).to(self._dtype)
 
     def _from_bytes(self, step: Step, hidden: memoryview) -> torch.Tensor:
         size = step.token_count * self._config.hidden_size * self._dtype.itemsize

@@ -1,16 +1,30 @@
-"""What a stage knows of weights: tensors by name, wherever they come from."""
+"""Where a stage's weights come from: tensors by name, read from a checkpoint or made."""
 
 import math
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig
 from weights.tensor_shapes import Shape, tensor_shapes
+
+
+class NamedTensors(Protocol):
+    """Tensors by name: a mapping of them, or a WeightSource."""
+
+    def __getitem__(self, name: str, /) -> torch.Tensor:
+        """The tensor of that name."""
+
+    def __contains__(self, name: object, /) -> bool:
+        """Whether there is a tensor of that name."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
 
 
 class WeightSource(ABC):
@@ -28,6 +42,14 @@ class WeightSource(ABC):
     @abstractmethod
     def __contains__(self, name: object) -> bool:
         """Whether `name` is a tensor of the model and present."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """`tensor`, so that a PrefixView can read a source."""
+        return self.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The tensors of the model that are present, sorted."""
+        return iter(self.names())
 
     @abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
@@ -66,9 +88,9 @@ class WeightSource(ABC):
         """The tensors of the model that are present and whose names begin with `prefix`, sorted."""
         return [name for name in self._under(prefix) if name in self]
 
-    def scope(self, prefix: str) -> "Scope":
-        """The tensors whose names begin with `prefix`, under the rest of their names."""
-        return Scope(self, prefix)
+    def view(self, prefix: str) -> "PrefixView":
+        """Returns the tensors whose names begin with `prefix`, under the rest of their names."""
+        return PrefixView(self, prefix)
 
     def _shape(self, name: str) -> Shape:
         try:
@@ -92,24 +114,25 @@ class WeightSource(ABC):
         return self._sorted[begin:end]
 
 
-class Scope(Mapping[str, torch.Tensor]):
-    """A lazy view of a source's tensors under a prefix; iteration gives the names that are present, sorted.
+class PrefixView(Mapping[str, torch.Tensor]):
+    """The tensors whose names begin with a prefix, under the rest of their names; each is read when it is asked for.
 
-    A tensor that is missing raises CheckpointError rather than KeyError, from `get` too.
+    A tensor that is missing raises what the viewed tensors raise: KeyError from a mapping, and CheckpointError from a
+    WeightSource, from `get` too.
     """
 
-    def __init__(self, source: WeightSource, prefix: str) -> None:
-        self._source = source
+    def __init__(self, tensors: NamedTensors, prefix: str) -> None:
+        self._tensors = tensors
         self._prefix = prefix
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._source.tensor(self._prefix + name)
+        return self._tensors[self._prefix + name]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._prefix + name in self._source
+        return isinstance(name, str) and self._prefix + name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._source.names(self._prefix))
+        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
 
     def __len__(self) -> int:
-        return len(self._source.names(self._prefix))
+        return sum(1 for _ in self)

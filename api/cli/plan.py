@@ -28,7 +28,7 @@ from api.errors import OptionError
 from api.settings.engine import DEFAULT_PREFILL_CHUNK
 from api.settings.parameters import COUNT, LayerSplit
 from stages.capacity.chip_memory import StageMemory
-from stages.capacity.deployment import DEFAULT_TRACE_REGION_BYTES
+from stages.options import TRACE_REGION_BYTES
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS, USERS_PER_ROW
 from weights.sizes import ceil_div, counted, in_words
 
@@ -146,7 +146,7 @@ _OPTIONS: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
     click.option(
         "--trace-region",
         type=click.IntRange(min=0),
-        default=DEFAULT_TRACE_REGION_BYTES,
+        default=TRACE_REGION_BYTES,
         show_default=True,
         help="Bytes of each chip that are set aside for traces.",
     ),

@@ -8,9 +8,9 @@ import structlog
 from api.errors import OptionError
 from api.settings.stage_count import stage_count
 from stages.capacity.chip_memory import chip_stages
-from stages.capacity.deployment import DEFAULT_TRACE_REGION_BYTES, Deployment
+from stages.capacity.deployment import Deployment
 from stages.capacity.fit import check_fits
-from stages.options import CacheOptions, Dtype
+from stages.options import TRACE_REGION_BYTES, CacheOptions, Dtype
 from stages.plan import StageSpec, default_microbatches
 from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
 from weights.model_config import ModelConfig
@@ -67,7 +67,7 @@ def _deployment(settings: "EngineSettings", config: ModelConfig, prefill_chunk: 
         prefill_chunk=prefill_chunk,
         microbatches=microbatches,
         layers_per_stage=None if settings.layers_per_stage is None else tuple(settings.layers_per_stage),
-        trace_region_bytes=DEFAULT_TRACE_REGION_BYTES if settings.enable_trace else 0,
+        trace_region_bytes=TRACE_REGION_BYTES if settings.enable_trace else 0,
         dtypes=settings.weight_dtypes,
     )
 

@@ -3,16 +3,12 @@
 import msgspec
 
 from stages.errors import PlanError
-from stages.options import CacheOptions
+from stages.options import TRACE_REGION_BYTES, CacheOptions
 from stages.plan import check_stages, default_microbatches
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import GALAXY_COLUMNS
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div
-
-DEFAULT_TRACE_REGION_BYTES = 45_684_326
-"""On each chip: what tt-metal's own demo sets aside for the decode trace of all 61 layers, found by trial (38,070,272
-bytes and a fifth more; models/demos/deepseek_v3/demo/demo.py)."""
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +27,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     prefill_chunk: int
     microbatches: int | None = None
     layers_per_stage: tuple[int, ...] | None = None
-    trace_region_bytes: int = DEFAULT_TRACE_REGION_BYTES
+    trace_region_bytes: int = TRACE_REGION_BYTES
     dtypes: WeightDtypes = WeightDtypes()
 
     @property

@@ -23,7 +23,7 @@ COLUMNS = 1
 class Module(Generic[RunConfigT]):
     """Base of the modules: namespaces of class methods, never instantiated.
 
-    Beside these a module has `convert_weights`, `create_state`, `forward_prefill` and `forward_decode`; any of the
+    Beside these a module has `convert_weights`, `create_state`, `forward_prefill` and `forward_decode`. Each of the
     three stages before the forward pass can run in a process of its own.
     """
 
@@ -55,6 +55,20 @@ class Module(Generic[RunConfigT]):
         config share their weights. Raises DeviceError where a weight file fits no operation.
         """
         return cast(RunConfigT, merge_run_config(model_config, weight_config, model_state, loaded))
+
+
+class TokenwiseModule(Module[RunConfigT]):
+    """Base of the modules that compute each token by itself: decode differs from prefill in its run config alone."""
+
+    @classmethod
+    @abstractmethod
+    def forward_prefill(cls, x: ttnn.Tensor, cfg: RunConfigT) -> ttnn.Tensor:
+        """The forward pass over many tokens."""
+
+    @classmethod
+    def forward_decode(cls, x: ttnn.Tensor, cfg: RunConfigT) -> ttnn.Tensor:
+        """The forward pass over one token a user; shapes are those of `forward_prefill`."""
+        return cls.forward_prefill(x, cfg)
 
 
 def matmul_kernel() -> ttnn.WormholeComputeKernelConfig:

@@ -90,5 +90,5 @@ class FullSteps:
 
     def hidden(self, mode: Mode) -> ttnn.Tensor:
         """What a layer gets in that mode, [1, 1, tokens of a row, hidden / columns] on each chip."""
-        hidden = torch.zeros(len(self.batch(mode).places.of_tokens()), R1.hidden_size, dtype=torch.bfloat16)
-        return self.builder.hidden(self.batch(mode).places, hidden)
+        hidden = torch.zeros(len(self.batch(mode).layout.places()), R1.hidden_size, dtype=torch.bfloat16)
+        return self.builder.hidden(self.batch(mode).layout, hidden)

@@ -45,11 +45,11 @@ def test_the_head_gives_logits_of_what_is_picked(mode: Mode, steps: FullSteps) -
     batch = steps.batch(mode)
     # The last token of each segment: those of a prefill step lie a prompt apart.
     length = PROMPT if mode == "prefill" else 1
-    last = range(length - 1, len(batch.places.of_tokens()), length)
-    picks, chosen = steps.builder.picks(batch.places, last)
-    picked = LMHead.pick(steps.hidden(mode), config, picks)
+    last = range(length - 1, len(batch.layout.places()), length)
+    indices, chosen = steps.builder.logit_indices(batch.layout, last)
+    picked = LMHead.pick(steps.hidden(mode), config, indices)
     logits = getattr(LMHead, f"forward_{mode}")(picked, config)
 
-    check(logits, picks.shape[-1], R1.vocab_size // COLUMNS)
+    check(logits, indices.shape[-1], R1.vocab_size // COLUMNS)
     on_host = LMHead.to_torch(logits, R1, steps.mesh)
     assert tuple(on_host[chosen].shape) == (len(last), R1.vocab_size)

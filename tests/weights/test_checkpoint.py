@@ -79,7 +79,7 @@ def test_a_stage_opens_only_the_shards_it_owns(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.validate("model.layers.0.")
     checkpoint.fingerprint("model.layers.0.")
-    assert len(checkpoint.scope("model.layers.0.")) == len(list(checkpoint.scope("model.layers.0.").values()))
+    assert len(checkpoint.view("model.layers.0.")) == len(list(checkpoint.view("model.layers.0.").values()))
     with pytest.raises(CheckpointError, match="is truncated or damaged"):
         checkpoint.validate("model.")
 
@@ -102,7 +102,7 @@ def test_an_untied_head_must_be_stored(fp8: Path) -> None:
 
 def test_a_scope_is_a_mapping_of_relative_names(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
-    scope = checkpoint.scope(LAYER + "mlp.experts.3.")
+    scope = checkpoint.view(LAYER + "mlp.experts.3.")
     assert list(scope) == ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
     assert len(scope) == 3
     assert "up_proj.weight" in scope
@@ -115,7 +115,7 @@ def test_a_scope_is_a_mapping_of_relative_names(model: Path) -> None:
 
 def test_a_scope_lists_only_what_is_present(fp8: Path) -> None:
     change(fp8, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
-    assert list(Checkpoint.open(fp8).scope("model.layers.0.mlp.")) == ["down_proj.weight", "gate_proj.weight"]
+    assert list(Checkpoint.open(fp8).view("model.layers.0.mlp.")) == ["down_proj.weight", "gate_proj.weight"]
 
 
 def test_open_weights_chooses_by_load_format(fp8: Path) -> None:
@@ -366,7 +366,7 @@ torch.set_num_threads(1)
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 checkpoint.tensor("model.norm.weight").view(torch.int16).max()
 before = anonymous()
-tensors = dict(checkpoint.scope("model."))
+tensors = dict(checkpoint.view("model."))
 for tensor in tensors.values():
     tensor.view(torch.int16).max()
 held = anonymous() - before

@@ -114,7 +114,7 @@ def test_a_fingerprint_follows_config_seed_and_prefixes() -> None:
 
 def test_a_scope_lists_the_tensors_under_a_prefix() -> None:
     weights = RandomCheckpoint(CONFIG, seed=0)
-    scope = weights.scope("model.layers.1.mlp.gate.")
+    scope = weights.view("model.layers.1.mlp.gate.")
     assert list(scope) == ["e_score_correction_bias", "weight"]
     assert torch.equal(scope["e_score_correction_bias"], weights.tensor(BIAS))
 

@@ -13,9 +13,10 @@ from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNor
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES
 from stages.models.module import Module
 from stages.options import CacheOptions
-from stages.run_config import OperatorConfig, StateDict, SubStateDict, WeightConfig
+from stages.run_config import OperatorConfig, StateDict, WeightConfig
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
+from weights.source import PrefixView
 
 
 class DecoderBlockState(TypedDict):
@@ -77,9 +78,7 @@ class DecoderBlock(Module[BlockT]):
             "mlp": cls.feed_forward.convert_weights,
         }
         return {
-            name: convert(
-                hf_config, SubStateDict(torch_state_dict, f"{name}."), output_path / name, mesh_device, dtypes
-            )
+            name: convert(hf_config, PrefixView(torch_state_dict, f"{name}."), output_path / name, mesh_device, dtypes)
             for name, convert in modules.items()
         }
 

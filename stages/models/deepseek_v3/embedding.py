@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from stages.backend import ttnn
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, embedding_weights
-from stages.models.module import Module, columns, share
+from stages.models.module import TokenwiseModule, columns, share
 from stages.run_config import EmbeddingConfig, OperatorConfig, StateDict, WeightConfig, dump_weight
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
@@ -23,7 +23,7 @@ class EmbeddingRunConfig(EmbeddingState):
     embedding: EmbeddingConfig
 
 
-class Embedding(Module[EmbeddingRunConfig]):
+class Embedding(TokenwiseModule[EmbeddingRunConfig]):
     """The table of hidden states; each column holds its part of their width."""
 
     @classmethod
@@ -68,12 +68,7 @@ class Embedding(Module[EmbeddingRunConfig]):
         return {"mesh_device": mesh_device}
 
     @classmethod
-    def forward_prefill(cls, ids: ttnn.Tensor, cfg: EmbeddingRunConfig) -> ttnn.Tensor:
-        """ids [1, tokens], uint32 -> [1, 1, tokens, hidden / columns] on each chip."""
-        rows = ttnn.embedding(ids, **cfg["embedding"])
+    def forward_prefill(cls, x: ttnn.Tensor, cfg: EmbeddingRunConfig) -> ttnn.Tensor:
+        """Token ids x [1, tokens], uint32 -> [1, 1, tokens, hidden / columns] on each chip."""
+        rows = ttnn.embedding(x, **cfg["embedding"])
         return ttnn.reshape(rows, (1, 1, rows.shape[-2], rows.shape[-1]))
-
-    @classmethod
-    def forward_decode(cls, ids: ttnn.Tensor, cfg: EmbeddingRunConfig) -> ttnn.Tensor:
-        """ids [1, users], uint32 -> [1, 1, users, hidden / columns] on each chip."""
-        return cls.forward_prefill(ids, cfg)

@@ -9,19 +9,19 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, head_projection
-from stages.models.module import COLUMNS, Module, columns, matmul_kernel
+from stages.models.module import COLUMNS, TokenwiseModule, columns, matmul_kernel
 from stages.run_config import (
     AllGatherConfig,
     EmbeddingConfig,
     LinearConfig,
     OperatorConfig,
     StateDict,
-    SubStateDict,
     WeightConfig,
     dump_weight,
 )
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
+from weights.source import PrefixView
 
 
 class LMHeadState(TypedDict):
@@ -41,7 +41,7 @@ class LMHeadRunConfig(TypedDict):
     linear: LinearConfig
 
 
-class LMHead(Module[LMHeadRunConfig]):
+class LMHead(TokenwiseModule[LMHeadRunConfig]):
     """head(norm(x)); each column holds its part of the vocabulary, padded to equal whole tiles."""
 
     @classmethod
@@ -55,7 +55,7 @@ class LMHead(Module[LMHeadRunConfig]):
     ) -> WeightConfig:
         """Writes `model.norm.weight` and `lm_head.weight` [vocabulary, hidden] of `torch_state_dict`."""
         norm = RMSNorm.convert_weights(
-            hf_config, SubStateDict(torch_state_dict, "model.norm."), output_path / "norm", mesh_device, dtypes
+            hf_config, PrefixView(torch_state_dict, "model.norm."), output_path / "norm", mesh_device, dtypes
         )
         spec = head_projection(ModelConfig.from_hf(hf_config), columns(mesh_device), dtypes)
         head = torch_state_dict["lm_head.weight"]
@@ -92,25 +92,20 @@ class LMHead(Module[LMHeadRunConfig]):
         return {"mesh_device": mesh_device, "norm": RMSNorm.create_state(hf_config, mesh_device)}
 
     @classmethod
-    def pick(cls, x: ttnn.Tensor, cfg: LMHeadRunConfig, picks: ttnn.Tensor) -> ttnn.Tensor:
-        """Hidden states of the tokens that need logits.
+    def pick(cls, x: ttnn.Tensor, cfg: LMHeadRunConfig, indices: ttnn.Tensor) -> ttnn.Tensor:
+        """Returns the hidden states of the tokens that need logits.
 
-        x [1, 1, tokens, hidden / columns] on each chip, picks [1, n] uint32 -> [1, 1, n, hidden / columns].
+        x [1, 1, tokens, hidden / columns] on each chip, indices [1, n] uint32 -> [1, 1, n, hidden / columns].
         """
         table = ttnn.to_layout(ttnn.reshape(x, (x.shape[-2], x.shape[-1])), ttnn.ROW_MAJOR_LAYOUT)
-        rows = ttnn.embedding(picks, table, **cfg["pick"])
-        return ttnn.reshape(rows, (1, 1, picks.shape[-1], x.shape[-1]))
+        rows = ttnn.embedding(indices, table, **cfg["pick"])
+        return ttnn.reshape(rows, (1, 1, indices.shape[-1], x.shape[-1]))
 
     @classmethod
     def forward_prefill(cls, x: ttnn.Tensor, cfg: LMHeadRunConfig) -> ttnn.Tensor:
         """x [1, 1, tokens, hidden / columns] on each chip -> [1, 1, tokens, vocabulary / columns]."""
         normed = RMSNorm.forward_prefill(x, cfg["norm"])
         return ttnn.linear(composite.all_gather(normed, **cfg["all_gather"]), **cfg["linear"])
-
-    @classmethod
-    def forward_decode(cls, x: ttnn.Tensor, cfg: LMHeadRunConfig) -> ttnn.Tensor:
-        """x [1, 1, users, hidden / columns] on each chip -> [1, 1, users, vocabulary / columns]."""
-        return cls.forward_prefill(x, cfg)
 
     @classmethod
     def to_torch(

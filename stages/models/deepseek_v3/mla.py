@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 
 from stages.backend import composite, ttnn
-from stages.batch import DecodeBatch, PrefillBatch, PrefillRound
+from stages.batch import DecodeBatch, PrefillBatch, PrefillGroup
 from stages.errors import PlanError
 from stages.kv_cache import create_kv_cache
 from stages.models.deepseek_v3.rms_norm import LATENT_EPSILON
@@ -236,7 +236,7 @@ class MLA(Module[MLARunConfig]):
         """x [1, 1, tokens, hidden / columns] on each chip -> the same shape; the tokens are added to the cache."""
         q, kv = cls._project(x, cfg, batch.rope)
         q = ttnn.permute(q, (0, 2, 1, 3))
-        outputs = [cls._attend_round(q, kv, cfg, round_) for round_ in batch.rounds]
+        outputs = [cls._attend_group(q, kv, cfg, group) for group in batch.groups]
         return cls._output(_joined(outputs), cfg)
 
     @classmethod
@@ -277,27 +277,27 @@ class MLA(Module[MLARunConfig]):
         return ttnn.experimental.rotary_embedding_llama(x, rope.cos, rope.sin, rope.transformation, **cfg["rope"])
 
     @classmethod
-    def _attend_round(cls, q: ttnn.Tensor, kv: ttnn.Tensor, cfg: MLARunConfig, round_: PrefillRound) -> ttnn.Tensor:
-        """Outputs [1, tokens of the round, heads / columns, kv_lora_rank] of the round's lanes.
+    def _attend_group(cls, q: ttnn.Tensor, kv: ttnn.Tensor, cfg: MLARunConfig, group: PrefillGroup) -> ttnn.Tensor:
+        """Attends to the cache for one group: outputs [1, tokens of its lanes, heads / columns, kv_lora_rank].
 
         q [1, tokens, heads / columns, kv_dim], kv [1, 1, tokens, kv_dim].
         """
         cache = cfg["kv_cache"]
-        kv_lanes = _joined([_tokens(kv, 2, begin, round_.length) for begin in round_.lanes], dim=2)
+        kv_lanes = _joined([_tokens(kv, 2, begin, group.length) for begin in group.lanes], dim=2)
         own_kv = composite.mesh_partition(kv_lanes, **cfg["kv_partition"])
-        ttnn.experimental.paged_fill_cache(cache, ttnn.typecast(own_kv, cache.dtype), round_.chunk_pages, batch_idx=0)
-        q_lanes = _joined([_tokens(q, 1, begin, round_.length) for begin in round_.lanes])
+        ttnn.experimental.paged_fill_cache(cache, ttnn.typecast(own_kv, cache.dtype), group.chunk_pages, batch_idx=0)
+        q_lanes = _joined([_tokens(q, 1, begin, group.length) for begin in group.lanes])
         own_q = composite.all_to_all(q_lanes, **cfg["users_for_heads"])
         attended = ttnn.transformer.chunked_flash_mla_prefill(
             ttnn.permute(own_q, (0, 2, 1, 3)),
             cache,
             cfg["config"].kv_lora_rank,
-            round_.pages,
-            round_.start,
+            group.pages,
+            group.start,
             **cfg["attention"],
         )
         lanes = composite.all_to_all(ttnn.permute(attended, (0, 2, 1, 3)), **cfg["heads_for_users"])
-        return _joined([_tokens(lanes, 1, column * round_.length, round_.length) for column in round_.columns])
+        return _joined([_tokens(lanes, 1, column * group.length, group.length) for column in group.columns])
 
     @classmethod
     def _output(cls, attended: ttnn.Tensor, cfg: MLARunConfig) -> ttnn.Tensor:

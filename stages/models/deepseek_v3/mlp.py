@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, mlp_weights
-from stages.models.module import COLUMNS, Module, columns, matmul_kernel, share, transposed
+from stages.models.module import COLUMNS, TokenwiseModule, columns, matmul_kernel, share, transposed
 from stages.run_config import (
     AllGatherConfig,
     LinearConfig,
@@ -40,7 +40,7 @@ class MLPRunConfig(MLPState):
     reduce_scatter: ReduceScatterConfig
 
 
-class MLP(Module[MLPRunConfig]):
+class MLP(TokenwiseModule[MLPRunConfig]):
     """down(silu(gate(x)) * up(x)), its inner width shared out over the mesh's columns."""
 
     @classmethod
@@ -104,11 +104,6 @@ class MLP(Module[MLPRunConfig]):
         """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
         whole = composite.all_gather(x, **cfg["all_gather"])
         return composite.reduce_scatter(cls.forward_partial(whole, cfg), **cfg["reduce_scatter"])
-
-    @classmethod
-    def forward_decode(cls, x: ttnn.Tensor, cfg: MLPRunConfig) -> ttnn.Tensor:
-        """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
-        return cls.forward_prefill(x, cfg)
 
     @classmethod
     def forward_partial(cls, x: ttnn.Tensor, cfg: MLPRunConfig) -> ttnn.Tensor:

@@ -13,7 +13,7 @@ import torch
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.mlp import MLP, PROJECTIONS, MLPRunConfig, MLPState
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, expert_weights, router_weights
-from stages.models.module import COLUMNS, ROWS, Module, matmul_kernel, share, transposed
+from stages.models.module import COLUMNS, ROWS, TokenwiseModule, matmul_kernel, share, transposed
 from stages.run_config import (
     AllGatherConfig,
     LinearConfig,
@@ -22,12 +22,12 @@ from stages.run_config import (
     ReduceScatterConfig,
     RoutedExpertsConfig,
     StateDict,
-    SubStateDict,
     WeightConfig,
     dump_weight,
 )
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
+from weights.source import PrefixView
 
 
 class MoEState(TypedDict):
@@ -53,7 +53,7 @@ class MoERunConfig(TypedDict):
     scatter_hidden: ReduceScatterConfig
 
 
-class MoE(Module[MoERunConfig]):
+class MoE(TokenwiseModule[MoERunConfig]):
     """Sum of the chosen experts, by their weights, and of the shared ones."""
 
     @classmethod
@@ -89,7 +89,7 @@ class MoE(Module[MoERunConfig]):
             )
             for operand, spec in expert_weights(config, dtypes).items()
         }
-        shared = SubStateDict(torch_state_dict, "shared_experts.")
+        shared = PrefixView(torch_state_dict, "shared_experts.")
         files["shared_experts"] = MLP.convert_weights(
             config, shared, output_path / "shared_experts", mesh_device, dtypes
         )
@@ -160,11 +160,6 @@ class MoE(Module[MoERunConfig]):
         # Both are partial sums over columns, so that one reduce-scatter does for the two.
         partial = ttnn.add(routed, MLP.forward_partial(own, cfg["shared_experts"]))
         return composite.reduce_scatter(partial, **cfg["scatter_hidden"])
-
-    @classmethod
-    def forward_decode(cls, x: ttnn.Tensor, cfg: MoERunConfig) -> ttnn.Tensor:
-        """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
-        return cls.forward_prefill(x, cfg)
 
 
 def stacked_experts(config: ModelConfig, state_dict: StateDict, projection: str) -> torch.Tensor:

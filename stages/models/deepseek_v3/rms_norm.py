@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, norm_weights
-from stages.models.module import COLUMNS, Module, columns
+from stages.models.module import COLUMNS, TokenwiseModule, columns
 from stages.run_config import AllGatherConfig, OperatorConfig, RMSNormConfig, StateDict, WeightConfig, dump_weight
 from stages.tensor_dtypes import WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
@@ -27,7 +27,7 @@ class RMSNormRunConfig(RMSNormState):
     all_gather_stats: AllGatherConfig
 
 
-class RMSNorm(Module[RMSNormRunConfig]):
+class RMSNorm(TokenwiseModule[RMSNormRunConfig]):
     """x / rms(x) * weight over hidden states that are sharded by column."""
 
     @classmethod
@@ -78,8 +78,3 @@ class RMSNorm(Module[RMSNormRunConfig]):
         stats = ttnn.rms_norm_pre_all_gather(x)
         stats = composite.all_gather(stats, **cfg["all_gather_stats"])
         return ttnn.rms_norm_post_all_gather(x, stats, **cfg["norm"])
-
-    @classmethod
-    def forward_decode(cls, x: ttnn.Tensor, cfg: RMSNormRunConfig) -> ttnn.Tensor:
-        """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
-        return cls.forward_prefill(x, cfg)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.backend import composite, ttnn
-from stages.stage import TRACE_REGION_BYTES
+from stages.options import TRACE_REGION_BYTES
 from tests.support.checkpoints import write_checkpoint
 from tests.support.stage_driver import Driver, cache_options, stage_options
 

@@ -21,7 +21,7 @@ from stages.tensor_dtypes import CHOICES, TILE_BYTES, WeightDtypes
 from tests.support.checkpoints import config_keys
 from weights.checkpoint import RandomCheckpoint
 from weights.model_config import ModelConfig
-from weights.source import Scope
+from weights.source import PrefixView
 from weights.tensor_shapes import layer_prefix
 
 CONFIG = ModelConfig.from_dict(config_keys({"vocab_size": 500}), source="the test's model")
@@ -66,12 +66,12 @@ def source() -> RandomCheckpoint:
 def test_of_the_embedding(
     tmp_path: Path, mesh: ttnn.MeshDevice, weights: ChipWeights, source: RandomCheckpoint
 ) -> None:
-    Embedding.convert_weights(CONFIG, Scope(source, "model.embed_tokens."), tmp_path, mesh)
+    Embedding.convert_weights(CONFIG, PrefixView(source, "model.embed_tokens."), tmp_path, mesh)
     assert planned(weights.embedding()) == converted(tmp_path, mesh)
 
 
 def test_of_the_head(tmp_path: Path, mesh: ttnn.MeshDevice, weights: ChipWeights, source: RandomCheckpoint) -> None:
-    LMHead.convert_weights(CONFIG, Scope(source, ""), tmp_path, mesh)
+    LMHead.convert_weights(CONFIG, PrefixView(source, ""), tmp_path, mesh)
     assert planned(weights.head()) == converted(tmp_path, mesh)
 
 
@@ -80,7 +80,7 @@ def test_of_a_layer(
     layer: int, tmp_path: Path, mesh: ttnn.MeshDevice, weights: ChipWeights, source: RandomCheckpoint
 ) -> None:
     block = MoEBlock if CONFIG.is_moe(layer) else DenseBlock
-    block.convert_weights(CONFIG, Scope(source, layer_prefix(layer)), tmp_path, mesh)
+    block.convert_weights(CONFIG, PrefixView(source, layer_prefix(layer)), tmp_path, mesh)
     assert planned(weights.layer(layer)) == converted(tmp_path, mesh)
 
 

@@ -152,7 +152,7 @@ def test_few_logits_are_held_at_a_time(
         return logits
 
     monkeypatch.setattr(LMHead, "to_torch", counted)
-    monkeypatch.setattr("stages.last_stage.SCORED_AT_ONCE", 10)
+    monkeypatch.setattr("stages.output_head.SCORED_AT_ONCE", 10)
     pools = mesh_shape[0] * mesh_shape[1]
     driver = load(model, mesh_shape=mesh_shape, cache=cache_options(slots=2 * pools, pools=pools, max_model_len=128))
     texts = dict(enumerate(prompts(2, SIZE)))

@@ -24,7 +24,6 @@ from stages.models.deepseek_v3.rms_norm import RMSNorm
 from stages.run_config import (
     LinearConfig,
     MulConfig,
-    SubStateDict,
     load_weight_config,
     merge_run_config,
     save_weight_config,
@@ -32,6 +31,7 @@ from stages.run_config import (
 from tests.support.checkpoints import config_keys
 from tests.support.stage_driver import relative_error
 from weights.model_config import ModelConfig
+from weights.source import PrefixView
 
 TOLERANCE = 1e-6
 TOKENS = 64
@@ -220,7 +220,7 @@ def test_weight_configs_move_with_their_files(tmp_path: Path) -> None:
 
 def test_sub_state_dicts_are_lazy_views() -> None:
     names = {"mlp.gate.weight": torch.ones(1), "mlp.up.weight": torch.ones(2), "norm.weight": torch.ones(3)}
-    view = SubStateDict(names, "mlp.")
+    view = PrefixView(names, "mlp.")
     assert list(view) == ["gate.weight", "up.weight"]
     assert len(view) == 2
     assert view["up.weight"].numel() == 2
