@@ -1,13 +1,13 @@
 """Errors of placing, starting and running a pipeline."""
 
-from weights.errors import GalaxylineError
+from weights.errors import GalaxylineError, PublicError
 
 
 class ClusterError(GalaxylineError):
     """The Ray cluster cannot be reached or started."""
 
 
-class PlacementError(GalaxylineError):
+class PlacementError(PublicError):
     """The cluster cannot hold the stages; the sentence says what is there and what is missing."""
 
 
@@ -33,7 +33,12 @@ class PipelineError(GalaxylineError):
     `stage` is the one to blame and `step_id` the step that it worked on, None where that is not known or there is none.
     """
 
-    def __init__(self, message: str, stage: int | None = None, step_id: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, stage: int | None = None, step_id: int | None = None, *, public: str | None = None
+    ) -> None:
+        if public is None:
+            where = "The pipeline" if stage is None else f"Stage {stage}"
+            public = f"{where} failed." if step_id is None else f"{where} failed at step {step_id}."
+        super().__init__(message, public=public)
         self.stage = stage
         self.step_id = step_id

@@ -10,14 +10,14 @@ from actors.errors import (
     StartError,
 )
 from stages.errors import DeviceError, PlanError, StepError
-from weights.errors import CacheError, CheckpointError, GalaxylineError
+from weights.errors import CacheError, CheckpointError, GalaxylineError, PublicError
 
 
 class OptionError(GalaxylineError):
     """A command line option or environment variable that cannot be followed."""
 
 
-class RequestError(GalaxylineError):
+class RequestError(PublicError):
     """A request that the client must change; `param` is the field at fault."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -29,28 +29,33 @@ class UnknownModelError(RequestError):
     """The request names a model that this server does not serve."""
 
 
-class NotReadyError(GalaxylineError):
-    """No token can be made now: stages are loading, or one is lost."""
+class NotReadyError(PublicError):
+    """No token can be made now: stages load, or one is lost."""
 
 
-class OverloadedError(GalaxylineError):
-    """Too much waits already; the client may try again in `retry_after_s` seconds."""
+class OverloadedError(PublicError):
+    """Too many requests wait already; the client may try again in `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class DeadlineError(GalaxylineError):
+class DeadlineError(PublicError):
     """A request's time was over before its answer was complete."""
 
 
 class EngineError(GalaxylineError):
     """The engine process ended or did not answer within its deadline."""
 
+    @classmethod
+    def for_clients(cls, sentence: str) -> "EngineError":
+        """The error with a sentence that is fit for clients."""
+        return cls(sentence, public=sentence)
+
 
 class NoServerError(GalaxylineError):
-    """No server of ours answers at an address."""
+    """No galaxyline server answers at an address."""
 
 
 HTTP_STATUS: dict[type[GalaxylineError], int] = {
@@ -86,12 +91,12 @@ EXIT_CODE: dict[type[GalaxylineError], int] = {
 
 
 def http_status(error: GalaxylineError) -> int:
-    """The status of the nearest class in the table."""
+    """The HTTP status of an error: that of the nearest class in the table."""
     return _nearest(HTTP_STATUS, error)
 
 
 def exit_code(error: GalaxylineError) -> int:
-    """The exit code of the nearest class in the table: 2 where the user can mend it, else 1."""
+    """The exit code of an error, that of the nearest class in the table: 2 where the user can mend it, else 1."""
     return _nearest(EXIT_CODE, error)
 
 

@@ -32,7 +32,9 @@ from api.messages.engine import (
     PipelineReport,
     RequestOutput,
     error_of,
+    failed_output,
     failed_state,
+    loading_state,
     not_ready,
     takes_requests,
 )
@@ -102,7 +104,7 @@ class EngineClient:
         self._cache = options.scheduler.cache
         self.requests = RequestMetrics(self._cache.max_model_len)
         self._on_state = on_state
-        self._state = EngineState(phase="loading", detail="The engine process was not started yet.")
+        self._state = loading_state("The engine process was not started yet.")
         self._state_changed = asyncio.Event()
         self._request_ids = itertools.count()
         self._open = OpenRequests()
@@ -139,7 +141,7 @@ class EngineClient:
     def pid(self) -> int:
         """The engine's process id. Raises EngineError before it was started."""
         if self._process is None:
-            raise EngineError("The engine process was not started.")
+            raise EngineError.for_clients("The engine process was not started.")
         return self._process.pid
 
     @property
@@ -157,7 +159,7 @@ class EngineClient:
             await asyncio.wait_for(self._left_loading(), timeout_s)
         except asyncio.TimeoutError:
             raise EngineError(
-                f"The engine was not ready within {timeout_s:g} s. Last it said: {self._state.detail}"
+                f"The engine was not ready within {timeout_s:g} s. Last it said: {self._state.sentence}"
             ) from None
         if self._state.phase == "failed":
             raise error_of(self._state)
@@ -214,7 +216,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Ends the engine and its pipeline; kills it when it is not gone `close_timeout_s` later. May be repeated."""
-        self._end(EngineError("The engine was closed."))
+        self._end(EngineError.for_clients("The engine was closed."))
         self._framing.close()
         if self._process is None or self._watching is None:
             return
@@ -227,19 +229,19 @@ class EngineClient:
         self, questions: Questions[Answer], question: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
     ) -> Answer:
         if self._process is None:
-            raise EngineError("The engine process was not started.")
+            raise EngineError.for_clients("The engine process was not started.")
         if self._framing.lost.is_set():
-            raise EngineError("The engine is gone.")
+            raise EngineError.for_clients("The engine is gone.")
         answer = questions.ask()
         self._framing.send(question)
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except asyncio.TimeoutError:
-            raise EngineError(f"The engine did not answer within {timeout_s:g} s.") from None
+            raise EngineError.for_clients(f"The engine did not answer within {timeout_s:g} s.") from None
 
     async def launch(self) -> None:
         """Runs the process; to be called once, and `close` is to follow in any case."""
-        self._set_state(EngineState(phase="loading", detail="The engine process starts."))
+        self._set_state(loading_state("The engine process starts."))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
@@ -270,7 +272,7 @@ class EngineClient:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._framing.lost.wait(), EXIT_MARGIN_S)
         self._framing.close()
-        self._end(EngineError(f"The engine process ended with exit code {code}; its log says why."))
+        self._end(EngineError.for_clients(f"The engine process ended with exit code {code}; its log says why."))
 
     async def _left_loading(self) -> None:
         while self._state.phase == "loading":
@@ -316,12 +318,6 @@ class EngineClient:
         """Nothing comes from the engine any more. The reason that it gave itself, if it failed, stays."""
         if self._state.phase != "failed":
             self._set_state(failed_state(error))
-        sentence = self._state.detail
-        self._hand_on(
-            [
-                RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=sentence)
-                for request_id in self._open.streams
-            ]
-        )
+        self._hand_on([failed_output(request_id, error_of(self._state)) for request_id in self._open.streams])
         for questions in (self._counts, self._metrics, self._reports):
-            questions.fail(EngineError(sentence))
+            questions.fail(EngineError(self._state.sentence, public=self._state.public_sentence))

@@ -38,7 +38,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
         """Hands on the next output. One too many aborts the request; its consumer finds an error after what waits."""
         self.has_begun = True
         if output.finish_reason is None and self._outputs.qsize() >= OUTPUTS_WAITING_MAX:
-            output = msgspec.structs.replace(output, finish_reason="error", error=TOO_SLOW)
+            output = msgspec.structs.replace(output, finish_reason="error", error=TOO_SLOW, public=TOO_SLOW)
             self._abort(self.request.request_id, "abort")
         self._is_complete = output.finish_reason is not None
         self._outputs.put_nowait(output)
@@ -58,7 +58,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
             raise
         self._is_over = output.finish_reason is not None
         if output.finish_reason == "error":
-            raise EngineError(output.error or "The engine gave no reason.")
+            raise EngineError(output.error or "The engine gave no reason.", public=output.public)
         return output
 
     async def aclose(self, reason: FinishReason = "abort") -> None:

@@ -45,23 +45,24 @@ class LongWork:
 
 
 class StartProgress:
-    """Shows the engines' states: the last one of every stage in a terminal, else as lines of the log."""
+    """Shows the engines' states while they load: the last of every stage in a terminal, lines of the log elsewhere."""
 
     def __init__(self, console: Console, replicas: int = 1) -> None:
-        """Of several `replicas`, each line says which one it is of."""
+        """Of several `replicas`, each line begins with the number of its own."""
         self._status = console.status("Starting the engine") if console.is_terminal else None
         self._is_numbered = replicas > 1
-        self._shown: dict[tuple[int, str], str] = {}
+        # By replica and stage; the stage is None for what is said of an engine as a whole.
+        self._shown: dict[tuple[int, int | None], str] = {}
 
     @property
     def text(self) -> str:
-        """The states that are shown now."""
+        """The states that are shown now, a line each."""
         lines = sorted(self._shown.items(), key=lambda line: line[0][0])
-        return "\n".join(self._line(replica, detail) for (replica, _), detail in lines)
+        return "\n".join(self._line(replica, sentence) for (replica, _), sentence in lines)
 
     @contextmanager
     def showing(self) -> Iterator[None]:
-        """The time in which the states are on the screen."""
+        """Keeps the states on the screen while the context is open."""
         if self._status is None:
             yield
             return
@@ -69,19 +70,19 @@ class StartProgress:
             yield
 
     def update(self, state: EngineState, replica: int = 0) -> None:
-        """Shows a new state; one that says the same as the last is not shown again."""
-        subject, separator, _ = state.detail.partition(":")
-        key = replica, subject
-        if state.phase != "loading" or not state.detail or self._shown.get(key) == state.detail:
+        """Shows a new state, unless it is the same as the last one."""
+        stage = None if state.progress is None else state.progress.stage
+        sentence = state.sentence
+        if state.phase != "loading" or not sentence or self._shown.get((replica, stage)) == sentence:
             return
-        self._shown[key] = state.detail
+        self._shown[replica, stage] = sentence
         if self._status is None:
-            log.info("loading", detail=self._line(replica, state.detail))
+            log.info("loading", detail=self._line(replica, sentence))
             return
-        if separator:
-            # Stages are there now, so what was said before of the engine as a whole is over.
-            self._shown = {place: shown for place, shown in self._shown.items() if place != (replica, shown)}
+        if stage is not None:
+            # Stages are there now, so the engine as a whole has got beyond its last state.
+            self._shown.pop((replica, None), None)
         self._status.update(self.text)
 
-    def _line(self, replica: int, detail: str) -> str:
-        return f"Replica {replica}: {detail}" if self._is_numbered else detail
+    def _line(self, replica: int, sentence: str) -> str:
+        return f"Replica {replica}: {sentence}" if self._is_numbered else sentence

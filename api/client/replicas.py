@@ -140,7 +140,7 @@ class Replicas:
         self._on_state(state, replica)
         if state.phase == "failed" and not self._is_closing:
             moved = self._move_requests(self.engines[replica])
-            log.warning("an engine failed", replica=replica, error=state.detail, moved_requests=moved)
+            log.warning("an engine failed", replica=replica, error=state.sentence, moved_requests=moved)
 
     def _move_requests(self, failed: EngineClient) -> int:
         """Gives what can be given to other engines; how many requests that was."""

@@ -27,9 +27,10 @@ from api.messages.engine import (
     GetMetrics,
     GetPipelineReport,
     Outputs,
-    RequestOutput,
     ToEngine,
+    failed_output,
     failed_state,
+    loading_state,
 )
 from api.scheduler.scheduler import Scheduler
 from stages.step import Step, StepResult
@@ -105,7 +106,7 @@ class Engine:
         `Pipeline.start` raises, or PipelineError or PlacementError where it cannot be brought back: every request has
         ended with it then, and the front end has been told.
         """
-        self._send(EngineState(phase="loading", detail="The stages are being placed."))
+        self._send(loading_state("The stages are being placed."))
         try:
             if self._options.timeline is not None:
                 self._watch.timeline = Timeline(open_timeline(Path(self._options.timeline)))
@@ -115,11 +116,11 @@ class Engine:
                 self._scheduler.reset(self._pipeline.epoch)
                 if self._watch.timeline is not None:
                     self._watch.timeline.name_stages(self._reports.roster.hosts)
-                self._send(EngineState(phase="ready", detail=""))
+                self._send(EngineState(phase="ready"))
                 failure = await self._serve(self._pipeline)
                 await self._recovery.bring_back(self._pipeline, failure)
         except asyncio.CancelledError:
-            self._fail(EngineError("The engine was stopped."))
+            self._fail(EngineError.for_clients("The engine was stopped."))
             raise
         except GalaxylineError as error:
             self._fail(error)
@@ -177,23 +178,19 @@ class Engine:
         try:
             self._scheduler.add_request(request)
         except RequestError as error:
-            refusal = RequestOutput(request_id=request.request_id, tokens=[], finish_reason="error", error=str(error))
-            self._send(Outputs(outputs=[refusal]))
+            self._send(Outputs(outputs=[failed_output(request.request_id, error)]))
         else:
             self._watch.request_came(request.request_id)
             self._changed.set()
 
     def _tell_progress(self, progress: StageProgress) -> None:
         self._reports.roster.note(progress)
-        detail = f"Stage {progress.stage} on {progress.host}: {progress.phase}"
-        if progress.phase == "loading":
-            detail += f", {progress.layers_done} of {progress.layers} layers"
         if not self._recovery.is_under_way:
-            self._send(EngineState(phase="loading", detail=detail))
+            self._send(EngineState(phase="loading", progress=progress))
 
     def _fail(self, error: GalaxylineError) -> None:
         self._send(failed_state(error))
-        outputs = self._scheduler.fail(str(error))
+        outputs = self._scheduler.fail(error)
         self._send(Outputs(outputs=outputs))
         self._watch.pipeline_lost()
         self._watch.requests_ended(outputs)

@@ -11,7 +11,7 @@ from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError, ProtocolError
 from api.engine.meters import NS, EngineMeters
 from api.engine.step_watch import StepWatch
-from api.messages.engine import EngineState, FromEngine, Outputs
+from api.messages.engine import FromEngine, Outputs, recovering_state
 from api.scheduler.scheduler import Scheduler
 from weights.errors import GalaxylineError
 
@@ -41,10 +41,8 @@ class RestartLimit:
         self._failures[stage] += 1
         if self._failures[stage] > self._most and not is_explained:
             who = "The pipeline" if stage is None else f"Stage {stage}"
-            raise PipelineError(
-                f"{who} failed {self._failures[stage]} times with no token made in between; the last time: {error}",
-                stage,
-            ) from error
+            what = f"{who} failed {self._failures[stage]} times with no token made in between"
+            raise PipelineError(f"{what}; the last time: {error}", stage, public=f"{what}.") from error
 
 
 RETRY_S = 1.0
@@ -114,7 +112,7 @@ class Recovery:
     def _end_culprit(self, failure: PipelineError | ProtocolError) -> bool:
         """Ends the request that alone made steps fail, if it is found by now; whether it is."""
         step_id = failure.step_id if isinstance(failure, PipelineError) else None
-        ended = self._scheduler.on_failure(step_id, str(failure))
+        ended = self._scheduler.on_failure(step_id, failure)
         if ended:
             self._send(Outputs(outputs=ended))
             self._watch.requests_ended(ended)
@@ -122,4 +120,4 @@ class Recovery:
 
     def _tell(self, error: GalaxylineError) -> None:
         log.error("the pipeline failed", kind=type(error).__name__, error=str(error))
-        self._send(EngineState(phase="recovering", detail=str(error)))
+        self._send(recovering_state(error))

@@ -1,10 +1,11 @@
-"""The messages that front end and engine exchange, as msgspec structs, and what an engine's state stands for."""
+"""The messages that front end and engine exchange, as msgspec structs, and the errors that an engine's state means."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from actors.stage.health import StageProgress
 from api.errors import EXIT_CODE, EngineError, NotReadyError
 from api.messages.histogram import Histogram
 from api.messages.pipeline_view import StageView
@@ -14,6 +15,16 @@ from weights.errors import GalaxylineError
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 EnginePhase = Literal["loading", "ready", "recovering", "failed"]
+
+KINDS = {kind.__name__: kind for kind in EXIT_CODE}
+"""The classes of errors by their names, as `EngineState.error_kind` has them."""
+
+NOT_READY: dict[EnginePhase, str] = {
+    "loading": "The model is still loading",
+    "recovering": "No token can be made until a stage is replaced",
+    "failed": "The engine failed",
+}
+"""Why a request is refused, by the engine's phase."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
@@ -58,7 +69,8 @@ class GetPipelineReport(Message, frozen=True, kw_only=True):
 class RequestOutput(Message, frozen=True, kw_only=True):
     """New tokens of one request; the last output, and only the last, has a `finish_reason`.
 
-    With "error", `error` is a sentence for the client. `logprobs` has an entry for each token where the request asked
+    With "error", `error` is the error's text and `public` its public sentence, if it has one (see `GalaxylineError`).
+    `logprobs` has an entry for each token where the request asked
     for them, else none. `prompt_logprobs` are the next entries of the prompt's tokens, from its second one on: they
     come chunk by chunk, before the first token or with it, and each once.
     """
@@ -69,6 +81,7 @@ class RequestOutput(Message, frozen=True, kw_only=True):
     error: str | None
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    public: str | None = None
 
 
 class Outputs(Message, frozen=True, kw_only=True):
@@ -78,16 +91,29 @@ class Outputs(Message, frozen=True, kw_only=True):
 
 
 class EngineState(Message, frozen=True, kw_only=True):
-    """Where the engine stands; sent on every change.
+    """The engine's phase, and why it is in it; sent on every change.
 
-    While it is "recovering" from the loss of a stage it takes requests, and they wait. `detail` says which stage loads
-    what, what was lost, or why it failed. `error_kind` names the error's class when it failed, for
-    the table of exit codes, and is empty before.
+    While it is "recovering" from the loss of a stage it takes requests, and they wait. `detail` is a sentence on
+    what is being done, what was lost, or why the engine failed, and `public` what clients may see of it (see
+    `GalaxylineError`). While a stage starts, `progress` has how far it is, and both sentences follow from it.
+    `error_kind` is the name of the error's class when the engine failed, for the table of exit codes; empty before.
     """
 
     phase: EnginePhase
-    detail: str
+    detail: str = ""
     error_kind: str = ""
+    public: str = ""
+    progress: StageProgress | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What is known, in full; empty where nothing is."""
+        return self.detail if self.progress is None else progress_sentence(self.progress)
+
+    @property
+    def public_sentence(self) -> str:
+        """What clients may see of the sentence; empty where that is nothing."""
+        return self.public if self.progress is None else progress_sentence(self.progress)
 
 
 class Counts(Message, frozen=True, kw_only=True):
@@ -153,49 +179,75 @@ ToEngine = AddRequest | AbortRequest | GetCounts | GetMetrics | GetPipelineRepor
 
 FromEngine = Outputs | EngineState | Counts | EngineMetrics | PipelineReport
 
-KINDS = {kind.__name__: kind for kind in EXIT_CODE}
+
+def progress_sentence(progress: StageProgress) -> str:
+    """How far a stage has come in starting, as it is shown."""
+    sentence = f"Stage {progress.stage} on {progress.host}: {progress.phase}"
+    if progress.phase == "loading":
+        sentence += f", {progress.layers_done} of {progress.layers} layers"
+    return sentence
+
+
+def loading_state(sentence: str) -> EngineState:
+    """The state of an engine that starts; clients may see the sentence."""
+    return EngineState(phase="loading", detail=sentence, public=sentence)
+
+
+def recovering_state(error: GalaxylineError) -> EngineState:
+    """The state of an engine that replaces what it lost with this error."""
+    return EngineState(phase="recovering", detail=str(error), public=error.public or "")
 
 
 def failed_state(error: GalaxylineError) -> EngineState:
     """The state of an engine that failed with this error, as the nearest class that has an exit code."""
     kind = next(kind for kind in type(error).__mro__ if kind in EXIT_CODE)
-    return EngineState(phase="failed", detail=str(error), error_kind=kind.__name__)
+    return EngineState(phase="failed", detail=str(error), error_kind=kind.__name__, public=error.public or "")
+
+
+def failed_output(request_id: int, error: GalaxylineError) -> RequestOutput:
+    """The last output of a request that ends with this error."""
+    return RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=str(error), public=error.public)
 
 
 def error_of(state: EngineState) -> GalaxylineError:
     """The error that a failed engine failed with."""
-    return KINDS.get(state.error_kind, EngineError)(state.detail)
+    error = KINDS.get(state.error_kind, EngineError)(state.sentence)
+    error.public = state.public_sentence or None
+    return error
 
 
 def takes_requests(state: EngineState) -> bool:
-    """Whether a request may come: while a stage is replaced it waits."""
+    """Whether a request is accepted: while a stage is replaced it waits."""
     return state.phase in {"ready", "recovering"}
 
 
 def not_ready(state: EngineState) -> NotReadyError:
-    """What is told to who comes while an engine loads or recovers, or after it failed."""
-    if state.phase == "failed":
-        return NotReadyError(f"The engine failed: {state.detail}")
-    if state.phase == "recovering":
-        return NotReadyError(f"No token can be made until a stage is replaced: {state.detail}")
-    return NotReadyError(f"The model is still loading: {state.detail or 'try again in a moment.'}")
+    """The error for a request that comes while an engine loads or recovers, or after it failed."""
+    what = NOT_READY[state.phase]
+    return NotReadyError(_explained(what, state.sentence), public=_explained(what, state.public_sentence))
+
+
+def _explained(what: str, why: str) -> str:
+    return f"{what}: {why}" if why else f"{what}."
 
 
 def named_state(state: EngineState, replica: int) -> EngineState:
-    """The state of one of several engines, whose sentence says which one it is."""
-    return msgspec.structs.replace(state, detail=f"Replica {replica}: {state.detail}")
+    """The state of one of several engines, with sentences that begin with its number."""
+    public = state.public_sentence and f"Replica {replica}: {state.public_sentence}"
+    return msgspec.structs.replace(state, detail=f"Replica {replica}: {state.sentence}", public=public, progress=None)
 
 
 def common_state(states: Sequence[EngineState]) -> EngineState:
-    """What engines that do the same work are together: what the best of them is, and failed when all of them failed.
+    """The state of several engines together: that of the best of them, so "failed" only where all of them failed.
 
-    Its detail names those that are not ready. A single engine's state stays as it is.
+    Its sentences name those that are not ready. A single engine's state stays as it is.
     """
     if len(states) == 1:
         return states[0]
     named = [named_state(state, replica) for replica, state in enumerate(states) if state.phase != "ready"]
     detail = " ".join(state.detail for state in named)
+    public = " ".join(state.public for state in named if state.public)
     if len(named) < len(states):
-        return EngineState(phase="ready", detail=detail)
+        return EngineState(phase="ready", detail=detail, public=public)
     unready = max(states, key=lambda state: ("failed", "loading", "recovering").index(state.phase))
-    return msgspec.structs.replace(unready, detail=detail)
+    return msgspec.structs.replace(unready, detail=detail, public=public, progress=None)

@@ -11,6 +11,13 @@ from stages.plan import StageSpec
 
 StageState = Literal["placing", Phase, State]
 
+STATE_DETAILS: dict[State, str] = {
+    "silent": "it does not answer",
+    "dead": "its process died",
+    "failed": "the engine's log has the cause",
+}
+"""What `StageView.detail` has of a stage in trouble. A stage's own report may name files, so it is not shown."""
+
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
     """Stage `stage` of the pipeline of one `replica`: where it is, what it holds, and what it does.
@@ -149,7 +156,7 @@ class StageRoster:
             end_layer=spec.end_layer,
             layers_done=0 if progress is None else progress.layers_done,
             state=_state(progress, health),
-            detail="" if health is None else health.detail,
+            detail="" if health is None else STATE_DETAILS.get(health.state, ""),
             step_id=None if health is None else health.step_id,
             step_seconds=0.0 if health is None else health.step_seconds,
             steps_done=0 if health is None else health.steps_done,

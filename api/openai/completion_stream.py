@@ -38,6 +38,9 @@ FINISHES: dict[FinishReason, CompletionFinish] = {"stop": "stop", "length": "len
 """The reasons that clients are told; with any other the engine gave the request up."""
 
 
+DROPPED = "The engine dropped this request before it was complete."
+
+
 class Piece(msgspec.Struct, frozen=True):
     """The next text of choice `index`, which has `completion_tokens` so far; its last piece has a `finish_reason`.
 
@@ -76,7 +79,7 @@ class CompletionText:
         """
         finish = None if output.finish_reason is None else FINISHES.get(output.finish_reason)
         if output.finish_reason is not None and finish is None:
-            raise EngineError(output.error or "The engine dropped this request before it was complete.")
+            raise EngineError(output.error or DROPPED, public=output.public or DROPPED)
         if self._details is not None:
             self._details.add_prompt(output.prompt_logprobs)
         if self._is_echo:
@@ -165,7 +168,7 @@ async def _pieces(text: CompletionText, stream: TokenStream) -> AsyncGenerator[P
             yield piece
             if piece.finish_reason is not None:
                 return
-    raise EngineError("The engine's answer ended before this request was complete.")
+    raise EngineError.for_clients("The engine's answer ended before this request was complete.")
 
 
 async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGenerator[Piece, None]:
@@ -195,7 +198,7 @@ async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Que
         async for piece in _pieces(text, stream):
             if queue.qsize() >= most:
                 await stream.aclose()
-                raise EngineError(TOO_SLOW)
+                raise EngineError.for_clients(TOO_SLOW)
             queue.put_nowait(piece)
     finally:
         queue.put_nowait(None)

@@ -1,6 +1,5 @@
 """What clients get: OpenAI's objects, encoded by msgspec, which costs a microsecond where a dict costs ten."""
 
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Literal
@@ -184,16 +183,11 @@ TYPES = {
 
 INTERNAL_ERROR = "The server failed on this request; its log says why."
 
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:/[^\s/'\"]+)+/?")
-
-_TENSOR_NAME = re.compile(r"\b(?:model|lm_head)\.[\w.]+")
-
 
 def error_body(error: GalaxylineError) -> ErrorBody:
-    """The body for one of our errors; those that are not the client's own say nothing of files and tensors."""
-    status = http_status(error)
-    message = str(error) if isinstance(error, RequestError) else public_text(str(error))
-    return status_body(status, message, error.param if isinstance(error, RequestError) else None)
+    """The body for one of the project's errors: its public sentence, never its text."""
+    param = error.param if isinstance(error, RequestError) else None
+    return status_body(http_status(error), error.public or INTERNAL_ERROR, param)
 
 
 def refusal(error: GalaxylineError, headers: Mapping[str, str]) -> Response:
@@ -215,10 +209,3 @@ def error_response(body: ErrorBody, headers: Mapping[str, str] | None = None) ->
     if body.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["retry-after"] = str(RETRY_AFTER_S)
     return Response(encode(body), body.error.code, headers, media_type="application/json")
-
-
-def public_text(text: str) -> str:
-    """The first line of `text` with absolute paths cut to their last part and tensors unnamed."""
-    line = text.strip().partition("\n")[0]
-    line = _ABSOLUTE_PATH.sub(lambda match: match.group().rstrip("/").rpartition("/")[2], line)
-    return _TENSOR_NAME.sub("a tensor", line)

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from actors.errors import ProtocolError
-from api.messages.engine import AddRequest, Counts, RequestOutput
+from api.messages.engine import AddRequest, Counts, RequestOutput, failed_output
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
 from api.scheduler.quarantine import Quarantine
 from api.scheduler.sequence import Run, Sequence, StepInFlight, check_request
 from api.scheduler.slots import BlockPool, Slots
 from stages.step import Admission, Mode, Segment, Step, StepResult, TokenLogprobs
+from weights.errors import GalaxylineError
 
 BY_ARRIVAL = attrgetter("arrival")
 
@@ -99,10 +100,10 @@ class Scheduler:
         else:
             self._leave(run)
 
-    def on_failure(self, step_id: int | None, error: str) -> list[RequestOutput]:
+    def on_failure(self, step_id: int | None, error: GalaxylineError) -> list[RequestOutput]:
         """Takes note of the step in flight that made the pipeline fail; call it before `reset`.
 
-        A request that was alone in such a step twice, and made no progress in between, ends with the sentence `error`.
+        A request that was alone in such a step twice, and made no progress in between, ends with `error`.
         """
         failed = next((step for step in self._in_flight if step.step_id == step_id), None)
         if failed is None:
@@ -112,14 +113,11 @@ class Scheduler:
         if culprit is None:
             return []
         self._end(self._sequences[culprit])
-        return [RequestOutput(request_id=culprit, tokens=[], finish_reason="error", error=error)]
+        return [failed_output(culprit, error)]
 
-    def fail(self, error: str) -> list[RequestOutput]:
-        """Ends every request with the sentence `error`, and forgets every step."""
-        failed = [
-            RequestOutput(request_id=request_id, tokens=[], finish_reason="error", error=error)
-            for request_id in self._sequences
-        ]
+    def fail(self, error: GalaxylineError) -> list[RequestOutput]:
+        """Ends every request with `error`, and forgets every step."""
+        failed = [failed_output(request_id, error) for request_id in self._sequences]
         self._sequences.clear()
         self._quarantine = Quarantine()
         self.reset(self._epoch)

@@ -55,7 +55,8 @@ class Health:
             try:
                 await self._probe()
             except EngineError as error:
-                raise NotReadyError(f"No token can be made: {error}") from error
+                public = f"No token can be made: {error.public}" if error.public else "No token can be made."
+                raise NotReadyError(f"No token can be made: {error}", public=public) from error
         return _status("ready")
 
     async def ready(self) -> Response:

@@ -12,7 +12,7 @@ from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
 from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state
 from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
-from api.openai.responses import encode, public_text
+from api.openai.responses import INTERNAL_ERROR, encode
 from api.server.metrics import Measured, MetricsText
 from api.server.openapi import object_answer, text_answer
 
@@ -38,7 +38,7 @@ class MonitoredEngine(Protocol):
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine as it is at this moment: `report` is None where it gave none, and `cause` then says why."""
+    """One engine as it is at this moment: `report` is None where it gave none, for the public sentence `cause`."""
 
     state: EngineState
     pid: int | None
@@ -77,7 +77,7 @@ async def _look(engine: MonitoredEngine) -> Look:
     try:
         report, cause = await engine.report(), ""
     except EngineError as error:
-        report, cause = None, str(error)
+        report, cause = None, error.public or INTERNAL_ERROR
     return Look(state=engine.state, pid=_pid(engine), report=report, cause=cause)
 
 
@@ -93,17 +93,17 @@ def _view(model_name: str, looks: Sequence[Look]) -> PipelineView:
     """Raises EngineError where no engine answers, though not all of them have failed."""
     silent = [look.cause for look in looks if look.report is None and look.state.phase != "failed"]
     if silent and all(look.report is None for look in looks):
-        raise EngineError(silent[0])
+        raise EngineError.for_clients(silent[0])
     state = common_state([look.state for look in looks])
     replicas = [_replica_view(replica, look) for replica, look in enumerate(looks)]
     return PipelineView(
         model=model_name,
         phase=state.phase,
-        detail=public_text(state.detail),
+        detail=state.public_sentence,
         engine=total([replica.engine for replica in replicas if replica.engine is not None]),
         replicas=replicas,
         stages=[
-            msgspec.structs.replace(stage, replica=replica, detail=public_text(stage.detail))
+            msgspec.structs.replace(stage, replica=replica)
             for replica, look in enumerate(looks)
             if look.report is not None
             for stage in look.report.stages
@@ -116,7 +116,7 @@ def _replica_view(replica: int, look: Look) -> ReplicaView:
     return ReplicaView(
         replica=replica,
         phase=look.state.phase,
-        detail=public_text(look.cause if is_silent else look.state.detail),
+        detail=look.cause if is_silent else look.state.public_sentence,
         engine=None if look.report is None else _engine_view(look.pid, look.report),
     )
 

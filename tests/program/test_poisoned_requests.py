@@ -51,8 +51,9 @@ async def test_a_poisoned_request_ends_alone_with_the_reason(poison: str, reason
             alone = await neighbours()
             error, *together = await asyncio.gather(ask_poisoned(client, server), neighbours())
             assert together == [alone]
-            assert reason in error["message"]
-            assert "Stage" in error["message"]
+            assert re.match(r"Stage \d failed at step \d+\.", error["message"])
+            # The rest may name files: it is for the operator.
+            assert reason in server.log.read_text()
             # Nothing of it is left.
             assert await neighbours() == alone
             assert (await client.get(f"{server.url}/health")).status_code == 200

@@ -120,7 +120,7 @@ async def test_a_killed_stage_of_one_replica_with_a_cluster_of_its_own_is_surviv
 ) -> None:
     with serving(tmp_path, *OPTIONS, "--max-restarts", "0") as server:
         pid = (await pipeline(client, server))["stages"][1]["pid"]
-        await check_survivor(client, server, expected, pid, "Stage 1 on ")
+        await check_survivor(client, server, expected, pid, "Stage 1 ")
 
 
 def test_a_cluster_without_room_for_all_replicas_is_refused_at_once(

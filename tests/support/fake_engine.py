@@ -75,7 +75,8 @@ class FakeStream:
             raise StopAsyncIteration
         if self._given == self._fail_after:
             self.ended = True
-            raise EngineError("Stage 1 on 127.0.0.1 died at step 7: /srv/models/x.safetensors has no model.norm.weight")
+            sentence = "Stage 1 on 127.0.0.1 died at step 7"
+            raise EngineError(f"{sentence}: /srv/models/x.safetensors has no model.norm.weight", public=f"{sentence}.")
         output = await self.outputs.get()
         if isinstance(output, EngineError):
             self.ended = True
@@ -94,7 +95,7 @@ class FakeStream:
 
     def fail(self) -> None:
         """Ends the request with an error, after what it has been given."""
-        self.outputs.put_nowait(EngineError("The engine was closed."))
+        self.outputs.put_nowait(EngineError.for_clients("The engine was closed."))
 
     def _scored_prompt(self) -> list[TokenLogprobs]:
         count = self.request.sampling.prompt_logprobs

@@ -15,7 +15,7 @@ from rich.console import Console
 from api import cli
 from api.cli.status import follow, render
 from api.errors import EngineError
-from api.messages.engine import EnginePhase, EngineState
+from api.messages.engine import EnginePhase, EngineState, failed_state
 from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, total
 from api.server.app import create_app
 from api.server.monitoring import add_monitoring_routes
@@ -95,7 +95,7 @@ def test_the_table_goes_out_once_where_there_is_no_terminal() -> None:
     assert shown.startswith("small: ready 5 requests running, 2 waiting, 6 preemptions; 2 of 4 microbatches in flight;")
     assert "5 of 96 slots, 30 of 100 KV blocks; epoch 3, engine pid 4711" in shown
     assert "0 host-0 0 0-3 running, step 12 for 0.3 s 7 0% 0 3 MiB 1000" in shown
-    assert "dead: its process died in x.safetensors" in shown.replace(" 7 25% 0 - - ", " ")
+    assert "dead: its process died" in shown.replace(" 7 25% 0 - - ", " ")
     assert "/srv" not in shown
 
 
@@ -113,10 +113,10 @@ def test_a_loading_and_a_failed_server_are_shown() -> None:
     roster = StageRoster(SPECS)
     roster.note(progress(0, "loading", done=3))
     engine = ReportingEngine(views(roster))
-    engine.state = EngineState(phase="loading", detail="Stage 0 on host-0: loading, 3 of 4 layers")
+    engine.state = EngineState(phase="loading", progress=progress(0, "loading", done=3))
     with serving(engine) as url:
         loading = status("--url", url).stdout
-        engine.state = EngineState(phase="failed", detail="Stage 1 on host-1 failed at step 7: its process died.")
+        engine.state = failed_state(EngineError.for_clients("Stage 1 on host-1 failed at step 7: its process died."))
         engine.failure = EngineError("The engine is gone.")
         failed = status("--url", url).stdout
     assert loading.startswith("small: loading. Stage 0 on host-0: loading, 3 of 4 layers\n")
@@ -127,7 +127,7 @@ def test_a_loading_and_a_failed_server_are_shown() -> None:
 
 def failed_engine() -> ReportingEngine:
     engine = ReportingEngine([])
-    engine.state = EngineState(phase="failed", detail="Stage 1 on host-1 failed at step 7: its process died.")
+    engine.state = failed_state(EngineError.for_clients("Stage 1 on host-1 failed at step 7: its process died."))
     engine.failure = EngineError("The engine is gone.")
     return engine
 
@@ -156,7 +156,7 @@ def test_json_has_the_sum_over_all_replicas_and_each_by_itself() -> None:
 
 def test_a_replica_that_does_not_answer_hides_no_other() -> None:
     silent = ReportingEngine([])
-    silent.failure = EngineError("The engine did not answer within 5 s.")
+    silent.failure = EngineError.for_clients("The engine did not answer within 5 s.")
     with serving(silent, ReportingEngine(at_work())) as url:
         view = json.loads(status("--url", url, "--json").stdout)
     assert [replica["detail"] for replica in view["replicas"]] == ["The engine did not answer within 5 s.", ""]
@@ -205,7 +205,7 @@ def test_another_server_is_told_from_ours(route: object) -> None:
 
 def test_an_engine_that_does_not_answer_is_the_servers_own_sentence() -> None:
     engine = ReportingEngine([])
-    engine.failure = EngineError("The engine did not answer within 5 s.")
+    engine.failure = EngineError.for_clients("The engine did not answer within 5 s.")
     with serving(engine) as url:
         assert (
             refused("--url", url, code=1) == f"Error: The server at {url} says: The engine did not answer within 5 s."

@@ -34,6 +34,7 @@ from api.messages.engine import (
     RequestOutput,
     error_of,
     failed_state,
+    loading_state,
 )
 from api.messages.framing import FRAME_BYTES_MAX, Framing
 from stages.step import SamplingParams
@@ -112,7 +113,7 @@ async def running(pipeline: FakePipeline, options: EngineOptions) -> AsyncIterat
     harness = Harness(pipeline, options)
     serving = asyncio.create_task(harness.engine.run())
     try:
-        assert await harness.hear() == EngineState(phase="loading", detail="The stages are being placed.")
+        assert await harness.hear() == loading_state("The stages are being placed.")
         assert await harness.hear() == EngineState(phase="ready", detail="")
         yield harness
     finally:
@@ -257,7 +258,7 @@ async def test_the_process_serves_and_leaves_nothing_behind() -> None:
         assert (counts.free_slots, counts.free_blocks) == (counts.slots, counts.blocks)
         process = psutil.Process(engine.pid)
     assert not process.is_running()
-    details = [state.detail for state in states]
+    details = [state.sentence for state in states]
     assert "Stage 1 on fake-host: loading, 1 of 2 layers" in details
     assert [state.phase for state in states][-2:] == ["ready", "failed"]
     assert engine.state.detail == "The engine was closed."

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.errors import PipelineError
 from api.messages.engine import AddRequest, RequestOutput
 from api.scheduler.quarantine import REPEATED, Quarantine
 from api.scheduler.scheduler import Scheduler
@@ -53,7 +54,7 @@ class Company:
         for _ in range(self.lost_results.draw(st.integers(0, len(self.results)), label="results that arrive")):
             self.take(self.scheduler.on_result(self.results.popleft()))
         self.results.clear()
-        self.take(self.scheduler.on_failure(step_id, SENTENCE))
+        self.take(self.scheduler.on_failure(step_id, PipelineError(SENTENCE)))
         self.epoch += 1
         self.scheduler.reset(self.epoch)
         self.stage = self.new_stage()
@@ -145,7 +146,7 @@ def test_a_request_that_gets_on_between_two_failures_goes_free() -> None:
                 break
         lone = company.scheduler.next_step()
         assert lone is not None
-        company.take(company.scheduler.on_failure(lone.step_id, SENTENCE))
+        company.take(company.scheduler.on_failure(lone.step_id, PipelineError(SENTENCE)))
         company.epoch += 1
         company.scheduler.reset(company.epoch)
         company.stage = company.new_stage()

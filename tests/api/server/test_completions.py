@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from actors.errors import PlacementError
+from actors.stage.health import StageProgress
 from api.errors import NotReadyError, RequestError
-from api.messages.engine import AddRequest, EngineState
+from api.messages.engine import AddRequest, EngineState, failed_state
 from api.text.generation_config import GenerationConfig
 from tests.support.api_client import Events, client, complete, error_of, post, stream
 from tests.support.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.support.fake_engine import FakeEngine
 from tests.support.small_tokenizer import BOS_ID, EOS, EOS_ID, small_tokenizer
+from weights.errors import CheckpointError
 
 
 def text_of(count: int) -> str:
@@ -312,11 +315,13 @@ async def test_a_defect_gets_500_and_no_details() -> None:
 async def test_until_the_engine_is_ready_everything_but_names_is_503() -> None:
     engine = FakeEngine(endless_text)
     async with client(engine) as opened:
-        for phase, detail, shown in (
-            ("loading", "stage 0: 2 of 3 layers", "stage 0: 2 of 3 layers"),
-            ("failed", "Cannot read /srv/x/config.json\nTraceback", "Cannot read config.json"),
+        progress = StageProgress(stage=0, host="host-a", rows=[0], phase="loading", layers_done=2, layers=3)
+        for state, shown in (
+            (EngineState(phase="loading", progress=progress), "Stage 0 on host-a: loading, 2 of 3 layers"),
+            (failed_state(CheckpointError("Cannot read /srv/x/config.json\nTraceback")), "The engine failed."),
+            (failed_state(PlacementError("2 stages need 2 rows.")), "The engine failed: 2 stages need 2 rows."),
         ):
-            engine.state = EngineState(phase=phase, detail=detail)  # type: ignore[arg-type]
+            engine.state = state
             for response in (await opened.get("/health"), await opened.post("/v1/completions", content=b"junk")):
                 assert error_of(response, 503)["message"].endswith(shown)
                 assert response.headers["retry-after"].isdecimal()

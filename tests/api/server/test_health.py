@@ -14,7 +14,7 @@ from tests.support.fake_engine import FakeEngine
 def client(engine: FakeEngine, answers: bool = True) -> httpx.AsyncClient:
     async def probe() -> None:
         if not answers:
-            raise EngineError("The engine did not answer within 2 s.")
+            raise EngineError.for_clients("The engine did not answer within 2 s.")
 
     app = create_app(MODEL, engine, probe=probe)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")

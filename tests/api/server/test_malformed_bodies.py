@@ -1,4 +1,4 @@
-"""Bodies that are no requests, or almost: each gets an answer, none of them an error of the server's."""
+"""Bodies that are not requests, or almost: each gets an answer, and none of them is a server error."""
 
 import asyncio
 import json
@@ -14,11 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from actors.errors import PipelineError
 from api.errors import EngineError
 from api.openai.protocol import CompletionRequest
 from api.server.app import create_app
 from tests.support.api_server import MODEL, endless_text
 from tests.support.fake_engine import FakeEngine
+from weights.errors import CheckpointError
 
 BODIES = 10_000 if os.environ.get("GALAXYLINE_FULL") else 1_000
 ANSWER_S = 20
@@ -80,7 +82,7 @@ async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
         yield opened
 
 
-def assert_says_nothing_of_the_server(answer: httpx.Response) -> None:
+def assert_shows_nothing_of_the_server(answer: httpx.Response) -> None:
     assert not [word for word in SECRET_WORDS if word in answer.text]
 
 
@@ -105,7 +107,7 @@ def test_malformed_bodies_are_answered_and_the_server_serves_after() -> None:
             error = answered.json()["error"]
             assert error["code"] == answered.status_code
             assert len(error["message"]) <= 500
-            assert_says_nothing_of_the_server(answered)
+            assert_shows_nothing_of_the_server(answered)
 
     try:
         send()
@@ -143,14 +145,19 @@ def test_no_error_tells_paths_stacks_or_tensors(cause: str, phase: Any, stream: 
         engine = FakeEngine(endless_text)
         body = {"prompt": "hello", "stream": stream}
         async with client(engine) as opened:
-            for refusal in (EngineError(cause), RuntimeError(cause)):
+            for refusal in (
+                EngineError(cause),
+                PipelineError(cause, 1, 7),
+                CheckpointError(cause),
+                RuntimeError(cause),
+            ):
                 engine.refusal = refusal
                 answer = await opened.post("/v1/completions", json=body)
                 assert answer.status_code >= 500
-                assert_says_nothing_of_the_server(answer)
+                assert_shows_nothing_of_the_server(answer)
             engine.refusal = None
             engine.state = msgspec.structs.replace(engine.state, phase=phase, detail=cause)
             for answer in (await opened.post("/v1/completions", json=body), await opened.get("/health")):
-                assert_says_nothing_of_the_server(answer)
+                assert_shows_nothing_of_the_server(answer)
 
     asyncio.run(check())

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 from structlog.testing import capture_logs
 
+from actors.stage.health import Phase, StageProgress
 from api.client import replicas
 from api.client.progress import StartProgress
 from api.errors import EngineError, OptionError
-from api.messages.engine import AddRequest, EngineState
+from api.messages.engine import AddRequest, EngineState, loading_state
 from api.server import serve
 from api.server.serve import ServeSettings, listen
 from api.settings.engine import EngineSettings
@@ -187,26 +188,36 @@ async def test_a_port_in_use_is_refused_before_the_engine_starts(engine: FakeEng
     assert not engine.closed
 
 
+def loading(stage: int, phase: Phase) -> EngineState:
+    progress = StageProgress(stage=stage, host="host-a", rows=[stage], phase=phase, layers_done=1, layers=3)
+    return EngineState(phase="loading", progress=progress)
+
+
 def test_progress_in_a_terminal_shows_every_stage_once() -> None:
     console = Console(force_terminal=True, width=80, file=io.StringIO())
     progress = StartProgress(console)
+    states = [loading(0, "loading"), loading(1, "loading"), loading(0, "ready"), loading(0, "ready")]
     with progress.showing():
-        for detail in ("Being placed.", "Stage 0: loading", "Stage 1: loading", "Stage 0: ready", "Stage 0: ready"):
-            progress.update(EngineState(phase="loading", detail=detail))
+        for state in (loading_state("Being placed."), *states):
+            progress.update(state)
         shown = str(progress.text)
-    assert shown == "Stage 0: ready\nStage 1: loading"
+    assert shown == "Stage 0 on host-a: ready\nStage 1 on host-a: loading, 1 of 3 layers"
 
 
 def test_progress_of_several_replicas_says_which_one() -> None:
     console = Console(force_terminal=True, width=80, file=io.StringIO())
     progress = StartProgress(console, replicas=2)
     with progress.showing():
-        for replica, detail in (
-            (1, "Being placed."),
-            (0, "Being placed."),
-            (0, "Stage 0: loading"),
-            (0, "Stage 1: ready"),
+        for replica, state in (
+            (1, loading_state("Being placed.")),
+            (0, loading_state("Being placed.")),
+            (0, loading(0, "loading")),
+            (0, loading(1, "ready")),
         ):
-            progress.update(EngineState(phase="loading", detail=detail), replica)
+            progress.update(state, replica)
         shown = str(progress.text)
-    assert shown == "Replica 0: Stage 0: loading\nReplica 0: Stage 1: ready\nReplica 1: Being placed."
+    assert shown.splitlines() == [
+        "Replica 0: Stage 0 on host-a: loading, 1 of 3 layers",
+        "Replica 0: Stage 1 on host-a: ready",
+        "Replica 1: Being placed.",
+    ]
