@@ -1,1 +1,1 @@
-"""The front end's side of engines: one engine, replicas, and the metrics of requests."""
+"""The front end's side of the engines: one engine, its replicas, and the metrics of requests."""

@@ -1,4 +1,4 @@
-"""The front end's side of the engine: starts the process, hands it requests, spreads its outputs over them."""
+"""The front end's side of one engine: it starts the process, sends it requests and gives each its outputs."""
 
 import asyncio
 import itertools
@@ -42,64 +42,61 @@ from api.messages.framing import Framing
 from api.scheduler.sequence import check_request
 
 PROBE_TIMEOUT_S = 2.0
-
-"""How long the engine has to answer while its state says that it is ready."""
-
-leave_group = os.setpgrp
-
-"""For subprocess's `preexec_fn`: the child becomes a process group of its own (uvloop has no other way to say so).
-
-It does not become a session: Linux shares the cores out among sessions first (sched(7), autogroups), and on a busy core
-one that has slept may then wait for seconds although it could run, as a front end did that was in another session than
-its stages.
-"""
-
-Answer = TypeVar("Answer")
-
-
-class Questions(Generic[Answer]):
-    """Those of one kind: the engine answers them in the order of asking."""
-
-    def __init__(self) -> None:
-        self._open: deque[asyncio.Future[Answer]] = deque()
-
-    def ask(self) -> "asyncio.Future[Answer]":
-        """The answer to come. Who does not want it any more cancels it."""
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._open.append(answer)
-        return answer
-
-    def answer(self, answer: Answer) -> None:
-        """The oldest question is answered."""
-        oldest = self._open.popleft()
-        if not oldest.done():
-            oldest.set_result(answer)
-
-    def fail(self, error: EngineError) -> None:
-        """No answer will come."""
-        for question in self._open:
-            if not question.done():
-                question.set_exception(error)
-        self._open.clear()
-
-
-EXIT_MARGIN_S = 5.0
-
-"""What the engine gets beyond its stages' deadline before it is killed, and its connection after its own end."""
+"""How long the engine has to answer a health check while its state is "ready"."""
 
 ANSWER_TIMEOUT_S = 5.0
+"""How long the engine has to answer a query: it does so at once, or within the second that it gives its stages."""
 
-"""The engine answers at once, or within the second that it gives its stages; only its own start takes longer."""
+EXIT_MARGIN_S = 5.0
+"""How long after its stages' deadline the engine is killed, and how long after its end its connection may stay open."""
+
+leave_group = os.setpgrp
+"""For subprocess's `preexec_fn`: makes the child a process group of its own (uvloop has no other way).
+
+It does not make it a session: Linux shares the cores out among sessions first (sched(7), autogroups). On a busy core a
+process that has slept may then wait for seconds, as a front end did whose stages were in another session.
+"""
+
+Reply = TypeVar("Reply")
+
+
+class PendingReplies(Generic[Reply]):
+    """The replies of one kind that are still to come: the engine sends them in the order of the queries."""
+
+    def __init__(self) -> None:
+        self._pending: deque[asyncio.Future[Reply]] = deque()
+
+    def expect(self) -> "asyncio.Future[Reply]":
+        """Returns the reply to the query that is sent next. Cancel it when it is no longer wanted."""
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._pending.append(reply)
+        return reply
+
+    def resolve(self, reply: Reply) -> None:
+        """Gives the oldest query its reply."""
+        oldest = self._pending.popleft()
+        if not oldest.done():
+            oldest.set_result(reply)
+
+    def fail(self, error: EngineError) -> None:
+        """Ends all queries with an error, as no reply will come."""
+        for reply in self._pending:
+            if not reply.done():
+                reply.set_exception(error)
+        self._pending.clear()
 
 
 class EngineClient:
     """One engine process and the requests in it. Belongs to the event loop that started it.
 
-    `requests` measures every request from here on.
+    `requests` has the metrics of all its requests.
     """
 
     def __init__(self, options: EngineOptions, on_state: Callable[[EngineState], None] | None = None) -> None:
-        """Not started yet: see `start`, or `launch`. Raises OptionError when the scheduler's options do not fit."""
+        """Makes a client whose process is not started: see `start` and `launch`.
+
+        Raises OptionError when the scheduler's options do not fit together.
+        """
         self._options = options
         self._cache = options.scheduler.cache
         self.requests = RequestMetrics(self._cache.max_model_len)
@@ -108,11 +105,11 @@ class EngineClient:
         self._state_changed = asyncio.Event()
         self._request_ids = itertools.count()
         self._open = OpenRequests()
-        self._counts: Questions[Counts] = Questions()
-        self._metrics: Questions[EngineMetrics] = Questions()
-        self._reports: Questions[PipelineReport] = Questions()
+        self._counts: PendingReplies[Counts] = PendingReplies()
+        self._metrics: PendingReplies[EngineMetrics] = PendingReplies()
+        self._reports: PendingReplies[PipelineReport] = PendingReplies()
         self._messages: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        self._framing = Framing(self._take)
+        self._framing = Framing(self._handle_frame)
         self._process: Process | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -121,9 +118,9 @@ class EngineClient:
     async def start(
         cls, options: EngineOptions, on_state: Callable[[EngineState], None] | None = None
     ) -> AsyncIterator["EngineClient"]:
-        """`async with EngineClient.start(options) as engine`: runs the process, and ends it afterwards.
+        """Runs the process, and ends it afterwards: `async with EngineClient.start(options) as engine`.
 
-        Does not wait for the pipeline: see `wait_ready`. `on_state` is called on the loop with every new state.
+        It does not wait for the pipeline: see `wait_ready`. `on_state` is called on the loop with every new state.
         """
         engine = cls(options, on_state)
         try:
@@ -134,7 +131,7 @@ class EngineClient:
 
     @property
     def state(self) -> EngineState:
-        """Where the engine stands now; "failed" once its process is gone."""
+        """The engine's state now; "failed" once its process is gone."""
         return self._state
 
     @property
@@ -146,20 +143,20 @@ class EngineClient:
 
     @property
     def load(self) -> Load:
-        """What the engine has to do, as far as its requests say."""
+        """How much work the engine's open requests are."""
         return self._open.load
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Returns when the pipeline is ready.
 
         Raises the error that it failed with (a class of api.errors' tables, so that `exit_code` holds), or EngineError
-        after `timeout_s` seconds, with what was being done.
+        after `timeout_s` seconds, with the engine's last state.
         """
         try:
             await asyncio.wait_for(self._left_loading(), timeout_s)
         except asyncio.TimeoutError:
             raise EngineError(
-                f"The engine was not ready within {timeout_s:g} s. Last it said: {self._state.sentence}"
+                f"The engine was not ready within {timeout_s:g} s. Its last state was: {self._state.sentence}"
             ) from None
         if self._state.phase == "failed":
             raise error_of(self._state)
@@ -171,11 +168,11 @@ class EngineClient:
         raise error_of(self._state)
 
     def next_request_id(self) -> int:
-        """An id for the next AddRequest."""
+        """Returns the id for the next AddRequest."""
         return next(self._request_ids)
 
     def generate(self, request: AddRequest) -> RequestStream:
-        """Hands the request to the engine at once.
+        """Sends the request to the engine at once, and returns its outputs to come.
 
         Raises RequestError if it can never fit the cache, NotReadyError while the engine is not ready, and ValueError
         for an id that is in use.
@@ -184,38 +181,38 @@ class EngineClient:
         if not takes_requests(self._state):
             raise not_ready(self._state)
         stream = RequestStream(request, self._abort)
-        self._open.add(stream)
+        self._open.add_stream(stream)
         self.requests.began(request)
         self._framing.send(request)
         return stream
 
     def unanswered(self) -> list[RequestStream]:
-        """Requests that could go to another engine: of their answers nothing has come."""
+        """The requests that could move to another engine, as none of their outputs has come."""
         return self._open.unanswered()
 
     def move(self, stream: RequestStream, other: "EngineClient") -> None:
-        """Gives one of the unanswered requests to another engine, which is ready; this one has failed."""
+        """Moves one of the unanswered requests of this engine, which has failed, to another one that is ready."""
         request = stream.request
-        self._open.remove(request.request_id)
+        self._open.remove_request(request.request_id)
         stream.move(other._abort)
-        other._open.add(stream)
+        other._open.add_stream(stream)
         other.requests.adopt(request.request_id, self.requests.release(request.request_id))
         other._framing.send(request)
 
     async def counts(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Counts:
-        """The engine's books. Raises EngineError if the engine is gone or does not answer in `timeout_s` seconds."""
-        return await self._answer(self._counts, GetCounts(), timeout_s)
+        """Queries the engine's counts. Raises EngineError if it is gone or does not answer in `timeout_s` seconds."""
+        return await self._query(self._counts, GetCounts(), timeout_s)
 
     async def metrics(self, timeout_s: float = ANSWER_TIMEOUT_S) -> EngineMetrics:
-        """What the engine has measured. Raises EngineError as `counts` does."""
-        return await self._answer(self._metrics, GetMetrics(), timeout_s)
+        """Queries the engine's measurements. Raises EngineError like `counts`."""
+        return await self._query(self._metrics, GetMetrics(), timeout_s)
 
     async def report(self, timeout_s: float = ANSWER_TIMEOUT_S) -> PipelineReport:
-        """What the engine and its stages do now. Raises EngineError as `counts` does."""
-        return await self._answer(self._reports, GetPipelineReport(), timeout_s)
+        """Queries the state of the engine and its stages. Raises EngineError like `counts`."""
+        return await self._query(self._reports, GetPipelineReport(), timeout_s)
 
     async def close(self) -> None:
-        """Ends the engine and its pipeline; kills it when it is not gone `close_timeout_s` later. May be repeated."""
+        """Ends the engine and its pipeline; kills it when it takes longer than `close_timeout_s`. May be repeated."""
         self._end(EngineError.for_clients("The engine was closed."))
         self._framing.close()
         if self._process is None or self._watching is None:
@@ -225,27 +222,27 @@ class EngineClient:
             self._process.kill()
         await self._watching
 
-    async def _answer(
-        self, questions: Questions[Answer], question: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
-    ) -> Answer:
+    async def _query(
+        self, pending: PendingReplies[Reply], query: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
+    ) -> Reply:
         if self._process is None:
             raise EngineError.for_clients("The engine process was not started.")
         if self._framing.lost.is_set():
             raise EngineError.for_clients("The engine is gone.")
-        answer = questions.ask()
-        self._framing.send(question)
+        reply = pending.expect()
+        self._framing.send(query)
         try:
-            return await asyncio.wait_for(answer, timeout_s)
+            return await asyncio.wait_for(reply, timeout_s)
         except asyncio.TimeoutError:
             raise EngineError.for_clients(f"The engine did not answer within {timeout_s:g} s.") from None
 
     async def launch(self) -> None:
-        """Runs the process; to be called once, and `close` is to follow in any case."""
+        """Runs the process. Call it once, and `close` in any case afterwards."""
         self._set_state(loading_state("The engine process starts."))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
-            # The first of all frames: nobody asks anything before there is a process.
+            # This is the first frame, as no query is sent before there is a process.
             self._framing.send(self._options)
             try:
                 self._process = await asyncio.create_subprocess_exec(
@@ -266,9 +263,9 @@ class EngineClient:
         self._watching = asyncio.create_task(self._watch(self._process))
 
     async def _watch(self, process: Process) -> None:
-        """Waits for the engine's end, and for its last words."""
+        """Waits for the engine's end and its last frames."""
         code = await process.wait()
-        # A process that the engine left behind might hold the connection open.
+        # The wait is bounded, as a process that the engine left behind might hold the connection open.
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._framing.lost.wait(), EXIT_MARGIN_S)
         self._framing.close()
@@ -278,32 +275,32 @@ class EngineClient:
         while self._state.phase == "loading":
             await self._state_changed.wait()
 
-    def _take(self, frame: memoryview) -> None:
+    def _handle_frame(self, frame: memoryview) -> None:
         message = self._messages.decode(frame)
         if isinstance(message, Outputs):
-            self._hand_on(message.outputs)
+            self._push_outputs(message.outputs)
         elif isinstance(message, EngineState):
             self._set_state(message)
         elif isinstance(message, Counts):
-            self._counts.answer(message)
+            self._counts.resolve(message)
         elif isinstance(message, EngineMetrics):
-            self._metrics.answer(message)
+            self._metrics.resolve(message)
         elif isinstance(message, PipelineReport):
-            self._reports.answer(message)
+            self._reports.resolve(message)
 
-    def _hand_on(self, outputs: list[RequestOutput]) -> None:
+    def _push_outputs(self, outputs: list[RequestOutput]) -> None:
         self.requests.received(outputs)
         streams = self._open.streams
         for output in outputs:
-            # What was on its way when a request was aborted has no stream any more.
+            # Outputs that were on their way when their request was aborted have no stream.
             stream = streams.get(output.request_id)
             if stream is not None:
                 stream.push(output)
                 if output.finish_reason is not None:
-                    self._open.remove(output.request_id)
+                    self._open.remove_request(output.request_id)
 
     def _abort(self, request_id: int, reason: FinishReason) -> None:
-        self._open.remove(request_id)
+        self._open.remove_request(request_id)
         self.requests.ended_here(request_id, reason)
         self._framing.send(AbortRequest(request_id=request_id))
 
@@ -315,9 +312,9 @@ class EngineClient:
             self._on_state(state)
 
     def _end(self, error: EngineError) -> None:
-        """Nothing comes from the engine any more. The reason that it gave itself, if it failed, stays."""
+        """Ends all requests and queries, as the engine sends nothing any more. If it had failed, that error stays."""
         if self._state.phase != "failed":
             self._set_state(failed_state(error))
-        self._hand_on([failed_output(request_id, error_of(self._state)) for request_id in self._open.streams])
-        for questions in (self._counts, self._metrics, self._reports):
-            questions.fail(EngineError(self._state.sentence, public=self._state.public_sentence))
+        self._push_outputs([failed_output(request_id, error_of(self._state)) for request_id in self._open.streams])
+        for pending in (self._counts, self._metrics, self._reports):
+            pending.fail(EngineError(self._state.sentence, public=self._state.public_sentence))

@@ -1,4 +1,4 @@
-"""The requests that an engine has, as its front end knows them: their outputs, and how much work they are."""
+"""The open requests of an engine, on the front end's side: their outputs, and how much work they are."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -9,23 +9,22 @@ from api.errors import EngineError
 from api.messages.engine import AddRequest, FinishReason, RequestOutput
 
 OUTPUTS_WAITING_MAX = 4096
-
-"""Outputs that may wait for their consumer: more than a client falls behind that reads at all."""
+"""Outputs that may wait for their consumer: a client that reads at all falls less behind."""
 
 TOO_SLOW = f"The client read too slowly: {OUTPUTS_WAITING_MAX} tokens waited for it."
 
 
 class RequestStream(AsyncIterator[RequestOutput]):
-    """The outputs of one request, in order, up to and with the one that has a `finish_reason`.
+    """The outputs of one request, in order, up to and including the one that has a `finish_reason`.
 
-    It `has_begun` with its first output, and `was_moved` where it is no longer in the engine that it was given to.
+    It `has_begun` once it has an output, and `was_moved` if it is no longer in the engine that it was given to first.
 
-    Never yields an "error" output: raises EngineError with its sentence instead, as when the engine dies. Closing it,
+    It yields no "error" output: it raises EngineError with its sentence instead, also when the engine dies. Closing it,
     or cancelling the task that waits on it, before the last output aborts the request: use `contextlib.aclosing`.
     """
 
     def __init__(self, request: AddRequest, abort: Callable[[int, FinishReason], None]) -> None:
-        """`abort` is called once at most, with why, and never after the last output was pushed."""
+        """`abort` is called with the request's id and the reason, once at most, and never after the last output."""
         self.request = request
         self.has_begun = False
         self.was_moved = False
@@ -35,7 +34,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._is_over = False
 
     def push(self, output: RequestOutput) -> None:
-        """Hands on the next output. One too many aborts the request; its consumer finds an error after what waits."""
+        """Appends the next output. If too many wait, it aborts the request: its consumer gets an error at last."""
         self.has_begun = True
         if output.finish_reason is None and self._outputs.qsize() >= OUTPUTS_WAITING_MAX:
             output = msgspec.structs.replace(output, finish_reason="error", error=TOO_SLOW, public=TOO_SLOW)
@@ -44,7 +43,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._outputs.put_nowait(output)
 
     def move(self, abort: Callable[[int, FinishReason], None]) -> None:
-        """Another engine has the request from now on, and its `abort` is the one to call."""
+        """Notes that the request is in another engine from now on, whose `abort` is the one to call."""
         self.was_moved = True
         self._abort = abort
 
@@ -62,7 +61,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
         return output
 
     async def aclose(self, reason: FinishReason = "abort") -> None:
-        """Aborts the request unless it has ended: "stop" where its text is complete. May be repeated."""
+        """Aborts the request unless it has ended; `reason` is "stop" where its text is complete. May be repeated."""
         self._is_over = True
         if not self._is_complete:
             self._is_complete = True
@@ -70,7 +69,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
 
 class Load(msgspec.Struct, frozen=True, order=True):
-    """The open requests of an engine, and the tokens that these have or may come to have, prompts included.
+    """The number of open requests of an engine, and the tokens that these have or may get, prompts included.
 
     Loads are ordered by requests; where these are equal, by tokens.
     """
@@ -80,17 +79,17 @@ class Load(msgspec.Struct, frozen=True, order=True):
 
 
 def least_loaded(loads: Sequence[Load | None], last: int) -> int | None:
-    """The place of the engine that gets the next request; None where there is none to give it to.
+    """The index of the engine that gets the next request; None where no engine takes requests.
 
-    `loads` has None for an engine that takes no requests. Among equals it is the next one after `last`, the place of
-    the engine that got the request before, so that idle engines take turns.
+    `loads` has None for an engine that takes none. Among equals it is the next one after `last`, the index of the
+    engine that got the request before, so that idle engines take turns.
     """
-    places = [place for place, load in enumerate(loads) if load is not None]
-    return min(places, key=lambda place: (loads[place], (place - last - 1) % len(loads)), default=None)
+    ready = [index for index, load in enumerate(loads) if load is not None]
+    return min(ready, key=lambda index: (loads[index], (index - last - 1) % len(loads)), default=None)
 
 
 class OpenRequests:
-    """Requests that have not ended, by id: `streams` is for looking up only."""
+    """The requests that have not ended; `streams` has them by id, for looking up only."""
 
     def __init__(self) -> None:
         self.streams: dict[int, RequestStream] = {}
@@ -98,23 +97,23 @@ class OpenRequests:
 
     @property
     def load(self) -> Load:
-        """What the engine has to do."""
+        """How much work the requests are."""
         return Load(len(self.streams), self._tokens)
 
-    def add(self, stream: RequestStream) -> None:
-        """Takes a request in. Raises ValueError for an id that is in use."""
+    def add_stream(self, stream: RequestStream) -> None:
+        """Adds a request. Raises ValueError for an id that is in use."""
         request_id = stream.request.request_id
         if request_id in self.streams:
             raise ValueError(f"Request {request_id} is running already.")
         self.streams[request_id] = stream
         self._tokens += _tokens(stream.request)
 
-    def remove(self, request_id: int) -> None:
-        """A request has ended, or is another engine's from now on."""
+    def remove_request(self, request_id: int) -> None:
+        """Removes a request that has ended or moved to another engine."""
         self._tokens -= _tokens(self.streams.pop(request_id).request)
 
     def unanswered(self) -> list[RequestStream]:
-        """Those of whose answers nothing has come yet, in the order of their beginning."""
+        """The requests that have no output yet, in the order of their beginning."""
         return [stream for stream in self.streams.values() if not stream.has_begun]
 
 

@@ -1,4 +1,4 @@
-"""Progress of work that takes its time: a bar or a line in a terminal, lines of the log elsewhere."""
+"""The progress of work that takes long: a bar or a line in a terminal, lines of the log elsewhere."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

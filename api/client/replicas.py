@@ -1,4 +1,4 @@
-"""Several engines that do the same work, each with a pipeline of its own, behind one front end."""
+"""The replicas behind one front end: engines that do the same work, each with a pipeline of its own."""
 
 import asyncio
 import functools
@@ -29,16 +29,17 @@ log = structlog.get_logger()
 
 
 class Replicas:
-    """A `TokenSource` of one or more engines; each request is in one of them, the one with the least to do.
+    """A `TokenSource` of one or more engines; each request goes to the one with the least to do.
 
-    When an engine fails, the requests of whose answers nothing has come go to another one, each of them once at most:
-    what ends one engine may be the request itself. The others end with an error. Failed engines are not replaced.
+    When an engine fails, its requests that have no output yet move to another one, each of them at most once, as the
+    request itself may be what ends engines. The others end with an error. Failed engines are not replaced.
     """
 
     def __init__(self, options: Sequence[EngineOptions], on_state: Callable[[EngineState, int], None]) -> None:
-        """Not started yet: see `open`. Raises OptionError when the scheduler's options do not fit together."""
+        """Makes replicas that are not started: see `open`. Raises OptionError when the options do not fit."""
         self.engines = [
-            EngineClient(each, functools.partial(self._note, replica)) for replica, each in enumerate(options)
+            EngineClient(each, functools.partial(self._on_engine_state, replica))
+            for replica, each in enumerate(options)
         ]
         self._on_state = on_state
         self._cache = options[0].scheduler.cache
@@ -54,9 +55,10 @@ class Replicas:
     async def open(
         cls, options: Sequence[EngineOptions], on_state: Callable[[EngineState, int], None]
     ) -> AsyncIterator["Replicas"]:
-        """`async with Replicas.open(options, on_state) as replicas: await replicas.start(timeout_s)`.
+        """Makes replicas, and ends them afterwards.
 
-        All engines are ended afterwards. `on_state` is called on the loop with every new state, and whose it is.
+        Use it as `async with Replicas.open(options, on_state) as replicas: await replicas.start(timeout_s)`. `on_state`
+        is called on the loop with every new state and the number of its replica.
         """
         replicas = cls(options, on_state)
         try:
@@ -66,7 +68,7 @@ class Replicas:
 
     @property
     def state(self) -> EngineState:
-        """See `common_state`."""
+        """The state of all engines together: see `common_state`."""
         return common_state([engine.state for engine in self.engines])
 
     async def start(self, timeout_s: float) -> None:
@@ -86,7 +88,7 @@ class Replicas:
                 start.cancel()
 
     async def wait_failed(self) -> None:
-        """Waits for all engines to fail for good, then raises the error of one, as `start` does."""
+        """Waits for all engines to fail for good, then raises the error of one, like `start`."""
         await asyncio.gather(*(engine.wait_failed() for engine in self.engines), return_exceptions=True)
         raise error_of(self.state)
 
@@ -99,11 +101,11 @@ class Replicas:
             raise failures[0]
 
     def next_request_id(self) -> int:
-        """An id for the next AddRequest, whichever engine it goes to."""
+        """Returns the id for the next AddRequest, whichever engine it goes to."""
         return next(self._request_ids)
 
     def generate(self, request: AddRequest) -> RequestStream:
-        """Hands the request to the engine with the least to do. Raises what `EngineClient.generate` does."""
+        """Sends the request to the engine with the least to do. Raises like `EngineClient.generate`."""
         chosen = least_loaded(self._loads(), self._last)
         if chosen is None:
             check_request(request, self._cache)
@@ -128,7 +130,7 @@ class Replicas:
             raise error_of(named_state(failed_state(error), replica)) from error
 
     def _loads(self) -> list[Load | None]:
-        """Of those that are ready or, where none is, of those that will be when a stage is replaced."""
+        """The loads of the engines that are ready or, where none is, of those that will be once a stage is replaced."""
         states = [engine.state for engine in self.engines]
         is_any_ready = any(state.phase == "ready" for state in states)
         return [
@@ -136,14 +138,14 @@ class Replicas:
             for engine, state in zip(self.engines, states, strict=True)
         ]
 
-    def _note(self, replica: int, state: EngineState) -> None:
+    def _on_engine_state(self, replica: int, state: EngineState) -> None:
         self._on_state(state, replica)
         if state.phase == "failed" and not self._is_closing:
             moved = self._move_requests(self.engines[replica])
             log.warning("an engine failed", replica=replica, error=state.sentence, moved_requests=moved)
 
     def _move_requests(self, failed: EngineClient) -> int:
-        """Gives what can be given to other engines; how many requests that was."""
+        """Moves the unanswered requests to other engines, and returns how many it moved."""
         moved = 0
         for stream in failed.unanswered():
             chosen = least_loaded(self._loads(), self._last)

@@ -1,4 +1,4 @@
-"""What the front end measures of requests: as near to the client as tokens pass all of them."""
+"""The front end's metrics of requests, taken as near to the client as the tokens of all of them pass."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from api.messages.histogram import FIRST_TOKEN_BOUNDS_S, LATENCY_BOUNDS_S, TOKEN
 
 @dataclass(slots=True)
 class OpenRequest:
-    """One request that has not ended; times are of the meter's clock, in seconds."""
+    """One request that has not ended; times are those of the metrics' clock, in seconds."""
 
     began: float
     prompt_tokens: int
@@ -35,34 +35,34 @@ class RequestMetrics:
         self._open: dict[int, OpenRequest] = {}
 
     def began(self, request: AddRequest) -> None:
-        """A request is handed to the engine."""
+        """Notes a request that is sent to the engine."""
         self._open[request.request_id] = OpenRequest(began=self._clock(), prompt_tokens=len(request.tokens))
 
     def received(self, outputs: Sequence[RequestOutput]) -> None:
-        """Outputs came from the engine. Those of requests that ended before are nobody's any more."""
+        """Counts outputs that came from the engine, but for those of requests that ended before."""
         now = self._clock()
         for output in outputs:
             request = self._open.get(output.request_id)
             if request is None:
                 continue
             if output.tokens:
-                self._take_tokens(request, len(output.tokens), now)
+                self._count_tokens(request, len(output.tokens), now)
             if output.finish_reason is not None:
                 self._end(output.request_id, output.finish_reason, now)
 
     def release(self, request_id: int) -> OpenRequest:
-        """A request is handed on to another engine, whose `adopt` gets what is returned."""
+        """Removes a request that moves to another engine; its `adopt` takes what is returned."""
         return self._open.pop(request_id)
 
     def adopt(self, request_id: int, request: OpenRequest) -> None:
-        """A request comes from another engine; its times count from its true beginning."""
+        """Adds a request that moved here; its times count from its beginning in the first engine."""
         self._open[request_id] = request
 
     def ended_here(self, request_id: int, reason: FinishReason) -> None:
-        """The front end gave a request up, or had what it wanted."""
+        """Notes the end of a request that the front end aborted, or whose text was complete."""
         self._end(request_id, reason, self._clock())
 
-    def _take_tokens(self, request: OpenRequest, count: int, now: float) -> None:
+    def _count_tokens(self, request: OpenRequest, count: int, now: float) -> None:
         self.generation_tokens += count
         if request.tokens:
             self.inter_token_times.observe(now - request.last_token)

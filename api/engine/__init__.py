@@ -1,1 +1,1 @@
-"""The engine's process: the scheduler, the pipeline and what is measured of both."""
+"""The engine's process: it joins the scheduler to the pipeline, and measures both."""

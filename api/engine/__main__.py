@@ -1,8 +1,8 @@
 """`python -m api.engine`: the engine as a process of its own, so that tokenising never delays a step.
 
 `EngineClient` starts it with the number of a socket's file descriptor; its options are the first frame on it, and the
-messages of api/messages/engine.py follow. It ends itself when the socket or the pipeline does. SIGINT and SIGTERM are
-for the front end alone: `ray job stop` sends them to every process, and the open requests are to end first.
+messages of api/messages/engine.py follow. It ends when the socket or the pipeline does. It ignores SIGINT and SIGTERM,
+which the front end handles: `ray job stop` sends them to every process, and the open requests are to end first.
 """
 
 import asyncio
@@ -22,9 +22,7 @@ from api.engine.engine import Engine
 from api.engine.options import EngineOptions
 from api.engine.signals import on_stop_signal
 from api.errors import exit_code
-from api.messages.engine import (
-    ToEngine,
-)
+from api.messages.engine import ToEngine
 from api.messages.framing import Framing
 from weights.errors import GalaxylineError
 
@@ -36,7 +34,7 @@ log = structlog.get_logger()
 
 
 class EngineProcess:
-    """The engine and its end of the socket, from the first frame to the exit code."""
+    """The life of the engine's process, from the first frame on its socket to the exit code."""
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
@@ -60,7 +58,7 @@ class EngineProcess:
 
     async def _leave(self, engine: Engine, serving: "asyncio.Task[None]") -> int:
         serving.cancel()
-        # Whatever hangs from here on, the process ends; Ray's daemons then end with it.
+        # Whatever hangs from here on, the alarm ends the process, and Ray's daemons end with it.
         signal.alarm(math.ceil(2 * engine.close_timeout_s) + EXIT_MARGIN_S)
         try:
             code = await _outcome(serving)
@@ -74,7 +72,7 @@ class EngineProcess:
         options = msgspec.msgpack.decode(frame, type=EngineOptions)
         engine = Engine(options, pkgutil.resolve_name(options.pipeline_start), self._framing.send)
         messages: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        self._framing.on_frame = lambda later: engine.take(messages.decode(later))
+        self._framing.on_frame = lambda later: engine.handle_message(messages.decode(later))
         self._engine = engine
         self._begun.set()
 
@@ -88,7 +86,7 @@ async def _first_of(*events: asyncio.Event, timeout_s: float | None = None) -> N
 
 
 async def _outcome(ending: Awaitable[None]) -> int:
-    """The exit code of what ends now; an error is logged by its name."""
+    """Waits for the end, and returns its exit code; an error is logged."""
     try:
         await ending
     except asyncio.CancelledError:
@@ -100,7 +98,7 @@ async def _outcome(ending: Awaitable[None]) -> int:
 
 
 def main() -> None:
-    """The process: its one argument is the number of the socket's file descriptor."""
+    """Runs the process, whose one argument is the number of the socket's file descriptor."""
     configure_logging()
     connection = socket.socket(fileno=int(sys.argv[1]))
     # A process that outlives this one must not hold the connection open.

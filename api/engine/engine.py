@@ -1,18 +1,18 @@
-"""The engine: joins the scheduler to the pipeline."""
+"""The engine, which joins the scheduler to the pipeline."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, ProtocolError
 from actors.options import PipelineOptions
-from actors.stage.health import StageHealth, StageProgress
+from actors.stage.health import StageProgress
 from api.engine.meters import EngineMeters
 from api.engine.options import EngineOptions
+from api.engine.pipeline import EnginePipeline
 from api.engine.pipeline_reports import PipelineReports
 from api.engine.recovery import Recovery, RestartLimit
 from api.engine.step_watch import StepWatch
@@ -33,36 +33,14 @@ from api.messages.engine import (
     loading_state,
 )
 from api.scheduler.scheduler import Scheduler
-from stages.step import Step, StepResult
 from weights.errors import GalaxylineError
 
-
-class StartedPipeline(Protocol):
-    """What the engine needs of actors.pipeline.Pipeline."""
-
-    epoch: int
-
-    async def submit(self, step: Step) -> None:
-        """Sends a step to the first stage. Raises PipelineError."""
-
-    async def receive(self) -> StepResult:
-        """The next result, in the order of submission. Raises PipelineError."""
-
-    async def health(self) -> list[StageHealth]:
-        """What every stage says of itself, in order; returns within about a second."""
-
-    async def recover(self) -> None:
-        """Brings it back after a failure, as another epoch. Raises GalaxylineError; may be called again then."""
-
-    async def close(self) -> None:
-        """Ends all stages."""
-
-
-StartPipeline = Callable[[PipelineOptions, Callable[[StageProgress], None]], Awaitable[StartedPipeline]]
+StartPipeline = Callable[[PipelineOptions, Callable[[StageProgress], None]], Awaitable[EnginePipeline]]
+"""`Pipeline.start` of actors/pipeline.py, or what a test has in its stead."""
 
 
 class Engine:
-    """Fills the pipeline with the scheduler's steps and hands out what they sample, through `send`."""
+    """Keeps the pipeline full of the scheduler's steps, and gives what they sample to `send`."""
 
     def __init__(
         self, options: EngineOptions, start_pipeline: StartPipeline, send: Callable[[FromEngine], None]
@@ -76,17 +54,17 @@ class Engine:
         self._reports = PipelineReports(options, self._scheduler, self._meters, send)
         self._recovery = Recovery(self._scheduler, self._watch, self._meters, RestartLimit(options.max_restarts), send)
         self._changed = asyncio.Event()
-        self._pipeline: StartedPipeline | None = None
+        self._pipeline: EnginePipeline | None = None
 
     @property
     def close_timeout_s(self) -> float:
-        """How long the stages get to end."""
+        """The seconds that the stages get to end."""
         return self._options.close_timeout_s
 
-    def take(self, message: ToEngine) -> None:
-        """A message from the front end. Requests may come while the pipeline starts: they wait."""
+    def handle_message(self, message: ToEngine) -> None:
+        """Handles a message from the front end. Requests may come while the pipeline starts: they wait."""
         if isinstance(message, AddRequest):
-            self._add(message)
+            self._add_request(message)
         elif isinstance(message, AbortRequest):
             self._scheduler.abort(message.request_id)
             self._watch.request_aborted(message.request_id)
@@ -97,22 +75,22 @@ class Engine:
             counts, preemptions = self._scheduler.counts(), self._scheduler.preemptions
             self._send(self._meters.metrics(counts, preemptions, self._reports.roster.hosts))
         elif isinstance(message, GetPipelineReport):
-            self._reports.ask(self._pipeline)
+            self._reports.send_report(self._pipeline)
 
     async def run(self) -> None:
         """Starts the pipeline and serves until the task is cancelled; `close` is to follow in any case.
 
         A pipeline that fails is brought back, and the requests in it go on where they were. Raises what
         `Pipeline.start` raises, or PipelineError or PlacementError where it cannot be brought back: every request has
-        ended with it then, and the front end has been told.
+        ended with it then, and the front end has been sent the state "failed".
         """
         self._send(loading_state("The stages are being placed."))
         try:
             if self._options.timeline is not None:
                 self._watch.timeline = Timeline(open_timeline(Path(self._options.timeline)))
-            self._pipeline = await self._start_pipeline(self._options.pipeline, self._tell_progress)
+            self._pipeline = await self._start_pipeline(self._options.pipeline, self._send_progress)
             while True:
-                # A new epoch knows no request: those that wait for it, or ran in a former one, begin anew.
+                # The stages of a new epoch have no requests: those that wait, or ran in a former one, begin anew.
                 self._scheduler.reset(self._pipeline.epoch)
                 if self._watch.timeline is not None:
                     self._watch.timeline.name_stages(self._reports.roster.hosts)
@@ -139,7 +117,7 @@ class Engine:
             raise EngineError(f"The stages did not end within {self.close_timeout_s:g} s.")
         closing.result()
 
-    async def _serve(self, pipeline: StartedPipeline) -> PipelineError | ProtocolError:
+    async def _serve(self, pipeline: EnginePipeline) -> PipelineError | ProtocolError:
         """Serves until the pipeline fails; returns what it failed with."""
         self._changed.set()
         loops = [asyncio.create_task(self._feed(pipeline)), asyncio.create_task(self._collect(pipeline))]
@@ -155,7 +133,7 @@ class Engine:
             await asyncio.gather(*loops, return_exceptions=True)
         raise EngineError("The engine stopped serving without a cause.")
 
-    async def _feed(self, pipeline: StartedPipeline) -> None:
+    async def _feed(self, pipeline: EnginePipeline) -> None:
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -163,18 +141,18 @@ class Engine:
                 self._watch.step_issued(step)
                 await pipeline.submit(step)
 
-    async def _collect(self, pipeline: StartedPipeline) -> None:
+    async def _collect(self, pipeline: EnginePipeline) -> None:
         while True:
             result = await pipeline.receive()
             returned_ns = now_ns()
             outputs = self._scheduler.on_result(result)
             self._changed.set()
             if outputs:
-                self._recovery.progress()
+                self._recovery.record_token()
                 self._send(Outputs(outputs=outputs))
             self._watch.step_returned(result, outputs, returned_ns)
 
-    def _add(self, request: AddRequest) -> None:
+    def _add_request(self, request: AddRequest) -> None:
         try:
             self._scheduler.add_request(request)
         except RequestError as error:
@@ -183,8 +161,8 @@ class Engine:
             self._watch.request_came(request.request_id)
             self._changed.set()
 
-    def _tell_progress(self, progress: StageProgress) -> None:
-        self._reports.roster.note(progress)
+    def _send_progress(self, progress: StageProgress) -> None:
+        self._reports.roster.record_progress(progress)
         if not self._recovery.is_under_way:
             self._send(EngineState(phase="loading", progress=progress))
 

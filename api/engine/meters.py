@@ -1,4 +1,4 @@
-"""What the engine measures: how long requests wait, and what each step costs in every stage."""
+"""The engine's measurements: how long requests wait, and how long each step takes in every stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,22 @@ from api.messages.engine import Counts, EngineMetrics, StageMetrics
 from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
 from stages.step import Mode, StageTiming, Step, StepResult
 
+NS_PER_S = 1_000_000_000
+NS = 1e-9
+"""One nanosecond in seconds."""
+
+RECENT_SECONDS = 10
+"""The length of the window in which the share of time that a stage computes is measured."""
+
+STEP_BOUNDS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""The bounds for everything that is measured of a step: from a hop within a host to a long prefill."""
+
 
 @dataclass(slots=True, frozen=True)
 class StepRecord:
     """A step, when the engine submitted it (`actors.clock.now_ns`), and the requests whose tokens it holds.
 
-    `request_ids` are in the order of the step's segments, and empty where nobody asks for them.
+    `request_ids` are in the order of the step's segments, and empty where neither trace nor log needs them.
     """
 
     step: Step
@@ -22,27 +32,14 @@ class StepRecord:
     request_ids: list[int]
 
 
-NS_PER_S = 1_000_000_000
-
-NS = 1e-9
-
-RECENT_SECONDS = 10
-
-"""What "recent" means for the share of time that a stage computes."""
-
-STEP_BOUNDS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-
-"""Bounds for everything that is measured of a step: from a hop within a host to a long prefill."""
-
-
 class BusyWindow:
-    """Time spent computing, by whole seconds of the clock, for the last RECENT_SECONDS of them."""
+    """The time spent computing in each of the last RECENT_SECONDS whole seconds of the clock."""
 
     def __init__(self) -> None:
         self._by_second: dict[int, int] = {}
 
-    def add(self, began_ns: int, ended_ns: int) -> None:
-        """Takes a step; none may begin before the former one ended."""
+    def add_step(self, began_ns: int, ended_ns: int) -> None:
+        """Adds the time of a step; none may begin before the former one ended."""
         by_second = self._by_second
         second = began_ns // NS_PER_S
         while began_ns < ended_ns:
@@ -54,18 +51,18 @@ class BusyWindow:
             del by_second[next(iter(by_second))]
 
     def share(self, now_ns: int) -> float:
-        """Share of the time since the beginning of the second RECENT_SECONDS ago, in [0, 1]."""
+        """The share of time spent computing, in [0, 1], since the beginning of the second RECENT_SECONDS ago."""
         first = now_ns // NS_PER_S - RECENT_SECONDS
         busy_ns = sum(busy_ns for second, busy_ns in self._by_second.items() if second >= first)
         return min(busy_ns / (now_ns - first * NS_PER_S), 1.0)
 
 
 class StageMeter:
-    """Adds up what the timings of all steps say of one stage.
+    """Adds up the times of all steps in one stage.
 
     A bubble is time in which the pipeline has a step in flight and the stage computes none. Steps come back in the
-    order in which every stage runs them, so that each one's timing tells of the wait before it: bubbles and busy
-    time together are the time in which a step is in flight, whenever none is.
+    order in which every stage runs them, so the timing of each gives the wait before it. Whenever no step is in flight,
+    bubbles and busy time together are the time in which one was.
 
     Times of two hosts differ by their clocks; where that would make a time negative, it counts as 0.
     """
@@ -83,26 +80,26 @@ class StageMeter:
         self._waits_since_ns = 0
 
     def pipeline_fills(self, now_ns: int) -> None:
-        """A step enters the pipeline, which was empty."""
+        """Notes that a step enters the pipeline, which was empty."""
         self._waits_since_ns = now_ns
 
     def step_done(self, mode: Mode, sent_ns: int, timing: StageTiming) -> None:
-        """A step came back, which the stage before, or the engine, had sent off at `sent_ns`."""
+        """Adds a step that came back; the stage before, or the engine, had sent it to this stage at `sent_ns`."""
         began_ns, ended_ns = timing.began_ns, timing.ended_ns
         self.hops.observe(max(timing.received_ns - sent_ns, 0) * NS)
         self.queues.observe((began_ns - timing.received_ns) * NS)
         self.step_times[mode].observe((ended_ns - began_ns) * NS)
         self.busy_ns += ended_ns - began_ns
-        self.recent.add(began_ns, ended_ns)
+        self.recent.add_step(began_ns, ended_ns)
         self.bubble_ns += max(began_ns - self._waits_since_ns, 0)
         self._waits_since_ns = ended_ns
 
     def pipeline_empties(self, now_ns: int) -> None:
-        """The last step in flight is back."""
+        """Notes that the last step in flight is back."""
         self.bubble_ns += max(now_ns - self._waits_since_ns, 0)
 
     def metrics(self, stage: int, host: str, now_ns: int) -> StageMetrics:
-        """The sums as they stand."""
+        """The sums so far."""
         return StageMetrics(
             stage=stage,
             host=host,
@@ -117,7 +114,7 @@ class StageMeter:
 
 
 class EngineMeters:
-    """Adds up, for the life of the engine; `metrics` gives the sums. Times are of `actors.clock.now_ns`."""
+    """Adds up times for the life of the engine; `metrics` gives the sums. The clock is `actors.clock.now_ns`."""
 
     def __init__(self, stages: int) -> None:
         self.stages = [StageMeter() for _ in range(stages)]
@@ -133,30 +130,30 @@ class EngineMeters:
         self._returned_ns = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
-        """A request has come."""
+        """Notes that a request has come."""
         self._waiting_since_ns[request_id] = came_ns
 
     def request_runs(self, request_id: int, admitted_ns: int) -> None:
-        """A request has got a slot; only its first one counts."""
+        """Notes that a request has got a slot; only its first one counts."""
         since_ns = self._waiting_since_ns.pop(request_id, None)
         if since_ns is not None:
             self._queue_times.observe((admitted_ns - since_ns) * NS)
 
     def request_leaves(self, request_id: int) -> None:
-        """A request has ended, perhaps before it got a slot."""
+        """Notes that a request has ended, perhaps before it got a slot."""
         self._waiting_since_ns.pop(request_id, None)
 
     def recovered(self, seconds: float) -> None:
-        """The pipeline is back, so long after it failed."""
+        """Adds the time that it took to bring the pipeline back."""
         self._recoveries.observe(seconds)
 
     def pipeline_fills(self, submitted_ns: int) -> None:
-        """A step is submitted while none is in flight."""
+        """Notes that a step is submitted while none is in flight."""
         for meter in self.stages:
             meter.pipeline_fills(submitted_ns)
 
     def step_done(self, record: StepRecord, result: StepResult, returned_ns: int) -> None:
-        """The oldest step in flight is back. Raises ProtocolError unless every stage has said its times."""
+        """Adds the oldest step in flight, which is back. Raises ProtocolError if the times of a stage are missing."""
         if len(result.timings) != len(self.stages):
             raise ProtocolError(
                 f"Step {result.step_id} came back with the times of {len(result.timings)} stages; there are "
@@ -173,16 +170,16 @@ class EngineMeters:
         self._result_hops.observe(max(returned_ns - sent_ns, 0) * NS)
 
     def pipeline_empties(self, returned_ns: int) -> None:
-        """No step is in flight any more."""
+        """Notes that no step is in flight any more."""
         for meter in self.stages:
             meter.pipeline_empties(returned_ns)
 
     def busy_share(self, stage: int) -> float:
-        """The share of the last seconds that a stage computed in."""
+        """The share of the last RECENT_SECONDS that a stage computed in."""
         return self.stages[stage].recent.share(now_ns())
 
     def metrics(self, counts: Counts, preemptions: int, hosts: Sequence[str]) -> EngineMetrics:
-        """The sums as they stand; `hosts` says where each stage is."""
+        """The sums so far; `hosts` has the host of each stage."""
         asked_ns = now_ns()
         return EngineMetrics(
             counts=counts,

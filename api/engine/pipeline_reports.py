@@ -1,28 +1,18 @@
-"""The engine's answers to who asks what the pipeline does."""
+"""The reports on the pipeline that the engine sends when it is asked for them."""
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
 
-from actors.stage.health import StageHealth
 from api.engine.meters import EngineMeters
 from api.engine.options import EngineOptions
+from api.engine.pipeline import EnginePipeline
 from api.messages.engine import FromEngine, PipelineReport
 from api.messages.pipeline_view import StageRoster
 from api.scheduler.scheduler import Scheduler
 
 
-class Examined(Protocol):
-    """A pipeline that is ready."""
-
-    epoch: int
-
-    async def health(self) -> list[StageHealth]:
-        """What every stage says of itself, in order; returns within about a second."""
-
-
 class PipelineReports:
-    """Puts together what scheduler, meters and stages know. Nothing is looked at unless somebody asks."""
+    """Makes reports from the state of scheduler, meters and stages. Nothing is looked at unless one is asked for."""
 
     def __init__(
         self, options: EngineOptions, scheduler: Scheduler, meters: EngineMeters, send: Callable[[FromEngine], None]
@@ -36,10 +26,10 @@ class PipelineReports:
         self._is_closed = False
         self._looking: asyncio.Task[None] | None = None
 
-    def ask(self, pipeline: Examined | None) -> None:
+    def send_report(self, pipeline: EnginePipeline | None) -> None:
         """Sends a report soon; `pipeline` is None while there is none.
 
-        One look at the stages answers all who ask before it is over.
+        One look at the stages serves all the reports that are asked for before it is over.
         """
         if self._is_closed:
             return
@@ -48,12 +38,12 @@ class PipelineReports:
             self._looking = asyncio.create_task(self._report(pipeline))
 
     def close(self) -> None:
-        """Answers nobody any more: there are no stages to ask."""
+        """Sends no more reports, as there are no stages to look at."""
         self._is_closed = True
         if self._looking is not None:
             self._looking.cancel()
 
-    async def _report(self, pipeline: Examined | None) -> None:
+    async def _report(self, pipeline: EnginePipeline | None) -> None:
         healths = [] if pipeline is None else await pipeline.health()
         counts = self._scheduler.counts()
         report = PipelineReport(

@@ -1,41 +1,46 @@
-"""Bringing back a pipeline that has failed, again and again as long as that makes sense."""
+"""Recovery of a pipeline that has failed, tried again as long as there is hope."""
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 import structlog
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError, ProtocolError
 from api.engine.meters import NS, EngineMeters
+from api.engine.pipeline import EnginePipeline
 from api.engine.step_watch import StepWatch
 from api.messages.engine import FromEngine, Outputs, recovering_state
 from api.scheduler.scheduler import Scheduler
 from weights.errors import GalaxylineError
 
 DEFAULT_MAX_RESTARTS = 10
-
 """Enough to find the one request of 256 in a step that makes a stage fail: it fails twice with all others, seven times
 with ever fewer, and once alone; the second time alone, it ends."""
 
+RETRY_S = 1.0
+"""The pause between two attempts to bring the pipeline back."""
+
+log = structlog.get_logger()
+
 
 class RestartLimit:
-    """Counts how often the pipeline failed since it last made a token."""
+    """Counts how often each stage, or the pipeline, failed since a token was made."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._failures: Counter[int | None] = Counter()
 
-    def progress(self) -> None:
-        """A token was made."""
+    def record_token(self) -> None:
+        """Begins to count anew, as a token was made."""
         self._failures.clear()
 
-    def note(self, error: GalaxylineError, *, is_explained: bool = False) -> None:
-        """The pipeline failed, or could not be brought back. Raises PipelineError when it is not to be tried again.
+    def record_failure(self, error: GalaxylineError, *, is_explained: bool = False) -> None:
+        """Counts a failure of the pipeline, or of an attempt to bring it back.
 
-        A failure `is_explained` by a request that has ended with it counts, but is no reason to end: the next may be.
+        Raises PipelineError when it is not to be tried again. A failure that `is_explained` by a request that has ended
+        with it counts, but raises nothing.
         """
         stage = error.stage if isinstance(error, PipelineError) else None
         self._failures[stage] += 1
@@ -45,24 +50,8 @@ class RestartLimit:
             raise PipelineError(f"{what}; the last time: {error}", stage, public=f"{what}.") from error
 
 
-RETRY_S = 1.0
-
-"""Between two attempts."""
-
-log = structlog.get_logger()
-
-
-class Recoverable(Protocol):
-    """A pipeline."""
-
-    epoch: int
-
-    async def recover(self) -> None:
-        """Brings it back, as another epoch. Raises GalaxylineError; may be called again then."""
-
-
 class Recovery:
-    """What the engine does between the loss of a stage and the first step of the next epoch."""
+    """Does what lies between the failure of a pipeline and the first step of its next epoch."""
 
     def __init__(
         self,
@@ -79,21 +68,21 @@ class Recovery:
         self._limit = limit
         self._send = send
 
-    def progress(self) -> None:
-        """A token was made."""
-        self._limit.progress()
+    def record_token(self) -> None:
+        """Notes that the pipeline made a token: failures before it no longer count."""
+        self._limit.record_token()
 
-    async def bring_back(self, pipeline: Recoverable, failure: PipelineError | ProtocolError) -> None:
-        """Returns when the pipeline can take steps again; its requests are for the scheduler to begin anew.
+    async def bring_back(self, pipeline: EnginePipeline, failure: PipelineError | ProtocolError) -> None:
+        """Returns when the pipeline can take steps again; the scheduler is then to be reset.
 
         Raises PipelineError where it fails too often, PlacementError where no rows are left.
         """
         began_ns = now_ns()
         self.is_under_way = True
-        self._tell(failure)
+        self._report(failure)
         is_explained = self._end_culprit(failure)
         self._watch.pipeline_lost()
-        self._limit.note(failure, is_explained=is_explained)
+        self._limit.record_failure(failure, is_explained=is_explained)
         while True:
             try:
                 await pipeline.recover()
@@ -101,8 +90,8 @@ class Recovery:
             except PlacementError:
                 raise
             except GalaxylineError as error:
-                self._tell(error)
-                self._limit.note(error)
+                self._report(error)
+                self._limit.record_failure(error)
                 await asyncio.sleep(RETRY_S)
         self.is_under_way = False
         seconds = (now_ns() - began_ns) * NS
@@ -110,7 +99,7 @@ class Recovery:
         log.info("the pipeline is back", epoch=pipeline.epoch, seconds=round(seconds, 3))
 
     def _end_culprit(self, failure: PipelineError | ProtocolError) -> bool:
-        """Ends the request that alone made steps fail, if it is found by now; whether it is."""
+        """Ends the request that alone makes steps fail, once it is found; returns whether it was."""
         step_id = failure.step_id if isinstance(failure, PipelineError) else None
         ended = self._scheduler.on_failure(step_id, failure)
         if ended:
@@ -118,6 +107,6 @@ class Recovery:
             self._watch.requests_ended(ended)
         return bool(ended)
 
-    def _tell(self, error: GalaxylineError) -> None:
+    def _report(self, error: GalaxylineError) -> None:
         log.error("the pipeline failed", kind=type(error).__name__, error=str(error))
         self._send(recovering_state(error))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, as events of the loop."""
+"""SIGINT and SIGTERM as events of the asyncio loop."""
 
 import asyncio
 import signal
@@ -13,7 +13,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def on_stop_signal(stop: Callable[[int], object]) -> Iterator[None]:
     """Calls `stop` on the running loop with the number of every SIGINT and SIGTERM, in place of their usual effect.
 
-    Signals come to the main thread; on any other one nothing is changed.
+    Signals come to the main thread; on any other thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

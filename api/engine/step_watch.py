@@ -1,4 +1,4 @@
-"""Follows every step from its submission to its result, for the metrics, the timeline and the log."""
+"""The record of every step from its submission to its result, for the metrics, the timeline and the log."""
 
 import logging
 from collections import deque
@@ -17,9 +17,10 @@ log = structlog.get_logger()
 
 
 class StepWatch:
-    """Told of everything the engine does with requests and steps; `timeline` may be set before the first step.
+    """Passes on what the engine does with requests and steps to meters, timeline and log.
 
-    Which requests a step holds is looked up only for the timeline, or where the log's level is "debug".
+    `timeline` may be set before the first step. Which requests a step holds is looked up only for the timeline, or
+    where the log's level is "debug".
     """
 
     def __init__(self, scheduler: Scheduler, meters: EngineMeters) -> None:
@@ -30,17 +31,17 @@ class StepWatch:
         self._is_debugging = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
 
     def request_came(self, request_id: int) -> None:
-        """The scheduler has taken a request."""
+        """Notes that the scheduler has queued a request."""
         self._meters.request_waits(request_id, now_ns())
 
     def request_aborted(self, request_id: int) -> None:
-        """Nobody wants the rest of a request, if there is any."""
+        """Notes that the front end aborted a request, which may have ended before."""
         self._meters.request_leaves(request_id)
         if self._is_debugging:
             log.debug("request aborted", request_id=request_id)
 
     def step_issued(self, step: Step) -> None:
-        """The scheduler has just given this step, and it is about to be submitted."""
+        """Notes a step that is about to be submitted; call it before the scheduler gives the next one."""
         issued_ns = now_ns()
         request_ids: list[int] = []
         if step.admissions or self._is_debugging or self.timeline is not None:
@@ -54,9 +55,9 @@ class StepWatch:
             log.debug("step issued", step_id=step.step_id, mode=step.mode, request_ids=request_ids)
 
     def step_returned(self, result: StepResult, outputs: Sequence[RequestOutput], returned_ns: int) -> None:
-        """The scheduler has taken the oldest step's result, which came at `returned_ns`, and made `outputs` of it."""
+        """Notes the oldest step's result, which came at `returned_ns`, and the `outputs` made of it."""
         if not self._in_flight or result.epoch != self._in_flight[0].step.epoch:
-            return  # Of a former pipeline, whose steps are lost already.
+            return  # The step is of a former epoch, and was counted as lost.
         record = self._in_flight.popleft()
         self._meters.step_done(record, result, returned_ns)
         if not self._in_flight:
@@ -67,7 +68,7 @@ class StepWatch:
             self.requests_ended(outputs)
 
     def requests_ended(self, outputs: Sequence[RequestOutput]) -> None:
-        """These are outputs of which some, or all, are the last of their requests."""
+        """Notes the ends of the requests whose last output is among these."""
         for output in outputs:
             if output.finish_reason is not None:
                 self._meters.request_leaves(output.request_id)
@@ -75,7 +76,7 @@ class StepWatch:
                     log.debug("request ended", request_id=output.request_id, reason=output.finish_reason)
 
     def pipeline_lost(self) -> None:
-        """No result of the steps in flight will come."""
+        """Notes that no result of the steps in flight will come."""
         if self.timeline is not None:
             for record in self._in_flight:
                 self.timeline.step_lost(record, now_ns())

@@ -1,8 +1,8 @@
-"""A trace of all steps as Perfetto and chrome://tracing open it: a track for each stage, and the engine's.
+"""The trace of all steps that Perfetto and chrome://tracing open: a track for each stage, and one for the engine.
 
-The format is Chrome's array of trace events ("Trace Event Format"), whose end those readers do not insist on. A step is
+The format is Chrome's array of trace events ("Trace Event Format"), whose closing bracket may be missing. A step is
 written when its result comes, in one write that nothing buffers: a process that is killed leaves every step that came
-back, and nothing is kept in memory.
+back in the file, and nothing is kept in memory.
 """
 
 import io
@@ -19,7 +19,7 @@ from stages.step import StageTiming
 
 ENGINE_PID = 1
 STAGE_PID = 1000
-"""Stage i is shown as process STAGE_PID + i, whose one thread has the same number: readers want them all different."""
+"""Stage i is shown as process STAGE_PID + i, with one thread of the same number: all numbers must be different."""
 
 FLOW_BEGINS = b'"flow_out":true'
 FLOW_PASSES = b'"flow_in":true,"flow_out":true'
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 
 class StepArguments(msgspec.Struct, frozen=True):
-    """What a click on a step shows."""
+    """The arguments of a step's event, which a click on it shows."""
 
     step_id: int
     mode: str
@@ -40,7 +40,7 @@ class StepArguments(msgspec.Struct, frozen=True):
 
 
 def open_timeline(path: Path) -> io.FileIO:
-    """The file, emptied. Raises OptionError where it cannot be written."""
+    """Opens and empties the file. Raises OptionError where it cannot be written."""
     try:
         return path.open("wb", buffering=0)
     except OSError as error:
@@ -48,28 +48,28 @@ def open_timeline(path: Path) -> io.FileIO:
 
 
 class Timeline:
-    """Writes steps to a file. Its times count from its making, in microseconds with three decimals.
+    """Writes steps to a file. Times count from its construction, in microseconds with three decimals.
 
     Several steps are in flight at once, so the engine has as many rows, and a step is in the first one that is free.
-    Arrows lead from the engine through all stages. A file that cannot be written to any more is given up, with a
-    warning: requests go on.
+    Arrows lead from the engine through all stages. When the file cannot be written to any more, the timeline
+    ends with a warning, and requests go on.
     """
 
     def __init__(self, file: io.FileIO) -> None:
-        """`file` is empty, and closed by `close`."""
+        """`file` must be empty; `close` closes it."""
         self._file = file
         self._origin_ns = now_ns()
         self._rows_end_ns: list[int] = []
         self._write(b"[\n" + _name("process_name", ENGINE_PID, 1, "engine"))
 
     def name_stages(self, hosts: Sequence[str]) -> None:
-        """Says where each stage is."""
+        """Names each stage's track after the stage and its host."""
         for pid, host in enumerate(hosts, STAGE_PID):
             self._write(b",\n" + _name("process_name", pid, pid, f"stage {pid - STAGE_PID} on {host}"))
             self._write(b",\n" + _name("thread_name", pid, pid, "steps"))
 
     def step_done(self, record: StepRecord, timings: Sequence[StageTiming], returned_ns: int) -> None:
-        """A step came back. Steps are told of in the order of their submission."""
+        """Writes a step that came back. Steps come in the order of their submission."""
         head, tail = _head(record.step.mode, record.step.step_id), _tail(record)
         events = self._in_flight(record, returned_ns, head, tail)
         last = STAGE_PID + len(timings) - 1
@@ -79,7 +79,7 @@ class Timeline:
         self._write(events)
 
     def step_lost(self, record: StepRecord, lost_ns: int) -> None:
-        """A step will not come back: the engine's track shows how long it was waited for."""
+        """Writes a step that will not come back: the engine's track shows how long it was waited for."""
         head = _head(f"{record.step.mode} (lost)", record.step.step_id)
         self._write(self._in_flight(record, lost_ns, head, _tail(record)))
 

@@ -1,1 +1,1 @@
-"""What front end and engine say to each other, and how it lies on the wire."""
+"""The messages between front end and engine, and their form on the wire."""

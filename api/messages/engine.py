@@ -27,17 +27,17 @@ NOT_READY: dict[EnginePhase, str] = {
 """Why a request is refused, by the engine's phase."""
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
-    """Base of all messages: positional on the wire, checked on decoding."""
+class EngineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
+    """Base of the messages between front end and engine: positional on the wire, checked on decoding."""
 
 
-class AddRequest(Message, frozen=True, kw_only=True):
-    """One sequence to complete. A token of `stop_token_ids` ends it with "stop", and is the last one handed out.
+class AddRequest(EngineMessage, frozen=True, kw_only=True):
+    """A sequence to complete. A token of `stop_token_ids` ends it with "stop", and is the last of its output.
 
-    Under teacher forcing the sequence goes on with the tokens `forced` as long as there are any, whatever was sampled
-    in their place; what was sampled is handed out.
+    Under teacher forcing the sequence continues with the tokens `forced` as long as there are any, whatever was sampled
+    in their place; the output has what was sampled.
 
-    `request_id` counts upward for the life of the front end; an `n` of 4 is four requests.
+    `request_id` counts upward for the life of the front end; a client's request with an `n` of 4 is four of these.
     """
 
     request_id: int
@@ -48,25 +48,28 @@ class AddRequest(Message, frozen=True, kw_only=True):
     forced: list[int] = []
 
 
-class AbortRequest(Message, frozen=True, kw_only=True):
-    """The client of this request is gone, or has what it wanted: no later step may contain it. Unknown ids are fine."""
+class AbortRequest(EngineMessage, frozen=True, kw_only=True):
+    """An order to end a request, as its client is gone or has what it wanted: no later step may contain it.
+
+    Ids that are unknown, or have ended, are ignored.
+    """
 
     request_id: int
 
 
-class GetCounts(Message, frozen=True, kw_only=True):
-    """Asks for `Counts`."""
+class GetCounts(EngineMessage, frozen=True, kw_only=True):
+    """A query that is answered with `Counts`."""
 
 
-class GetMetrics(Message, frozen=True, kw_only=True):
-    """Asks for `EngineMetrics`."""
+class GetMetrics(EngineMessage, frozen=True, kw_only=True):
+    """A query that is answered with `EngineMetrics`."""
 
 
-class GetPipelineReport(Message, frozen=True, kw_only=True):
-    """Asks for a `PipelineReport`."""
+class GetPipelineReport(EngineMessage, frozen=True, kw_only=True):
+    """A query that is answered with a `PipelineReport`."""
 
 
-class RequestOutput(Message, frozen=True, kw_only=True):
+class RequestOutput(EngineMessage, frozen=True, kw_only=True):
     """New tokens of one request; the last output, and only the last, has a `finish_reason`.
 
     With "error", `error` is the error's text and `public` its public sentence, if it has one (see `GalaxylineError`).
@@ -84,13 +87,13 @@ class RequestOutput(Message, frozen=True, kw_only=True):
     public: str | None = None
 
 
-class Outputs(Message, frozen=True, kw_only=True):
-    """What one step produced, for all its requests."""
+class Outputs(EngineMessage, frozen=True, kw_only=True):
+    """The outputs of one step, for all its requests."""
 
     outputs: list[RequestOutput]
 
 
-class EngineState(Message, frozen=True, kw_only=True):
+class EngineState(EngineMessage, frozen=True, kw_only=True):
     """The engine's phase, and why it is in it; sent on every change.
 
     While it is "recovering" from the loss of a stage it takes requests, and they wait. `detail` is a sentence on
@@ -116,9 +119,12 @@ class EngineState(Message, frozen=True, kw_only=True):
         return self.public if self.progress is None else progress_sentence(self.progress)
 
 
-class Counts(Message, frozen=True, kw_only=True):
-    """The engine's own books: after all requests ended, `waiting`, `running` and `steps_in_flight` are 0, all slots
-    and blocks are free, and the engine's loop has as many `tasks` as before the first one."""
+class Counts(EngineMessage, frozen=True, kw_only=True):
+    """The numbers of requests, steps, slots and blocks in the engine, and of the asyncio `tasks` of its loop.
+
+    After all requests ended, `waiting`, `running` and `steps_in_flight` are 0, all slots and blocks are free, and there
+    are as many tasks as before the first one.
+    """
 
     waiting: int
     running: int
@@ -130,8 +136,8 @@ class Counts(Message, frozen=True, kw_only=True):
     tasks: int = 0
 
 
-class StageMetrics(Message, frozen=True, kw_only=True):
-    """What was measured of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md."""
+class StageMetrics(EngineMessage, frozen=True, kw_only=True):
+    """The measurements of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md."""
 
     stage: int
     host: str
@@ -144,8 +150,8 @@ class StageMetrics(Message, frozen=True, kw_only=True):
     queues: Histogram
 
 
-class EngineMetrics(Message, frozen=True, kw_only=True):
-    """What the engine has measured since it began, in seconds. `stages` is empty before a first pipeline is ready.
+class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
+    """The measurements of the engine since it began, in seconds. `stages` is empty before a first pipeline is ready.
 
     The time from one result to the next belongs to the step that came back: `prefill_seconds` and `decode_seconds` are
     together the time in which the pipeline was not empty. `queue_times` are those of requests until they got a slot,
@@ -165,8 +171,8 @@ class EngineMetrics(Message, frozen=True, kw_only=True):
     stages: list[StageMetrics]
 
 
-class PipelineReport(Message, frozen=True, kw_only=True):
-    """What the engine and its stages do at this moment. `epoch` is None while there is no pipeline."""
+class PipelineReport(EngineMessage, frozen=True, kw_only=True):
+    """The state of the engine and its stages at this moment. `epoch` is None while there is no pipeline."""
 
     epoch: int | None
     microbatches: int

@@ -10,11 +10,11 @@ from actors.errors import ProtocolError
 
 LENGTH_BYTES = 4
 FRAME_BYTES_MAX = 1 << 26
-"""Far above any message: the longest prompt, of 163 840 tokens, takes less than a megabyte."""
+"""The longest frame accepted: far above any message, as a prompt of 163 840 tokens takes less than a megabyte."""
 
 
 class Framing(asyncio.Protocol):
-    """One end of a connection whose other end frames the same way.
+    """One end of a connection of frames.
 
     `on_frame` is called with each frame's bytes, valid during the call; `lost` is set when the connection is gone.
     """
@@ -27,16 +27,16 @@ class Framing(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def send(self, message: msgspec.Struct) -> None:
-        """Sends a message; nothing once the connection is gone or closing."""
+        """Sends a message; does nothing once the connection is gone or closing."""
         if self._transport is not None and not self._transport.is_closing():
             frame = self._encoder.encode(message)
             self._transport.write(len(frame).to_bytes(LENGTH_BYTES, "little") + frame)
 
     def finish(self) -> None:
-        """Says that nothing more will be sent, and drops what still comes. The other end closes the connection when
-        it has read everything.
+        """Ends the sending direction, and drops what still comes. The other end closes the connection when it has read
+        everything.
 
-        Closing at once could cost it the last frames: once it fails to write, it does not read on.
+        If this end closed it, the last frames could be lost: the other end stops reading once it fails to write.
         """
         self.on_frame = lambda _: None
         if self._transport is not None and not self._transport.is_closing():
@@ -56,7 +56,7 @@ class Framing(asyncio.Protocol):
         while len(received) - start >= LENGTH_BYTES:
             length = int.from_bytes(received[start : start + LENGTH_BYTES], "little")
             if length > FRAME_BYTES_MAX:
-                raise ProtocolError(f"A frame of {length} bytes was announced; at most {FRAME_BYTES_MAX} are sent.")
+                raise ProtocolError(f"A frame of {length} bytes was announced; at most {FRAME_BYTES_MAX} are allowed.")
             end = start + LENGTH_BYTES + length
             if end > len(received):
                 break

@@ -1,4 +1,4 @@
-"""The pipeline as `GET /pipeline` and `galaxyline status` show it."""
+"""The view of a pipeline that `GET /pipeline` returns and `galaxyline status` shows."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ STATE_DETAILS: dict[State, str] = {
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """Stage `stage` of the pipeline of one `replica`: where it is, what it holds, and what it does.
+    """A stage of the pipeline of one `replica`: where it is, what it holds, and what it does.
 
     `host`, `rows` and `pid` are None until they are known. It holds the layers [first_layer, end_layer), of which
     `layers_done` are loaded. `state` is that of `StageProgress` until the pipeline is ready and that of `StageHealth`
     from then on, "placing" before either. `step_id` is the step it works on, since `step_seconds`. `busy_share` is the
     share of the last ten seconds that it computed in. `resident_bytes` is the memory of its process. `received_bytes`
-    have come by its link from the stage before, or from the engine, and `sent_bytes` gone to the next one at `sent_to`.
+    came by its link from the stage before, or from the engine, and `sent_bytes` went to the next one at `sent_to`.
     """
 
     replica: int = 0
@@ -52,9 +52,9 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine's books: see `Counts`. `epoch` is None while there is no pipeline.
+    """The numbers of an engine (see `Counts`). `epoch` is None while there is no pipeline.
 
-    Of several engines they are sums, and `pid` and `epoch`, which cannot be added, None.
+    A view of several engines has sums; there `pid` and `epoch`, which cannot be added, are None.
     """
 
     pid: int | None
@@ -71,7 +71,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine. `detail` says what is loaded, or why it failed or does not answer: then `engine` is None."""
+    """One engine. `detail` is what is being loaded, or why it failed or does not answer: then `engine` is None."""
 
     replica: int
     phase: Literal["loading", "ready", "recovering", "failed"]
@@ -82,8 +82,8 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
 class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
     """The body of `GET /pipeline`. `phase` and `detail` are those of all replicas together: see `common_state`.
 
-    `engine` is the sum over those that answer, None where none does. `stages` are theirs, in the order of replicas;
-    once an engine has failed and is gone, it has none.
+    `engine` is the sum over those that answer, None where none does. `stages` are those of all replicas, in their
+    order; an engine that has failed and is gone has none.
     """
 
     model: str
@@ -95,7 +95,7 @@ class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def total(engines: Sequence[EngineView]) -> EngineView | None:
-    """The books of several engines together, those of a single one as they are; None of no engine."""
+    """The sum over several engines; that of a single one is its own view, and that of none is None."""
     if len(engines) <= 1:
         return engines[0] if engines else None
     return EngineView(
@@ -114,29 +114,29 @@ def total(engines: Sequence[EngineView]) -> EngineView | None:
 
 
 class StageRoster:
-    """What is known of every stage from its start: where it was placed, how far it has loaded, how often it began."""
+    """The progress of every stage since its start: where it was placed, how far it has loaded, how often it began."""
 
     def __init__(self, specs: Sequence[StageSpec]) -> None:
         self._specs = specs
         self._last: dict[int, StageProgress] = {}
         self._starts: Counter[int] = Counter()
 
-    def note(self, progress: StageProgress) -> None:
-        """A stage has come further in starting."""
+    def record_progress(self, progress: StageProgress) -> None:
+        """Takes in how far a stage is in starting."""
         self._last[progress.stage] = progress
         if progress.phase == "starting":
             self._starts[progress.stage] += 1
 
     @property
     def hosts(self) -> list[str]:
-        """Where each stage is; empty names before they were placed."""
+        """The host of each stage; an empty name before it was placed."""
         places = [self._last.get(spec.index) for spec in self._specs]
         return ["" if progress is None else progress.host for progress in places]
 
     def views(
         self, healths: Sequence[StageHealth], busy_share: Callable[[int], float], kv_cache_blocks_used: int
     ) -> list[StageView]:
-        """All stages in order. `healths` is empty while the pipeline starts, else has one entry for each stage."""
+        """The views of all stages in order. `healths` has one entry for each, but none while the pipeline starts."""
         by_stage = {health.stage: health for health in healths}
         return [
             self._view(spec, by_stage.get(spec.index), busy_share(spec.index), kv_cache_blocks_used)

@@ -40,24 +40,24 @@ def test_one_failure_more_than_allowed_with_no_token_between_is_the_last(
     counted: Counter[int | None] = Counter()
     for happening in happenings:
         if happening == "token":
-            limit.progress()
+            limit.record_token()
             counted.clear()
             continue
         assert not isinstance(happening, str)
         counted[happening] += 1
         if counted[happening] <= most:
-            limit.note(failure(happening))
+            limit.record_failure(failure(happening))
             continue
         who = "The pipeline" if happening is None else f"Stage {happening}"
         with pytest.raises(PipelineError, match=rf"^{who} failed {most + 1} times .* the last time: It") as given_up:
-            limit.note(failure(happening))
+            limit.record_failure(failure(happening))
         assert given_up.value.stage == happening
         return
 
 
 def test_the_failure_that_finds_its_request_ends_nothing_but_counts() -> None:
     limit = RestartLimit(1)
-    limit.note(failure(2))
-    limit.note(failure(2), is_explained=True)
+    limit.record_failure(failure(2))
+    limit.record_failure(failure(2), is_explained=True)
     with pytest.raises(PipelineError, match="Stage 2 failed 3 times"):
-        limit.note(failure(2))
+        limit.record_failure(failure(2))

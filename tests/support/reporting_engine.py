@@ -49,7 +49,7 @@ class ReportingEngine(FakeEngine):
 def at_work() -> list[StageView]:
     roster = StageRoster(SPECS)
     for stage in (0, 1):
-        roster.note(progress(stage, "ready", done=len(SPECS[stage].layers)))
+        roster.record_progress(progress(stage, "ready", done=len(SPECS[stage].layers)))
     running = msgspec.structs.replace(fake_health(0), state="running", step_id=12, step_seconds=0.34)
     dead = msgspec.structs.replace(
         fake_health(1), state="dead", pid=0, resident_bytes=0, detail="its process died in /srv/models/x.safetensors"

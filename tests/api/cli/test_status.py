@@ -65,9 +65,9 @@ def test_a_stage_is_shown_by_what_is_known_of_it() -> None:
     roster = StageRoster(SPECS)
     assert [(view.state, view.host, view.rows) for view in views(roster)] == [("placing", None, None)] * 2
     assert roster.hosts == ["", ""]
-    roster.note(progress(0, "starting"))
-    roster.note(progress(1, "starting"))
-    roster.note(progress(1, "loading", done=1))
+    roster.record_progress(progress(0, "starting"))
+    roster.record_progress(progress(1, "starting"))
+    roster.record_progress(progress(1, "loading", done=1))
     first, second = views(roster)
     assert (first.state, first.host, first.rows, first.layers_done) == ("starting", "host-0", [0], 0)
     assert (second.state, second.layers_done, second.pid, second.resident_bytes) == ("loading", 1, None, None)
@@ -83,7 +83,7 @@ def test_a_stage_is_shown_by_what_is_known_of_it() -> None:
 def test_a_stage_that_starts_again_was_restarted() -> None:
     roster = StageRoster(SPECS)
     for phase in ("starting", "loading", "ready", "starting", "ready", "starting"):
-        roster.note(progress(1, phase))
+        roster.record_progress(progress(1, phase))
     assert [view.restarts for view in views(roster)] == [0, 2]
 
 
@@ -111,7 +111,7 @@ def test_json_is_the_servers_own() -> None:
 
 def test_a_loading_and_a_failed_server_are_shown() -> None:
     roster = StageRoster(SPECS)
-    roster.note(progress(0, "loading", done=3))
+    roster.record_progress(progress(0, "loading", done=3))
     engine = ReportingEngine(views(roster))
     engine.state = EngineState(phase="loading", progress=progress(0, "loading", done=3))
     with serving(engine) as url:

@@ -101,7 +101,7 @@ class Harness:
         return heard
 
     async def counts(self) -> Counts:
-        self.engine.take(GetCounts())
+        self.engine.handle_message(GetCounts())
         while not isinstance(message := await self.hear(), Counts):
             pass
         return message
@@ -127,7 +127,7 @@ async def test_requests_get_the_tokens_that_they_get_alone_one_at_a_time() -> No
     requests = [request(i, prompt=11 * i + 1, max_tokens=3 * i + 1) for i in range(9)]
     async with running(FakePipeline(options.pipeline), options) as harness:
         for added in requests:
-            harness.engine.take(added)
+            harness.engine.handle_message(added)
         heard = await harness.hear_answers(len(requests))
         for added in requests:
             outputs = heard[added.request_id]
@@ -143,7 +143,7 @@ async def test_what_one_step_samples_is_one_frame() -> None:
     options = engine_options(slots=24)
     async with running(FakePipeline(options.pipeline), options) as harness:
         for request_id in range(24):
-            harness.engine.take(request(request_id, prompt=2, max_tokens=2))
+            harness.engine.handle_message(request(request_id, prompt=2, max_tokens=2))
         frames: list[int] = []
         while sum(frames) < 48:
             message = await harness.hear()
@@ -157,7 +157,7 @@ async def test_as_many_steps_as_microbatches_are_in_flight() -> None:
     pipeline = FakePipeline(options.pipeline, stall_at=0)
     async with running(pipeline, options) as harness:
         for request_id in range(12):
-            harness.engine.take(request(request_id))
+            harness.engine.handle_message(request(request_id))
         for _ in range(20):
             await asyncio.sleep(0)
         assert (await harness.counts()).steps_in_flight == len(pipeline.steps) == 3
@@ -167,11 +167,11 @@ async def test_an_aborted_request_is_in_no_later_step() -> None:
     options = engine_options()
     pipeline = FakePipeline(options.pipeline)
     async with running(pipeline, options) as harness:
-        harness.engine.take(request(0, prompt=20, max_tokens=100))
+        harness.engine.handle_message(request(0, prompt=20, max_tokens=100))
         await harness.hear()
-        harness.engine.take(AbortRequest(request_id=0))
+        harness.engine.handle_message(AbortRequest(request_id=0))
         before = len(pipeline.steps)
-        harness.engine.take(request(1, prompt=20, max_tokens=2))
+        harness.engine.handle_message(request(1, prompt=20, max_tokens=2))
         await harness.hear_answers(1)
         assert pipeline.steps[before].ended == [0]
         assert (await harness.counts()).running == 0
@@ -180,7 +180,7 @@ async def test_an_aborted_request_is_in_no_later_step() -> None:
 async def test_a_request_that_never_fits_ends_with_the_reason() -> None:
     options = engine_options()
     async with running(FakePipeline(options.pipeline), options) as harness:
-        harness.engine.take(request(0, prompt=100, max_tokens=100))
+        harness.engine.handle_message(request(0, prompt=100, max_tokens=100))
         message = await harness.hear()
         assert isinstance(message, Outputs)
         assert [output.finish_reason for output in message.outputs] == ["error"]
@@ -192,7 +192,7 @@ async def test_a_broken_pipeline_ends_every_request_with_its_sentence() -> None:
     pipeline = FakePipeline(options.pipeline, break_at=5)
     harness = Harness(pipeline, options)
     for request_id in range(14):
-        harness.engine.take(request(request_id))
+        harness.engine.handle_message(request(request_id))
     with pytest.raises(PipelineError, match=r"^Stage 1 failed 11 times with no token made in between; the last time: "):
         await asyncio.wait_for(harness.engine.run(), SECONDS)
     await harness.engine.close()
@@ -382,7 +382,7 @@ async def test_signals_are_left_to_the_front_end(number: signal.Signals) -> None
 async def test_waiting_for_an_engine_that_loads_for_ever_has_a_deadline() -> None:
     async with EngineClient.start(engine_options("start_never")) as engine:
         assert (await engine.counts(SECONDS)).running == 0
-        with pytest.raises(EngineError, match=r"not ready within 0\.01 s\. Last it said: Stage 1 on fake-host"):
+        with pytest.raises(EngineError, match=r"not ready within 0\.01 s\. Its last state was: Stage 1 on fake-host"):
             await engine.wait_ready(0.01)
     assert engine.state.detail == "The engine was closed."
 

@@ -145,7 +145,7 @@ def test_the_recent_share_is_that_of_the_last_ten_seconds(waits_and_steps: list[
     for wait, step in waits_and_steps:
         began = now + wait
         now = began + step
-        window.add(began * TENTH, now * TENTH)
+        window.add_step(began * TENTH, now * TENTH)
         busy |= set(range(began, now))
     now += idle
     first = now // 10 * 10 - 10 * RECENT_SECONDS

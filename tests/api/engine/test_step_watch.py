@@ -49,7 +49,7 @@ async def serve(*messages: AddRequest | AbortRequest, break_at: float = math.inf
     engine = Engine(options, start, lambda _: None)
     with capture_logs() as logs:
         for message in messages:
-            engine.take(message)
+            engine.handle_message(message)
         serving = asyncio.create_task(engine.run())
         for _ in range(200):
             await asyncio.sleep(0)
