@@ -12,7 +12,8 @@ import torch
 
 from stages.backend import PADDED_USERS_PER_ROW, ttnn
 from stages.kv_cache import PageTables
-from stages.models.deepseek_v3.rope import Rope, RopeTables
+from stages.models.registry import architecture_of
+from stages.models.rope import Rope, RopeTables
 from stages.step import Segment, Step
 from stages.tensor_dtypes import TILE
 from weights.model_config import ModelConfig
@@ -125,7 +126,7 @@ class BatchBuilder:
         """
         self._is_static = is_static or users_per_row > 0
         self._users_per_row = users_per_row
-        self._kv_dim = config.kv_dim
+        self._kv_width = architecture_of(config).kv_cache_shape(config, tables.options)[-1]
         self._heads = config.num_attention_heads
         self._mesh_device = mesh_device
         self._tables = tables
@@ -233,7 +234,7 @@ class BatchBuilder:
     def _over_cores(self, cores: int, height: int) -> ttnn.MemoryConfig:
         """The layout of `height` vectors of the cache's width on each of `cores` cores."""
         return ttnn.create_sharded_memory_config(
-            (height, _whole_tiles(self._kv_dim)),
+            (height, _whole_tiles(self._kv_width)),
             core_grid=ttnn.num_cores_to_corerangeset(cores, CORE_GRID, row_wise=True),
             strategy=ttnn.ShardStrategy.HEIGHT,
             use_height_and_width_as_shard_shape=True,

@@ -11,21 +11,12 @@ import torch
 from stages.backend import DEVICE, set_float_dtype, ttnn
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError
-from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
-from stages.models.deepseek_v3.embedding import Embedding
-from stages.models.deepseek_v3.lm_head import LMHead
-from stages.models.deepseek_v3.weight_specs import (
-    DEFAULT_DTYPES,
-    WeightSpecs,
-    dtype_letters,
-    embedding_weights,
-    head_weights,
-    layer_weights,
-)
+from stages.models.registry import architecture_of
 from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype, LoadFormat
 from stages.plan import StageSpec
 from stages.run_config import StateDict, WeightConfig, load_weight_config, save_weight_config
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
+from stages.weight_specs import WeightSpecs, dtype_letters
 from weights.cache.cache import WeightCache
 from weights.cache.cache_key import EntryName
 from weights.cache.fingerprints import Fingerprints
@@ -53,31 +44,39 @@ class ModelPart:
     specs: Specs
 
 
-EMBEDDING = ModelPart(
-    "embedding",
-    ("model.embed_tokens.",),
-    Embedding.convert_weights,
-    lambda config, _columns, dtypes: embedding_weights(config, dtypes),
-)
+def embedding_part(config: ModelConfig) -> ModelPart:
+    """The table of hidden states of a model."""
+    architecture = architecture_of(config)
+    return ModelPart(
+        "embedding",
+        ("model.embed_tokens.",),
+        architecture.load_modules().embedding.convert_weights,
+        lambda own, _columns, dtypes: architecture.embedding_weights(own, dtypes),
+    )
 
-HEAD = ModelPart("head", ("model.norm.", "lm_head."), LMHead.convert_weights, head_weights)
+
+def head_part(config: ModelConfig) -> ModelPart:
+    """The final norm and the head of a model."""
+    architecture = architecture_of(config)
+    convert = architecture.load_modules().head.convert_weights
+    return ModelPart("head", ("model.norm.", "lm_head."), convert, architecture.head_weights)
 
 
 def layer_part(config: ModelConfig, layer: int) -> ModelPart:
-    """A decoder layer."""
-    block = MoEBlock if config.is_moe(layer) else DenseBlock
+    """A decoder layer of a model."""
+    architecture = architecture_of(config)
     return ModelPart(
         f"layer{layer}",
         (layer_prefix(layer),),
-        block.convert_weights,
-        lambda own, _columns, dtypes: layer_weights(own, layer, dtypes),
+        architecture.load_modules().decoder(config, layer).convert_weights,
+        lambda own, _columns, dtypes: architecture.layer_weights(own, layer, dtypes),
     )
 
 
 def stage_parts(config: ModelConfig, spec: StageSpec) -> list[ModelPart]:
-    """All parts that a stage loads, in the order in which tokens pass them."""
-    first = [EMBEDDING] if spec.is_first else []
-    last = [HEAD] if spec.is_last else []
+    """Returns all parts that a stage loads, in the order in which tokens pass them."""
+    first = [embedding_part(config)] if spec.is_first else []
+    last = [head_part(config)] if spec.is_last else []
     return [*first, *(layer_part(config, layer) for layer in spec.layers), *last]
 
 

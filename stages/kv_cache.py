@@ -1,28 +1,12 @@
-"""The paged latent cache: its tensors on the mesh, and the host's account of which blocks each slot holds."""
+"""The host's account of the paged KV cache: which blocks each slot holds."""
 
 from collections.abc import Sequence
 
 import torch
 
-from stages.backend import composite, ttnn
-from stages.dtypes import FLOATS
 from stages.errors import StepError
 from stages.options import CacheOptions
 from stages.step import Admission, Segment, Step
-from stages.tensor_dtypes import TensorDtype
-from weights.model_config import ModelConfig
-
-
-def create_kv_cache(
-    config: ModelConfig, options: CacheOptions, mesh_device: ttnn.MeshDevice, dtype: TensorDtype
-) -> ttnn.Tensor:
-    """One layer's cache: on each chip the pool of its own users, [blocks + 1, 1, block_size, kv_dim].
-
-    A token is its normalised latent followed by its rotated key. The last block is scratch: what users that only pad
-    a batch write goes there.
-    """
-    shape = (options.blocks + 1, 1, options.block_size, config.kv_dim)
-    return composite.zeroed(shape, dtype=FLOATS[dtype], device=mesh_device)
 
 
 class Slot:

@@ -2,22 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
-from stages.converted_weights import EMBEDDING, HEAD, ConvertedWeights, layer_part, stage_parts
-from stages.models.deepseek_v3.decoder_block import (
-    BlockT,
-    DecoderBlock,
-    DenseBlock,
-    DenseBlockRunConfig,
-    MoEBlock,
-    MoEBlockRunConfig,
-)
-from stages.models.deepseek_v3.embedding import Embedding, EmbeddingRunConfig
-from stages.models.deepseek_v3.lm_head import LMHead, LMHeadRunConfig
-from stages.models.module import Module, RunConfigT
+from stages.converted_weights import ConvertedWeights, ModelPart, embedding_part, head_part, layer_part, stage_parts
+from stages.models.module import AnyDecoderModule, HeadModule, Module, RunConfigT, TokenwiseModule
+from stages.models.registry import architecture_of
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.run_config import WeightConfig
@@ -49,11 +40,11 @@ class RunConfigs(Generic[RunConfigT]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer(Generic[BlockT]):
+class Layer:
     """A decoder layer that is ready to run."""
 
-    block: type[DecoderBlock[BlockT]]
-    configs: RunConfigs[BlockT]
+    block: AnyDecoderModule
+    configs: RunConfigs[Any]
 
     def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
@@ -62,13 +53,30 @@ class Layer(Generic[BlockT]):
         return self.block.forward_decode(x, self.configs.decode, batch)
 
 
+ModuleT = TypeVar("ModuleT", bound=TokenwiseModule[Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class End(Generic[ModuleT]):
+    """A module at one end of the model that is ready to run: the embedding or the head."""
+
+    module: type[ModuleT]
+    configs: RunConfigs[Any]
+
+    def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
+        """Runs the module on the tokens of a batch; shapes are those of the module."""
+        if isinstance(batch, PrefillBatch):
+            return self.module.forward_prefill(x, self.configs.prefill)
+        return self.module.forward_decode(x, self.configs.decode)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSlice:
-    """A stage's modules; `embedding` is the first stage's alone, `head` the last one's."""
+    """A stage's modules; only the first stage has an `embedding`, and only the last one a `head`."""
 
-    embedding: RunConfigs[EmbeddingRunConfig] | None
-    layers: list[Layer[DenseBlockRunConfig] | Layer[MoEBlockRunConfig]]
-    head: RunConfigs[LMHeadRunConfig] | None
+    embedding: End[TokenwiseModule[Any]] | None
+    layers: list[Layer]
+    head: End[HeadModule[Any]] | None
 
     @classmethod
     def load(
@@ -80,29 +88,22 @@ class ModelSlice:
         """
         config = weights.source.config
         weights.source.validate(*(prefix for part in stage_parts(config, spec) for prefix in part.prefixes))
-        mesh_device = weights.mesh_device
+        modules = architecture_of(config).load_modules()
         on_progress(0, len(spec.layers))
-        embedding = _embedding(config, weights, mesh_device) if spec.is_first else None
-        layers: list[Layer[DenseBlockRunConfig] | Layer[MoEBlockRunConfig]] = []
+        embedding = _end(modules.embedding, embedding_part(config), weights) if spec.is_first else None
+        layers: list[Layer] = []
         for layer in spec.layers:
-            if config.is_moe(layer):
-                layers.append(_layer(MoEBlock, layer, config, weights, cache))
-            else:
-                layers.append(_layer(DenseBlock, layer, config, weights, cache))
+            layers.append(_layer(modules.decoder(config, layer), layer, weights, cache))
             on_progress(len(layers), len(spec.layers))
-        head = _head(config, weights, mesh_device) if spec.is_last else None
+        head = _end(modules.head, head_part(config), weights) if spec.is_last else None
         return cls(embedding, layers, head)
 
     def enter(self, inputs: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
-        """What the layers start from, [1, 1, tokens, hidden / columns] on each chip.
+        """Returns the input of the layers, [1, 1, tokens, hidden / columns] on each chip.
 
         `inputs` are just that, but for the first stage, where they are token ids [1, tokens], uint32.
         """
-        if self.embedding is None:
-            return inputs
-        if isinstance(batch, PrefillBatch):
-            return Embedding.forward_prefill(inputs, self.embedding.prefill)
-        return Embedding.forward_decode(inputs, self.embedding.decode)
+        return inputs if self.embedding is None else self.embedding.forward(inputs, batch)
 
     def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """Hidden states through all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
@@ -114,36 +115,23 @@ class ModelSlice:
         """[1, 1, n, vocabulary / columns] for the tokens `indices` [1, n], or for all. Last stage only."""
         if self.head is None:
             raise RuntimeError("only the last stage has a head")
-        config = self.head.prefill if isinstance(batch, PrefillBatch) else self.head.decode
-        picked = x if indices is None else LMHead.pick(x, config, indices)
-        if isinstance(batch, PrefillBatch):
-            return LMHead.forward_prefill(picked, config)
-        return LMHead.forward_decode(picked, config)
+        configs = self.head.configs
+        config = configs.prefill if isinstance(batch, PrefillBatch) else configs.decode
+        chosen = x if indices is None else self.head.module.pick(x, config, indices)
+        return self.head.forward(chosen, batch)
 
 
-def _embedding(
-    config: ModelConfig, weights: ConvertedWeights, mesh_device: ttnn.MeshDevice
-) -> RunConfigs[EmbeddingRunConfig]:
-    files = weights.load(EMBEDDING)
-    return _run_configs(Embedding, config, files, Embedding.create_state(config, mesh_device))
+def _end(module: type[ModuleT], part: ModelPart, weights: ConvertedWeights) -> End[ModuleT]:
+    config = weights.source.config
+    files = weights.load(part)
+    return End(module, _run_configs(module, config, files, module.create_state(config, weights.mesh_device)))
 
 
-def _head(config: ModelConfig, weights: ConvertedWeights, mesh_device: ttnn.MeshDevice) -> RunConfigs[LMHeadRunConfig]:
-    files = weights.load(HEAD)
-    return _run_configs(LMHead, config, files, LMHead.create_state(config, mesh_device))
-
-
-def _layer(
-    block: type[DecoderBlock[BlockT]],
-    layer: int,
-    config: ModelConfig,
-    weights: ConvertedWeights,
-    cache: CacheOptions,
-) -> Layer[BlockT]:
+def _layer(block: AnyDecoderModule, layer: int, weights: ConvertedWeights, cache: CacheOptions) -> Layer:
+    config = weights.source.config
     # The state first: what it refuses need not be converted.
     state = block.create_state(config, weights.mesh_device, cache, weights.dtypes)
-    files = weights.load(layer_part(config, layer))
-    return Layer(block, _run_configs(block, config, files, state))
+    return Layer(block, _run_configs(block, config, weights.load(layer_part(config, layer)), state))
 
 
 def _run_configs(

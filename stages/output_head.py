@@ -7,7 +7,7 @@ import torch
 from stages.backend import ttnn
 from stages.batch import BatchBuilder
 from stages.model_slice import HiddenStates, ModelSlice
-from stages.models.deepseek_v3.lm_head import LMHead
+from stages.models.registry import architecture_of
 from stages.sampling.logprobs import Floats, token_logprobs
 from stages.sampling.sampler import Sampler
 from stages.step import Step, StepResult, TokenLogprobs
@@ -28,6 +28,7 @@ class OutputHead:
         self._config = config
         self._mesh_device = mesh_device
         self._model = model
+        self._module = architecture_of(config).load_modules().head
         self._batches = batches
         self._sampler = Sampler(config.vocab_size)
 
@@ -90,7 +91,7 @@ class OutputHead:
         return self._to_torch(self._model.logits(hidden.x, hidden.batch, indices))[chosen]
 
     def _to_torch(self, logits: ttnn.Tensor) -> torch.Tensor:
-        return LMHead.to_torch(logits, self._config, self._mesh_device)
+        return self._module.to_torch(logits, self._config, self._mesh_device)
 
 
 def _begins(step: Step) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from stages.errors import PlanError
+from stages.models.registry import architecture_of
 from weights.model_config import ModelConfig
 
 
@@ -39,6 +40,7 @@ def plan_stages(config: ModelConfig, stages: int) -> list[StageSpec]:
     unless 1 <= stages <= layers.
     """
     check_stages(config, stages)
+    layer_cost = architecture_of(config).layer_cost
     costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
     costs[-1] += config.vocab_size * config.hidden_size
     return _specs(balanced_split(costs, stages))
@@ -69,22 +71,6 @@ def explicit_stages(config: ModelConfig, layers_per_stage: Sequence[int]) -> lis
             f"and {config.num_hidden_layers} in all."
         )
     return _specs(layers_per_stage)
-
-
-def layer_cost(config: ModelConfig, layer: int) -> int:
-    """Weights of a decoder layer that one token's decode reads."""
-    heads = config.num_attention_heads
-    attention = (
-        config.hidden_size * (config.q_lora_rank + config.kv_dim)
-        + config.q_lora_rank * heads * config.qk_head_dim
-        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        + heads * config.v_head_dim * config.hidden_size
-    )
-    if not config.is_moe(layer):
-        return attention + 3 * config.hidden_size * config.intermediate_size
-    experts = config.num_experts_per_tok + config.n_shared_experts
-    router = config.hidden_size * config.n_routed_experts
-    return attention + router + 3 * config.hidden_size * config.moe_intermediate_size * experts
 
 
 def balanced_split(costs: Sequence[int], parts: int) -> list[int]:

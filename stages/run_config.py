@@ -11,7 +11,7 @@ import torch
 from stages.backend import ttnn
 from stages.dtypes import FLOATS
 from stages.errors import DeviceError
-from stages.models.deepseek_v3.weight_specs import WeightSpec
+from stages.weight_specs import WeightSpec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

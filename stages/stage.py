@@ -14,7 +14,7 @@ from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
-from stages.models.deepseek_v3.rope import RopeTables
+from stages.models.registry import architecture_of
 from stages.options import TRACE_REGION_BYTES, StageOptions
 from stages.output_head import OutputHead
 from stages.plan import StageSpec
@@ -63,7 +63,8 @@ class Stage:
         self._epoch = 0
         cache = options.cache
         self._tables = PageTables(cache)
-        rope = RopeTables.create(config, mesh_device, cache.blocks_per_slot * cache.block_size)
+        rope_tables = architecture_of(config).load_modules().rope_tables
+        rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.enable_trace)
         self._traces = DecodeTraces(model, mesh_device) if options.enable_trace else None
         self._head = OutputHead(config, mesh_device, model, self._batches) if spec.is_last else None

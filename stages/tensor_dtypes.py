@@ -73,3 +73,6 @@ class WeightDtypes(msgspec.Struct, frozen=True, kw_only=True):
         """The same with the next narrower dtype of a kind; None where there is none."""
         narrower = CHOICES[kind][CHOICES[kind].index(self.of(kind)) + 1 :]
         return msgspec.structs.replace(self, **{kind: narrower[0]}) if narrower else None
+
+
+DEFAULT_DTYPES = WeightDtypes()

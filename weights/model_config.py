@@ -14,6 +14,9 @@ CONFIG_FILE_BYTES_MAX = 1 << 20
 FP8_BLOCK = 128
 """Edge of the blocks of FP8 values that share a scale: `weight_block_size` in DeepSeek's quantization_config."""
 
+MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM", "kimi_k2": "DeepseekV3ForCausalLM"}
+"""The architecture of each `model_type` that can be served, under transformers' name. Kimi K2 is a DeepSeek-V3."""
+
 POSITIVE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("moe_intermediate_size", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
@@ -55,7 +58,7 @@ class ConfigChanges(msgspec.Struct, frozen=True, kw_only=True):
 UNCHANGED = ConfigChanges()
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sizes and constants of one DeepSeek-V3 model, under the names of its config.json.
 
     `yarn` is None where the rope is not scaled. Everything is checked on construction by `from_dict`.
@@ -87,6 +90,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    architecture: str = "DeepseekV3ForCausalLM"
 
     @property
     def qk_head_dim(self) -> int:
@@ -153,9 +157,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         `source` names the file in errors. Raises CheckpointError where the model is not a DeepSeek-V3, a key is
         missing or of the wrong type, or the sizes contradict each other.
         """
+        architecture = _architecture(keys, source)
         _refuse_other_models(keys, source)
         values = {field: keys[field] for field in cls.__struct_fields__ if field in keys}
         values.update(_rope(keys, source))
+        values["architecture"] = architecture
         values["eos_token_ids"] = _token_ids(keys.get("eos_token_id"))
         values.setdefault("bos_token_id", None)
         values.setdefault("tie_word_embeddings", False)
@@ -173,11 +179,15 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def _architecture(keys: dict[str, Any], source: str) -> str:
+    model_type = keys.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        served = " and ".join(map(repr, MODEL_TYPES))
+        raise CheckpointError(f"{source}: model_type is {model_type!r}; only {served} checkpoints can be served.")
+    return MODEL_TYPES[model_type]
+
+
 def _refuse_other_models(keys: dict[str, Any], source: str) -> None:
-    if keys.get("model_type") != "deepseek_v3":
-        raise CheckpointError(
-            f"{source}: model_type is {keys.get('model_type')!r}; only 'deepseek_v3' checkpoints can be served."
-        )
     fixed = {
         "hidden_act": "silu",
         "attention_bias": False,

@@ -1,7 +1,7 @@
 """The shapes and dtypes of the weights and the state that one chip of a stage holds for each part of the model.
 
-The weights are those of `weight_specs`, as a mesh of rows x columns chips shares them; they are named as their files
-below a part's directory. The state is what `create_state` of stages/models/deepseek_v3/ creates.
+The weights are those of the model's `Architecture`, as a mesh of rows x columns chips shares them; they are named as
+their files below a part's directory. The state is what `create_state` of the model's modules creates.
 """
 
 import math
@@ -10,17 +10,11 @@ from typing import Literal
 
 import msgspec
 
-from stages.models.deepseek_v3.weight_specs import (
-    WeightSpec,
-    WeightSpecs,
-    embedding_weights,
-    expert_weights,
-    head_weights,
-    layer_weights,
-)
+from stages.models.registry import architecture_of
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, TILE_BYTES, VALUE_BYTES, TensorDtype, WeightDtypes
+from stages.weight_specs import WeightSpec, WeightSpecs
 from stages.wormhole import DRAM_ALIGNMENT, DRAM_BANKS, GALAXY_COLUMNS
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, round_up
@@ -74,6 +68,7 @@ class ChipWeights:
 
     def __init__(self, config: ModelConfig, dtypes: WeightDtypes, rows: int, columns: int = GALAXY_COLUMNS) -> None:
         self._config = config
+        self._architecture = architecture_of(config)
         self._dtypes = dtypes
         self._rows = rows
         self._columns = columns
@@ -86,34 +81,33 @@ class ChipWeights:
 
     def embedding(self) -> list[ChipTensor]:
         """The embedding table."""
-        return self._on_chip(embedding_weights(self._config, self._dtypes))
+        return self._on_chip(self._architecture.embedding_weights(self._config, self._dtypes))
 
     def head(self) -> list[ChipTensor]:
         """The final norm and the output head."""
-        return self._on_chip(head_weights(self._config, self._columns, self._dtypes))
+        return self._on_chip(self._architecture.head_weights(self._config, self._columns, self._dtypes))
 
     def layer(self, layer: int) -> list[ChipTensor]:
         """The weights of a decoder layer."""
-        return self._on_chip(layer_weights(self._config, layer, self._dtypes))
+        return self._on_chip(self._architecture.layer_weights(self._config, layer, self._dtypes))
 
     def experts(self) -> list[ChipTensor]:
         """The weights of a layer's routed experts that are on this chip."""
-        return self._on_chip({"mlp": {"experts": expert_weights(self._config, self._dtypes)}})
+        return self._on_chip(self._architecture.routed_expert_weights(self._config, self._dtypes))
 
     def selection(self) -> ChipTensor:
         """The state of a mixture of experts: the columns of the identity matrix that select this chip's experts."""
-        experts = self._config.n_routed_experts
-        local = experts // (self._rows * self._columns)
-        return ChipTensor(name="select", shape=(1, 1, experts, local), dtype="bfloat16")
+        spec = self._architecture.selection(self._config)
+        return ChipTensor(name=spec.operand, shape=spec.on_chip(self._rows, self._columns), dtype=spec.dtype)
 
     def kv_cache(self, cache: CacheOptions) -> ChipTensor:
         """A layer's KV cache: the blocks of this chip's pool, and one scratch block."""
-        shape = (cache.blocks + 1, 1, cache.block_size, self._config.kv_dim)
+        shape = self._architecture.kv_cache_shape(self._config, cache)
         return ChipTensor(name="kv_cache", shape=shape, dtype=self._dtypes.kv_cache)
 
     def rope_tables(self, cache: CacheOptions) -> list[ChipTensor]:
         """The cosines and sines of all positions of a request, once a stage, and the matrix that swaps pairs."""
-        shape = (cache.blocks_per_slot * cache.block_size, self._config.qk_rope_head_dim)
+        shape = (cache.blocks_per_slot * cache.block_size, self._architecture.rope_width(self._config))
         tables = [ChipTensor(name=name, shape=shape, dtype="bfloat16", layout="row_major") for name in ("cos", "sin")]
         return [*tables, ChipTensor(name="transformation", shape=(1, 1, TILE, TILE), dtype="bfloat16")]
 

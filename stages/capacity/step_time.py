@@ -6,12 +6,14 @@ computing and sending are assumed to follow each other, as ops of one queue do.
 
 import functools
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
 from stages.capacity.chip_memory import Activations
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
+from stages.models.architecture import Launches
+from stages.models.registry import architecture_of
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, WeightDtypes
 from stages.wormhole import (
@@ -97,24 +99,6 @@ def hop_s(distance: int, chip_bytes: float) -> float:
     return HOP_S * distance + distance * chip_bytes / LINK_BYTES_PER_S
 
 
-class Launches(NamedTuple):
-    """The number of ops in a module's forward pass."""
-
-    decode: int
-    prefill: int
-
-
-NORM_OPS = Launches(3, 3)
-ATTENTION_OPS = Launches(32, 35)
-MLP_OPS = Launches(6, 6)
-MIXTURE_OPS = Launches(25, 25)
-RESIDUAL_OPS = Launches(2, 2)
-ENTER_OPS = Launches(6, 6)
-"""Ops of the embedding and of the positions' cosines and sines."""
-HEAD_OPS = Launches(6, 6)
-"""Ops of the output head without its norm; four of them select the tokens whose logits are wanted."""
-
-
 class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a step by what they are spent on; a product counts as memory or compute, whichever takes longer."""
 
@@ -170,6 +154,7 @@ class StageTimes:
         self._rows = rows
         self._dtypes = dtypes
         self._weights = ChipWeights(config, dtypes, rows)
+        self._ops = architecture_of(config).ops
         self._traced = traced
         self._expert_kernel = expert_kernel
 
@@ -191,7 +176,7 @@ class StageTimes:
 
     def _step(self, tokens: int, attention: StepTime, *, is_decode: bool) -> StepTime:
         kind = functools.cache(lambda is_moe: self._layer(tokens, attention, is_moe=is_moe, is_decode=is_decode))
-        total = self._launches(ENTER_OPS, is_decode)
+        total = self._launches(self._ops.enter, is_decode)
         for layer in self._spec.layers:
             total += kind(self._config.is_moe(layer))
         if self._spec.is_last:
@@ -207,10 +192,10 @@ class StageTimes:
         for weight in self._weights.layer(layer):
             if weight.name not in experts:
                 time += _product(weight, every if weight.name.startswith("mlp/gate") else tokens)
-        time += self._launches(ATTENTION_OPS, is_decode) + self._launches(RESIDUAL_OPS, is_decode)
+        time += self._launches(self._ops.attention, is_decode) + self._launches(self._ops.residual, is_decode)
         if not is_moe:
-            return time + self._mlp_network(tokens) + self._launches(MLP_OPS, is_decode)
-        time += self._experts(every) + self._mixture_network(tokens) + self._launches(MIXTURE_OPS, is_decode)
+            return time + self._mlp_network(tokens) + self._launches(self._ops.mlp, is_decode)
+        time += self._experts(every) + self._mixture_network(tokens) + self._launches(self._ops.mixture, is_decode)
         return time if is_decode else time + self._traffic(tokens)
 
     def _experts(self, tokens: int) -> StepTime:
@@ -255,12 +240,12 @@ class StageTimes:
 
     def _norm(self, tokens: int, is_decode: bool) -> StepTime:
         statistics = tokens * TILE * ACTIVATION_BYTES
-        return _network(all_gather_s(GALAXY_COLUMNS, statistics)) + self._launches(NORM_OPS, is_decode)
+        return _network(all_gather_s(GALAXY_COLUMNS, statistics)) + self._launches(self._ops.norm, is_decode)
 
     def _head(self, tokens: int, is_decode: bool) -> StepTime:
         gather = _network(all_gather_s(GALAXY_COLUMNS, self._hidden(tokens) / GALAXY_COLUMNS))
         products = _sum(_product(weight, tokens) for weight in self._weights.head())
-        return self._norm(tokens, is_decode) + gather + products + self._launches(HEAD_OPS, is_decode)
+        return self._norm(tokens, is_decode) + gather + products + self._launches(self._ops.head, is_decode)
 
     def _traffic(self, tokens: int) -> StepTime:
         """The time in which experts write results to DRAM and read them again in prefill; in decode they stay in L1."""

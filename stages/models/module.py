@@ -1,14 +1,20 @@
 """What all modules share: the way their configs become one, and the settings of matrix kernels."""
 
+import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 
 from stages.backend import ttnn
+from stages.batch import DecodeBatch, PrefillBatch
 from stages.errors import PlanError
+from stages.models.rope import RopeTables
+from stages.options import CacheOptions
 from stages.run_config import OperatorConfig, StateDict, WeightConfig, merge_run_config
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 RunConfigT = TypeVar("RunConfigT")
@@ -23,9 +29,21 @@ COLUMNS = 1
 class Module(Generic[RunConfigT]):
     """Base of the modules: namespaces of class methods, never instantiated.
 
-    Beside these a module has `convert_weights`, `create_state`, `forward_prefill` and `forward_decode`. Each of the
+    Beside these a module has `create_state`, `forward_prefill` and `forward_decode`. Each of the
     three stages before the forward pass can run in a process of its own.
     """
+
+    @classmethod
+    @abstractmethod
+    def convert_weights(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        torch_state_dict: StateDict,
+        output_path: Path,
+        mesh_device: ttnn.MeshDevice,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> WeightConfig:
+        """Writes the module's weights to files under `output_path` and returns their paths."""
 
     @classmethod
     @abstractmethod
@@ -57,6 +75,31 @@ class Module(Generic[RunConfigT]):
         return cast(RunConfigT, merge_run_config(model_config, weight_config, model_state, loaded))
 
 
+class DecoderModule(Module[RunConfigT]):
+    """Base of the decoder layers: hidden states [1, 1, tokens, hidden / columns] on each chip to the same shape."""
+
+    @classmethod
+    @abstractmethod
+    def create_state(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        cache: CacheOptions,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> Mapping[str, Any]:
+        """The layer's state on the mesh, with a KV cache of the size that `cache` asks for."""
+
+    @classmethod
+    @abstractmethod
+    def forward_prefill(cls, x: ttnn.Tensor, cfg: RunConfigT, batch: PrefillBatch) -> ttnn.Tensor:
+        """The forward pass over many tokens."""
+
+    @classmethod
+    @abstractmethod
+    def forward_decode(cls, x: ttnn.Tensor, cfg: RunConfigT, batch: DecodeBatch) -> ttnn.Tensor:
+        """The forward pass over one token a user."""
+
+
 class TokenwiseModule(Module[RunConfigT]):
     """Base of the modules that compute each token by itself: decode differs from prefill in its run config alone."""
 
@@ -69,6 +112,43 @@ class TokenwiseModule(Module[RunConfigT]):
     def forward_decode(cls, x: ttnn.Tensor, cfg: RunConfigT) -> ttnn.Tensor:
         """The forward pass over one token a user; shapes are those of `forward_prefill`."""
         return cls.forward_prefill(x, cfg)
+
+    @classmethod
+    @abstractmethod
+    def create_state(
+        cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> Mapping[str, Any]:
+        """What the module keeps on the mesh beside its weights."""
+
+
+class HeadModule(TokenwiseModule[RunConfigT]):
+    """Base of the heads: hidden states to logits [1, 1, tokens, vocabulary / columns] on each chip."""
+
+    @classmethod
+    @abstractmethod
+    def pick(cls, x: ttnn.Tensor, cfg: RunConfigT, indices: ttnn.Tensor) -> ttnn.Tensor:
+        """Returns the hidden states of the tokens `indices` [1, n], uint32."""
+
+    @classmethod
+    @abstractmethod
+    def to_torch(
+        cls, logits: ttnn.Tensor, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
+    ) -> torch.Tensor:
+        """Returns float32 [tokens of all rows, vocabulary] on the host, without padding."""
+
+
+AnyDecoderModule: TypeAlias = type[DecoderModule[Any]]
+"""A kind of decoder layer, whatever its run config."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modules:
+    """The modules of a family of models: `decoder` returns the kind of a layer, `rope_tables` those of N positions."""
+
+    embedding: type[TokenwiseModule[Any]]
+    decoder: Callable[[ModelConfig, int], AnyDecoderModule]
+    head: type[HeadModule[Any]]
+    rope_tables: Callable[[ModelConfig, ttnn.MeshDevice, int], RopeTables]
 
 
 def matmul_kernel() -> ttnn.WormholeComputeKernelConfig:

@@ -9,8 +9,8 @@ import pytest
 from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights, ModelPart
 from stages.dtypes import FLOATS
-from stages.models.deepseek_v3.weight_specs import WeightSpec, WeightSpecs
 from stages.run_config import WeightConfig, layout_of, weight_path
+from stages.weight_specs import WeightSpec, WeightSpecs
 
 
 def allocate(

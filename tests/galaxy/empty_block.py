@@ -9,7 +9,7 @@ from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
 from stages.kv_cache import PageTables
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
-from stages.models.deepseek_v3.rope import RopeTables
+from stages.models.deepseek_v3.rope import rope_tables
 from stages.step import Admission, SamplingParams, Segment, Step
 from weights.model_config import ModelConfig
 
@@ -32,7 +32,7 @@ class EmptyBlock:
         self._block: Any = MoEBlock if config.is_moe(layer) else DenseBlock
         self._cache = plan.cache
         self._state = self._block.create_state(config, mesh, plan.cache)
-        self._rope = RopeTables.create(config, mesh, plan.cache.blocks_per_slot * plan.cache.block_size)
+        self._rope = rope_tables(config, mesh, plan.cache.blocks_per_slot * plan.cache.block_size)
         self._files: dict[str, Any] = {}
         self._loaded: dict[str, ttnn.Tensor] = {}
         for tensor in ChipWeights(config, plan.dtypes, plan.rows_per_stage).layer(layer):

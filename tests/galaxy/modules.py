@@ -12,7 +12,6 @@ from stages.models.deepseek_v3.mlp import MLP
 from stages.models.deepseek_v3.moe import MoE
 from stages.models.deepseek_v3.rms_norm import RMSNorm
 from stages.models.deepseek_v3.weight_specs import (
-    WeightSpecs,
     attention_weights,
     embedding_weights,
     head_weights,
@@ -22,6 +21,7 @@ from stages.models.deepseek_v3.weight_specs import (
     moe_weights,
 )
 from stages.step import Mode
+from stages.weight_specs import WeightSpecs
 from tests.galaxy.allocated import run_config
 from tests.galaxy.r1 import COLUMNS, PROMPT, R1, USERS_PER_ROW, FullSteps
 

@@ -7,7 +7,7 @@ import torch
 from stages.backend import ttnn
 from stages.batch import BatchBuilder, DecodeBatch, PrefillBatch
 from stages.kv_cache import PageTables
-from stages.models.deepseek_v3.rope import RopeTables
+from stages.models.deepseek_v3.rope import rope_tables
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step
 from tests.support.checkpoints import config_keys
@@ -74,7 +74,7 @@ class FullSteps:
         """Both steps' inputs on a mesh."""
         cache = r1_cache(mesh.shape[0])
         tables = PageTables(cache)
-        builder = BatchBuilder(R1, mesh, tables, RopeTables.create(R1, mesh, CONTEXT))
+        builder = BatchBuilder(R1, mesh, tables, rope_tables(R1, mesh, CONTEXT))
         first = range(cache.pools)
         prefill_step = step("prefill", segments(cache, first, 0, PROMPT), admitted=admissions(cache))
         tables.apply(prefill_step)

@@ -66,7 +66,7 @@ YARN = config_keys()["rope_scaling"]
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'deepseek_v3' checkpoints can be served"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'deepseek_v3' and 'kimi_k2' checkpoints can be served"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; DeepSeek-V3 has 'silu'"),
         ({"topk_method": "greedy"}, "topk_method is 'greedy'"),

@@ -10,11 +10,10 @@ from stages.models.deepseek_v3.mla import MLA, MLARunConfig, MLAState
 from stages.models.deepseek_v3.mlp import MLP, MLPRunConfig, MLPState
 from stages.models.deepseek_v3.moe import MoE, MoERunConfig, MoEState
 from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES
-from stages.models.module import Module
+from stages.models.module import DecoderModule
 from stages.options import CacheOptions
 from stages.run_config import OperatorConfig, StateDict, WeightConfig
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 from weights.source import PrefixView
 
@@ -53,7 +52,7 @@ class MoEBlockRunConfig(DecoderBlockRunConfig):
 BlockT = TypeVar("BlockT", bound=DecoderBlockRunConfig)
 
 
-class DecoderBlock(Module[BlockT]):
+class DecoderBlock(DecoderModule[BlockT]):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); hidden states are sharded by column throughout."""
 
     feed_forward: ClassVar[type[MLP] | type[MoE]]

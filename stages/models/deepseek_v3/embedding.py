@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from stages.backend import ttnn
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, embedding_weights
+from stages.models.deepseek_v3.weight_specs import embedding_weights
 from stages.models.module import TokenwiseModule, columns, share
 from stages.run_config import EmbeddingConfig, OperatorConfig, StateDict, WeightConfig, dump_weight
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 

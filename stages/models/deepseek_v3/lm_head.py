@@ -8,8 +8,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, head_projection
-from stages.models.module import COLUMNS, TokenwiseModule, columns, matmul_kernel
+from stages.models.deepseek_v3.weight_specs import head_projection
+from stages.models.module import COLUMNS, HeadModule, columns, matmul_kernel
 from stages.run_config import (
     AllGatherConfig,
     EmbeddingConfig,
@@ -19,7 +19,7 @@ from stages.run_config import (
     WeightConfig,
     dump_weight,
 )
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 from weights.source import PrefixView
 
@@ -41,7 +41,7 @@ class LMHeadRunConfig(TypedDict):
     linear: LinearConfig
 
 
-class LMHead(TokenwiseModule[LMHeadRunConfig]):
+class LMHead(HeadModule[LMHeadRunConfig]):
     """head(norm(x)); each column holds its part of the vocabulary, padded to equal whole tiles."""
 
     @classmethod

@@ -13,12 +13,12 @@ import torch
 
 from stages.backend import composite, ttnn
 from stages.batch import DecodeBatch, PrefillBatch, PrefillGroup
+from stages.dtypes import FLOATS
 from stages.errors import PlanError
-from stages.kv_cache import create_kv_cache
 from stages.models.deepseek_v3.rms_norm import LATENT_EPSILON
-from stages.models.deepseek_v3.rope import Rope
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, attention_weights
+from stages.models.deepseek_v3.weight_specs import attention_weights, kv_cache_shape
 from stages.models.module import COLUMNS, Module, columns, matmul_kernel, share, transposed
+from stages.models.rope import Rope
 from stages.options import CacheOptions
 from stages.run_config import (
     AllReduceConfig,
@@ -36,7 +36,7 @@ from stages.run_config import (
     WeightConfig,
     dump_weight,
 )
-from stages.tensor_dtypes import TILE, WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, TILE, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 
@@ -227,7 +227,9 @@ class MLA(Module[MLARunConfig]):
             raise PlanError(f"kv_lora_rank is {config.kv_lora_rank}; only multiples of {TILE} can be served.")
         return {
             "mesh_device": mesh_device,
-            "kv_cache": create_kv_cache(config, cache, mesh_device, dtypes.kv_cache),
+            "kv_cache": composite.zeroed(
+                kv_cache_shape(config, cache), dtype=FLOATS[dtypes.kv_cache], device=mesh_device
+            ),
             "config": config,
         }
 

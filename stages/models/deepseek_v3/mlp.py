@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from stages.backend import composite, ttnn
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, mlp_weights
+from stages.models.deepseek_v3.weight_specs import mlp_weights
 from stages.models.module import COLUMNS, TokenwiseModule, columns, matmul_kernel, share, transposed
 from stages.run_config import (
     AllGatherConfig,
@@ -16,7 +16,7 @@ from stages.run_config import (
     WeightConfig,
     dump_weight,
 )
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 PROJECTIONS = {"w1": "gate_proj.weight", "w3": "up_proj.weight", "w2": "down_proj.weight"}

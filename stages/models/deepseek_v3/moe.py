@@ -12,7 +12,7 @@ import torch
 
 from stages.backend import composite, ttnn
 from stages.models.deepseek_v3.mlp import MLP, PROJECTIONS, MLPRunConfig, MLPState
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, expert_weights, router_weights
+from stages.models.deepseek_v3.weight_specs import expert_weights, router_weights, selection
 from stages.models.module import COLUMNS, ROWS, TokenwiseModule, matmul_kernel, share, transposed
 from stages.run_config import (
     AllGatherConfig,
@@ -24,8 +24,9 @@ from stages.run_config import (
     StateDict,
     WeightConfig,
     dump_weight,
+    weight_mapper,
 )
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 from weights.source import PrefixView
 
@@ -143,7 +144,7 @@ class MoE(TokenwiseModule[MoERunConfig]):
                 dtype=ttnn.bfloat16,
                 layout=ttnn.TILE_LAYOUT,
                 device=mesh_device,
-                mesh_mapper=ttnn.ShardTensorToMesh(mesh_device, dim=3),
+                mesh_mapper=weight_mapper(selection(config), mesh_device),
             ),
             "shared_experts": MLP.create_state(hf_config, mesh_device),
         }

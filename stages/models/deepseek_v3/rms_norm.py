@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from stages.backend import composite, ttnn
-from stages.models.deepseek_v3.weight_specs import DEFAULT_DTYPES, norm_weights
+from stages.models.deepseek_v3.weight_specs import norm_weights
 from stages.models.module import COLUMNS, TokenwiseModule, columns
 from stages.run_config import AllGatherConfig, OperatorConfig, RMSNormConfig, StateDict, WeightConfig, dump_weight
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 LATENT_EPSILON = 1e-6

@@ -1,60 +1,21 @@
-"""Rotary positions, with YaRN: tables of cosines and sines, looked up once a step for all layers."""
+"""Rotary positions with YaRN: the angles of DeepSeek-V3's family."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from stages.backend import ttnn
+from stages.models.rope import RopeTables
 from weights.model_config import ModelConfig, Yarn, yarn_mscale
 
 TRANSFORMATION_SIZE = 32
 """Edge of the matrix with which a chip swaps the values of a pair: one tile."""
 
 
-class Rope(NamedTuple):
-    """Cosines and sines of a step's tokens, [1, 1, tokens, rope width] each, and the matrix that swaps pairs."""
-
-    cos: ttnn.Tensor
-    sin: ttnn.Tensor
-    transformation: ttnn.Tensor
-
-
-class RopeTables(NamedTuple):
-    """Cosines and sines of all positions, [positions, rope width] each, on every chip."""
-
-    cos: ttnn.Tensor
-    sin: ttnn.Tensor
-    transformation: ttnn.Tensor
-
-    @classmethod
-    def create(cls, config: ModelConfig, mesh_device: ttnn.MeshDevice, positions: int) -> "RopeTables":
-        """Tables for positions 0 .. `positions` - 1."""
-        cos, sin = cos_sin(config, torch.arange(positions))
-        replicate = ttnn.ReplicateTensorToMesh(mesh_device)
-        on_mesh = [
-            ttnn.from_torch(
-                table, dtype=ttnn.bfloat16, layout=ttnn.ROW_MAJOR_LAYOUT, device=mesh_device, mesh_mapper=replicate
-            )
-            for table in (cos, sin)
-        ]
-        transformation = ttnn.from_torch(
-            pair_swap(TRANSFORMATION_SIZE),
-            dtype=ttnn.bfloat16,
-            layout=ttnn.TILE_LAYOUT,
-            device=mesh_device,
-            mesh_mapper=replicate,
-        )
-        return cls(on_mesh[0], on_mesh[1], transformation)
-
-    def look_up(self, positions: ttnn.Tensor) -> Rope:
-        """`positions` [1, tokens], uint32."""
-        cos, sin = (self._rows(table, positions) for table in (self.cos, self.sin))
-        return Rope(cos, sin, self.transformation)
-
-    def _rows(self, table: ttnn.Tensor, positions: ttnn.Tensor) -> ttnn.Tensor:
-        rows = ttnn.embedding(positions, table, layout=ttnn.TILE_LAYOUT)
-        return ttnn.reshape(rows, (1, 1, positions.shape[-1], table.shape[-1]))
+def rope_tables(config: ModelConfig, mesh_device: ttnn.MeshDevice, positions: int) -> RopeTables:
+    """Makes the tables for positions 0 .. `positions` - 1."""
+    cos, sin = cos_sin(config, torch.arange(positions))
+    return RopeTables.on_mesh(cos, sin, pair_swap(TRANSFORMATION_SIZE), mesh_device)
 
 
 def cos_sin(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,11 @@
-"""Weights as chips hold them: the shape, dtype and sharding of every operand.
+"""What chips hold of a DeepSeek-V3 model: the shape, dtype and sharding of weights, and the shapes of a layer's state.
 
-Keys of a `WeightSpecs` are those of a module's WeightConfig. Shapes are of the whole mesh.
+Keys of a `WeightSpecs` are those of a module's WeightConfig. Shapes are of the whole mesh unless they say otherwise.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeAlias
-
-from stages.tensor_dtypes import TILE, TensorDtype, WeightDtypes
+from stages.options import CacheOptions
+from stages.tensor_dtypes import DEFAULT_DTYPES, TILE, WeightDtypes
+from stages.weight_specs import WeightSpec, WeightSpecs
 from weights.model_config import ModelConfig
 from weights.sizes import round_up
 
@@ -15,39 +14,6 @@ OUTPUTS = 3
 """Dimensions of a matrix [1, 1, inputs, outputs]."""
 HEADS = 1
 EXPERTS = 1
-
-LETTERS: dict[TensorDtype, str] = {"float32": "f", "bfloat16": "h", "bfloat8_b": "8", "bfloat4_b": "4"}
-"""How `dtype_letters` writes a dtype."""
-
-
-DEFAULT_DTYPES = WeightDtypes()
-
-
-class WeightSpec(NamedTuple):
-    """One operand of an op: the dimension that each mesh axis splits, None where it replicates.
-
-    Where `all_chips` is a dimension, that one is split over all chips, row-major, instead. `is_tiled` is the layout.
-    """
-
-    operand: str
-    shape: tuple[int, ...]
-    dtype: TensorDtype
-    dims: tuple[int | None, int | None] = (None, None)
-    all_chips: int | None = None
-    is_tiled: bool = True
-
-    def on_chip(self, rows: int, columns: int) -> tuple[int, ...]:
-        """The shape on each chip of a mesh that can share it."""
-        shape = list(self.shape)
-        by_row, by_column = self.dims
-        for dim, parts in ((by_row, rows), (by_column, columns), (self.all_chips, rows * columns)):
-            if dim is not None:
-                shape[dim] //= parts
-        return tuple(shape)
-
-
-WeightSpecs: TypeAlias = "Mapping[str, WeightSpec | WeightSpecs]"
-"""Operation name -> its weight, or weights by operand; a submodule's name -> its own WeightSpecs."""
 
 
 def norm_weights(width: int, *, is_sharded: bool) -> WeightSpec:
@@ -149,15 +115,21 @@ def expert_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -
     }
 
 
-def each_weight(specs: WeightSpecs) -> Iterator[WeightSpec]:
-    """All weights of a module and its submodules, in a fixed order."""
-    for value in specs.values():
-        if isinstance(value, WeightSpec):
-            yield value
-        else:
-            yield from each_weight(value)
+def selection(config: ModelConfig) -> WeightSpec:
+    """The state of a mixture: the identity, of which each chip has the columns of its own experts."""
+    experts = config.n_routed_experts
+    return WeightSpec("select", (1, 1, experts, experts), "bfloat16", all_chips=OUTPUTS)
 
 
-def dtype_letters(specs: WeightSpecs) -> str:
-    """The dtypes of `each_weight`, a letter each: they change with any setting that the weights depend on."""
-    return "".join(LETTERS[spec.dtype] for spec in each_weight(specs))
+def kv_cache_shape(config: ModelConfig, cache: CacheOptions) -> tuple[int, ...]:
+    """The shape of a layer's KV cache on each chip, for the pool of its own users: [blocks + 1, 1, block_size, kv_dim].
+
+    A token is its normalised latent followed by its rotated key. The last block is scratch: what users that only pad a
+    batch write goes there.
+    """
+    return (cache.blocks + 1, 1, cache.block_size, config.kv_dim)
+
+
+def routed_expert_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpecs:
+    """The part of `layer_weights` of which a token needs only the experts that it chose."""
+    return {"mlp": {"experts": expert_weights(config, dtypes)}}

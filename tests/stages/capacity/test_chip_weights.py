@@ -13,7 +13,7 @@ from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mla import MLA
 from stages.models.deepseek_v3.moe import MoE
-from stages.models.deepseek_v3.rope import RopeTables
+from stages.models.deepseek_v3.rope import rope_tables
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.run_config import SUFFIX
@@ -91,7 +91,7 @@ def test_of_a_layers_state(mesh: ttnn.MeshDevice, weights: ChipWeights) -> None:
 
 
 def test_of_the_rope_tables(mesh: ttnn.MeshDevice, weights: ChipWeights) -> None:
-    tables = RopeTables.create(CONFIG, mesh, CACHE.blocks_per_slot * CACHE.block_size)
+    tables = rope_tables(CONFIG, mesh, CACHE.blocks_per_slot * CACHE.block_size)
     assert list(planned(weights.rope_tables(CACHE)).values()) == [held(table) for table in tables]
 
 

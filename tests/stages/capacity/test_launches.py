@@ -7,18 +7,11 @@ from typing import Any
 import pytest
 
 from stages.backend import composite
-from stages.capacity.step_time import (
-    ATTENTION_OPS,
-    ENTER_OPS,
-    HEAD_OPS,
-    MATMUL_FIDELITY,
-    MIXTURE_OPS,
-    MLP_OPS,
-    NORM_OPS,
-    RESIDUAL_OPS,
-    Launches,
-)
-from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope
+from stages.capacity.step_time import MATMUL_FIDELITY
+from stages.models import rope
+from stages.models.architecture import Launches
+from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm
+from stages.models.deepseek_v3.costs import OPS
 from stages.models.module import matmul_kernel
 from tests.support.checkpoints import write_checkpoint
 from tests.support.stage_driver import Driver, cache_options, stage_options
@@ -75,13 +68,13 @@ def calls(driver: Driver) -> Iterator[list[str]]:
 
 def expected(mode: int) -> int:
     every: tuple[tuple[int, Launches], ...] = (
-        (1, ENTER_OPS),
-        (5, NORM_OPS),
-        (2, ATTENTION_OPS),
-        (2, RESIDUAL_OPS),
-        (1, MLP_OPS),
-        (1, MIXTURE_OPS),
-        (1, HEAD_OPS),
+        (1, OPS.enter),
+        (5, OPS.norm),
+        (2, OPS.attention),
+        (2, OPS.residual),
+        (1, OPS.mlp),
+        (1, OPS.mixture),
+        (1, OPS.head),
     )
     return sum(count * ops[mode] for count, ops in every)
 

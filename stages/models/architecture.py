@@ -1,0 +1,60 @@
+"""What generic code needs of a family of models. Nothing here imports torch: plans are made without it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from stages.options import CacheOptions
+from stages.tensor_dtypes import WeightDtypes
+from stages.weight_specs import WeightSpec, WeightSpecs
+from weights.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from stages.models.module import Modules
+
+
+class Launches(NamedTuple):
+    """Ops of a module's forward pass, each of which a chip's host launches."""
+
+    decode: int
+    prefill: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpCounts:
+    """Ops of each part of a forward pass; `enter` is the embedding and the positions' cosines and sines.
+
+    `residual` is both additions of a layer. `head` is without its norm.
+    """
+
+    norm: Launches
+    attention: Launches
+    mlp: Launches
+    mixture: Launches
+    residual: Launches
+    enter: Launches
+    head: Launches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A family of models: its weights on chips, its state, its costs and its modules.
+
+    `name` is that of the family in the `architectures` of a config.json. Specs of weights are functions of the config
+    and the dtypes, those of a layer also of its index, those of the head also of the columns of the mesh.
+    `kv_cache_shape` is that of a layer on each chip, its last dimension the values that are kept for a token.
+    `selection` is what a mixture of experts keeps beside its weights. `layer_cost` is the number of weights of a layer
+    that the decode of one token reads. `load_modules` imports what computes, and with it torch and the device.
+    """
+
+    name: str
+    embedding_weights: Callable[[ModelConfig, WeightDtypes], WeightSpecs]
+    layer_weights: Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
+    routed_expert_weights: Callable[[ModelConfig, WeightDtypes], WeightSpecs]
+    head_weights: Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
+    selection: Callable[[ModelConfig], WeightSpec]
+    kv_cache_shape: Callable[[ModelConfig, CacheOptions], tuple[int, ...]]
+    rope_width: Callable[[ModelConfig], int]
+    layer_cost: Callable[[ModelConfig, int], int]
+    ops: OpCounts
+    load_modules: "Callable[[], Modules]"
