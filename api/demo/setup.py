@@ -15,7 +15,7 @@ from api.settings.engine import DEFAULT_STAGES, EngineSettings
 from api.text.chat_template import ChatTemplate
 from api.text.model_source import ModelSource, check_model_files, resolve_model, resolve_timed_model
 from api.text.served_model import ServedModel
-from api.text.tokenizer import TOKENIZER_FILE
+from api.text.tokenizer import has_tokenizer
 from stages.plan import default_microbatches
 from weights.model_config import ConfigChanges, ModelConfig
 
@@ -128,7 +128,7 @@ def _engine_settings(options: DemoOptions, settings: EngineSettings, config: Mod
 def _served_model(
     options: DemoOptions, source: ModelSource, config: ModelConfig, max_model_len: int
 ) -> ServedModel | None:
-    if not ((source.tokenizer or source.path) / TOKENIZER_FILE).is_file():
+    if not has_tokenizer(source.tokenizer or source.path):
         if options.random_weights:
             return None
         if options.token_accuracy:

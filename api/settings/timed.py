@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from api.errors import OptionError
 from api.text.model_source import ModelSource
-from api.text.tokenizer import TOKENIZER_FILE, TextTokenizer
+from api.text.tokenizer import TextTokenizer, has_tokenizer
 from stages.timed.options import GivenTimes, PredictedTimes, TimedOptions
 from weights.model_config import ModelConfig
 
@@ -32,7 +32,7 @@ def timed_options(settings: "EngineSettings", source: ModelSource, config: Model
     """
     vocabulary, never = config.vocab_size, set(config.eos_token_ids)
     directory = source.tokenizer or source.path
-    if (directory / TOKENIZER_FILE).is_file():
+    if has_tokenizer(directory):
         text = TextTokenizer.load(directory)
         vocabulary = min(vocabulary, text.size)
         never |= set(text.special_ids)

@@ -1,5 +1,7 @@
-"""A model's tokenizer: text to tokens and back, read from its tokenizer.json without transformers."""
+"""A model's tokenizer: text to tokens and back, read from tokenizer.json or a tiktoken file without transformers."""
 
+import base64
+import binascii
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import tokenizers
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from weights.bounded_file import read_bounded
@@ -79,6 +81,37 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
+TIKTOKEN_FILE = "tiktoken.model"
+"""A token in base64 and its rank on each line: what Kimi K2 has in place of tokenizer.json."""
+
+TOKENIZER_FILES = (TOKENIZER_FILE, TIKTOKEN_FILE)
+
+TIKTOKEN_RESERVED = 256
+"""Ids after the ranks that Kimi K2's tokenizer sets aside for special tokens (its tokenization_kimi.py)."""
+
+TIKTOKEN_TOKEN_BYTES_MAX = 1 << 10
+"""Eight times Kimi K2's longest token; a token of n bytes can be parted in n ways."""
+
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+TIKTOKEN_PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+"""How Kimi K2 parts text before it merges bytes: runs of Chinese, words, up to three digits, signs, white space.
+
+The same pattern as `pat_str` of its tokenization_kimi.py.
+"""
+
 TOKENIZER_BYTES_MAX = 1 << 27
 
 """Sixteen times DeepSeek-R1's."""
@@ -126,27 +159,22 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "TextTokenizer":
-        """Reads tokenizer.json and, where there are such, tokenizer_config.json and chat_template.jinja.
+        """Reads tokenizer.json, or tiktoken.model, and the optional tokenizer_config.json and chat_template.jinja.
 
-        `add_bos_token` of the second is followed: DeepSeek's own tokenizer.json does not add BOS by itself. The third
-        goes before the template in the second.
-        Raises CheckpointError where tokenizer.json is missing or a file is no tokenizer.
+        `add_bos_token` of tokenizer_config.json is followed: DeepSeek's own tokenizer.json does not add BOS by itself.
+        chat_template.jinja takes precedence over the template in tokenizer_config.json.
+        Raises CheckpointError where there is no tokenizer, or a file is not what its name promises.
         """
-        path = directory / TOKENIZER_FILE
-        if not path.is_file():
+        if not has_tokenizer(directory):
             raise CheckpointError(
-                f"Tokenizer files not found in the model directory. Expected one of: {TOKENIZER_FILE}. "
+                f"Tokenizer files not found in the model directory. Expected one of: {', '.join(TOKENIZER_FILES)}. "
                 f"Checked: '{directory}'."
             )
-        if path.stat().st_size > TOKENIZER_BYTES_MAX:
-            raise CheckpointError(f"{path} is larger than {TOKENIZER_BYTES_MAX} bytes: it is no tokenizer.")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself for whatever is wrong with the file
-            raise CheckpointError(f"{path} is no tokenizer: {error}.") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         config = _tokenizer_config(directory)
+        if (directory / TOKENIZER_FILE).is_file():
+            tokenizer = _read_tokenizer(directory / TOKENIZER_FILE)
+        else:
+            tokenizer = _read_tiktoken(directory / TIKTOKEN_FILE, config)
         return cls(
             tokenizer,
             bos_token=_token_text(config.get("bos_token")),
@@ -211,6 +239,106 @@ class TextTokenizer:
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         # Of the library's ways to encode, this one keeps no offsets and lets other threads run.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory has a tokenizer's file."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tiktoken_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, AddedToken]) -> Tokenizer:
+    """Makes Kimi K2's tokenizer from the ranks of its tokens, which are 0, 1, ... and have all single bytes.
+
+    TIKTOKEN_RESERVED ids after them are tokens that are matched as a whole: those of `added`, by id, and names of
+    their own for the others. tiktoken merges the two neighbours whose joined bytes have the lowest rank. The library
+    merges the pair that stands first in a list: so all ways to part a token in two are listed, by its rank.
+    """
+    spelling = _byte_spelling()
+
+    def spelt(token: bytes) -> str:
+        return "".join(spelling[byte] for byte in token)
+
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=lambda token: ranks[token]):
+        parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(left, right) for left, right in parts if left in ranks and right in ranks]
+        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelt(left), spelt(right)) for left, right in known]
+    vocabulary = {spelt(token): rank for token, rank in ranks.items()}
+    # A piece of text that is a token by itself is that token, whatever its merges would give: tiktoken does so.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # The library numbers them on, in this order.
+    tokenizer.add_tokens(
+        [
+            added.get(token_id) or AddedToken(f"<|reserved_token_{token_id}|>", normalized=False)
+            for token_id in range(len(ranks), len(ranks) + TIKTOKEN_RESERVED)
+        ]
+    )
+    return tokenizer
+
+
+def _byte_spelling() -> list[str]:
+    """The character with which byte-level BPE spells each byte: itself where it is visible in Latin-1, else another."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if path.stat().st_size > TOKENIZER_BYTES_MAX:
+        raise CheckpointError(f"{path} is larger than {TOKENIZER_BYTES_MAX} bytes: it is not a tokenizer.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself for whatever is wrong with the file
+        raise CheckpointError(f"{path} is not a tokenizer: {error}.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_tiktoken(path: Path, config: Mapping[str, object]) -> Tokenizer:
+    """Reads a tiktoken file; its special tokens are in `added_tokens_decoder` of tokenizer_config.json."""
+    ranks: dict[bytes, int] = {}
+    content = read_bounded(path, TOKENIZER_BYTES_MAX) or b""
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise CheckpointError(
+                f"{path} is not a tiktoken file: line {number} is not a token and its rank."
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise CheckpointError(f"{path} is not a tiktoken file: it needs all 256 bytes, and ranks from 0 without gaps.")
+    if max(map(len, ranks)) > TIKTOKEN_TOKEN_BYTES_MAX:
+        raise CheckpointError(f"{path} has a token of more than {TIKTOKEN_TOKEN_BYTES_MAX} bytes.")
+    tokenizer = tiktoken_tokenizer(ranks, _added_tokens(path.parent / TOKENIZER_CONFIG_FILE, config, len(ranks)))
+    if tokenizer.get_vocab_size() != len(ranks) + TIKTOKEN_RESERVED:
+        raise CheckpointError(f"{path.parent / TOKENIZER_CONFIG_FILE}: added_tokens_decoder names a token twice.")
+    return tokenizer
+
+
+def _added_tokens(path: Path, config: Mapping[str, object], first: int) -> dict[int, AddedToken]:
+    """The tokens of `added_tokens_decoder` by id. Raises CheckpointError where an id is not one of the reserved."""
+    entries = config.get("added_tokens_decoder", {})
+    added: dict[int, AddedToken] = {}
+    for key, entry in entries.items() if isinstance(entries, dict) else ():
+        text = _token_text(entry)
+        if not text or not key.isdecimal() or not first <= int(key) < first + TIKTOKEN_RESERVED:
+            raise CheckpointError(
+                f"{path}: added_tokens_decoder has {key!r}; give the text of ids from {first} to "
+                f"{first + TIKTOKEN_RESERVED - 1}."
+            )
+        is_special = isinstance(entry, dict) and entry.get("special") is True
+        added[int(key)] = AddedToken(text, normalized=False, special=is_special)
+    return added
 
 
 def _token_id(tokenizer: Tokenizer, token: str | None) -> int | None:

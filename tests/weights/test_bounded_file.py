@@ -41,6 +41,13 @@ def test_a_large_tokenizer_is_refused(name: str, size: int, tmp_path: Path) -> N
         TextTokenizer.load(tmp_path)
 
 
+def test_a_large_tiktoken_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiktoken.model").write_bytes(b"YQ== 0")
+    grow(tmp_path / "tiktoken.model", TOKENIZER_BYTES_MAX)
+    with pytest.raises(CheckpointError, match=rf"tiktoken\.model is larger than {TOKENIZER_BYTES_MAX} bytes"):
+        TextTokenizer.load(tmp_path)
+
+
 def test_a_large_or_deep_configuration_is_refused(tmp_path: Path) -> None:
     deep = b'{"a":' * 100_000
     for name, load, size in (

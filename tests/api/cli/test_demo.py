@@ -208,7 +208,8 @@ def test_token_ids_and_accuracies_are_printed(
         ("a --model-path {0}/no-config", "config.json not found in the model directory. Checked: '{0}/no-config'."),
         (
             "a --model-path {0}/no-tokenizer",
-            "Tokenizer files not found in the model directory. Expected one of: tokenizer.json. Checked: '{0}/no-tok",
+            "Tokenizer files not found in the model directory. Expected one of: tokenizer.json, "
+            "tiktoken.model. Checked: '{0}/no-tok",
         ),
         (
             "a --model-path {0}/no-weights",

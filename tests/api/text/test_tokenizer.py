@@ -1,8 +1,14 @@
 """The tokenizer and the incremental decoder, against transformers and against decoding everything at once."""
 
+import base64
+import itertools
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -57,7 +63,7 @@ def test_a_directory_without_a_usable_tokenizer_is_named(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"Tokenizer files not found in the model directory\. .*Checked: '"):
         TextTokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
         TextTokenizer.load(tmp_path)
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[", encoding="utf-8")
@@ -139,3 +145,158 @@ def test_the_generation_config_may_be_another_or_none(tmp_path: Path) -> None:
     assert GenerationConfig.named(str(other), model).temperature == 0.7
     with pytest.raises(CheckpointError, match=r"--generation-config: there is no generation_config\.json in "):
         GenerationConfig.named(str(tmp_path), model)
+
+
+KIMI_PATTERN = regex.compile(
+    "|".join(
+        [
+            r"[\p{Han}]+",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ),
+    regex.V1,
+)
+"""What tokenization_kimi.py calls `pat_str`."""
+
+MERGED = [
+    "he",
+    "ll",
+    "hell",
+    "hello",
+    "lo",
+    "llo",
+    " w",
+    "or",
+    "wor",
+    " wor",
+    "ld",
+    "12",
+    "23",
+    "123",
+    "34",
+    "aa",
+    "aaa",
+]
+MERGED_BYTES = [text.encode() for text in [*MERGED, "中", "文", "中文", "é", "  "]] + [
+    b"\xe4\xb8",
+    b"\xb8\xad",
+    b"\xf0\x9f",
+]
+RANKS = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *MERGED_BYTES])}
+FIRST_SPECIAL = len(RANKS)
+KIMI_SPECIAL = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 9: "<|tool_call_begin|>"}
+
+
+def write_tiktoken(directory: Path, ranks: Mapping[bytes, int] = RANKS, **config: Any) -> Path:
+    """Writes tiktoken.model and tokenizer_config.json, as Kimi K2 has them."""
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+    (directory / "tiktoken.model").write_bytes(b"".join(lines))
+    added = {
+        str(FIRST_SPECIAL + offset): {"content": text, "special": "tool" not in text}
+        for offset, text in KIMI_SPECIAL.items()
+    }
+    keys = {"added_tokens_decoder": added, "bos_token": "[BOS]", "eos_token": "[EOS]", **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(keys), encoding="utf-8")
+    return directory
+
+
+def merged_by_rank(text: str) -> list[int]:
+    """What tiktoken does, plainly: of each piece, the two neighbours whose joined bytes have the lowest rank."""
+    ids = []
+    for piece in KIMI_PATTERN.findall(text):
+        parts = [bytes([byte]) for byte in piece.encode()]
+        if piece.encode() in RANKS:
+            parts = [piece.encode()]
+        while True:
+            joined = [(RANKS[a + b], at) for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in RANKS]
+            if not joined:
+                break
+            at = min(joined)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        ids += [RANKS[part] for part in parts]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def kimi(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return TextTokenizer.load(write_tiktoken(tmp_path_factory.mktemp("kimi")))
+
+
+KIMI_TEXTS = st.one_of(st.text(), st.text(st.sampled_from("helo wrd123aé中文字 '\nSTsx🙂ひ")))
+
+
+@settings(deadline=None, max_examples=300)
+@given(KIMI_TEXTS)
+@example("hello world, 12345 中文English混合 I'LL é 🙂  \n\n x")
+def test_a_tiktoken_file_gives_the_tokens_that_merging_by_rank_gives(kimi: TextTokenizer, text: str) -> None:
+    tokens = kimi.encode(text)
+    assert tokens == merged_by_rank(text)
+    assert kimi.decode(tokens) == text
+    decoder = kimi.decoder()
+    assert "".join([*(decoder.add(token) or "" for token in tokens), decoder.flush()]).rstrip(REPLACEMENT) == (
+        text.rstrip(REPLACEMENT)
+    )
+
+
+def test_chinese_and_numbers_are_parted_as_kimi_parts_them(kimi: TextTokenizer) -> None:
+    assert [kimi.token_text(token) for token in kimi.encode("中文 1234")] == ["中文", " ", "123", "4"]
+    # No token holds this character: its bytes are tokens.
+    assert kimi.encode("字") == list("字".encode())
+
+
+def test_special_tokens_follow_the_ranks(kimi: TextTokenizer) -> None:
+    assert kimi.size == FIRST_SPECIAL + 256
+    assert (kimi.bos_token_id, kimi.eos_token_id) == (FIRST_SPECIAL, FIRST_SPECIAL + 1)
+    assert kimi.encode("a<|im_end|><|tool_call_begin|>") == [ord("a"), FIRST_SPECIAL + 2, FIRST_SPECIAL + 9]
+    assert kimi.special_ids == [FIRST_SPECIAL, FIRST_SPECIAL + 1, FIRST_SPECIAL + 2]
+    assert kimi.decode([ord("a"), FIRST_SPECIAL + 2, FIRST_SPECIAL + 9]) == "a<|tool_call_begin|>"
+    assert kimi.token_text(FIRST_SPECIAL + 255) == f"<|reserved_token_{FIRST_SPECIAL + 255}|>"
+    assert kimi.encode(kimi.token_text(FIRST_SPECIAL + 100)) == [FIRST_SPECIAL + 100]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "needs all 256 bytes"),
+        (b"YQ== 0\nYg==\n", "line 2 is not a token and its rank"),
+        (b"YQ= 0\n", "line 1 is not a token"),
+        (b"YQ== x\n", "line 1 is not a token"),
+        (b"".join(b"%s 7\n" % base64.b64encode(bytes([byte])) for byte in range(256)), "ranks from 0 without gaps"),
+        (
+            b"".join(
+                b"%s %d\n" % (base64.b64encode(token), rank)
+                for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), b"a" * 1025])
+            ),
+            "a token of more than 1024 bytes",
+        ),
+    ],
+)
+def test_a_tiktoken_file_that_is_not_one_is_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
+    write_tiktoken(tmp_path)
+    (tmp_path / "tiktoken.model").write_bytes(content)
+    with pytest.raises(CheckpointError, match=sentence):
+        TextTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("added", "sentence"),
+    [
+        ({"1": {"content": "[BOS]"}}, "added_tokens_decoder has '1'; give the text of ids from"),
+        ({str(FIRST_SPECIAL): {}}, f"added_tokens_decoder has '{FIRST_SPECIAL}'"),
+        ({str(FIRST_SPECIAL): "x", str(FIRST_SPECIAL + 1): "x"}, "names a token twice"),
+        ({str(FIRST_SPECIAL): "he"}, "names a token twice"),
+    ],
+)
+def test_special_tokens_that_contradict_the_ranks_are_refused(
+    added: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        TextTokenizer.load(write_tiktoken(tmp_path, added_tokens_decoder=added))
