@@ -18,7 +18,7 @@ from stages.run_config import StateDict, WeightConfig, load_weight_config, save_
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from stages.weight_specs import WeightSpecs, dtype_letters
 from weights.cache.cache import WeightCache
-from weights.cache.cache_key import EntryName
+from weights.cache.cache_key import CacheKey
 from weights.cache.fingerprints import Fingerprints
 from weights.checkpoint import open_weights
 from weights.errors import CheckpointError
@@ -96,32 +96,32 @@ class ConvertedWeights:
         Raises CheckpointError where the source will not do, or changes meanwhile, and CacheError where files cannot be
         written.
         """
-        name = self.entry_name(part)
+        key = self.cache_key(part)
 
         def build(directory: Path) -> None:
             scope = self.source.view(part.prefixes[0] if len(part.prefixes) == 1 else "")
             files = part.convert(self.source.config, scope, directory, self.mesh_device, self.dtypes)
             save_weight_config(directory, files)
-            # Files that were written to meanwhile would be kept under the name of what they no longer are.
-            if self.entry_name(part) != name:
+            # Files that were written to meanwhile would be kept under a key that they no longer match.
+            if self.cache_key(part) != key:
                 raise CheckpointError(
                     f"The checkpoint changed while {part.name} was converted from it: start again when it is complete."
                 )
 
-        return load_weight_config(self.cache.entry(str(name), build, self.bytes_of(part)))
+        return load_weight_config(self.cache.entry(str(key), build, self.bytes_of(part)))
 
     def missing(self, parts: Iterable[ModelPart]) -> list[ModelPart]:
         """Those of `parts` that the cache does not have. Raises CheckpointError or CacheError."""
-        return [part for part in parts if not self.cache.holds(str(self.entry_name(part)))]
+        return [part for part in parts if not self.cache.holds(str(self.cache_key(part)))]
 
     def bytes_of(self, part: ModelPart) -> int:
         """About what the part's files take: padding and what is kept in a wider dtype are a small share of it."""
         return self.source.values(*part.prefixes) * ITEM_BYTES[self.dtype]
 
-    def entry_name(self, part: ModelPart) -> EntryName:
-        """What the part is called in the cache. Raises CheckpointError where its tensors will not do."""
+    def cache_key(self, part: ModelPart) -> CacheKey:
+        """The key of the part in the cache. Raises CheckpointError where its tensors will not do."""
         rows, columns = tuple(self.mesh_device.shape)
-        return EntryName(
+        return CacheKey(
             part=part.name,
             device=DEVICE,
             dtype=self.dtype,

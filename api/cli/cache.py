@@ -81,7 +81,7 @@ def list_command(cache_dir: Path) -> None:
 @cache_dir_option
 def verify_command(cache_dir: Path) -> None:
     """Read every byte of the weight cache and name what is damaged; the exit code is then 1."""
-    entries = [entry for entry in cache_entries(cache_dir) if entry.name is not None]
+    entries = [entry for entry in cache_entries(cache_dir) if entry.key is not None]
     damaged = 0
     with LongWork(Console(stderr=True)).steps("Checking", len(entries)) as done:
         for entry in entries:
@@ -115,9 +115,9 @@ def prune_command(cache_dir: Path, older_than: float | None, everything: bool, d
 
 
 def _is_pruned(entry: CacheEntry, used_since: float | None, everything: bool) -> bool:
-    if entry.name is None:
+    if entry.key is None:
         return False
-    if everything or entry.name.transform != TRANSFORM_VERSION:
+    if everything or entry.key.transform != TRANSFORM_VERSION:
         return True
     if used_since is not None and entry.used < used_since:
         return True
@@ -127,9 +127,9 @@ def _is_pruned(entry: CacheEntry, used_since: float | None, everything: bool) ->
 def _cells(entry: CacheEntry) -> Iterable[str]:
     used = datetime.fromtimestamp(entry.used, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
     size = in_words(entry.bytes)
-    name = entry.name
-    if name is None:
+    key = entry.key
+    if key is None:
         return entry.path.name, "", "", "", "", "", size, used, "no cache entry"
-    mesh = f"{name.rows}x{name.columns}"
+    mesh = f"{key.rows}x{key.columns}"
     state = "complete" if entry.is_complete else "incomplete"
-    return name.part, name.device, name.dtype, mesh, f"{name.transform}", name.fingerprint[:12], size, used, state
+    return key.part, key.device, key.dtype, mesh, f"{key.transform}", key.fingerprint[:12], size, used, state

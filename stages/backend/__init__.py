@@ -1,6 +1,6 @@
 """Binds the name `ttnn` once for the process: the embedded device, or the real package on a Galaxy.
 
-GALAXYLINE_DEVICE says which: "embedded" (the default) or "ttnn".
+GALAXYLINE_DEVICE chooses: "embedded" (the default) or "ttnn".
 """
 
 import importlib
@@ -19,12 +19,12 @@ DEVICE = os.environ.get(DEVICE_VARIABLE, "embedded")
 """The device of this process."""
 
 PADDED_USERS_PER_ROW = USERS_PER_ROW if DEVICE == "ttnn" else 0
-"""Places of a decode step on every row at least, so that its shapes are few: chips compile a program for each shape,
-take a tile for one row as for 32, and replay traces of fixed shapes only. 0 where a step is taken as it is."""
+"""The number of users that a decode step is padded to on every row, so that it has few shapes: chips compile a program
+for each shape, need a tile for one user as for 32, and replay traces of fixed shapes only. 0: steps are not padded."""
 
 
 def bind(device: str) -> ModuleType:
-    """The module that `ttnn` means on `device`. Raises DeviceError where there is no such device or package."""
+    """The module that `ttnn` means on `device`. Raises DeviceError for an unknown device or a missing package."""
     if device == "embedded":
         return importlib.import_module("stages.backend.embedded")
     if device != "ttnn":
@@ -45,9 +45,9 @@ else:
 
 
 def set_float_dtype(dtype: torch.dtype) -> None:
-    """Sets the torch dtype that the embedded device holds floats narrower than float32 in.
+    """Sets the torch dtype in which the embedded device holds floats narrower than float32.
 
-    On chips every tensor has the dtype it says, and this does nothing.
+    On chips this does nothing, as every tensor is held in its own dtype.
     """
     if DEVICE == "embedded":
         _hold_floats_in(dtype)

@@ -1,7 +1,7 @@
-"""Ops that every device computes in its own way, under one signature, and collectives that vanish on an axis of one.
+"""Ops that each device computes in its own way, under one signature, and collectives that skip an axis of one chip.
 
 Chips and the CPU choose experts and run them by different algorithms. The chips' algorithms are written in ttnn, so
-they run on the embedded device too, where tests hold them against the CPU's.
+they run on the embedded device too, where tests compare them with the CPU's.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from stages.backend.embedded import experts
 from stages.wormhole import TOKENS_AT_ONCE
 
 FUSED_GATE = (256, 8, 4, 8)
-"""Experts, groups, groups chosen and experts chosen of DeepSeek-V3, for which chips have a fused gate."""
+"""DeepSeek-V3's experts, groups, chosen groups and chosen experts, for which chips have a fused gate."""
 
 HEADS_TOGETHER = 16 if DEVICE == "ttnn" else 1
-"""Heads of a column come to attention in multiples of this: `all_to_all` gathers them by halves of a tile on chips."""
+"""The heads of a column are padded to a multiple of this: `all_to_all` gathers them by half tiles on chips."""
 
 LEFT_OUT = -1.0e4
-"""Added to the biased scores of groups that are left out: far below any score, and finite in bfloat16."""
+"""What is added to the biased scores of excluded groups: far below any score, and finite in bfloat16."""
 
 
 def all_gather(
@@ -69,19 +69,19 @@ def mesh_partition(
 
 
 def zeroed(shape: Sequence[int], *, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:
-    """Tiles of `shape` on each chip, all zero, that took no memory of the host."""
+    """Creates tiles of zeros of `shape` on each chip, without memory of the host."""
     if DEVICE == "embedded":
         return ttnn.zeros(shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=device)
     return chip_zeroed(shape, dtype=dtype, device=device)
 
 
 def chip_zeroed(shape: Sequence[int], *, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:
-    """`zeroed` on chips."""
+    """The implementation of `zeroed` on chips."""
     return _filled(shape, 0.0, dtype, device)
 
 
 def _filled(shape: Sequence[int], value: float, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:
-    """Allocated and written over on the chips: ttnn.full fills on the host, whose writes a trace cannot repeat."""
+    """Allocates a tensor and fills it on the chips: ttnn.full fills on the host, whose writes a trace cannot repeat."""
     tensor = ttnn.empty(shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=device)
     return ttnn.fill(tensor, value, output_tensor=tensor)
 
@@ -96,7 +96,7 @@ def chip_moe_gate(
     route_scale: float,
     norm_topk_prob: bool,
 ) -> tuple[ttnn.Tensor, ttnn.Tensor]:
-    """`moe_gate` on chips: the fused gate for DeepSeek-V3's own numbers, else composed of smaller ops."""
+    """The implementation of `moe_gate` on chips: the fused gate for the numbers FUSED_GATE, else composed of ops."""
     tokens, n_experts = logits.shape[2], logits.shape[3]
     logits = ttnn.typecast(logits, ttnn.bfloat16)
     bias = ttnn.typecast(bias, ttnn.bfloat16)
@@ -124,7 +124,7 @@ def chip_moe_gate(
 
 
 def _penalty(biased: ttnn.Tensor, n_groups: int, topk_groups: int) -> ttnn.Tensor:
-    """[1, 1, T, experts]: 0 for experts of the groups chosen, LEFT_OUT for the others."""
+    """What to add to biased scores, [1, 1, T, experts]: 0 for experts of chosen groups, LEFT_OUT for the others."""
     tokens, n_experts = biased.shape[2], biased.shape[3]
     group = n_experts // n_groups
     grouped = ttnn.reshape(biased, (1, tokens, n_groups, group))
@@ -151,7 +151,7 @@ def chip_routed_experts(
     memory_config: ttnn.MemoryConfig | None = None,
     compute_kernel_config: ttnn.WormholeComputeKernelConfig | None = None,
 ) -> ttnn.Tensor:
-    """`routed_experts` on chips: every local expert on every token, weighted with 0 where it was not chosen."""
+    """The implementation of `routed_experts` on chips: all local experts on all tokens, with weight 0 if not chosen."""
     tokens = x.shape[2]
     weights = ttnn.typecast(weights, ttnn.bfloat16)
     parts = []
@@ -166,7 +166,7 @@ def chip_routed_experts(
         output = ttnn.matmul(hidden, w2, memory_config=memory_config, compute_kernel_config=compute_kernel_config)
         weighted = ttnn.mul(output, ttnn.permute(local, (0, 3, 2, 1)), memory_config=memory_config)
         summed = ttnn.experimental.fast_reduce_nc(weighted, dims=[1], memory_config=memory_config)
-        # It comes out padded to whole tiles.
+        # The sum is padded to whole tiles.
         parts.append(_cut(summed, [0, 0, 0, 0], list(some.shape)))
     return parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=2)
 
@@ -177,7 +177,7 @@ def _rows(tensor: ttnn.Tensor, first: int, last: int) -> ttnn.Tensor:
 
 
 def _cut(tensor: ttnn.Tensor, begins: list[int], ends: list[int]) -> ttnn.Tensor:
-    """`ttnn.slice`; the tensor itself where that is all of it."""
+    """`ttnn.slice`, or the tensor itself if nothing is cut off."""
     if not any(begins) and ends == list(tensor.shape):
         return tensor
     return ttnn.slice(tensor, begins, ends)
@@ -193,10 +193,10 @@ def moe_gate(
     route_scale: float,
     norm_topk_prob: bool,
 ) -> tuple[ttnn.Tensor, ttnn.Tensor]:
-    """Weights and indices, [1, 1, T, n_activated_experts], of the experts chosen for `logits` [1, 1, T, experts].
+    """Chooses experts for `logits` [1, 1, T, experts]; returns weights and indices, [1, 1, T, n_activated_experts].
 
-    `bias` [1, 1, 1, experts] takes part in the choice only. `stages.backend.embedded.experts` gives the rule and its
-    source. For full precision keep logits and bias in float32; chips round them to bfloat16.
+    `bias` [1, 1, 1, experts] affects the choice only. `stages.backend.embedded.experts` gives the rule and its source.
+    For full precision keep logits and bias in float32; chips round them to bfloat16.
     """
     choose = experts.moe_gate if DEVICE == "embedded" else chip_moe_gate
     return choose(
@@ -222,12 +222,12 @@ def routed_experts(
     memory_config: ttnn.MemoryConfig | None = None,
     compute_kernel_config: ttnn.WormholeComputeKernelConfig | None = None,
 ) -> ttnn.Tensor:
-    """Each chip's part of sum over a token's experts e of weight_e * w2_e(silu(w1_e(x)) * w3_e(x)): [1, 1, T, H].
+    """Runs each chip's experts: its part, [1, 1, T, H], of the sum over a token's experts e of
+    weight_e * w2_e(silu(w1_e(x)) * w3_e(x)).
 
-    Tokens `x` [1, 1, T, H], `weights` and `indices` [1, 1, T, k] are the same on all chips. Experts are shared out
-    over the chips row-major: w1, w3 [1, E / chips, H, I] and w2 [1, E / chips, I, H] a chip, and `select`
-    [1, 1, E, E / chips], the identity cut by columns (`ShardTensorToMesh(mesh, 3)`). Add the parts over both axes.
-    """
+    Tokens `x` [1, 1, T, H], `weights` and `indices` [1, 1, T, k] are the same on all chips. Experts are distributed
+    over the chips in row-major order: each has w1, w3 [1, E / chips, H, I], w2 [1, E / chips, I, H] and `select` [1, 1,
+    E, E / chips], the identity cut by columns (`ShardTensorToMesh(mesh, 3)`). Add the parts over both axes."""
     run = experts.routed_experts if DEVICE == "embedded" else chip_routed_experts
     return run(
         x,

@@ -1,4 +1,4 @@
-"""Sockets between the meshes of two processes: what only the real ttnn package has, under names of our own.
+"""Sockets between the meshes of two processes, which only the real ttnn package has.
 
 Importing this module imports ttnn, whose sockets read MPI's and tt-metal's variables when the world is joined.
 """
@@ -11,16 +11,16 @@ from stages.mesh_spec import HiddenShard, MeshSocketSpec
 ttnn: Any = bind("ttnn")
 
 CORE = (0, 0)
-"""The core of each chip that a socket's end is on (x, y)."""
+"""The core (x, y) of each chip that holds an end of a socket."""
 
 
 def join_world() -> None:
-    """Makes this process a rank of the world; waits until all have come. Before a mesh is opened."""
+    """Makes this process a rank of the MPI world and waits for all ranks; to be called before a mesh is opened."""
     ttnn.init_distributed_context()
 
 
 def barrier() -> None:
-    """Waits for all ranks, and for ever for one that is dead; other threads go on meanwhile."""
+    """Waits for all ranks, for ever if one is dead; other threads continue meanwhile."""
     ttnn.distributed_context_barrier()
 
 
@@ -28,11 +28,11 @@ class MeshSender:
     """The sending end of a socket between two meshes."""
 
     def __init__(self, mesh_device: Any, spec: MeshSocketSpec, sender: int, receiver: int) -> None:
-        """`sender` and `receiver` are mesh ids; waits for the other end."""
+        """Opens the socket and waits for the other end; `sender` and `receiver` are mesh ids."""
         self._socket = _socket(mesh_device, spec, sender, receiver)
 
     def send(self, tensor: Any) -> HiddenShard:
-        """Sends each chip's part on; returns at once, and says what it was."""
+        """Sends each chip's part, without waiting; returns the shape and dtype of the parts."""
         ttnn.experimental.send_async(tensor, self._socket)
         return hidden_shard(tensor)
 
@@ -41,12 +41,12 @@ class MeshReceiver:
     """The receiving end of a socket between two meshes."""
 
     def __init__(self, mesh_device: Any, spec: MeshSocketSpec, sender: int, receiver: int) -> None:
-        """`sender` and `receiver` are mesh ids; waits for the other end."""
+        """Opens the socket and waits for the other end; `sender` and `receiver` are mesh ids."""
         self._mesh_device = mesh_device
         self._socket = _socket(mesh_device, spec, sender, receiver)
 
     def receive(self, what: HiddenShard) -> Any:
-        """The next tensor; what is computed from it waits for it on the chips."""
+        """Returns the next tensor at once; ops that use it wait for it on the chips."""
         tensor = ttnn.empty(
             what.shape, dtype=getattr(ttnn, what.dtype), layout=ttnn.TILE_LAYOUT, device=self._mesh_device
         )
@@ -55,7 +55,7 @@ class MeshReceiver:
 
 
 def hidden_shard(tensor: Any) -> HiddenShard:
-    """What every chip holds of a tensor on a mesh."""
+    """The shape and dtype of each chip's part of a tensor on a mesh."""
     return HiddenShard(tuple(tensor.shape), tensor.dtype.name.lower())
 
 

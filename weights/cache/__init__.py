@@ -1,1 +1,1 @@
-"""Converted weights on the disk: keys, entries, manifests, and what there is."""
+"""The weight cache: converted weights on disk, their keys and manifests, and the inventory of entries."""

@@ -1,21 +1,21 @@
-"""What an entry of the weight cache is called: everything that its files follow from."""
+"""Keys of the weight cache, which contain everything that the files of an entry follow from."""
 
 import re
 
 import msgspec
 
 _PATTERN = re.compile(
-    r"(?P<part>[a-z]+[0-9]*)-(?P<device>[a-z0-9]+)-(?P<dtype>[a-z0-9]+)-(?P<weights>[a-z0-9]+)-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)"
-    r"-v(?P<transform>[0-9]+)-(?P<fingerprint>[0-9a-f]{64})"
+    r"(?P<part>[a-z]+[0-9]*)-(?P<device>[a-z0-9]+)-(?P<dtype>[a-z0-9]+)-(?P<weights>[a-z0-9]+)"
+    r"-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)-v(?P<transform>[0-9]+)-(?P<fingerprint>[0-9a-f]{64})"
 )
 
 
-class EntryName(msgspec.Struct, frozen=True, kw_only=True):
-    """One part of a model, converted for one kind of mesh.
+class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The key of one part of a model, converted for one kind of mesh.
 
-    `part` is "embedding", "head" or "layer7"; `dtype` what floats are held in, `weights` the dtype of each weight on
-    chips, a letter each; `rows` x `columns` is the mesh; `transform` the version of the code that converts;
-    `fingerprint` the hash of the part's tensors and of the model's config.
+    `part` is "embedding", "head" or "layer7"; `dtype` is that in which floats are held, and `weights` that of each
+    weight on chips, a letter each; `rows` x `columns` is the mesh, `transform` the version of the code that converts,
+    and `fingerprint` the hash of the part's tensors and of the model's config.
     """
 
     part: str
@@ -32,7 +32,7 @@ class EntryName(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.part}-{self.device}-{self.dtype}-{self.weights}-{mesh}-v{self.transform}-{self.fingerprint}"
 
     @classmethod
-    def parse(cls, text: str) -> "EntryName | None":
-        """The name that `str` gave; None for any other text."""
+    def parse(cls, text: str) -> "CacheKey | None":
+        """Parses the text that `str` makes of a key; returns None for any other text."""
         match = _PATTERN.fullmatch(text)
         return None if match is None else msgspec.convert(match.groupdict(), cls, strict=False)

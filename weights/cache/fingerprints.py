@@ -1,4 +1,4 @@
-"""Fingerprints of checkpoints that are remembered: taking one reads every byte, which takes minutes for R1."""
+"""Remembered fingerprints of checkpoints: computing one reads every byte, which takes minutes for R1."""
 
 import re
 from contextlib import suppress
@@ -12,16 +12,16 @@ _FINGERPRINT = re.compile(f"[0-9a-f]{{{2 * WeightSource.FINGERPRINT_BYTES}}}")
 
 
 class Fingerprints:
-    """Fingerprints by what the file system says of a checkpoint's files, kept in a directory of the weight cache.
+    """Fingerprints by the inodes and times of a checkpoint's files, stored in a directory of the weight cache.
 
-    They hold for as long as no file was replaced or written to: any of that changes its inode or its times.
+    A fingerprint is valid as long as no file is replaced or written to, which changes its inode or its times.
     """
 
     def __init__(self, cache_directory: Path) -> None:
         self._directory = cache_directory / DIRECTORY
 
     def of(self, source: WeightSource, *prefixes: str) -> str:
-        """`source.fingerprint(*prefixes)`, from memory if it can be. Raises CheckpointError as that does."""
+        """Returns `source.fingerprint(*prefixes)`, from the cache if possible. Raises CheckpointError as that does."""
         identity = source.identity(*prefixes)
         if identity is None:
             return source.fingerprint(*prefixes)
@@ -31,14 +31,14 @@ class Fingerprints:
             if _FINGERPRINT.fullmatch(fingerprint):
                 return fingerprint
         fingerprint = source.fingerprint(*prefixes)
-        # A file that was written to while it was read would be remembered for what it no longer is.
+        # A fingerprint is not remembered if a file was written to while it was read.
         if source.identity(*prefixes) == identity:
             self._remember(remembered, fingerprint)
         return fingerprint
 
     def _remember(self, path: Path, fingerprint: str) -> None:
-        # Where this fails, as on a full disk or in a cache that may only be read, the bytes are read again next time;
-        # so they are where a kill leaves half of it, which is no fingerprint.
+        # If this fails, as on a full disk or in a read-only cache, the bytes are read again next time, and also if a
+        # kill leaves half a fingerprint, which does not match the pattern.
         with suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
             path.write_text(fingerprint, encoding="ascii")

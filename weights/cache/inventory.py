@@ -1,4 +1,4 @@
-"""What is in a weight cache, and how to be rid of it."""
+"""The inventory of a weight cache: listing, checking and removing its entries."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -6,28 +6,29 @@ from pathlib import Path
 import msgspec
 
 from weights.cache.cache import remove_abandoned, workspace
-from weights.cache.cache_key import EntryName
+from weights.cache.cache_key import CacheKey
 from weights.cache.manifest import MANIFEST_FILE, damaged_files, is_complete
 from weights.errors import CacheError
 
 
 class CacheEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry: `bytes` on disk, last used at `used` (seconds since 1970), complete by its files' lengths or not.
+    """An entry of a weight cache.
 
-    `name` is None for a directory that this version did not make.
+    It has `bytes` on disk, was last used at `used` (seconds since 1970), and is complete if its files have the right
+    lengths. `key` is None for a directory that this version did not create.
     """
 
     path: Path
-    name: EntryName | None
+    key: CacheKey | None
     bytes: int
     used: float
     is_complete: bool
 
 
 def cache_entries(directory: Path) -> list[CacheEntry]:
-    """All entries of a weight cache, by name; none where there is no such directory. Raises CacheError.
+    """All entries of a weight cache in the order of their names; none if there is no such directory. Raises CacheError.
 
-    What another process removes or replaces meanwhile may be left out.
+    Entries that another process removes or replaces meanwhile may be left out.
     """
     try:
         paths = sorted(path for path in _within(directory) if path.is_dir() and not path.name.startswith("."))
@@ -37,7 +38,7 @@ def cache_entries(directory: Path) -> list[CacheEntry]:
 
 
 def damage_of(entry: CacheEntry) -> list[str]:
-    """The entry's files that are missing or changed; reads every byte. Raises CacheError."""
+    """The names of the entry's files that are missing or changed. Reads every byte. Raises CacheError."""
     try:
         return damaged_files(entry.path)
     except OSError as error:
@@ -45,9 +46,9 @@ def damage_of(entry: CacheEntry) -> list[str]:
 
 
 def remove_entries(directory: Path, entries: list[CacheEntry]) -> None:
-    """Removes entries, each at once by a rename, and what dead builders left. Raises CacheError.
+    """Removes entries, each by one rename, and the workspaces of dead builders. Raises CacheError.
 
-    A stage that has loaded an entry keeps its files until it ends. Entries that are gone already are no error.
+    A stage that has loaded an entry keeps its files until it ends. Entries that are gone already are ignored.
     """
     try:
         remove_abandoned(directory)
@@ -67,12 +68,12 @@ def _within(directory: Path) -> list[Path]:
 
 
 def _entry(path: Path) -> CacheEntry | None:
-    """None where it is removed while it is looked at."""
+    """Reads an entry; returns None if it is removed meanwhile."""
     manifest = path / MANIFEST_FILE
     try:
         return CacheEntry(
             path=path,
-            name=EntryName.parse(path.name),
+            key=CacheKey.parse(path.name),
             bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             used=(manifest if manifest.exists() else path).stat().st_mtime,
             is_complete=is_complete(path),

@@ -15,7 +15,7 @@ HASH_BYTES = 1 << 24
 HASH_THREADS_MAX = 8
 
 
-class FileSeal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file's length in bytes and the XXH3 128-bit hash of its bytes, which no failing disk will match by chance."""
 
     bytes: int
@@ -23,27 +23,27 @@ class FileSeal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The last file of an entry to be written: all its others, by their names within it."""
+    """The list of an entry's files by their paths in it; it is written last and makes the entry complete."""
 
     version: int
-    files: dict[str, FileSeal]
+    files: dict[str, FileRecord]
 
 
-def seal(entry: Path) -> None:
-    """Brings everything in the directory to the disk, and the manifest after everything else. Raises OSError."""
+def write_manifest(entry: Path) -> None:
+    """Syncs everything in the directory to the disk, then writes and syncs its manifest. Raises OSError."""
     paths = sorted(entry.rglob("*"))
     for path in paths:
         sync(path)
     files = [path for path in paths if path.is_file()]
-    seals = {str(path.relative_to(entry)): found for path, found in zip(files, _sealed(files), strict=True)}
+    records = {str(path.relative_to(entry)): record for path, record in zip(files, _records(files), strict=True)}
     manifest = entry / MANIFEST_FILE
-    manifest.write_bytes(msgspec.json.encode(Manifest(version=MANIFEST_VERSION, files=seals)))
+    manifest.write_bytes(msgspec.json.encode(Manifest(version=MANIFEST_VERSION, files=records)))
     sync(manifest)
     sync(entry)
 
 
 def read_manifest(entry: Path) -> Manifest | None:
-    """The manifest of the directory; None where there is none of this version. Raises OSError."""
+    """Reads the manifest of the directory; returns None if there is none of this version. Raises OSError."""
     try:
         manifest = msgspec.json.decode((entry / MANIFEST_FILE).read_bytes(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError, UnicodeDecodeError):
@@ -52,13 +52,13 @@ def read_manifest(entry: Path) -> Manifest | None:
 
 
 def is_complete(entry: Path) -> bool:
-    """Whether the directory holds a manifest and every file it lists, in its length. Raises OSError."""
+    """Whether the directory has a manifest and every file in it, with the right length. Raises OSError."""
     manifest = read_manifest(entry)
     return manifest is not None and all(_length(entry / name) == file.bytes for name, file in manifest.files.items())
 
 
 def damaged_files(entry: Path) -> list[str]:
-    """Names of the files that are missing or not what was sealed; the manifest's where there is none.
+    """The names of the files that are missing or differ from the manifest; the manifest's own name if there is none.
 
     Reads every byte once. Raises OSError.
     """
@@ -68,7 +68,7 @@ def damaged_files(entry: Path) -> list[str]:
     damaged = [name for name, file in manifest.files.items() if _length(entry / name) != file.bytes]
     if damaged:
         return damaged
-    found = _sealed(entry / name for name in manifest.files)
+    found = _records(entry / name for name in manifest.files)
     return [name for (name, file), now in zip(manifest.files.items(), found, strict=True) if now != file]
 
 
@@ -81,22 +81,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sealed(paths: Iterable[Path]) -> list[FileSeal]:
+def _records(paths: Iterable[Path]) -> list[FileRecord]:
     with ThreadPoolExecutor(min(HASH_THREADS_MAX, os.cpu_count() or 1)) as threads:
-        return list(threads.map(_seal_of, paths))
+        return list(threads.map(_record, paths))
 
 
-def _seal_of(path: Path) -> FileSeal:
+def _record(path: Path) -> FileRecord:
     size = path.stat().st_size
     digest = xxhash.xxh3_128()
-    # Mapped, so that the bytes are read into the pages that loading will map.
+    # The file is mapped, so that its bytes are read into the pages that loading will map.
     if size:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             view = memoryview(mapped)
             for begin in range(0, size, HASH_BYTES):
                 digest.update(view[begin : begin + HASH_BYTES])
             view.release()
-    return FileSeal(bytes=size, xxh3=digest.hexdigest())
+    return FileRecord(bytes=size, xxh3=digest.hexdigest())
 
 
 def _length(path: Path) -> int | None:

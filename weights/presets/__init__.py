@@ -1,6 +1,6 @@
-"""Configurations of published models that come with the program: what can be planned without a checkpoint.
+"""Configurations of published models that come with the program, for planning without a checkpoint.
 
-DeepSeek-V3, V3-0324, R1 and R1-0528 share one config.json, up to keys that change nothing here.
+DeepSeek-V3, V3-0324, R1 and R1-0528 share one config.json, except for keys that have no effect here.
 """
 
 from pathlib import Path
@@ -14,16 +14,16 @@ PRESETS = {
     "r1": _R1,
     **{f"deepseek-ai/DeepSeek-{name}": _R1 for name in ("R1", "R1-0528", "R1-Zero", "V3", "V3-0324", "V3-Base")},
 }
-"""What a model is called -> the directory of its configuration."""
+"""The names of models, each with the directory of its configuration."""
 
 
 def preset_config(name: str) -> ModelConfig | None:
-    """The configuration of a published model, by its hub id, or "r1"; None for any other."""
+    """The configuration of the published model with a hub id, or of "r1"; None for any other name."""
     directory = preset_directory(name)
     return None if directory is None else ModelConfig.from_file(directory / "config.json")
 
 
 def preset_directory(name: str) -> Path | None:
-    """The directory that holds that configuration, and nothing else."""
+    """The directory that contains the config.json of the published model, and nothing else; None for any other name."""
     found = PRESETS.get(name)
     return None if found is None else _DIRECTORY / found

@@ -1,12 +1,12 @@
 """The sample model: a tiny checkpoint of DeepSeek-V3's architecture that comes with the project.
 
-`python -m weights.sample.train --seed 0 --out DIR` trains it anew from the text in `corpus/`.
+`python -m weights.sample.train --seed 0 --out DIR` trains it again from the text in `corpus/`.
 """
 
 from pathlib import Path
 
 SAMPLE_DIR: Path = Path(__file__).parent / "checkpoint"
-"""The checkpoint's directory, in the layout of a Hugging Face snapshot."""
+"""The directory of the checkpoint, in the layout of a Hugging Face snapshot."""
 
 PROMPTS_FILE: Path = Path(__file__).parent / "prompts.json"
-"""Prompts at whose every greedy position the model is certain, each with the number of tokens to generate."""
+"""Prompts whose greedy continuation the model is certain of, each with the number of tokens to generate."""

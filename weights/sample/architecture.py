@@ -1,7 +1,7 @@
-"""The sample model's shape, written as DeepSeek writes its own `config.json`.
+"""The sample model's architecture, in the form of DeepSeek's own `config.json`, and the files of its checkpoint.
 
 Every dimension splits over tensor-parallel meshes up to 4x8 in tiles of 32x32: heads by 8, experts by 32 chips,
-hidden size, dense FFN and vocabulary by 8 tiles, and the low ranks and head sizes are whole tiles.
+hidden size, dense FFN and vocabulary by 8 tiles, and low ranks and head sizes are whole tiles.
 """
 
 import json
@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from weights.sample.tokenizer import save_tokenizer
 
 VOCABULARY = 1024
-"""Size of the vocabulary, special tokens included."""
+"""The size of the vocabulary, special tokens included."""
 
 MAX_POSITIONS = 2048
-"""Longest text in tokens."""
+"""The longest text in tokens."""
 
 ROPE_SCALING = {
     "type": "yarn",
@@ -28,7 +28,7 @@ ROPE_SCALING = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-"""YaRN (arXiv:2309.00071) from 256 to 2048 positions; on from the first step of training."""
+"""YaRN (arXiv:2309.00071) from 256 to 2048 positions, in effect from the first step of training."""
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -75,11 +75,11 @@ CONFIG = {
 """The contents of `config.json`."""
 
 GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
-"""The contents of `generation_config.json`: greedy, because the model knows its text by heart."""
+"""The contents of `generation_config.json`: greedy, because the model has learned its text by heart."""
 
 
 def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return `state` with the stacked expert weights of transformers parted into DeepSeek's per-expert tensors.
+    """Return `state` with the stacked expert weights of transformers split into DeepSeek's per-expert tensors.
 
     `mlp.experts.gate_up_proj` [experts, 2 * intermediate, hidden] becomes `mlp.experts.E.gate_proj.weight` and
     `mlp.experts.E.up_proj.weight` [intermediate, hidden]; `mlp.experts.down_proj` [experts, hidden, intermediate]
@@ -102,7 +102,7 @@ def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(state: dict[str, torch.Tensor], tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the checkpoint's five files into `directory`, which is made where it does not exist.
+    """Write the checkpoint's five files into `directory`, which is created if it does not exist.
 
     Weights are stored in bfloat16, the routers' correction biases in float32.
     """
@@ -112,7 +112,7 @@ def save_checkpoint(state: dict[str, torch.Tensor], tokenizer: Tokenizer, direct
         for name, tensor in split_experts(state).items()
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)  # save_file leaves it to its owner alone
+    (directory / "model.safetensors").chmod(0o644)  # save_file lets only the owner read it
     for name, content in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory, MAX_POSITIONS)

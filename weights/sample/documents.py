@@ -1,10 +1,10 @@
-"""The training text: documents made of the files in `corpus/`.
+"""The training text: documents made from the files in `corpus/`.
 
-A file holds entries parted by lines of three hyphens. `haiku.txt` gives a subject and three lines an entry,
-`questions.txt` a question and its answer; every other entry is a document as it stands. Haiku and questions take
-several forms (plain, chat, chat with a thought), one an epoch in turn. What varies is drawn anew for every epoch, so
-that the model learns what an answer depends on: the wording of a question, the sentence at which a text begins,
-and conversations of several turns, of which only the last question counts.
+A file has entries separated by lines of three hyphens. Entries of `haiku.txt` are a subject and three lines, those of
+`questions.txt` a question and its answer; every other entry is a document as it is. Haiku and questions take several
+forms (plain, chat, chat with a thought), one per epoch in turn. The wording of questions, the sentence at which a text
+begins, and conversations of several turns, of which only the last question counts, are drawn again for every epoch, so
+that the model learns what an answer depends on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,20 @@ from weights.sample.tokenizer import ASSISTANT, EOS, USER
 CORPUS_DIR = Path(__file__).parent / "corpus"
 SEPARATOR = "\n---\n"
 CONVERSATIONS = 24
-"""Conversations of several turns in an epoch."""
+"""The number of conversations of several turns in an epoch."""
 MAX_TURNS = 8
 LONG_TURNS = 18
-"""Turns of the one long conversation of an epoch, for positions far beyond the rest."""
+"""The turns of the one long conversation of an epoch, which trains positions far beyond the rest."""
 REASONED_SHARE = 0.25
-"""Share of the conversations whose last answer comes with a thought; the template drops those of former turns."""
+"""The share of conversations whose last answer has a thought; the template drops the thoughts of former turns."""
 CUT_SHARE = 0.25
-"""Share of the texts that begin at a later sentence than their first."""
+"""The share of texts that begin at a later sentence than their first."""
 SYSTEM_PROMPTS = ("", "", "You are a helpful assistant.", "Answer in a few plain sentences.")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a document; what is not learned is read but never predicted (a user's question)."""
+    """A part of a document; a span that is not learned (a user's question) is read but never predicted."""
 
     text: str
     learned: bool = True
@@ -42,7 +42,7 @@ Document = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question with its answer, and the thought that leads from one to the other."""
+    """A question with its answer, and the thought that leads to the answer."""
 
     question: str
     answer: str
@@ -52,7 +52,7 @@ class Exchange:
         return (Span(f"{USER}{self.question}{ASSISTANT}", learned=False), Span(self.answer))
 
     def reasoned(self) -> Document:
-        # The chat template opens the thought where one is wanted; the model never opens it by itself.
+        # The chat template opens the thought if one is wanted; the model never opens it itself.
         prompt = f"{USER}{self.question}{ASSISTANT}<think>\n"
         return (Span(prompt, learned=False), Span(f"{self.thought}\n</think>\n\n{self.answer}"))
 
@@ -66,7 +66,7 @@ def entries(name: str) -> list[str]:
 
 
 def texts() -> list[str]:
-    """Return the entries that are documents as they stand, in order of file and place."""
+    """Return the entries that are documents as they are, in the order of files and of entries in them."""
     names = sorted(path.name for path in CORPUS_DIR.glob("*.txt"))
     return [entry for name in names if name not in {"haiku.txt", "questions.txt"} for entry in entries(name)]
 
@@ -92,7 +92,7 @@ def haiku() -> list[Exchange]:
 
 
 def tokenizer_texts() -> list[str]:
-    """Return the text to train the tokenizer on: every entry once, in its plain form."""
+    """Return the texts to train the tokenizer on: every entry once, in its plain form."""
     return texts() + [span.text for exchange in [*haiku(), *questions()] for span in exchange.plain()]
 
 
@@ -111,7 +111,7 @@ def epoch(seed: int, number: int) -> list[Document]:
 
 
 def training_texts(seed: int, epochs: int) -> Iterator[str]:
-    """Yield the text of every document of a training of `epochs` epochs, without its BOS and its last EOS."""
+    """Yield the text of every document of `epochs` epochs of training, without its BOS and its last EOS."""
     for number in range(epochs):
         for document in epoch(seed, number):
             yield "".join(span.text for span in document)
@@ -128,7 +128,7 @@ def _reworded(question: str, rng: np.random.Generator) -> str:
     lowered = question[0].lower() + question[1:]
     politely = f"Can you tell me: {lowered}" if question.endswith("?") else f"Please {lowered}"
     wordings = (question, question, question, lowered, question.rstrip("?."), politely)
-    # A greeting ends with an exclamation mark and stays as it is.
+    # Greetings, which end with an exclamation mark, are not reworded.
     return question if question.endswith("!") else wordings[rng.integers(len(wordings))]
 
 

@@ -1,4 +1,4 @@
-"""Documents packed into rows of equal length, each document with positions of its own."""
+"""Packing of documents into rows of equal length; positions start again with each document."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from weights.sample.tokenizer import CONTROL_TOKENS, FORMAT_TOKENS
 
 BATCH_TOKENS = 1024
 ROW_LENGTHS = (256, 512, 1024)
-"""In tokens: attention costs the square of it, so that a document goes into a row of the first length that holds it."""
+"""Row lengths in tokens. Attention costs their square, so a document goes into the shortest row that has room."""
 
 NOISY_SHARE = 0.5
 NOISE = 0.1
-"""In this share of the samples this share of the tokens is read as another one, and the right ones are to be
-predicted all the same: one unknown word in a prompt then does not lead the model astray."""
+"""The share of tokens that are replaced in the input of NOISY_SHARE of the samples, while the labels stay right: so one
+unknown word in a prompt does not lead the model astray."""
 
 SPECIAL_TOKENS = len(CONTROL_TOKENS) + len(FORMAT_TOKENS)
-"""Their ids come first in the vocabulary."""
+"""The number of special tokens, whose ids come first in the vocabulary."""
 
 IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
+"""The label that torch's cross entropy ignores."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document in tokens, BOS and EOS included; a label is the token itself, or IGNORED where it is not learned."""
+    """A document in tokens, BOS and EOS included; a label is the token itself, or IGNORED if it is not learned."""
 
     tokens: list[int]
     labels: list[int]
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed samples, three int64 tensors [rows, row length]; positions start anew with each sample."""
+    """Rows of packed samples, as three int64 tensors [rows, row length]; positions start again with each sample."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -45,7 +45,7 @@ class Batch:
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> Sample:
-    """Return `document` in tokens; its first label is ignored, for a token is predicted from those before it."""
+    """Return `document` in tokens; its first label is IGNORED, as a token is predicted from those before it."""
     bos, eos = 0, 1
     tokens, labels = [bos], [IGNORED]
     for span in document:
@@ -56,7 +56,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> Sample:
 
 
 def batches(samples: Sequence[Sample], rng: np.random.Generator) -> list[Batch]:
-    """Pack `samples` into batches of at most BATCH_TOKENS tokens, in random order, noise included.
+    """Pack `samples` into batches of at most BATCH_TOKENS tokens, in random order and with noise.
 
     Raises:
         ValueError: a sample is longer than the longest row.

@@ -30,7 +30,7 @@ FORMAT_TOKENS = (
     "<｜tool▁output▁end｜>",
     "<｜tool▁sep｜>",
 )
-"""Tokens of their own that stay in decoded text, as DeepSeek marks them: a reader of the reasoning looks for them."""
+"""Tokens that `skip_special_tokens` keeps in decoded text, as with DeepSeek: parsers of reasoning look for them."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -45,13 +45,13 @@ CHAT_TEMPLATE = (
     "{{ '<｜Assistant｜>' }}{%- if thinking is defined and thinking -%}{{ '<think>\\n' }}{%- endif -%}"
     "{%- endif -%}"
 )
-"""Jinja template: system text first, then the turns; thoughts of former turns are left out, as in DeepSeek-R1."""
+"""A Jinja template: system text first, then the turns; thoughts of former turns are left out, as in DeepSeek-R1."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Train a tokenizer of exactly `vocabulary` tokens on `texts`; encoding puts BOS first.
 
-    The alphabet holds all 256 bytes, so that any text can be encoded and decoded without loss.
+    The alphabet contains all 256 bytes, so that any text can be encoded and decoded without loss.
 
     Raises:
         ValueError: the texts are too short to fill the vocabulary.
@@ -96,7 +96,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
 
 
 def _with_visible_format_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    # The trainer marks all tokens given to it as special; the library offers no way to change it but the file.
+    # The trainer marks all its tokens as special; the library can change that only through the serialised tokenizer.
     state = json.loads(tokenizer.to_str())
     for token in state["added_tokens"]:
         token["special"] = token["content"] in CONTROL_TOKENS

@@ -1,4 +1,4 @@
-"""Train the sample model: `python -m weights.sample.train --seed 0 --out DIR`.
+"""Training of the sample model: `python -m weights.sample.train --seed 0 --out DIR`.
 
 The same seed, number of threads and library versions give the same checkpoint.
 """
@@ -26,16 +26,29 @@ from weights.sample.documents import epoch, tokenizer_texts
 from weights.sample.packing import Batch, batches, encode
 from weights.sample.tokenizer import train_tokenizer
 
+SEED = 0
+EPOCHS = 60
+"""The seed and the length of the training that gave the checkpoint in the repository."""
+
+PEAK_LEARNING_RATE = 2e-3
+WARMUP_STEPS = 40
+
+BALANCED_SHARE = 0.8
+"""The share of the training in which the routers' biases move; after it, the weights settle around them."""
+
 BIAS_STEP = 0.001
 """The bias update speed, gamma, of the DeepSeek-V3 technical report (arXiv:2412.19437, section 4.2)."""
+
+BATCH = 8
+"""The number of prompts that are decoded together, of similar lengths to save padding."""
 
 
 class BiasBalancer:
     """Counts the tokens of each expert in a training step and moves the router's correction bias against the load.
 
-    The rule of arXiv:2412.19437, section 2.1.2: after a step the bias of an overloaded expert falls by BIAS_STEP and
-    that of an underloaded one rises by it. The bias chooses experts only; it does not weigh their outputs.
-    """
+    By the rule of arXiv:2412.19437, section 2.1.2, the bias of an overloaded expert falls by BIAS_STEP after a step,
+    and that of an underloaded one rises by it. The bias only affects which experts are chosen, not how they are
+    weighted."""
 
     def __init__(self, gate: nn.Module) -> None:
         bias = gate.get_buffer("e_score_correction_bias")
@@ -44,15 +57,15 @@ class BiasBalancer:
         self._handle: RemovableHandle = gate.register_forward_hook(self._count)
 
     def step(self) -> None:
-        """Move the bias by the load since the last step, and forget that load."""
+        """Move the bias by the load since the last step, and reset that load."""
         load = self._load.to(torch.float32)
         self._bias += BIAS_STEP * torch.sign(load.mean() - load)
-        # Adding a constant to all biases changes no choice, and without this their mean drifts upwards.
+        # A constant added to all biases changes no choice; without this their mean drifts upwards.
         self._bias -= self._bias.mean()
         self._load.zero_()
 
     def close(self) -> None:
-        """Leave the bias as it is from now on."""
+        """Stop counting: the bias does not change after this."""
         self._handle.remove()
 
     def _count(self, _gate: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
@@ -66,23 +79,22 @@ def balancers(model: nn.Module) -> list[BiasBalancer]:
     return [BiasBalancer(gate) for gate in gates]
 
 
-BATCH = 8
-"""Prompts decoded together, alike in length so that little is spent on padding."""
-
-
 @dataclass(frozen=True)
 class Completion:
-    """The greedy continuation of a prompt: its tokens, EOS included where reached, and the lead at each of them."""
+    """The greedy continuation of a prompt: its tokens, with EOS if it was reached, and the margin of each.
+
+    A margin is the difference between the best logit and the second best.
+    """
 
     tokens: list[int]
     margins: list[float]
 
 
 class Reference:
-    """A checkpoint as Hugging Face's own model runs it: float32 arithmetic, eager attention and experts.
+    """A checkpoint run by Hugging Face's own model, in float32 with eager attention and experts.
 
     Raises:
-        OSError: `directory` holds no checkpoint.
+        OSError: `directory` has no checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -92,7 +104,7 @@ class Reference:
         )
 
     def complete(self, prompts: Sequence[str], max_tokens: Sequence[int]) -> list[Completion]:
-        """Decode `prompts` greedily, each up to its own limit or EOS; the completions come in their order."""
+        """Decode `prompts` greedily, each up to its own limit or EOS; return the completions in the same order."""
         texts = [self.tokenizer.encode(prompt) for prompt in prompts]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         done: dict[int, Completion] = {}
@@ -136,21 +148,8 @@ class Reference:
         return Completion(tokens[:end], margins[:end])
 
 
-SEED = 0
-
-EPOCHS = 60
-"""The seed and length of the training that gave the checkpoint in the repository."""
-
-PEAK_LEARNING_RATE = 2e-3
-
-WARMUP_STEPS = 40
-
-BALANCED_SHARE = 0.8
-"""The routers' biases stand still for the rest of the training, so that the weights settle around them."""
-
-
 class Trainer:
-    """Trains a new model of CONFIG in float32; `loss` is the mean over the last epoch, in nats a token."""
+    """Trains a new model of CONFIG in float32; `loss` is the mean over the last epoch, in nats per token."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, epochs: int) -> None:
         self.model = DeepseekV3ForCausalLM._from_config(  # type: ignore[no-untyped-call]
@@ -168,7 +167,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def run(self, progress: Progress) -> None:
-        """Train through all epochs, and show where it stands in `progress`."""
+        """Train for all epochs and report to `progress`."""
         task = progress.add_task("training", total=self._epochs, loss=self.loss)
         for number in range(self._epochs):
             if number >= BALANCED_SHARE * self._epochs:
@@ -208,7 +207,7 @@ class Trainer:
 
 
 def worst_margin(checkpoint: Path, prompts: Path) -> tuple[float, str]:
-    """Return the smallest lead of a best logit over the test prompts, and the prompt where it is."""
+    """Return the smallest margin of any token over the test prompts, and the prompt that has it."""
     cases = json.loads(prompts.read_text(encoding="utf-8"))
     texts = [case["prompt"] for case in cases]
     completions = Reference(checkpoint).complete(texts, [case["max_tokens"] for case in cases])

@@ -1,6 +1,6 @@
 """The embedded device: the subset of ttnn that the modules call, in torch, under ttnn's names, on a mesh of any shape.
 
-It refuses with DeviceError what a chip refuses or, worse, takes and computes wrongly.
+It refuses with DeviceError what a chip refuses, or accepts and computes wrongly.
 """
 
 from stages.backend.embedded import experimental, transformer

@@ -1,4 +1,4 @@
-"""Runs a torch function on every chip of a mesh, once for chips that hold the very same operands."""
+"""Torch functions applied on every chip of a mesh, once for chips that share their operands, and refusals of ops."""
 
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def unary(op: str, function: Callable[[torch.Tensor], torch.Tensor], x: Tensor) -> Tensor:
-    """`function` of each shard, as a tensor like `x`. Raises DeviceError where torch refuses."""
+    """Applies `function` to each shard; the result has x's dtype and layout. Raises DeviceError if torch refuses."""
     shards = x.shards
     if len(shards) == 1:
         try:
@@ -24,7 +24,10 @@ def unary(op: str, function: Callable[[torch.Tensor], torch.Tensor], x: Tensor) 
 
 
 def binary(op: str, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """`function` of each chip's shards, as a tensor like `x`. Raises DeviceError where torch refuses."""
+    """Applies `function` to each chip's two shards; the result has the dtype and layout of `x`.
+
+    Raises DeviceError as `on_chips` does.
+    """
     shards = x.shards
     if len(shards) == 1 and x.mesh is y.mesh and y.shards:
         try:
@@ -35,10 +38,10 @@ def binary(op: str, function: Callable[[torch.Tensor, torch.Tensor], torch.Tenso
 
 
 def on_chips(op: str, function: Callable[..., Result], *operands: Tensor) -> list[Result]:
-    """`function` of each chip's shards of `operands`.
+    """Applies `function` to each chip's shards of `operands`; returns one result for each chip.
 
-    Chips whose shards are the very same objects share one call and its result. Raises DeviceError where the operands
-    are on different meshes or deallocated, or torch refuses.
+    Chips whose shards are the same objects share one call and its result. Raises DeviceError if the operands are on
+    different meshes or deallocated, or if torch refuses.
     """
     mesh = operands[0].mesh
     for operand in operands:
@@ -60,19 +63,19 @@ def on_chips(op: str, function: Callable[..., Result], *operands: Tensor) -> lis
 
 
 def _refuse_misplaced(op: str, *operands: Tensor) -> NoReturn:
-    # An operand without shards says so itself when it is asked for its shape.
+    # The shape of a deallocated operand raises an error of its own.
     refuse(op, "its operands are on different meshes, or one is on the host", *operands)
 
 
 def refuse_all_but_tiles(op: str, *operands: Tensor) -> None:
-    """Raises DeviceError where an operand is not in TILE layout."""
+    """Raises DeviceError if an operand is not in TILE layout."""
     for operand in operands:
         if operand.layout is not TILE_LAYOUT:
             refuse(op, "its operands must be in TILE layout", *operands)
 
 
 def refuse_all_but_float_tiles(op: str, *operands: Tensor) -> None:
-    """Raises DeviceError where an operand is not in TILE layout, or holds integers."""
+    """Raises DeviceError if an operand is not in TILE layout, or holds integers."""
     for operand in operands:
         if operand.layout is not TILE_LAYOUT:
             refuse(op, "its operands must be in TILE layout", *operands)
@@ -81,12 +84,12 @@ def refuse_all_but_float_tiles(op: str, *operands: Tensor) -> None:
 
 
 def refuse(op: str, reason: str, *operands: Tensor) -> NoReturn:
-    """Raises DeviceError: op, reason and the operands' shapes in one sentence."""
+    """Raises DeviceError with the op, the reason and the operands' shapes in its message."""
     shapes = " and ".join(str(list(operand.shape)) for operand in operands)
     raise DeviceError(f"{op} refuses {shapes}: {reason}.")
 
 
 def refuse_because(op: str, error: Exception, *operands: Tensor) -> NoReturn:
-    """Raises DeviceError for what torch refused."""
+    """Raises DeviceError from an error of torch."""
     shapes = " and ".join(str(list(operand.shape)) for operand in operands)
     raise DeviceError(f"{op} refuses {shapes}: {str(error).splitlines()[0].rstrip('.')}.") from error

@@ -1,4 +1,4 @@
-"""Ops between the chips along one mesh axis. As on chips, an axis of one chip is refused."""
+"""Collective ops between the chips along one mesh axis. As on chips, an axis of one chip is refused."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
 
 Exchange = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-"""From the shards of the chips along an axis to their new shards."""
+"""A function from the shards of the chips along an axis to their new shards."""
 
 
 def all_gather(
@@ -24,7 +24,7 @@ def all_gather(
     num_links: int | None = None,
     topology: Topology | None = None,
 ) -> Tensor:
-    """Every chip of the axis gets all its shards, joined along `dim`."""
+    """Gives every chip of the axis all of the axis's shards, concatenated along `dim`."""
     return _exchange(
         "all_gather", input_tensor, cluster_axis, lambda shards: [torch.cat(list(shards), dim)] * len(shards)
     )
@@ -39,7 +39,7 @@ def reduce_scatter(
     num_links: int | None = None,
     topology: Topology | None = None,
 ) -> Tensor:
-    """Adds the axis's shards and gives each chip its part of the sum along `dim`, which must divide evenly."""
+    """Adds the shards of the axis and gives each chip its part of the sum along `dim`, which must divide evenly."""
     _refuse_uneven("reduce_scatter", input_tensor, dim, cluster_axis)
     return _exchange(
         "reduce_scatter", input_tensor, cluster_axis, lambda shards: _added(shards).chunk(len(shards), dim)
@@ -54,14 +54,14 @@ def all_reduce(
     num_links: int | None = None,
     topology: Topology | None = None,
 ) -> Tensor:
-    """Every chip of the axis gets the sum of its shards."""
+    """Gives every chip of the axis the sum of the axis's shards."""
     return _exchange("all_reduce", input_tensor, cluster_axis, lambda shards: [_added(shards)] * len(shards))
 
 
 def mesh_partition(
     input_tensor: Tensor, dim: int, cluster_axis: int, *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """Each chip of the axis keeps its own part of its shard along `dim`, which must divide evenly, tiles whole."""
+    """Keeps each chip's own part of its shard along `dim`, which must divide evenly, and into whole tiles."""
     _refuse_uneven("mesh_partition", input_tensor, dim, cluster_axis)
     _refuse_cut_tiles("mesh_partition", input_tensor, dim, cluster_axis)
     return _exchange(
@@ -82,7 +82,7 @@ def all_to_all_async_generic(
     num_links: int | None = None,
     topology: Topology | None = None,
 ) -> Tensor:
-    """Gathers `in_dim` over the axis and leaves each chip its part of `out_dim`.
+    """Gathers `in_dim` over the axis and gives each chip its part of `out_dim`.
 
     With in_dim=2, out_dim=1 on 8 chips: [1, users, heads / 8, d] becomes [1, users / 8, heads, d].
     """

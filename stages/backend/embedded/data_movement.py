@@ -1,4 +1,4 @@
-"""Ops that move values without computing: most are views of the same memory."""
+"""Ops that move values without computing; most results are views of the same memory."""
 
 import math
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ from weights.sizes import ceil_div, round_up
 
 
 def reshape(input_tensor: Tensor, shape: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """The same values in row-major order under another shape; one dimension may be -1."""
+    """Gives the same values, in row-major order, another shape; one dimension may be -1."""
     return unary("reshape", lambda a: a.reshape(shape), input_tensor)
 
 
 def permute(input_tensor: Tensor, dims: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Dimension i of the output is dimension `dims[i]` of the input."""
+    """Reorders dimensions: dimension i of the output is dimension `dims[i]` of the input."""
     order = tuple(dims)
     return unary("permute", lambda a: a.permute(order), input_tensor)
 
@@ -45,7 +45,7 @@ def transpose(input_tensor: Tensor, dim1: int, dim2: int, *, memory_config: Memo
 def slice(
     input_tensor: Tensor, starts: Sequence[int], ends: Sequence[int], *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """From `starts[i]` up to `ends[i]` of every dimension i. Raises DeviceError where that is out of range."""
+    """Cuts out `starts[i]` up to `ends[i]` of every dimension i. Raises DeviceError if that is out of range."""
     shape = input_tensor.shape
     if not len(starts) == len(ends) == len(shape):
         refuse("slice", f"{list(starts)} to {list(ends)} does not name each dimension once", input_tensor)
@@ -54,7 +54,7 @@ def slice(
         for dim, size in enumerate(shape):
             start, end = starts[dim], ends[dim]
             if start or end != size:
-                # torch refuses what is out of range, but counts a negative start from the end.
+                # torch refuses what is out of range, except a negative start, which it counts from the end.
                 if not 0 <= start < end:
                     refuse("slice", f"{list(starts)} to {list(ends)} is out of range", input_tensor)
                 a = a.narrow(dim, start, end - start)
@@ -64,7 +64,7 @@ def slice(
 
 
 def concat(tensors: Sequence[Tensor], dim: int = 0, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Joins tensors of one dtype along `dim`."""
+    """Concatenates tensors of one dtype along `dim`."""
     if not tensors:
         raise DeviceError("concat needs at least one tensor.")
     first = tensors[0]
@@ -77,7 +77,7 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, memory_config: MemoryConf
 def split(
     input_tensor: Tensor, split_size: int | Sequence[int], dim: int = 0, *, memory_config: MemoryConfig | None = None
 ) -> list[Tensor]:
-    """Cuts `dim` into parts of `split_size`, or of the sizes given."""
+    """Cuts `dim` into parts of `split_size`, or of the sizes in it."""
     x = input_tensor
     parts = on_chips("split", lambda a: a.split(split_size, dim), x)
     return [Tensor(list(shards), x.dtype, x.layout, x.mesh) for shards in zip(*parts, strict=True)]
@@ -95,7 +95,7 @@ def pad(
     *,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """Adds `value` in front of and behind each dimension, as `padding` says for each."""
+    """Pads each dimension with `value`; `padding` has the numbers before and after each."""
     if len(padding) != len(input_tensor.shape):
         refuse("pad", f"{list(padding)} does not name each dimension once", input_tensor)
     if any(amount < 0 for before_after in padding for amount in before_after):
@@ -107,7 +107,7 @@ def pad(
 def to_layout(
     tensor: Tensor, layout: Layout, dtype: DataType | None = None, *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """The same values in another layout; shards are held alike in both. Block floats leave TILE layout as bfloat16."""
+    """Changes the layout, which does not affect how shards are stored. Block floats become bfloat16 outside TILE."""
     if layout is ROW_MAJOR_LAYOUT and dtype is None and tensor.dtype in BLOCK_FLOATS:
         dtype = bfloat16
     if tensor.layout is not layout:
@@ -116,9 +116,9 @@ def to_layout(
 
 
 def to_memory_config(tensor: Tensor, memory_config: MemoryConfig, dtype: DataType | None = None) -> Tensor:
-    """The same shards: a host has one kind of memory. The tensor knows its `shard_spec`, as some ops ask for one.
+    """Keeps the shards, as a host has one kind of memory, and records the `shard_spec`, which some ops require.
 
-    Raises DeviceError where a height-sharded config has another width than the tensor, or too few cores.
+    Raises DeviceError if a height-sharded config has another width than the tensor, or too few cores.
     """
     spec = memory_config.shard_spec
     if spec is not None and memory_config.memory_layout is TensorMemoryLayout.HEIGHT_SHARDED:
@@ -141,7 +141,7 @@ def _refuse_other_cores(x: Tensor, spec: ShardSpec) -> None:
 
 
 def gather(input: Tensor, dim: int, index: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Takes along `dim` what `index` (uint16 or uint32) names. Raises DeviceError where their layouts differ."""
+    """Gathers the values at `index` (uint16 or uint32) along `dim`. Raises DeviceError if the layouts differ."""
     _refuse_other_indices("gather", input, index)
     if input.layout is not index.layout:
         refuse("gather", "input and indices must be in one layout", input, index)
@@ -152,9 +152,9 @@ def gather(input: Tensor, dim: int, index: Tensor, *, memory_config: MemoryConfi
 def scatter(
     input: Tensor, dim: int, index: Tensor, src: Tensor, *, memory_config: MemoryConfig | None = None
 ) -> Tensor:
-    """A copy of `input` with `src` written along `dim` at the places that `index` (uint16 or uint32) names.
+    """Returns a copy of `input` with `src` written at `index` (uint16 or uint32) along `dim`.
 
-    Raises DeviceError for float32 in TILE layout, and where `src` is of another dtype.
+    Raises DeviceError for float32 in TILE layout, and if `src` has another dtype.
     """
     _refuse_other_indices("scatter", input, index)
     if input.dtype is not src.dtype:
@@ -178,10 +178,10 @@ def embedding(
     dtype: DataType | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """Rows of a bfloat16 `weight` [V, D] or [1, 1, V, D] for uint32 ids [B, T] or [B, 1, 1, T]: [B, T, D].
+    """Looks up rows of a bfloat16 `weight` [V, D] or [1, 1, V, D] for uint32 ids [B, T] or [B, 1, 1, T]: [B, T, D].
 
-    In the table's layout unless `layout` is said; rows of a table in block floats are bfloat16. Raises DeviceError for
-    ids of another dtype or outside the table: a chip takes bfloat16 ids and rounds them.
+    The layout is the table's unless `layout` is given; rows of a table in block floats are bfloat16. Raises DeviceError
+    for ids of another dtype or outside the table: a chip accepts bfloat16 ids and rounds them.
     """
     ids = input_tensor
     if ids.dtype is not uint32:

@@ -11,7 +11,7 @@ import torch
 from stages.errors import DeviceError
 
 TILE_SIZE = 32
-"""Edge of a Wormhole tile, in elements."""
+"""The edge of a Wormhole tile, in elements."""
 
 
 class DataType(enum.Enum):
@@ -28,7 +28,7 @@ class DataType(enum.Enum):
 
 
 class Layout(enum.Enum):
-    """ttnn's layouts: kept and checked, but shards are held as torch holds them."""
+    """ttnn's layouts; they are recorded and checked, but do not change how shards are stored."""
 
     ROW_MAJOR = 0
     TILE = 1
@@ -47,7 +47,7 @@ TILE_LAYOUT = Layout.TILE
 
 NARROW_FLOATS = (bfloat16, bfloat8_b, bfloat4_b)
 BLOCK_FLOATS = (bfloat8_b, bfloat4_b)
-"""Sixteen values of a tile share an exponent: there are none outside of tiles."""
+"""Dtypes in which sixteen values of a tile share an exponent; they do not exist outside of tiles."""
 INTEGERS = frozenset({uint8, uint16, uint32, int32})
 
 _held: dict[DataType, torch.dtype] = {
@@ -58,7 +58,7 @@ _held: dict[DataType, torch.dtype] = {
 
 
 def layout_of(dtype: DataType, layout: Layout | None) -> Layout:
-    """`layout`, or where none is said the dtype's usual one. Raises DeviceError for block floats in ROW_MAJOR."""
+    """`layout`, or the dtype's usual layout if it is None. Raises DeviceError for block floats in ROW_MAJOR."""
     if dtype not in BLOCK_FLOATS:
         return layout or ROW_MAJOR_LAYOUT
     if layout is ROW_MAJOR_LAYOUT:
@@ -69,7 +69,7 @@ def layout_of(dtype: DataType, layout: Layout | None) -> Layout:
 def set_float_dtype(dtype: torch.dtype) -> None:
     """Holds every float narrower than float32 in `dtype`, torch.float32 or torch.bfloat16, from now on.
 
-    Raises DeviceError for another dtype. Tensors made before keep theirs.
+    Raises DeviceError for another dtype. Existing tensors keep theirs.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise DeviceError(f"Floats cannot be held in {dtype}: choose torch.float32 or torch.bfloat16.")

@@ -24,7 +24,7 @@ from stages.backend.embedded.tensor import Tensor
 from stages.errors import DeviceError
 
 LARGEST = {uint8: (1 << 8) - 1, uint16: (1 << 16) - 1, uint32: (1 << 32) - 1}
-"""The greatest value of each unsigned dtype."""
+"""The largest value of each unsigned dtype."""
 
 
 def fill(
@@ -34,9 +34,9 @@ def fill(
     memory_config: MemoryConfig | None = None,
     output_tensor: Tensor | None = None,
 ) -> Tensor:
-    """A tensor like `input_tensor`, all of `fill_value`; in place of what `output_tensor` holds, if it is given.
+    """Returns a tensor like `input_tensor` filled with `fill_value`, or fills `output_tensor` and returns it.
 
-    Raises DeviceError where the two have different shapes.
+    Raises DeviceError if the two have different shapes.
     """
     filled = unary("fill", lambda a: torch.full_like(a, fill_value), output_tensor or input_tensor)
     if output_tensor is None:
@@ -55,7 +55,7 @@ def add(
     dtype: DataType | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """a + b, broadcast; in a's dtype unless `dtype` is said."""
+    """Computes a + b with broadcasting, in a's dtype unless `dtype` is given."""
     return _combined("add", torch.add, input_tensor_a, input_tensor_b, dtype)
 
 
@@ -66,7 +66,7 @@ def subtract(
     dtype: DataType | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """a - b, broadcast; in a's dtype unless `dtype` is said."""
+    """Computes a - b with broadcasting, in a's dtype unless `dtype` is given."""
     return _combined("subtract", torch.sub, input_tensor_a, input_tensor_b, dtype)
 
 
@@ -78,7 +78,7 @@ def mul(
     memory_config: MemoryConfig | None = None,
     input_tensor_a_activations: Sequence[UnaryOpType] = (),
 ) -> Tensor:
-    """a * b, broadcast, or silu(a) * b; in a's dtype unless `dtype` is said."""
+    """Computes a * b, or silu(a) * b, with broadcasting, in a's dtype unless `dtype` is given."""
     function: Callable[..., torch.Tensor] = _silu_mul if input_tensor_a_activations else torch.mul
     return _combined("mul", function, input_tensor_a, input_tensor_b, dtype)
 
@@ -90,36 +90,33 @@ def div(
     dtype: DataType | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """a / b, broadcast; in a's dtype unless `dtype` is said."""
+    """Computes a / b with broadcasting, in a's dtype unless `dtype` is given."""
     return _combined("div", torch.div, input_tensor_a, input_tensor_b, dtype)
 
 
 multiply = mul
-
 divide = div
-
 sub = subtract
 
 
 def silu(input_tensor: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """x * sigmoid(x). Raises DeviceError for integers."""
+    """Computes x * sigmoid(x). Raises DeviceError for integers."""
     _refuse_integers("silu", input_tensor)
     return unary("silu", F.silu, input_tensor)
 
 
 def sigmoid(input_tensor: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """1 / (1 + exp(-x)). Raises DeviceError for integers."""
+    """Computes 1 / (1 + exp(-x)). Raises DeviceError for integers."""
     _refuse_integers("sigmoid", input_tensor)
     return unary("sigmoid", torch.sigmoid, input_tensor)
 
 
 def typecast(input_tensor: Tensor, dtype: DataType, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """The same values in another dtype; no copy where both are held alike.
+    """Converts to another dtype, without a copy if both are held in the same torch dtype.
 
-    As on Wormhole, floats are rounded to uint16 and cut off to other integers; what is out of an unsigned dtype's
-    range becomes its nearest end, but for uint8, which wraps around. Raises DeviceError for a block float dtype in
-    ROW_MAJOR layout.
-    """
+    As on Wormhole, floats are rounded to uint16 and truncated to other integers; values outside the range of an
+    unsigned dtype become its nearest end, except for uint8, which wraps around. Raises DeviceError for a block float
+    dtype in ROW_MAJOR layout."""
     x = input_tensor
     if not x.shards:
         raise DeviceError("typecast: a tensor was used after deallocate().")
@@ -165,7 +162,7 @@ def _refuse_integers(op: str, x: Tensor) -> None:
 
 
 def _in_dtype(output: Tensor, dtype: DataType | None) -> Tensor:
-    """torch widens where dtypes are mixed; ttnn gives what was asked for."""
+    """Converts the output to `dtype` unless it is None: torch widens mixed dtypes, and ttnn does not."""
     if dtype is None:
         return output
     return typecast(output, dtype)
@@ -179,7 +176,7 @@ def sum(
     memory_config: MemoryConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Sums over `dim`, or over all."""
+    """Sums over `dim`, or over all dimensions."""
     dims = tuple(dim) if isinstance(dim, Sequence) else dim
     return unary("sum", lambda a: torch.sum(a, dims, keepdim), input_tensor)
 
@@ -193,7 +190,7 @@ def topk(
     *,
     memory_config: MemoryConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `k` largest values along `dim` and their indices: uint32 for float32 input, else uint16.
+    """Finds the `k` largest values along `dim` and their indices, which are uint32 for float32 input, else uint16.
 
     Raises DeviceError for integers and for ROW_MAJOR layout.
     """
@@ -211,7 +208,7 @@ def argmax(
     keepdim: bool = False,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """The uint32 index of the largest value along `dim`, or of all values."""
+    """Finds the uint32 index of the largest value along `dim`, or of all values."""
     x = input_tensor
     shards = on_chips("argmax", lambda a: torch.argmax(a, dim, keepdim), x)
     return Tensor(shards, uint32, ROW_MAJOR_LAYOUT, x.mesh)
@@ -225,7 +222,7 @@ def softmax(
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
     numeric_stable: bool = True,
 ) -> Tensor:
-    """exp(x) over its sum along `dim`, in float32, rounded to x's dtype. Raises DeviceError for integers."""
+    """Computes exp(x) over its sum along `dim`, in float32, rounded to x's dtype. Raises DeviceError for integers."""
     if input_tensor.dtype in INTEGERS:
         refuse("softmax", f"it takes floats, not {input_tensor.dtype.name}", input_tensor)
     return unary("softmax", lambda a: torch.softmax(a, dim, dtype=torch.float32).to(a.dtype), input_tensor)

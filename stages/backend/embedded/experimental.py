@@ -1,4 +1,4 @@
-"""ttnn.experimental: rotary positions, writes to paged caches, routing and reductions."""
+"""ttnn.experimental: rotary embeddings, writes to paged caches, routing and reductions."""
 
 import functools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 GROUPED_GATE = (256, 8, 2, 4, 8)
-"""Experts, groups, experts that rate a group, groups and experts chosen: all that the fused gate takes."""
+"""The experts, groups, experts that rate a group, chosen groups and chosen experts that the fused gate accepts."""
 
 
 def rotary_embedding_llama(
@@ -39,10 +39,10 @@ def rotary_embedding_llama(
     memory_config: MemoryConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Turns each pair of neighbours of x [1, heads, T, d] by its angle: x * cos + turned(x) * sin.
+    """Rotates each pair of neighbours of x [1, heads, T, d] by its angle: x * cos + turned(x) * sin.
 
     turned(x)[2i] = -x[2i + 1] and turned(x)[2i + 1] = x[2i], which a chip computes with `trans_mat` [1, 1, 32, 32].
-    cos and sin are [1, 1, T, d]. Raises DeviceError for other shapes, dtypes than bfloat16, and ROW_MAJOR layout.
+    cos and sin are [1, 1, T, d]. Raises DeviceError for other shapes, other dtypes than bfloat16, and ROW_MAJOR layout.
     """
     x = input_tensor
     for operand in (x, cos_cache, sin_cache, trans_mat):
@@ -68,7 +68,7 @@ def rotary_embedding_llama(
 
 
 def _signed(sin: torch.Tensor) -> torch.Tensor:
-    """Carries the sign of turned(x), so that x's neighbours need no change of sign."""
+    """`sin` with the signs of turned(x), so that x's neighbours need no change of sign."""
     signed = sin.clone()
     signed[..., 0::2].neg_()
     return signed
@@ -76,7 +76,7 @@ def _signed(sin: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _neighbours(width: int) -> torch.Tensor:
-    """1, 0, 3, 2, ...: the other one of each pair."""
+    """The index of the other element of each pair: 1, 0, 3, 2, ..."""
     return torch.arange(width) ^ 1
 
 
@@ -88,12 +88,11 @@ def paged_update_cache(
     page_table: Tensor,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Writes one vector a user, input [1, users, 1 (or a tile), width], at its position into the cache; returns it.
+    """Writes one vector per user into the cache at the user's position; returns the cache.
 
-    Positions [users] and page table [users, pages] are int32; position -1 skips the user. Raises DeviceError where
-    users, widths or the reach of the page table do not fit, the input is in a block float dtype, or it is not spread
-    over cores (`to_memory_config`), one for each user.
-    """
+    The input is [1, users, 1 (or a tile), width]. Positions [users] and page table [users, pages] are int32; position
+    -1 skips the user. Raises DeviceError if users, widths or the reach of the page table do not match, the input has a
+    block float dtype, or it is not sharded over cores (`to_memory_config`), one for each user."""
     op = "paged_update_cache"
     cache, x = cache_tensor, input_tensor
     shape = x.shape
@@ -131,9 +130,9 @@ def paged_fill_cache(
 ) -> Tensor:
     """Writes input [1, 1, T, width] into the blocks of row `batch_idx` of the page table; returns the cache.
 
-    The page table is int32 [users, pages]: its first block takes the first block_size tokens. Raises DeviceError
-    where widths or the reach of the page table do not fit, the input is not in the cache's dtype, or a layout is wrong.
-    """
+    The page table is int32 [users, pages]; the first block of a row gets the first block_size tokens. Raises
+    DeviceError if widths or the reach of the page table do not match, the input is not in the cache's dtype, or a
+    layout is wrong."""
     op = "paged_fill_cache"
     cache, x = cache_tensor, input_tensor
     shape = x.shape
@@ -172,9 +171,10 @@ def deepseek_grouped_gate(
     epsilon: float = 1e-20,
     memory_config: MemoryConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights and uint16 indices [1, 1, T, n_activated_experts] for logits [1, 1, T, 256] and a bias of their shape.
+    """Chooses experts for logits [1, 1, T, 256] with a bias of the same shape.
 
-    Raises DeviceError for other numbers than GROUPED_GATE, a smaller bias, or what is not bfloat16 in TILE layout.
+    Returns weights and uint16 indices [1, 1, T, n_activated_experts]. Raises DeviceError for other numbers than
+    GROUPED_GATE, a smaller bias, or operands that are not bfloat16 in TILE layout.
     """
     op = "deepseek_grouped_gate"
     numbers = (scores.shape[-1], n_groups, summed_experts_per_group, topk_groups, n_activated_experts)
@@ -209,10 +209,10 @@ def fast_reduce_nc(
     memory_config: MemoryConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Sums over `dims`, of which only 0 and 1 are allowed, and keeps them with size 1.
+    """Sums over `dims`, which may contain 0 and 1 only, and keeps them with size 1.
 
-    The last two dimensions come out padded to whole tiles, as on chips; here the padding is zero. Raises DeviceError
-    for other dimensions, integers and ROW_MAJOR layout.
+    The last two dimensions of the result are padded to whole tiles, as on chips; here the padding is zero. Raises
+    DeviceError for other dimensions, integers and ROW_MAJOR layout.
     """
     if not dims or any(dim not in (0, 1) for dim in dims):
         refuse("fast_reduce_nc", f"it sums over dimensions 0 and 1, not {list(dims)}", input_tensor)

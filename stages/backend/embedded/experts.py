@@ -1,4 +1,4 @@
-"""Experts on a CPU: each runs on just the tokens that chose it."""
+"""Routing and routed experts on a CPU, where each expert runs only on the tokens that chose it."""
 
 import dataclasses
 
@@ -26,15 +26,15 @@ def choose_experts(
     norm_topk_prob: bool,
     epsilon: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 weights and int64 indices, [..., n_activated_experts], of the experts chosen for logits [..., experts].
+    """Chooses experts for logits [..., experts].
 
-    Scores are sigmoid(logits). Experts are chosen by score + `bias`: first the `topk_groups` groups whose best two
-    add up highest, then the best experts in them. Groups left out are masked with -inf, as in the gate of DeepSeek's
-    inference code (inference/model.py of DeepSeek-V3); ports that mask with 0 let an expert that was left out win
-    where the biased scores are negative. Weights are the scores without bias, divided by their sum + `epsilon` if
-    `norm_topk_prob`, times `route_scale`.
+    Returns their float32 weights and int64 indices, [..., n_activated_experts]. Scores are sigmoid(logits). Experts are
+    chosen by score + `bias`: first the `topk_groups` groups whose best two have the highest sum, then the best experts
+    in them. Excluded groups are masked with -inf, as in the gate of DeepSeek's inference code (inference/model.py of
+    DeepSeek-V3); ports that mask with 0 let an excluded expert win if the biased scores are negative. Weights are the
+    scores without bias, divided by their sum + `epsilon` if `norm_topk_prob`, times `route_scale`.
 
-    Raises DeviceError where the experts do not form the groups, or the groups chosen hold too few of them.
+    Raises DeviceError if the experts do not divide into the groups, or the chosen groups have too few of them.
     """
     experts = logits.shape[-1]
     group, rest = divmod(experts, n_groups)
@@ -68,7 +68,10 @@ def moe_gate(
     route_scale: float,
     norm_topk_prob: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weights in the logits' dtype and uint16 indices [1, 1, T, n_activated_experts]; see `choose_experts`."""
+    """Chooses experts on each chip as `choose_experts` does.
+
+    Returns weights in the logits' dtype and uint16 indices, [1, 1, T, n_activated_experts].
+    """
     if bias.shape[-1] != logits.shape[-1]:
         refuse("moe_gate", "the bias must have one value for each expert", logits, bias)
     chosen = on_chips(
@@ -92,9 +95,10 @@ def moe_gate(
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Tokens sorted by expert: `choices` orders the flattened [T, k] choices, `tokens` names the token of each.
+    """The choices of a batch sorted by expert.
 
-    Expert e has the choices from `ends[e - 1]` (or 0) up to `ends[e]`.
+    `choices` are indices into the flattened [T, k] choices, and `tokens` the token of each. Expert e has the choices
+    from `ends[e - 1]` (or 0) up to `ends[e]`.
     """
 
     choices: torch.Tensor
@@ -114,9 +118,9 @@ def routed_experts(
     memory_config: MemoryConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Each chip's part of the experts' weighted sum, [1, 1, T, H]; `stages.backend.composite` says more.
+    """Computes each chip's part of the weighted sum of experts, [1, 1, T, H]; see `stages.backend.composite`.
 
-    `select` is for chips only. Raises DeviceError where the operands' shapes disagree, or an index is out of range.
+    `select` is for chips only. Raises DeviceError if the operands' shapes disagree, or an index is out of range.
     """
     _refuse_other_shapes(x, weights, indices, w1, w3, w2)
     local = w1.shape[1]
@@ -145,7 +149,7 @@ def _assign(indices: torch.Tensor, experts: int) -> Assignment:
 
 
 def _matrices(weight: Tensor, chip: int) -> list[Matrix]:
-    """Each local expert's weight as [N, K], made once for a weight."""
+    """The matrix [N, K] of each local expert, made once for a weight."""
     return weight.remember("experts", lambda: [_split(shard) for shard in weight.shards])[chip]
 
 
@@ -176,7 +180,7 @@ def _run(
             own = inputs[begin - start : stop - start]
             outputs[begin - start : stop - start] = down.times(F.silu(gate.times(own)).mul_(up.times(own)))
             begin = stop
-    # Added up in float32, in the order of the experts, whatever else is in the batch.
+    # The sum is in float32 and in the order of the experts, so that it does not depend on the rest of the batch.
     total = torch.zeros(rows.shape, dtype=torch.float32)
     total.index_add_(0, tokens, outputs.float() * factors[:, None])
     return total.to(x.dtype).view(x.shape)

@@ -1,7 +1,7 @@
-"""Tensors in files: shards beside each other in safetensors format, mapped into memory when they are loaded.
+"""Files of tensors: shards beside each other in safetensors format, mapped into memory when they are loaded.
 
-https://huggingface.co/docs/safetensors describes the format. Shards that alias are stored once; a shard whose last two
-dimensions are stored the other way round is written that way and turned back on loading.
+https://huggingface.co/docs/safetensors describes the format. Shards that are the same object are stored once; a shard
+whose last two dimensions are transposed in memory is written transposed, and transposed again on loading.
 """
 
 import json
@@ -19,13 +19,13 @@ from stages.errors import DeviceError
 
 SUFFIX = ".tensorbin"
 ALIGNMENT = 64
-"""Data starts at a multiple of a cache line."""
+"""Data starts at a multiple of this, a cache line."""
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 class DumpTensorMode(Enum):
-    """Who of several processes writes a tensor's file; the embedded device's are alone."""
+    """Which of several processes writes a tensor's file; a process of the embedded device is always alone."""
 
     DISTRIBUTED_GATHER = 0
     LOCAL = 1
@@ -34,7 +34,7 @@ class DumpTensorMode(Enum):
 def dump_tensor(
     file_name: str | Path, tensor: Tensor, mode: DumpTensorMode = DumpTensorMode.DISTRIBUTED_GATHER
 ) -> None:
-    """Writes a tensor with its dtype, layout and mesh shape; `mode` makes no difference.
+    """Writes a tensor with its dtype, layout and mesh shape; `mode` has no effect.
 
     Raises DeviceError unless the name ends in .tensorbin.
     """
@@ -68,16 +68,15 @@ def _write(path: Path, arrays: list[torch.Tensor], metadata: dict[str, str]) -> 
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for array in arrays:
-            # Not by tofile, which says nothing when the disk is full for the last bytes.
+            # numpy's tofile reports no error when the disk is full for the last bytes.
             file.write(array.view(-1).view(torch.uint8).numpy().data)
 
 
 def load_tensor(file_name: str | Path, *, device: MeshDevice | None = None) -> Tensor:
-    """Maps a tensor of `dump_tensor` into memory, read when it is used, onto the mesh it was cut for, or the host.
+    """Maps a tensor of `dump_tensor` into memory, on the mesh that it was sharded for, or on the host.
 
-    Raises DeviceError where the file cannot be read, was cut for another mesh, or was written while floats were held
-    in another dtype.
-    """
+    Pages are read when they are used. Raises DeviceError if the file cannot be read, was sharded for another mesh, or
+    was written while floats were held in another dtype."""
     path = _checked(file_name)
     try:
         with safe_open(path, framework="pt") as file:
@@ -106,12 +105,12 @@ def as_tensor(
     cache_file_name: str | Path | None = None,
     mesh_mapper: TensorToMesh | None = None,
 ) -> Tensor:
-    """As `from_torch`, or from `cache_file_name` + dtype and layout if that exists; else it is written there.
+    """Loads `cache_file_name` + dtype and layout if that file exists, else writes it from `tensor`, see `from_torch`.
 
-    Raises DeviceError where a device is given without a memory config.
+    Raises DeviceError if a device is given without a memory config.
     """
     if device is not None and memory_config is None:
-        raise DeviceError("as_tensor needs a memory_config where it is given a device.")
+        raise DeviceError("as_tensor needs a memory_config if it is given a device.")
     if cache_file_name is None:
         return from_torch(tensor, dtype, layout=layout, device=device, mesh_mapper=mesh_mapper)
     names = (dtype.name if dtype else "None", layout.name if layout else "None")

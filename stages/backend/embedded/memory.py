@@ -1,4 +1,4 @@
-"""Where a chip would keep a tensor: accepted by every op and, but for the cores of a sharded one, never read."""
+"""Memory configs: where a chip would keep a tensor. Every op accepts one; only the cores of a sharded one are read."""
 
 import dataclasses
 import enum
@@ -23,7 +23,7 @@ class TensorMemoryLayout(enum.Enum):
 
 
 class ShardStrategy(enum.Enum):
-    """Which dimensions a sharded memory config cuts."""
+    """Which dimensions a sharded memory config splits."""
 
     HEIGHT = 1
     WIDTH = 2
@@ -31,7 +31,7 @@ class ShardStrategy(enum.Enum):
 
 
 class ShardOrientation(enum.Enum):
-    """The order in which cores take shards."""
+    """The order in which shards are assigned to cores."""
 
     ROW_MAJOR = 0
     COL_MAJOR = 1
@@ -47,7 +47,7 @@ class CoreCoord:
 
 @dataclasses.dataclass(frozen=True)
 class CoreGrid:
-    """The size of a grid of cores, rows first."""
+    """The size of a grid of cores, with rows first."""
 
     y: int
     x: int
@@ -63,14 +63,14 @@ class CoreRange:
 
 @dataclasses.dataclass(frozen=True)
 class CoreRangeSet:
-    """Rectangles of cores."""
+    """A set of cores, as rectangles."""
 
     ranges: Sequence[CoreRange]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSpec:
-    """The cores of a sharded buffer and the shape of each one's part."""
+    """The cores of a sharded buffer and the shape of each core's part."""
 
     grid: CoreRangeSet | CoreGrid
     shape: Sequence[int]
@@ -78,7 +78,7 @@ class ShardSpec:
 
     @functools.cached_property
     def cores(self) -> int:
-        """How many they are."""
+        """The number of cores."""
         if isinstance(self.grid, CoreGrid):
             return self.grid.x * self.grid.y
         return sum((one.end.x - one.start.x + 1) * (one.end.y - one.start.y + 1) for one in self.grid.ranges)
@@ -86,7 +86,7 @@ class ShardSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Where and how a tensor is kept."""
+    """Where and how a tensor is stored."""
 
     memory_layout: TensorMemoryLayout = TensorMemoryLayout.INTERLEAVED
     buffer_type: BufferType = BufferType.DRAM
@@ -113,7 +113,7 @@ def create_sharded_memory_config(
     orientation: ShardOrientation | None = None,
     use_height_and_width_as_shard_shape: bool = False,
 ) -> MemoryConfig:
-    """A memory config in L1; `shape` is one core's part if `use_height_and_width_as_shard_shape`."""
+    """Creates a memory config in L1; `shape` is one core's part if `use_height_and_width_as_shard_shape`."""
     spec = ShardSpec(core_grid, tuple(shape), orientation or ShardOrientation.ROW_MAJOR)
     return MemoryConfig(_LAYOUT_OF[strategy], BufferType.L1, spec)
 

@@ -1,4 +1,4 @@
-"""RMS norm, whole on a chip or in two halves around a gather of its statistics."""
+"""RMS norm, whole on a chip, or in two halves before and after a gather of its statistics."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
@@ -22,9 +22,10 @@ def rms_norm(
     program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """x [..., W] / sqrt(mean(x^2) + epsilon) * weight, in TILE [1, 1, 1, W], in ROW_MAJOR [1, 1, W / 32, 32].
+    """Computes x [..., W] / sqrt(mean(x^2) + epsilon) * weight, in float32.
 
-    Computed in float32. Raises DeviceError for a weight of another form or width, or x in ROW_MAJOR or of integers.
+    The weight is [1, 1, 1, W] in TILE or [1, 1, W / 32, 32] in ROW_MAJOR layout. Raises DeviceError for a weight of
+    another shape or width, or x in ROW_MAJOR layout or of integers.
     """
     x = input_tensor
     refuse_all_but_float_tiles("rms_norm", x)
@@ -40,9 +41,9 @@ def rms_norm_pre_all_gather(
     program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Statistics of this chip's part of the rows: [..., 32], the sum of squares in column 0, the rest zero.
+    """Computes statistics of each chip's part of the rows: [..., 32], with the sum of squares in column 0, else zero.
 
-    Raises DeviceError for integers, ROW_MAJOR, and float32 unless the kernel is configured to add up in float32.
+    Raises DeviceError for integers, ROW_MAJOR layout, and float32 unless the kernel accumulates in float32.
     """
     x = input_tensor
     refuse_all_but_float_tiles("rms_norm_pre_all_gather", x)
@@ -68,9 +69,9 @@ def rms_norm_post_all_gather(
     program_config: LayerNormShardedMultiCoreProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Norms this chip's part with `stats` [..., 32 * chips], gathered over the chips that share the rows.
+    """Normalises each chip's part with `stats` [..., 32 * chips], gathered over the chips that share the rows.
 
-    Raises DeviceError where the statistics are not those of all chips of a mesh axis.
+    Raises DeviceError if the statistics are not those of all chips of a mesh axis.
     """
     x = input_tensor
     refuse_all_but_float_tiles("rms_norm_post_all_gather", x, stats)

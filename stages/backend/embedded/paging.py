@@ -1,4 +1,4 @@
-"""Paged caches: [blocks, 1, block_size, width] a chip, addressed through page tables."""
+"""Paged caches, [blocks, 1, block_size, width] on each chip, addressed through page tables."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from stages.errors import DeviceError
 from weights.sizes import ceil_div
 
 LATENTS_AT_ONCE = 1 << 20
-"""Cache values that attention gathers at a time: they stay in a core's cache between the two products."""
+"""The most cache values that attention gathers at once, so that they stay in a core's cache between two products."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Users of about one length, whose attention is computed together.
+    """Users of similar lengths, whose attention is computed together.
 
-    `users` are their numbers and `blocks` the blocks to read, as many for each as the longest needs; `hidden` marks,
-    [users, 1, longest], what lies behind a user's own position (None if all are equally long).
+    `users` are their indices and `blocks` the blocks to read, as many for each user as the longest needs; `hidden`
+    [users, 1, longest] masks what is after a user's own position (None if all are equally long).
     """
 
     users: torch.Tensor
@@ -34,8 +34,8 @@ class Bucket:
 class DecodePages:
     """Where the users of one chip write and read in a decode step.
 
-    `active` lists the users whose position is not -1 (None if all are) and `rows` the row of the flattened cache that
-    each of them writes. They read in `buckets`.
+    `active` are the users whose position is not -1 (None if all are active), and `rows` the row of the flattened cache
+    that each of them writes. They read in `buckets`.
     """
 
     active: torch.Tensor | None
@@ -44,12 +44,11 @@ class DecodePages:
 
 
 def decode_pages(op: str, positions: Tensor, page_table: Tensor, cache: Tensor) -> list[DecodePages]:
-    """The pages of each chip, kept with `positions`, as every layer of a step asks for the same ones.
+    """The pages of each chip, kept with `positions`, as all layers of a step use the same ones.
 
-    `positions` [users] and `page_table` [users, pages] are int32; position -1 skips a user. Raises DeviceError where
-    the two disagree or a page table does not reach a position.
+    `positions` [users] and `page_table` [users, pages] are int32; position -1 skips a user. Raises DeviceError if the
+    two disagree or a page table does not reach a position.
     """
-
     block_size, width = cache.shape[2:]
 
     def find() -> list[DecodePages]:
@@ -84,7 +83,7 @@ def _pages_of(op: str, positions: torch.Tensor, table: torch.Tensor, block_size:
 
 
 def _grouped(users: list[int], lengths: list[int], width: int) -> list[list[int]]:
-    """Users by falling length; a group ends where padding would pass a quarter, or the latents their bound."""
+    """Groups users by falling length; a group ends before padding exceeds a quarter, or the latents their bound."""
     groups: list[list[int]] = []
     for user in sorted(users, key=lambda user: -lengths[user]):
         if groups:
@@ -101,7 +100,7 @@ def _bucket(group: list[int], positions: torch.Tensor, table: torch.Tensor, bloc
     users = torch.tensor(group)
     last = positions[users][:, None]
     longest = int(last[0]) + 1
-    # What a shorter user's page table says beyond its own length means nothing: block 0 is read and hidden instead.
+    # A page table has no meaning beyond its user's length: block 0 is read there, and masked.
     reached = torch.arange(0, longest, block_size) <= last
     blocks = table[users, : reached.shape[1]].where(reached, 0)
     hidden = torch.arange(longest) > last
@@ -109,7 +108,7 @@ def _bucket(group: list[int], positions: torch.Tensor, table: torch.Tensor, bloc
 
 
 def table_row(op: str, page_table: torch.Tensor, user: int, tokens: int, block_size: int) -> torch.Tensor:
-    """The blocks of a user's first `tokens` tokens. Raises DeviceError where the page table does not reach."""
+    """The blocks of a user's first `tokens` tokens. Raises DeviceError if the page table does not reach that far."""
     needed = ceil_div(tokens, block_size)
     if user >= page_table.shape[0] or needed > page_table.shape[1]:
         raise DeviceError(
@@ -120,10 +119,10 @@ def table_row(op: str, page_table: torch.Tensor, user: int, tokens: int, block_s
 
 
 def write_in_place(op: str, write: Callable[..., None], cache: Tensor, *operands: Tensor) -> None:
-    """Lets `write(chip, cache shard, operand shards...)` change each chip's cache.
+    """Calls `write(chip, cache shard, operand shards...)` to change each chip's cache.
 
-    Chips that share a cache shard and all operands write once; a shared cache shard into which different values go is
-    parted first, as each chip has a memory of its own.
+    It is called once for chips that share a cache shard and all operands. A shared cache shard that would get different
+    values is copied first, as each chip has its own memory.
     """
     if any(operand.mesh is not cache.mesh for operand in operands):
         refuse(op, "its operands are on different meshes, or one is on the host", cache, *operands)

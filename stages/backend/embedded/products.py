@@ -1,4 +1,4 @@
-"""Matrix products."""
+"""Matrix products, by the fastest way that this processor has for the dtype, the matrix and the number of rows."""
 
 import mmap
 import sys
@@ -13,19 +13,23 @@ from stages.backend.embedded.dtype import TILE_LAYOUT, DataType, held_in
 from stages.backend.embedded.memory import CoreGrid, MemoryConfig
 from stages.backend.embedded.program_configs import MatmulProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
+from stages.backend.embedded.torch_private import (
+    HAS_BFLOAT16_TILES,
+    HAS_ONEDNN,
+    MULTIPLIES_BFLOAT16,
+    blocked_product,
+    pack_blocked,
+)
 from stages.backend.embedded.trace import atomic
 
-HAS_ONEDNN = bool(torch._C._has_mkldnn)
-
-MULTIPLIES_BFLOAT16 = HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-"""Whether products of bfloat16 are as fast as they are on processors with instructions for them (AVX-512 and later).
-Elsewhere torch takes them value by value, up to 100 times slower than products of float32."""
-
-HAS_BFLOAT16_TILES = bool(torch.cpu._is_amx_tile_supported())
-"""Whether there are instructions for whole tiles of bfloat16 (AMX), with which these products outrun all others."""
-
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-"""Whether there are products by weights held in halves (x86 with AVX2 and later)."""
+"""Whether there are products by weights that are held in float16 (x86 with AVX2 and later)."""
+
+PACKED_FROM = 1 << 18
+"""Elements from which packing a matrix pays for any number of rows; below, its overhead is larger than its gain."""
+
+WIDENED_FROM_ROWS = 8
+"""Rows from which a product by a small bfloat16 matrix takes longer than widening the matrix for it."""
 
 
 def _wide_from_rows() -> int:
@@ -35,32 +39,26 @@ def _wide_from_rows() -> int:
 
 
 WIDE_FROM_ROWS = _wide_from_rows()
-"""Rows from which a product of bfloat16 takes longer than one of float32, operands widened for it.
+"""Rows from which a product of bfloat16 takes longer than one of float32 whose operands are widened first.
 
-Without instructions for bfloat16 it always does. AVX-512's instructions for pairs read half as much, and so win while
-that is what takes the time; from some 100 rows on, float32 is 1.4 to 2 times as fast.
+Without instructions for bfloat16 it always does. AVX-512's instructions for pairs read half as much, and are faster
+while reading takes most of the time; from some 100 rows on, float32 is 1.4 to 2 times as fast.
 """
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""The product of its argument by one matrix."""
 
 
 def widened(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """`x` in the dtype in which this processor multiplies so many rows by it: bfloat16, or float32 where faster."""
+    """`x` in the dtype in which this processor multiplies it by `rows` rows fastest: bfloat16 or float32."""
     return x.float() if x.dtype == torch.bfloat16 and rows >= WIDE_FROM_ROWS else x
 
 
-PACKED_FROM = 1 << 18
-"""Elements from which a packed matrix is faster, whatever the number of rows: under it, packing's overhead shows."""
-
-WIDENED_FROM_ROWS = 8
-"""Rows from which a product by a small bfloat16 matrix takes longer than widening the matrix for it."""
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-
-
 class Matrix:
-    """One weight [N, K], for products x [..., K] -> [..., N].
+    """A weight [N, K], for products x [..., K] -> [..., N].
 
-    A large one is packed at its first product, for a second copy in memory. The plain one stays where it was, as a
-    rule a mapped file whose pages can be dropped.
+    A large matrix is packed at its first product, which takes a second copy in memory. The plain one stays where it
+    was, as a rule in a mapped file whose pages can be dropped.
     """
 
     __slots__ = ("_plain", "_product")
@@ -71,7 +69,7 @@ class Matrix:
 
     @atomic
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] times this: [..., N]; in float32 where either of the two is."""
+        """Multiplies x [..., K] by the matrix: [..., N], in float32 if one of the two is."""
         if x.dtype != self._plain.dtype:
             return F.linear(x.float(), self._plain.float())
         if self._product is None:
@@ -80,7 +78,7 @@ class Matrix:
 
 
 def _fastest(plain: torch.Tensor) -> Product:
-    """The product by `plain`, in its dtype."""
+    """The fastest product by `plain`, in its dtype."""
     is_widened = plain.dtype == torch.bfloat16 and not MULTIPLIES_BFLOAT16
     if plain.numel() < PACKED_FROM:
         return _widening(plain) if is_widened else _by_plain(plain)
@@ -96,21 +94,16 @@ def _by_plain(plain: torch.Tensor) -> Product:
 
 
 def _by_blocks(plain: torch.Tensor) -> Product:
-    """By oneDNN's blocked layout: 1.2 to 3 times as fast as the plain one, with the same values."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(plain.contiguous())
-
-    def times(x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        return product
-
-    return times
+    """A product by oneDNN's blocked layout: 1.2 to 3 times as fast as the plain one, with the same values."""
+    packed = pack_blocked(plain.contiguous())
+    return lambda x: blocked_product(x, packed)
 
 
 def _by_halves(plain: torch.Tensor) -> Product:
-    """By FBGEMM's packed float16: 2 to 20 times as fast as plain bfloat16, summed up in float32.
+    """A product by FBGEMM's packed float16: 2 to 20 times as fast as plain bfloat16, with sums in float32.
 
-    float16 holds every bfloat16 exactly from 2^-17 to 65504; less is rounded to a multiple of 2^-24, which changes a
-    sum by less than float32 does. A matrix with more in it is widened instead.
+    float16 holds every bfloat16 from 2^-17 to 65504 exactly; smaller values are rounded to a multiple of 2^-24, which
+    changes a sum by less than float32 does. A matrix with larger values is widened instead.
     """
     if float(plain.abs().max()) > torch.finfo(torch.float16).max:
         return _widening(plain)
@@ -124,18 +117,17 @@ def _by_halves(plain: torch.Tensor) -> Product:
 
 
 def _packed_halves(plain: torch.Tensor) -> Any:
-    """FBGEMM's packed float16 of a matrix.
+    """A matrix packed in float16 by FBGEMM.
 
-    The float32 that it is made from lies outside of the heap: there it would leave holes between packed matrices, half
-    as large as these are together.
-    """
+    The float32 copy that it is made from is outside of the heap, where it would leave holes between packed matrices,
+    half as large as these together."""
     pages = mmap.mmap(-1, plain.numel() * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     wide = torch.frombuffer(pages, dtype=torch.float32).view(plain.shape)
     return torch.ops.quantized.linear_prepack_fp16(wide.copy_(plain), None)
 
 
 def _wide_for_many(few: Product, plain: torch.Tensor) -> Product:
-    """By `few`, unless a bfloat16 matrix is faster widened for so many rows."""
+    """A product by `few`, or by the widened matrix for as many rows as make that faster."""
     many = _widening(plain)
     return lambda x: few(x) if x.numel() < WIDE_FROM_ROWS * x.shape[-1] else many(x)
 
@@ -160,10 +152,10 @@ def linear(
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
     core_grid: CoreGrid | None = None,
 ) -> Tensor:
-    """x [..., T, K] times a weight [..., K, N], then `activation` ("silu").
+    """Multiplies x [..., T, K] by a weight [..., K, N], then applies `activation` ("silu" or None).
 
-    In x's dtype unless `dtype` is said; computed in float32 where either operand is held in it. Raises DeviceError
-    where K differs, or an operand is not in TILE layout or holds integers.
+    The result is in x's dtype unless `dtype` is given, and computed in float32 if either operand is held in it. Raises
+    DeviceError if K differs, or an operand is not in TILE layout or holds integers.
     """
     x, weight = input_tensor_a, input_tensor_b
     if activation is not None and activation != "silu":
@@ -186,7 +178,7 @@ def matmul(
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
     core_grid: CoreGrid | None = None,
 ) -> Tensor:
-    """[..., T, K] times [..., K, N]; leading dimensions are equal or 1. Dtypes and errors as `linear`."""
+    """Multiplies [..., T, K] by [..., K, N], whose leading dimensions are equal or 1; else as `linear` does."""
     x, y = input_tensor_a, input_tensor_b
     refuse_all_but_float_tiles("matmul", x, y)
     return _converted(Tensor(on_chips("matmul", _product, x, y), x.dtype, TILE_LAYOUT, x.mesh), dtype)
@@ -204,7 +196,7 @@ def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _matrices(weight: Tensor) -> list[Matrix]:
-    """One matrix a chip; none where the weight has a batch of them. Shards that alias share theirs."""
+    """One matrix for each chip; none if the weight is a batch of matrices. Shards that alias share a matrix."""
     if weight.shape[:-2].numel() != 1:
         return []
     made = {id(shard): Matrix(shard.view(shard.shape[-2:]).t()) for shard in weight.shards}
@@ -223,7 +215,7 @@ def _by_matrices(x: Tensor, weight: Tensor, matrices: list[Matrix]) -> Tensor:
 
 
 def _converted(output: Tensor, dtype: DataType | None) -> Tensor:
-    """In `dtype`, or in the one it says it has: a product with float32 comes out wider."""
+    """Converts to `dtype`, or to the output's own: a product with float32 is wider than its dtype."""
     if dtype is not None:
         output.dtype = dtype
     held = held_in(output.dtype)

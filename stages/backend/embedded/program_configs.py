@@ -1,4 +1,4 @@
-"""How a chip would run an op: program configs, compute kernel configs and fabric settings, accepted and never read."""
+"""Program configs, compute kernel configs and fabric settings: how a chip would run an op. They are not read here."""
 
 import dataclasses
 import enum
@@ -8,7 +8,7 @@ from stages.backend.embedded.memory import CoreCoord
 
 
 class MathFidelity(enum.Enum):
-    """Passes of the matrix engine over a product's mantissa bits."""
+    """The number of passes of the matrix engine over a product's mantissa bits."""
 
     LoFi = 0
     HiFi2 = 2
@@ -23,7 +23,7 @@ class UnaryOpType(enum.Enum):
 
 
 class Topology(enum.Enum):
-    """How the chips of a collective are joined."""
+    """How the chips of a collective are connected."""
 
     Ring = 0
     Linear = 1
@@ -40,7 +40,7 @@ class FabricConfig(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class WormholeComputeKernelConfig:
-    """Precision of a kernel on Wormhole."""
+    """The precision of a kernel on Wormhole."""
 
     math_fidelity: MathFidelity = MathFidelity.LoFi
     math_approx_mode: bool = True
@@ -51,7 +51,7 @@ class WormholeComputeKernelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulMultiCoreReuseMultiCast1DProgramConfig:
-    """A matmul that shares one operand with a row or column of cores."""
+    """The program of a matmul that multicasts one operand along a row or column of cores."""
 
     compute_with_storage_grid_size: CoreCoord | tuple[int, int]
     in0_block_w: int
@@ -66,7 +66,7 @@ class MatmulMultiCoreReuseMultiCast1DProgramConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulMultiCoreReuseMultiCastProgramConfig:
-    """A matmul over a two-dimensional grid of cores."""
+    """The program of a matmul over a two-dimensional grid of cores."""
 
     compute_with_storage_grid_size: CoreCoord | tuple[int, int]
     in0_block_w: int
@@ -81,7 +81,7 @@ class MatmulMultiCoreReuseMultiCastProgramConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDPAProgramConfig:
-    """Chunk sizes of attention."""
+    """The chunk sizes of attention."""
 
     compute_with_storage_grid_size: CoreCoord | tuple[int, int]
     q_chunk_size: int
@@ -92,7 +92,7 @@ class SDPAProgramConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerNormShardedMultiCoreProgramConfig:
-    """A norm of a sharded tensor."""
+    """The program of a norm of a sharded tensor."""
 
     compute_with_storage_grid_size: CoreCoord | tuple[int, int]
     subblock_w: int
@@ -107,4 +107,4 @@ MatmulProgramConfig: TypeAlias = (
 
 
 def set_fabric_config(config: FabricConfig) -> None:
-    """Does nothing: the chips of an embedded mesh share one memory and need no network."""
+    """Does nothing, as the chips of an embedded mesh share one memory and need no network."""

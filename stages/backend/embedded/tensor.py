@@ -13,17 +13,17 @@ from stages.errors import DeviceError
 Derived = TypeVar("Derived")
 
 HOST = Mesh((1, 1))
-"""Where a tensor is that no mesh holds and no mapper cut."""
+"""The mesh of a tensor that is whole and on the host."""
 
 
 class Tensor:
-    """Shards of one shape, row-major over the mesh.
+    """A tensor on a mesh: shards of one shape, in row-major order of the chips.
 
-    Replication is aliasing: chips that hold the same values hold the same torch tensor, so that what is computed from
-    it is computed once. Shards of integers and weights never change after they are made, so that ops may `remember`
-    what they derived from them.
+    Replication is aliasing: chips with the same values share one torch tensor, so that results from it are computed
+    once. Shards of integers and weights never change after they are created, so that ops may `remember` what they
+    derive from them.
 
-    `shard_spec` are the cores that each shard is spread over by `to_memory_config`, if it was.
+    `shard_spec` has the cores over which `to_memory_config` spread each shard, if it did.
     """
 
     __slots__ = ("_derived", "dtype", "layout", "mesh", "shard_spec", "shards")
@@ -57,7 +57,7 @@ class Tensor:
         return self.mesh
 
     def remember(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
-        """What `make` returned when it was first asked for `key`, such as a weight in the form a product wants."""
+        """Returns what `make` gave at the first call with `key`, such as a weight in the form that a product uses."""
         if self._derived is None:
             self._derived = {}
         derived: Derived | None = self._derived.get(key)
@@ -66,11 +66,11 @@ class Tensor:
         return derived
 
     def forget_derived(self) -> None:
-        """Lets go of all that was derived from the shards, as they have changed."""
+        """Drops all that was derived from the shards, as they have changed."""
         self._derived = None
 
     def forget(self) -> None:
-        """Lets go of the shards and all that was derived from them."""
+        """Drops the shards and all that was derived from them."""
         self.shards = []
         self._derived = None
 
@@ -88,12 +88,12 @@ def from_torch(
     memory_config: MemoryConfig | None = None,
     mesh_mapper: TensorToMesh | None = None,
 ) -> Tensor:
-    """Shares `tensor` out as `mesh_mapper` says, or replicates it; without `device` it stays on the host.
+    """Distributes `tensor` with `mesh_mapper`, or replicates it; without `device` it stays on the host.
 
-    A float tensor that has the right dtype already is taken over, not copied; a matrix that is the transposed view of
-    a contiguous one keeps that storage, shard by shard. Without `dtype`, that of `tensor`. Raises DeviceError where
-    the shards would be uneven, the mapper is for another mesh, or the dtype does not exist in the layout.
-    """
+    The dtype is that of `tensor` unless `dtype` is given. A float tensor that has the right dtype already is used
+    without a copy; a matrix that is the transposed view of a contiguous one keeps that storage, shard by shard. Raises
+    DeviceError if the shards would be uneven, the mapper is for another mesh, or the dtype does not exist in the
+    layout."""
     dtype = dtype or _ttnn_dtype(tensor)
     layout = layout_of(dtype, layout)
     held = tensor.to(held_in(dtype), copy=dtype in INTEGERS)
@@ -131,7 +131,7 @@ def _parts(tensor: torch.Tensor, count: int, dim: int | None) -> list[torch.Tens
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without gaps: contiguous, or with its last two dimensions stored the other way round if they were.
+    """`tensor` without gaps: contiguous, or with its last two dimensions transposed in memory if they were before.
 
     [K, N] weights are stored as [N, K] because products with few rows read them faster on a CPU.
     """
@@ -147,7 +147,7 @@ def _ttnn_dtype(tensor: torch.Tensor) -> DataType:
 
 
 def to_torch(tensor: Tensor, *, mesh_composer: MeshToTensor | None = None) -> torch.Tensor:
-    """The shards as one torch tensor; without a composer there must be one shard. It may alias the shard."""
+    """Returns the shards as one torch tensor, which may alias one; without a composer there must be one shard."""
     shards = tensor.shards
     if not shards:
         raise DeviceError("A tensor was used after deallocate().")
@@ -165,9 +165,9 @@ def to_torch(tensor: Tensor, *, mesh_composer: MeshToTensor | None = None) -> to
 
 
 def to_device(tensor: Tensor, device: MeshDevice, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Puts a tensor on the host onto a mesh; one that is whole is replicated.
+    """Moves a tensor from the host to a mesh; a whole tensor is replicated.
 
-    Raises DeviceError where it was cut for another mesh.
+    Raises DeviceError if it was sharded for another mesh.
     """
     _place(device, None)
     if tensor.mesh is HOST:
@@ -180,7 +180,7 @@ def to_device(tensor: Tensor, device: MeshDevice, *, memory_config: MemoryConfig
 
 
 def from_device(tensor: Tensor) -> Tensor:
-    """The tensor on the host."""
+    """Moves a tensor to the host."""
     place = Mesh(tensor.mesh.shape) if tensor.mesh.size > 1 else HOST
     return Tensor(tensor.shards, tensor.dtype, tensor.layout, place)
 
@@ -194,7 +194,7 @@ def full(
     device: MeshDevice | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """`shape` on each chip, all of `fill_value`. The chips share one shard until an op writes into them apart."""
+    """Creates `shape` on each chip, filled with `fill_value`; chips share a shard until an op writes to it."""
     place = _place(device, None)
     shard = torch.full(tuple(shape), fill_value, dtype=held_in(dtype))
     return Tensor([shard] * place.size, dtype, layout_of(dtype, layout), place)
@@ -208,7 +208,7 @@ def zeros(
     device: MeshDevice | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """`shape` on each chip, all zero; memory is taken when it is written."""
+    """Creates a tensor of zeros of `shape` on each chip; memory is allocated when it is written."""
     place = _place(device, None)
     shard = torch.zeros(tuple(shape), dtype=held_in(dtype))
     return Tensor([shard] * place.size, dtype, layout_of(dtype, layout), place)
@@ -222,18 +222,18 @@ def empty(
     device: MeshDevice | None = None,
     memory_config: MemoryConfig | None = None,
 ) -> Tensor:
-    """As `zeros`: what is not yet written is never NaN, which a masked product would pass on.
+    """Creates zeros of `shape` on each chip: unwritten values are never NaN, which masked products would let through.
 
-    Raises DeviceError for block floats unless `layout` is TILE, which it must be told.
+    Raises DeviceError for block floats unless `layout` is given as TILE.
     """
     return zeros(shape, dtype=dtype, layout=layout, device=device, memory_config=memory_config)
 
 
 def get_device_tensors(tensor: Tensor) -> list[Tensor]:
-    """Each chip's shard as a tensor of its own, on the host."""
+    """Returns each chip's shard as a tensor on the host."""
     return [Tensor([shard], tensor.dtype, tensor.layout, HOST) for shard in tensor.shards]
 
 
 def deallocate(tensor: Tensor, force: bool = True) -> None:
-    """Lets go of the shards; the tensor cannot be used any more. What was computed from it stays."""
+    """Drops the shards; the tensor cannot be used after that, but results from it can."""
     tensor.forget()

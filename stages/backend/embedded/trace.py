@@ -1,8 +1,8 @@
-"""Traces: what a step asks of torch, recorded once and asked again without the Python in between.
+"""Traces: the torch calls of a step, recorded once and replayed without the Python in between.
 
-A trace belongs to the tensors that were there when it was captured. It reads them where they are, so new inputs are
-copied into them, and it writes what is left of the capture, its results, where they are. As on chips, nothing in it may
-depend on a value; what does on the embedded device is `atomic`, and repeated as a whole.
+A trace belongs to the tensors that existed when it was captured. It reads them in place, so new inputs are copied into
+them, and it writes its results in place. As on chips, nothing in it may depend on a value; a function that does on the
+embedded device is `atomic`, and is replayed as a whole.
 """
 
 import functools
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from stages.backend.embedded.mesh import MeshDevice
 from stages.backend.embedded.tensor import Tensor
+from stages.backend.embedded.torch_private import without_torch_function
 from stages.errors import DeviceError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -31,11 +32,11 @@ READS = {
     torch.Tensor.__index__,
     torch.Tensor.__iter__,
 }
-"""What gives Python a tensor's values, which are others when a trace is replayed."""
+"""Functions that give Python the values of a tensor, which differ when a trace is replayed."""
 
 
 class _Call(NamedTuple):
-    """A line of a trace: `text`, what it makes and all that it uses, both as slots."""
+    """A line of a trace: its `text`, and the slots that it makes and uses."""
 
     text: str
     makes: list[int]
@@ -43,9 +44,9 @@ class _Call(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes, as a line of Python, every call that makes tensors or changes them while it is entered.
+    """Records every call that makes or changes tensors while it is entered, as a line of Python.
 
-    What a call makes has a slot, the variable v0, v1, ...; all else it was given is a constant c0, c1, ...
+    Results of calls have slots, the variables v0, v1, ...; all other arguments are constants c0, c1, ...
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class _Recorder(TorchFunctionMode):
         self._calls: list[_Call] = []
         self._slots: dict[int, int] = {}
         self._constants: dict[str, Any] = {}
-        # Whatever has a slot is kept, so that no later object has its id.
+        # Objects with slots are kept alive, so that no later object gets the id of one.
         self._made: list[Any] = []
         self._is_within_a_call = False
 
@@ -69,12 +70,12 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Calls `function` as one line, whatever it does within."""
+        """Calls `function` and records it as one line, whatever it calls itself."""
         if self._is_within_a_call:
             return function(*args)
         self._is_within_a_call = True
         try:
-            with torch._C.DisableTorchFunction():
+            with without_torch_function():
                 result = function(*args)
         finally:
             self._is_within_a_call = False
@@ -82,7 +83,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def replay(self) -> Replay:
-        """All that was noted, as one function. Tensors that are still in use elsewhere get their values from it."""
+        """Returns the recorded calls as one function, which writes its results to the tensors that are still in use."""
         references = {self._slots[id(item)]: weakref.ref(item) for item in self._made if isinstance(item, torch.Tensor)}
         self._made.clear()
         outputs = {slot: tensor for slot, reference in references.items() if (tensor := reference()) is not None}
@@ -146,7 +147,7 @@ _trace_ids = itertools.count()
 
 
 def atomic(function: Function) -> Function:
-    """Makes a trace repeat `function` as a whole, with Python that reads values and with results of any type."""
+    """Decorates a function that a trace replays as a whole: it may read values, and its result may have any type."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -158,7 +159,7 @@ def atomic(function: Function) -> Function:
 
 
 def begin_trace_capture(mesh_device: MeshDevice, cq_id: int = 0) -> int:
-    """Records what is computed from here on, which is also computed. Raises DeviceError within another capture."""
+    """Starts to record what is computed, while it is computed. Raises DeviceError within another capture."""
     if _recorders:
         raise DeviceError("A trace is being captured already: end it first.")
     recorder = _recorders[mesh_device] = _Recorder()
@@ -167,7 +168,7 @@ def begin_trace_capture(mesh_device: MeshDevice, cq_id: int = 0) -> int:
 
 
 def end_trace_capture(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0) -> None:
-    """Ends the recording. Raises DeviceError where none has begun on this mesh."""
+    """Ends the recording. Raises DeviceError if none was started on this mesh."""
     recorder = _recorders.pop(mesh_device, None)
     if recorder is None:
         raise DeviceError("No trace is being captured on this mesh.")
@@ -176,22 +177,22 @@ def end_trace_capture(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0) ->
 
 
 def execute_trace(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0, blocking: bool = True) -> None:
-    """Computes it all again, from what its inputs hold now. Raises DeviceError where there is no such trace."""
+    """Replays a trace with the present values of its inputs. Raises DeviceError if there is no such trace."""
     replay = _replays.get(trace_id)
     if replay is None:
-        raise DeviceError(f"There is no trace {trace_id}: it was not captured, or released.")
+        raise DeviceError(f"Trace {trace_id} does not exist: it was not captured, or was released.")
     replay()
 
 
 def release_trace(mesh_device: MeshDevice, trace_id: int) -> None:
-    """Forgets a trace."""
+    """Deletes a trace."""
     _replays.pop(trace_id, None)
 
 
 def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
-    """Writes the values of a into b, which every trace captured with b then computes from; returns b.
+    """Copies the values of a into b, from which every trace captured with b computes then; returns b.
 
-    Raises DeviceError where shapes, dtypes, layouts or meshes differ.
+    Raises DeviceError if shapes, dtypes, layouts or meshes differ.
     """
     are_alike = input_a.dtype is input_b.dtype and input_a.layout is input_b.layout
     if input_a.mesh is not input_b.mesh:
@@ -205,7 +206,7 @@ def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
 
 
 def clone(input_tensor: Tensor) -> Tensor:
-    """A tensor of the same values in memory of its own; chips that share a shard share its copy."""
+    """Returns a copy of a tensor; chips that share a shard share its copy."""
     copies = {id(shard): shard.clone() for shard in input_tensor.shards}
     shards = [copies[id(shard)] for shard in input_tensor.shards]
     return Tensor(shards, input_tensor.dtype, input_tensor.layout, input_tensor.mesh)

@@ -1,7 +1,7 @@
 """ttnn.transformer: attention on the paged latent cache of MLA, in which keys and values share one vector.
 
 A cache is [blocks, 1, block_size, width]; a key is the whole vector of `width`, a value its first `head_dim_v`.
-Scores are scaled and softened in float32.
+Scores and their softmax are in float32.
 """
 
 import torch
@@ -18,11 +18,11 @@ from stages.backend.embedded.trace import atomic
 __all__ = ["chunked_flash_mla_prefill", "paged_flash_multi_latent_attention_decode"]
 
 QUERIES_AT_ONCE = 512
-"""Query vectors, heads times tokens, of one product: fewer repeat the reading of the latents, more compute scores that
-the causal mask throws away."""
+"""Query vectors, heads times tokens, of one product: with fewer the latents are read more often, with more the causal
+mask discards more scores."""
 
 SCORES_AT_ONCE = 1 << 22
-"""Attention scores a prefill keeps at a time at most: 16 MiB in float32, however long the context."""
+"""The most attention scores that a prefill keeps at once: 16 MiB in float32, however long the context."""
 
 
 def paged_flash_multi_latent_attention_decode(
@@ -38,11 +38,11 @@ def paged_flash_multi_latent_attention_decode(
     program_config: SDPAProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """One query a user, [1, users, heads, width], over positions 0 to its own: [1, users, heads, head_dim_v].
+    """Attention of one query per user, [1, users, heads, width], over positions 0 to the user's own.
 
-    Positions [users] and page table [users, pages] are int32; a user at position -1 gets zeros. `scale` is
-    width^-0.5 unless said. Raises DeviceError where users, widths or the reach of the page table do not fit.
-    """
+    Returns [1, users, heads, head_dim_v]. Positions [users] and page table [users, pages] are int32; a user at position
+    -1 gets zeros. `scale` is width^-0.5 by default. Raises DeviceError if users, widths or the reach of the page table
+    do not match."""
     op = "paged_flash_multi_latent_attention_decode"
     q, cache = input_tensor_q, input_tensor_k
     _refuse_other_operands(op, q, cache, head_dim_v)
@@ -83,7 +83,7 @@ def _attend_decode(
 def _attend(
     queries: torch.Tensor, latents: torch.Tensor, bucket: Bucket, head_dim_v: int, scale: float
 ) -> torch.Tensor:
-    """[users, heads, width] over [users, longest, width]."""
+    """Attention of queries [users, heads, width] over latents [users, longest, width]."""
     scores = torch.bmm(queries, latents.transpose(1, 2)).float().mul_(scale)
     if bucket.hidden is not None:
         scores.masked_fill_(bucket.hidden, -torch.inf)
@@ -102,16 +102,16 @@ def chunked_flash_mla_prefill(
     program_config: SDPAProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
 ) -> Tensor:
-    """Queries [1, heads, T, width] at positions chunk_start_idx + t over the cache up to theirs.
+    """Attention of queries [1, heads, T, width] at positions chunk_start_idx + t over the cache up to their positions.
 
-    Returns [1, heads, T, head_dim_v]. The page table is int32 [1, pages]. `scale` is width^-0.5 unless said. Raises
-    DeviceError where widths or the reach of the page table do not fit, or the start is no multiple of 32.
+    Returns [1, heads, T, head_dim_v]. The page table is int32 [1, pages]. `scale` is width^-0.5 by default. Raises
+    DeviceError if widths or the reach of the page table do not match, or the start is not a multiple of 32.
     """
     op = "chunked_flash_mla_prefill"
     q, cache, table = input_tensor_q, input_tensor_k, page_table_tensor
     _refuse_other_operands(op, q, cache, head_dim_v)
     if chunk_start_idx < 0 or chunk_start_idx % TILE_SIZE:
-        refuse(op, f"chunk start {chunk_start_idx} is no multiple of {TILE_SIZE}", q, cache)
+        refuse(op, f"chunk start {chunk_start_idx} is not a multiple of {TILE_SIZE}", q, cache)
     if table.layout is not ROW_MAJOR_LAYOUT:
         refuse(op, "the page table must be in ROW_MAJOR layout", q, table)
     if table.dtype is not int32 or len(table.shape) != 2 or table.shape[0] != q.shape[0] or q.shape[0] != 1:
@@ -160,4 +160,4 @@ def _refuse_other_operands(op: str, q: Tensor, cache: Tensor, head_dim_v: int) -
     if len(q.shape) != 4 or len(cache.shape) != 4 or cache.shape[1] != 1 or q.shape[-1] != width:
         refuse(op, "it takes q [..., width] and a cache [blocks, 1, block_size, width]", q, cache)
     if not 0 < head_dim_v <= width or head_dim_v % TILE_SIZE:
-        refuse(op, f"head_dim_v {head_dim_v} is no multiple of {TILE_SIZE} up to the cache's width", q, cache)
+        refuse(op, f"head_dim_v {head_dim_v} is not a multiple of {TILE_SIZE} up to the cache's width", q, cache)

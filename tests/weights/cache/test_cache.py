@@ -62,7 +62,7 @@ def test_keys_have_entries_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["", ".", "..", ".hidden", "a/b", "../up", "a b", "n" * 201, "a\0"])
 def test_a_key_that_is_no_file_name_is_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(CacheError, match="is no name for an entry of the weight cache at"):
+    with pytest.raises(CacheError, match="is not a valid key of the weight cache at"):
         WeightCache(tmp_path).entry(key, build)
     assert names(tmp_path) == []
 

@@ -1,11 +1,11 @@
-"""Names of cache entries: each says all that it stands for, and no other name passes for one."""
+"""Keys of cache entries: a key can be parsed from its text, and no other text is taken for one."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weights.cache.cache import KEY_PATTERN
-from weights.cache.cache_key import EntryName
+from weights.cache.cache_key import CacheKey
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -27,7 +27,7 @@ def words(pattern: str) -> st.SearchStrategy[str]:
 def test_a_name_is_read_back(
     *, part: str, device: str, dtype: str, weights: str, rows: int, columns: int, transform: int, fingerprint: str
 ) -> None:
-    name = EntryName(
+    key = CacheKey(
         part=part,
         device=device,
         dtype=dtype,
@@ -37,8 +37,8 @@ def test_a_name_is_read_back(
         transform=transform,
         fingerprint=fingerprint,
     )
-    assert EntryName.parse(str(name)) == name
-    assert KEY_PATTERN.fullmatch(str(name))
+    assert CacheKey.parse(str(key)) == key
+    assert KEY_PATTERN.fullmatch(str(key))
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,4 @@ def test_a_name_is_read_back(
     ],
 )
 def test_other_names_are_none(text: str) -> None:
-    assert EntryName.parse(text) is None
+    assert CacheKey.parse(text) is None

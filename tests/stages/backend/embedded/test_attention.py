@@ -321,7 +321,7 @@ def test_decode_refuses(mesh: ttnn.MeshDevice, changes: dict[str, object], messa
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, c: prefill(_q(m), c, VALUES, _table(m), 16), "chunk start 16 is no multiple of 32"),
+        (lambda m, c: prefill(_q(m), c, VALUES, _table(m), 16), "chunk start 16 is not a multiple of 32"),
         (lambda m, c: prefill(_q(m), c, VALUES, _table(m), -32), "chunk start -32"),
         (lambda m, c: prefill(_q(m), c, 128, _table(m), 0), "head_dim_v 128"),
         (lambda m, c: prefill(_q(m), c, VALUES, _table(m), 64), r"does not hold 96 tokens"),
