@@ -24,6 +24,9 @@ FP8 = "F8_E4M3"
 
 FLOATS = ("F32", "BF16", "F16")
 
+SCALES = ("F32", "F8_E8M0")
+"""Dtypes of the scales of FP8: DeepSeek-V3.1 has powers of two, of which E8M0 keeps the exponent alone."""
+
 SETTLED_S = 2.0
 
 """Clocks of file systems are coarse: two changes as near as this may bear the same time."""
@@ -66,7 +69,7 @@ class Checkpoint(WeightSource):
         stored = self._files.tensor(stored_name)
         if dtype != FP8:
             return stored
-        scales = self._files.tensor(stored_name + SCALE_SUFFIX)
+        scales = self._files.tensor(stored_name + SCALE_SUFFIX).to(torch.float32)
         if not torch.isfinite(scales).all():
             raise self._error(stored_name + SCALE_SUFFIX, "holds scales that are not finite")
         return dequantise(stored, scales)
@@ -136,8 +139,8 @@ class Checkpoint(WeightSource):
 
     def _check_scales(self, name: str, shape: Shape) -> None:
         dtype, stored_shape = self._files.header(name)
-        if dtype != "F32":
-            raise self._error(name, f"has dtype {dtype}; scales must be float32 (F32)")
+        if dtype not in SCALES:
+            raise self._error(name, f"has dtype {dtype}; scales must be float32 (F32) or powers of two (F8_E8M0)")
         self._check_shape(name, stored_shape, shape)
 
     def _check_shape(self, name: str, stored: Shape, shape: Shape) -> None:

@@ -1,4 +1,4 @@
-"""DeepSeek's FP8: float8_e4m3fn matrices with one float32 scale for each block of 128x128 values."""
+"""DeepSeek's FP8: float8_e4m3fn matrices with one scale for each block of 128x128 values."""
 
 import torch
 

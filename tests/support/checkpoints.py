@@ -4,6 +4,7 @@ Nothing here uses the code under test: names, shapes, quantisation and loading a
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 StoredDtype = Literal["float32", "bfloat16", "fp8"]
+ScaleFormat = Literal["float32", "ue8m0", "e8m0"]
+"""Any float32 as R1 has, powers of two in float32 as V3.1 has, or the same as float8_e8m0fnu."""
 
 BLOCK = 128
 FP8_MAX = 448.0
@@ -36,6 +39,33 @@ SMALL: dict[str, Any] = {
     "topk_group": 2,
 }
 """Sizes of the default model: whole tiles, eight heads, several groups of experts, ragged FP8 blocks."""
+
+
+KIMI_K2: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "seq_aux": True,
+    "topk_group": 1,
+    "transformers_version": "4.48.3",
+}
+"""What moonshotai/Kimi-K2-Instruct has otherwise in its config.json than DeepSeek-R1, sizes apart."""
 
 
 def config_keys(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -89,13 +119,14 @@ def write_checkpoint(
     seed: int = 0,
     mtp_layer: bool = False,
     negative_biases: bool = False,
+    scale_format: ScaleFormat = "float32",
 ) -> Path:
     """Writes config.json and the weights of a random model to the directory `path`, and returns it.
 
     With `dtype` "fp8" the linear layers that DeepSeek-R1 stores so are float8_e4m3fn with a float32 scale per 128x128
-    block, the rest bfloat16. More than one of `shards` makes an index; scales then may lie in another shard than
-    their weights. `mtp_layer` adds the multi-token-prediction layer after the last. `negative_biases` makes every
-    router correction bias so negative that scores stay below zero.
+    block, in `scale_format`, the rest bfloat16. More than one of `shards` makes an index; scales then may lie in
+    another shard than their weights. `mtp_layer` adds the multi-token-prediction layer after the last.
+    `negative_biases` makes every router correction bias so negative that scores stay below zero.
     """
     path.mkdir(parents=True, exist_ok=True)
     keys = config_keys(overrides)
@@ -106,6 +137,8 @@ def write_checkpoint(
             "quant_method": "fp8",
             "weight_block_size": [BLOCK, BLOCK],
         }
+        if scale_format != "float32":
+            keys["quantization_config"]["scale_fmt"] = "ue8m0"
     (path / "config.json").write_text(json.dumps(keys, indent=2))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -113,30 +146,31 @@ def write_checkpoint(
         if name.endswith("e_score_correction_bias") or dtype == "float32":
             tensors[name] = tensor
         elif dtype == "fp8" and "_proj" in name and "eh_proj" not in name:
-            tensors[name], tensors[name + "_scale_inv"] = quantise(tensor)
+            tensors[name], tensors[name + "_scale_inv"] = quantise(tensor, scale_format)
         else:
             tensors[name] = tensor.to(torch.bfloat16)
     _write_shards(path, tensors, shards)
     return path
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A float32 matrix as float8_e4m3fn and one float32 scale per 128x128 block: value = fp8 * scale."""
+def quantise(weight: torch.Tensor, scale_format: ScaleFormat = "float32") -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 matrix as float8_e4m3fn and one scale per 128x128 block: value = fp8 * scale."""
     rows, columns = weight.shape
     scales = torch.empty(-(-rows // BLOCK), -(-columns // BLOCK))
     quantised = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     for row, column in _blocks(scales):
         block = weight[_span(row), _span(column)]
-        scales[row, column] = block.abs().max() / FP8_MAX
+        scale = float(block.abs().max()) / FP8_MAX
+        scales[row, column] = scale if scale_format == "float32" else 2.0 ** math.ceil(math.log2(scale))
         quantised[_span(row), _span(column)] = (block / scales[row, column]).to(torch.float8_e4m3fn)
-    return quantised, scales
+    return quantised, scales.to(torch.float8_e8m0fnu) if scale_format == "e8m0" else scales
 
 
 def dequantise_plainly(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The float32 matrix that `quantise` stored, block by block."""
     values = weight.to(torch.float32)
     for row, column in _blocks(scales):
-        values[_span(row), _span(column)] *= scales[row, column].item()
+        values[_span(row), _span(column)] *= scales[row, column].float().item()
     return values
 
 

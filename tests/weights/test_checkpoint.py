@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import StoredDtype, reference_model, stored_tensors, write_checkpoint
+from tests.support.checkpoints import ScaleFormat, StoredDtype, reference_model, stored_tensors, write_checkpoint
 from weights.checkpoint import Checkpoint, RandomCheckpoint, open_weights
 from weights.errors import CheckpointError
 
@@ -122,6 +122,15 @@ def test_open_weights_chooses_by_load_format(fp8: Path) -> None:
     assert isinstance(open_weights(fp8, load_format="auto", seed=0), Checkpoint)
     (fp8 / "model.safetensors").unlink()
     assert isinstance(open_weights(fp8, load_format="dummy", seed=0), RandomCheckpoint)
+
+
+@pytest.mark.parametrize("scale_format", ["ue8m0", "e8m0"])
+def test_scales_that_are_powers_of_two_are_read_in_either_dtype(scale_format: ScaleFormat, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", dtype="fp8", scale_format=scale_format)
+    checkpoint, expected = Checkpoint.open(path), stored_tensors(path)
+    checkpoint.validate("")
+    assert all(torch.equal(checkpoint.tensor(name).float(), expected[name]) for name in checkpoint.names())
+    assert fingerprint(path)
 
 
 # Fingerprints
@@ -238,6 +247,11 @@ def test_a_missing_tensor_is_named(fp8: Path, name: str) -> None:
         (SCALES, torch.ones(2, 1), "has shape [2, 1]; config.json asks for [2, 2]"),
         (SCALES, torch.ones(2, 2, dtype=torch.bfloat16), "has dtype BF16; scales must be float32 (F32)"),
         (SCALES, torch.full((2, 2), torch.inf), "holds scales that are not finite"),
+        (
+            SCALES,
+            torch.full((2, 2), 0xFF, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+            "holds scales that are not finite",
+        ),
         (LAYER + "mlp.gate.weight", torch.zeros(16, 256, dtype=torch.int8), "has dtype I8; float32, bfloat16"),
         (LAYER + "mlp.gate.weight", torch.zeros(16, 256).to(torch.float8_e5m2), "has dtype F8_E5M2; float32, bfloat16"),
         (LAYER + "input_layernorm.weight", torch.ones(256).to(torch.float8_e4m3fn), "has dtype F8_E4M3; float32"),

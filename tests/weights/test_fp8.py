@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import dequantise_plainly, quantise
+from tests.support.checkpoints import ScaleFormat, dequantise_plainly, quantise
 from weights.fp8 import dequantise, scale_shape
 
 SIZES = st.one_of(st.integers(1, 400), st.sampled_from([1, 127, 128, 129, 255, 256, 257, 384]))
@@ -49,6 +50,19 @@ def test_products_are_not_rounded_to_bfloat16() -> None:
     scale = 1.0 + 2**-20
     values = dequantise(torch.full((1, 1), 1.5).to(torch.float8_e4m3fn), torch.full((1, 1), scale))
     assert values.item() == 1.5 * scale
+
+
+@pytest.mark.parametrize("scale_format", ["ue8m0", "e8m0"])
+def test_scales_that_are_powers_of_two_lose_nothing(scale_format: ScaleFormat) -> None:
+    """Times a power of two every product is exact in float32, whether the scale is stored whole or as its exponent."""
+    original = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    weight, scales = quantise(original, scale_format)
+    assert scales.dtype == (torch.float8_e8m0fnu if scale_format == "e8m0" else torch.float32)
+    values = dequantise(weight, scales.to(torch.float32))
+    assert torch.equal(values, dequantise_plainly(weight, scales))
+    spread = scales.double().repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    assert torch.equal(values.double(), weight.double() * spread)
+    assert torch.equal(values, dequantise(*quantise(original, "ue8m0")))
 
 
 PEAK = """

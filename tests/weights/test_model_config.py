@@ -5,13 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-from tests.support.checkpoints import config_keys
+from stages.models.registry import ARCHITECTURES
+from tests.support.checkpoints import KIMI_K2, config_keys
 from weights.errors import CheckpointError
-from weights.model_config import ModelConfig
+from weights.model_config import MODEL_TYPES, ModelConfig
 
 
 def read(**overrides: Any) -> ModelConfig:
@@ -58,6 +60,33 @@ def test_end_tokens_are_one_or_several_or_none(eos: Any, expected: tuple[int, ..
 
 def test_block_fp8_is_accepted() -> None:
     assert read(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}) == read()
+
+
+def test_deepseek_v3_1_is_accepted_with_its_scale_format() -> None:
+    fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert read(quantization_config={**fp8, "scale_fmt": "ue8m0"}) == read()
+
+
+def test_kimi_k2_is_a_deepseek_v3_of_other_numbers() -> None:
+    kimi, r1 = ModelConfig.from_dict(config_keys(KIMI_K2), source="config.json"), read()
+    assert kimi.architecture == r1.architecture
+    assert (kimi.n_group, kimi.topk_group, kimi.rope_theta, kimi.yarn and kimi.yarn.factor) == (1, 1, 50000, 32)
+
+
+def test_every_architecture_that_a_config_may_name_is_registered() -> None:
+    assert set(MODEL_TYPES.values()) == set(ARCHITECTURES)
+
+
+def test_a_deepseek_configs_encoding_is_what_it_was_before_there_were_families() -> None:
+    """Cache keys are made of it: entries of earlier releases are found again."""
+    assert "architecture" not in msgspec.to_builtins(read())
+
+
+def test_kimi_k2s_own_sizes_are_accepted() -> None:
+    sizes = {"n_routed_experts": 384, "num_experts_per_tok": 8, "num_attention_heads": 64, "vocab_size": 163840}
+    keys = config_keys({**KIMI_K2, **sizes, "bos_token_id": 163584, "eos_token_id": [163585, 163586]})
+    config = ModelConfig.from_dict(keys, source="config.json")
+    assert (config.n_routed_experts, config.eos_token_ids) == (384, (163585, 163586))
 
 
 YARN = config_keys()["rope_scaling"]

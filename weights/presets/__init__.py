@@ -1,6 +1,6 @@
 """Configurations of published models that come with the program, for planning without a checkpoint.
 
-DeepSeek-V3, V3-0324, R1 and R1-0528 share one config.json, except for keys that have no effect here.
+DeepSeek-V3, V3-0324, V3.1, R1 and R1-0528 share one config.json, except for keys that have no effect here.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ _R1 = "deepseek-r1"
 PRESETS = {
     "r1": _R1,
     **{f"deepseek-ai/DeepSeek-{name}": _R1 for name in ("R1", "R1-0528", "R1-Zero", "V3", "V3-0324", "V3-Base")},
+    **{f"deepseek-ai/DeepSeek-V3.1{suffix}": _R1 for suffix in ("", "-Base", "-Terminus")},
 }
 """The names of models, each with the directory of its configuration."""
 

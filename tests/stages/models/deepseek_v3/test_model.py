@@ -11,7 +11,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from stages import stage
 from stages.batch import BatchBuilder
-from tests.support.checkpoints import StoredDtype, config_keys, reference_model, write_checkpoint
+from tests.support.checkpoints import KIMI_K2, ScaleFormat, StoredDtype, config_keys, reference_model, write_checkpoint
 from tests.support.model_errors import TINY, TOLERANCE, prompts, reference_logits, worst_error
 from tests.support.stage_driver import Driver, cache_options, relative_error, stage_options
 
@@ -104,6 +104,17 @@ def test_chunk_and_block_sizes(
 def test_r1_keys_and_names_in_many_shards(tmp_path: Path, load: Load) -> None:
     model = write_checkpoint(tmp_path / "model", dtype="fp8", shards=7, mtp_layer=True)
     assert worst_error(load(model, stages=2), reference_model(model), 512) < TOLERANCE
+
+
+def test_kimi_k2_through_two_stages(tmp_path: Path, load: Load) -> None:
+    model = write_checkpoint(tmp_path / "model", overrides={**KIMI_K2, "n_routed_experts": 24}, dtype="fp8", shards=3)
+    assert worst_error(load(model, stages=2), reference_model(model), 512) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale_format", ["ue8m0", "e8m0"])
+def test_scales_that_are_powers_of_two(scale_format: ScaleFormat, tmp_path: Path, load: Load) -> None:
+    model = write_checkpoint(tmp_path / "model", overrides=TINY, dtype="fp8", scale_format=scale_format)
+    assert worst_error(load(model), reference_model(model), TINY["vocab_size"]) < TOLERANCE
 
 
 def test_slots_are_reused(small: Path, small_reference: DeepseekV3ForCausalLM, load: Load) -> None:
