@@ -6,8 +6,11 @@ INSTALLED := $(VENV)/installed
 ARGS ?=
 # Where it is set, each of a dozen processes would compile torch and Ray anew: they would start half as fast.
 unexport PYTHONDONTWRITEBYTECODE
-# Two test processes, each of which takes whole files: tests of a file share servers.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+# Test processes that take whole files, as tests of a file share servers, in the order that tests/conftest.py gives.
+# Slow tests wait for other processes most of the time: two processes for each of two cores.
+WHOLE_FILES := --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 2 $(WHOLE_FILES)
+SIDE_BY_SIDE_SLOW := -n 4 $(WHOLE_FILES)
 
 # ttnn has wheels for Python 3.10 and 3.12 only, and wants older libraries: it gets an environment of its own.
 TTNN_VENV := .venv-ttnn
@@ -45,7 +48,7 @@ test: $(INSTALLED) ## The quick tests
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 test-slow: $(INSTALLED) ## The tests that take longer
-	$(BIN)/pytest -m slow $(SIDE_BY_SIDE)
+	$(BIN)/pytest -m slow $(SIDE_BY_SIDE_SLOW)
 
 test-all: $(INSTALLED) ## All tests
 	$(BIN)/pytest -m "" $(SIDE_BY_SIDE)

@@ -1,4 +1,4 @@
-"""What every test gets: no network look-ups, one torch thread, and no telemetry; and what many tests share."""
+"""Settings of every test (no network look-ups, one torch thread, no telemetry), and fixtures that many tests share."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.support.ray_cluster import running_ray
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,9 +16,28 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Before torch is imported: two cores are shared by the test process and the processes it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST_FILES = (
+    "tests/actors/test_recovery.py",
+    "tests/deploy/test_jobs.py",
+    "tests/api/demo/test_demo.py",
+    "tests/actors/test_pipeline.py",
+    "tests/program/test_end_to_end.py",
+    "tests/hosts/test_lost_host.py",
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/hosts/test_hosts.py",
+    "tests/program/test_seeded_tokens.py",
+    "tests/program/test_replica_servers.py",
+    "tests/program/test_shutdown.py",
+    "tests/weights/sample/test_sample_model.py",
+    "tests/program/test_ray_faults.py",
+    "tests/program/test_lm_eval.py",
+    "tests/scaling/test_timed_server.py",
+    "tests/program/test_poisoned_requests.py",
+)
+"""Files whose slow tests take more than half a minute each, by that time."""
 ROWS = 8
 LOG_CHARACTERS = 8000
-"""Of each log of a failed test that are shown."""
+"""How much of each log of a failed test is shown."""
 
 # Where ttnn is not installed; `make test-ttnn` says so if it cannot be.
 collect_ignore = [] if importlib.util.find_spec("ttnn") else ["galaxy"]
@@ -27,11 +47,22 @@ if sys.version_info < (3, 11) or not importlib.util.find_spec("schemathesis"):
 
 
 def pytest_configure() -> None:
-    """Gives each of several test processes its own cores: on shared ones, threads of two servers stall each other."""
+    """Gives each of several test processes its own cores, or one that it shares with few others.
+
+    On all cores at once, threads of two servers would stall each other.
+    """
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    cores = sorted(os.sched_getaffinity(0))
-    if worker is not None and workers <= len(cores):
-        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
+    if worker is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        count = min(workers, len(cores))
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % count :: count])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first, so that test processes that take whole files end at the same time."""
+    last = len(LONGEST_FILES)
+    order = {ROOT / file: place for place, file in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path, last))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -43,8 +74,8 @@ def pytest_runtest_makereport(
     folder = item.funcargs.get("tmp_path") if isinstance(item, pytest.Function) else None
     if report.failed and isinstance(folder, Path):
         for log in sorted(folder.rglob("*.log")):
-            said = log.read_text(encoding="utf-8", errors="replace")
-            report.sections.append((f"end of {log.relative_to(folder)}", said[-LOG_CHARACTERS:]))
+            text = log.read_text(encoding="utf-8", errors="replace")
+            report.sections.append((f"end of {log.relative_to(folder)}", text[-LOG_CHARACTERS:]))
     return report
 
 

@@ -43,7 +43,7 @@ def running_server(command: Sequence[str], port: int, stages: int) -> Iterator[S
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, process)
         front_end = psutil.Process(process.pid)
-        yield ServerProcesses(url, front_end, engines_of(front_end), _stages_of(front_end, stages))
+        yield ServerProcesses(url, front_end, engines_of(front_end), _stages_of(url, stages))
     finally:
         end(process)
 
@@ -91,8 +91,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
         raise ServerError(f"The server did not end within {END_SECONDS:g} s.") from None
 
 
-def _stages_of(front_end: psutil.Process, count: int) -> list[psutil.Process]:
-    stages = [child for child in front_end.children(recursive=True) if title(child).startswith(STAGE_TITLE)]
-    if len(stages) != count:
-        raise ServerError(f"{len(stages)} processes are called {STAGE_TITLE}; {count} stages were started.")
-    return stages
+def _stages_of(url: str, count: int) -> list[psutil.Process]:
+    """The stages' processes by the server's own view: in a Ray cluster that it has joined they are not its children."""
+    pids = [stage["pid"] for stage in httpx.get(f"{url}/pipeline", timeout=READY_SECONDS).json()["stages"]]
+    if len(pids) != count or not all(pids):
+        raise ServerError(f"The server has stages with the process ids {pids}; {count} stages were started.")
+    return [psutil.Process(pid) for pid in pids]

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,10 @@ FIGURES = {
 }
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
+    own = {**os.environ, **environment}
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS, env=own)
 
 
 def check_report(report: dict[str, Any], name: str) -> None:
@@ -62,8 +65,10 @@ def check_report(report: dict[str, Any], name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ROW_NAMES))
-def test_the_short_form_prints_a_table_and_writes_figures(name: str, tmp_path: Path) -> None:
-    done = run(f"benchmarks.{name}", "--short", "--out", str(tmp_path))
+def test_the_short_form_prints_a_table_and_writes_figures(
+    name: str, tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    done = run(f"benchmarks.{name}", "--short", "--out", str(tmp_path), **ray_cluster)
     assert done.returncode == 0, done.stderr
     file = tmp_path / f"{name}.embedded.json"
     assert f"{name} on embedded" in done.stdout

@@ -4,8 +4,10 @@ business."""
 import asyncio
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -81,9 +83,10 @@ def test_visitors_come_whatever_becomes_of_those_before() -> None:
 
 
 @pytest.mark.slow
-def test_the_short_form_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+def test_the_short_form_prints_a_table_and_writes_figures(tmp_path: Path, ray_cluster: Mapping[str, str]) -> None:
     command = [sys.executable, "-m", "benchmarks.overload", "--short", "--out", str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
+    environment = {**os.environ, **ray_cluster}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert done.returncode == 0, done.stderr
     assert "overload on timed" in done.stdout
     report = json.loads((tmp_path / "overload.timed.json").read_bytes())

@@ -46,7 +46,7 @@ def health(url: str) -> int:
 
 
 def submit(cluster: FileCluster, name: str, *command: str, wait: bool = False) -> str:
-    """As the README does, from the working directory of this repository."""
+    """Submits a command as the README does, from the working directory of this repository."""
     how = [] if wait else ["--no-wait"]
     entry = ["--", "python", "-m", "api.cli", *command]
     return cluster.ray("job", "submit", "--submission-id", name, *how, "--working-dir", ".", *entry)
@@ -54,7 +54,8 @@ def submit(cluster: FileCluster, name: str, *command: str, wait: bool = False) -
 
 def await_stopped(cluster: FileCluster, name: str) -> None:
     """Returns when the job has been stopped and has left nothing behind."""
-    until(lambda: "was stopped" in cluster.ray("job", "status", name), "the job was stopped")
+    until(lambda: cluster.job_status(name) == "STOPPED", "the job was stopped")
+    assert "was stopped" in cluster.ray("job", "status", name)
     until(lambda: not cluster.our_processes(), "processes of the job end")
     assert list((cluster.folder / "tmp").glob("galaxyline-*")) == []
 
@@ -125,7 +126,7 @@ def test_a_demo_that_is_stopped_keeps_the_results_it_has(cluster: FileCluster, t
 
 
 def run_on_rows(cluster: FileCluster, rows: int) -> tuple[int, str]:
-    """Exit code and errors of a demo that joins the cluster, on the host that alone has as many rows."""
+    """Returns exit code and errors of a demo that joins the cluster, on the host that alone has as many rows."""
     done = subprocess.run(
         [
             *(cluster.bin / "python", "-m", "api.cli", "demo", "hello", "--max-new-tokens", "1"),
@@ -154,7 +155,7 @@ def test_a_host_without_galaxyline_and_one_with_another_release_are_named(cluste
 
 
 def other_release(folder: Path) -> Path:
-    """This repository's packages, of another version."""
+    """Returns a directory with this repository's packages, of another version."""
     for package in ("actors", "api", "stages"):
         (folder / package).symlink_to(ROOT / package)
     (folder / "weights").mkdir()

@@ -7,18 +7,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.reference_texts import reference_texts
 from tests.support.servers import Prompt, complete, sample_prompts, serving, stream
 
 PROMPTS = sample_prompts()
+EXPECTED = [prompt.text for prompt in PROMPTS]
+"""Hugging Face\'s greedy text of every prompt."""
 LAYERS = 6
 CLIENTS = 64
-
-
-@pytest.fixture(scope="module")
-def expected() -> list[str]:
-    """Hugging Face's text of every prompt."""
-    return reference_texts(PROMPTS)
 
 
 @pytest.fixture
@@ -54,7 +49,6 @@ async def test_greedy_text_is_the_same_on_any_number_of_stages_with_any_prefill_
     flags: list[str],
     tmp_path: Path,
     client: httpx.AsyncClient,
-    expected: list[str],
     ray_cluster: Mapping[str, str],
 ) -> None:
     """Every prompt alone and streamed, then all of them at once among as many others as make 64 and more."""
@@ -63,15 +57,15 @@ async def test_greedy_text_is_the_same_on_any_number_of_stages_with_any_prefill_
         alone = ["".join(await stream(client, server, prompt)) for prompt in PROMPTS]
         others = [Prompt(f"{number} boats on the sea", 24, False) for number in range(CLIENTS)]
         crowd = await asyncio.gather(*(complete(client, server, prompt) for prompt in [*PROMPTS, *others]))
-    assert alone == expected
-    assert crowd[: len(PROMPTS)] == expected
+    assert alone == EXPECTED
+    assert crowd[: len(PROMPTS)] == EXPECTED
 
 
 @pytest.mark.slow
 async def test_a_split_given_by_hand_gives_the_same_text_also_where_prompts_go_token_by_token(
-    tmp_path: Path, client: httpx.AsyncClient, expected: list[str], ray_cluster: Mapping[str, str]
+    tmp_path: Path, client: httpx.AsyncClient, ray_cluster: Mapping[str, str]
 ) -> None:
     options = ("--layers-per-stage", "1,4,1", "--max-num-batched-tokens", "1")
     with serving(tmp_path, *options, environment=ray_cluster) as server:
         texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
-    assert texts == expected
+    assert texts == EXPECTED

@@ -72,16 +72,33 @@ class Found:
     results: dict[str, float]
 
 
+@pytest.fixture(scope="module")
+def sentences(reference: Reference) -> list[str]:
+    """What the generation task, which stops at a full stop, has to give for each prompt."""
+    return [greedy(reference, prompt, MAX_TOKENS).split(".")[0] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def scored_pairs(reference: Reference) -> list[tuple[str, str]]:
+    """Contexts and continuations: some that the model would not choose, and those that it does."""
+    chosen = [(prompt, greedy(reference, prompt, 8)) for prompt in PROMPTS]
+    return [*zip(PROMPTS, CONTINUATIONS, strict=True), *chosen]
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def found(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: Server, reference: Reference
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    server: Server,
+    sentences: list[str],
+    scored_pairs: list[tuple[str, str]],
 ) -> dict[str, Found]:
     """Both tasks through one lm-eval, with the tokenizer on either side."""
     documents = {
-        "scoring": [
-            {"context": context, "continuation": continuation} for context, continuation in scored_pairs(reference)
+        "scoring": [{"context": context, "continuation": continuation} for context, continuation in scored_pairs],
+        "generation": [
+            {"context": prompt, "greedy": sentence} for prompt, sentence in zip(PROMPTS, sentences, strict=True)
         ],
-        "generation": [{"context": prompt, "greedy": first_sentence(reference, prompt)} for prompt in PROMPTS],
     }
     return evaluate(tmp_path_factory.mktemp("evaluation"), server, documents, request.param)
 
@@ -126,7 +143,7 @@ def samples_of(folder: Path, task: str) -> list[dict[str, Any]]:
 
 
 def greedy(reference: Reference, prompt: str, max_tokens: int) -> str:
-    """The text that follows; lm-eval sends prompts without BOS."""
+    """Returns the text that follows the prompt, without BOS, as lm-eval sends it."""
     tokens = reference.tokenizer.encode(prompt, add_special_tokens=False)
     model: Any = reference.model  # transformers' own annotation of `generate` does not admit the model itself
     whole = model.generate(torch.tensor([tokens]), max_new_tokens=max_tokens, do_sample=False)
@@ -134,7 +151,7 @@ def greedy(reference: Reference, prompt: str, max_tokens: int) -> str:
 
 
 def log_likelihood(reference: Reference, context: str, continuation: str) -> tuple[float, bool]:
-    """The sum of log-softmax over the continuation's tokens, and whether each of them is the best."""
+    """Returns the sum of log-softmax over the continuation's tokens, and whether each of them is the best."""
     tokens = reference.tokenizer.encode(context + continuation, add_special_tokens=False)
     begin = len(reference.tokenizer.encode(context, add_special_tokens=False))
     with torch.inference_mode():
@@ -144,28 +161,19 @@ def log_likelihood(reference: Reference, context: str, continuation: str) -> tup
     return total, all(int(row.argmax()) == token for row, token in scored)
 
 
-def first_sentence(reference: Reference, prompt: str) -> str:
-    """What the generation task, which stops at a full stop, has to give."""
-    return greedy(reference, prompt, MAX_TOKENS).split(".")[0]
-
-
-def scored_pairs(reference: Reference) -> list[tuple[str, str]]:
-    """Contexts and continuations: some that the model would not choose, and those that it does."""
-    return [*zip(PROMPTS, CONTINUATIONS, strict=True), *((prompt, greedy(reference, prompt, 8)) for prompt in PROMPTS)]
-
-
 @pytest.mark.slow
-def test_generation_gives_hugging_faces_greedy_text(found: dict[str, Found], reference: Reference) -> None:
+def test_generation_gives_hugging_faces_greedy_text(found: dict[str, Found], sentences: list[str]) -> None:
     generation = found["generation"]
-    expected = [first_sentence(reference, prompt) for prompt in PROMPTS]
-    assert [sample["resps"][0][0] for sample in generation.samples] == expected
+    assert [sample["resps"][0][0] for sample in generation.samples] == sentences
     assert generation.results["exact_match,none"] == 1.0
 
 
 @pytest.mark.slow
-def test_scores_are_hugging_faces_log_likelihoods(found: dict[str, Found], reference: Reference) -> None:
+def test_scores_are_hugging_faces_log_likelihoods(
+    found: dict[str, Found], scored_pairs: list[tuple[str, str]], reference: Reference
+) -> None:
     scoring = found["scoring"]
-    for sample, pair in zip(scoring.samples, scored_pairs(reference), strict=True):
+    for sample, pair in zip(scoring.samples, scored_pairs, strict=True):
         total, is_greedy = log_likelihood(reference, *pair)
         logged_total, logged_greedy = sample["resps"][0][0]
         assert float(logged_total) == pytest.approx(total, abs=1e-3)

@@ -1,7 +1,7 @@
 """More clients than the cache can hold: all are answered in full, and afterwards nothing is in use."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,11 @@ async def tasks_left_beside(expected: set["asyncio.Task[Any]"]) -> set["asyncio.
 
 
 @pytest.mark.slow
-async def test_three_times_what_fits_is_answered_in_full_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_three_times_what_fits_is_answered_in_full_and_leaves_nothing(
+    tmp_path: Path, ray_cluster: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ray_cluster.items():
+        monkeypatch.setenv(name, value)
     prompts = sample_prompts()
     asked = [prompts[number % len(prompts)] for number in range(CLIENTS)]
     # A third of the clients fit the slots, and fewer the blocks when all are long: some are preempted.

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,24 @@ from tests.support.poisoned_serve import PROGRAM, environment
 from tests.support.servers import EXIT_DEADLINE, Server, complete, launch, sample_prompts, serving, wait_until_ready
 from weights.sample import SAMPLE_DIR
 
-POISON = json.loads((SAMPLE_DIR / "config.json").read_text())["vocab_size"] - 1
-"""The last token of the vocabulary: no prompt has it, and no answer."""
+VOCABULARY = json.loads((SAMPLE_DIR / "config.json").read_text())["vocab_size"]
+RAISES, KILLS = VOCABULARY - 1, VOCABULARY - 2
+"""The last tokens of the vocabulary: no prompt has them, and no answer."""
 TOKENS = 60
 SECONDS = 500
 NEIGHBOURS = 7
 
 
-async def ask_poisoned(client: httpx.AsyncClient, server: Server) -> dict[str, Any]:
-    body = {"prompt": [300, POISON], "max_tokens": TOKENS, "temperature": 0}
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, str]) -> Iterator[Server]:
+    """A server whose second stage raises at one token, and whose first one dies at another."""
+    own = {**ray_cluster, **environment(f"raise:1:{RAISES},kill:0:{KILLS}")}
+    with serving(tmp_path_factory.mktemp("server"), program=PROGRAM, environment=own) as ready:
+        yield ready
+
+
+async def ask_poisoned(client: httpx.AsyncClient, server: Server, poison: int) -> dict[str, Any]:
+    body = {"prompt": [300, poison], "max_tokens": TOKENS, "temperature": 0}
     response = await client.post(server.completions, json=body)
     assert response.status_code >= 500, response.text
     error: dict[str, Any] = response.json()["error"]
@@ -33,30 +43,30 @@ async def ask_poisoned(client: httpx.AsyncClient, server: Server) -> dict[str, A
 @pytest.mark.parametrize(
     ("poison", "reason"),
     [
-        (f"raise:1:{POISON}", "PoisonError: the device chokes on it"),
-        (f"kill:0:{POISON}", "its process died"),
+        (RAISES, "PoisonError: the device chokes on it"),
+        (KILLS, "its process died"),
     ],
     ids=["raises", "dies"],
 )
-async def test_a_poisoned_request_ends_alone_with_the_reason(poison: str, reason: str, tmp_path: Path) -> None:
+async def test_a_poisoned_request_ends_alone_with_the_reason(poison: int, reason: str, server: Server) -> None:
     prompts = sample_prompts()[:NEIGHBOURS]
-    with serving(tmp_path, program=PROGRAM, environment=environment(poison)) as server:
-        async with httpx.AsyncClient(timeout=SECONDS) as client:
+    logged = len(server.log.read_text())
+    async with httpx.AsyncClient(timeout=SECONDS) as client:
 
-            async def neighbours() -> list[str]:
-                return await asyncio.gather(
-                    *(complete(client, server, prompt, max_tokens=TOKENS, ignore_eos=True) for prompt in prompts)
-                )
+        async def neighbours() -> list[str]:
+            return await asyncio.gather(
+                *(complete(client, server, prompt, max_tokens=TOKENS, ignore_eos=True) for prompt in prompts)
+            )
 
-            alone = await neighbours()
-            error, *together = await asyncio.gather(ask_poisoned(client, server), neighbours())
-            assert together == [alone]
-            assert re.match(r"Stage \d failed at step \d+\.", error["message"])
-            # The rest may name files: it is for the operator.
-            assert reason in server.log.read_text()
-            # Nothing of it is left.
-            assert await neighbours() == alone
-            assert (await client.get(f"{server.url}/health")).status_code == 200
+        alone = await neighbours()
+        error, *together = await asyncio.gather(ask_poisoned(client, server, poison), neighbours())
+        assert together == [alone]
+        assert re.match(r"Stage \d failed at step \d+\.", error["message"])
+        # The rest may name files: it is for the operator.
+        assert reason in server.log.read_text()[logged:]
+        # Nothing of it is left.
+        assert await neighbours() == alone
+        assert (await client.get(f"{server.url}/health")).status_code == 200
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ async def test_tokens_in_flight_go_on_without_rays_head(tmp_path: Path) -> None:
                 head.wait(SECONDS)
                 assert await asking == before
                 assert (await client.get(f"{server.url}/health")).status_code == 200
-            # Ray ends every process of a cluster that has been without its head for a minute: so does the server.
+            # Ray ends every process of a cluster that has been without its head for too long: so does the server.
             code = await asyncio.to_thread(server.process.wait, SECONDS)
         finally:
             if server.process.poll() is None:

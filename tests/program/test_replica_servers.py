@@ -13,24 +13,19 @@ import httpx
 import pytest
 
 from benchmarks.support.ports import free_port
-from tests.support.reference_texts import reference_texts
 from tests.support.scrape import Scrape
 from tests.support.servers import Prompt, Server, complete, sample_prompts, serving
 
 SECONDS = 60.0
 PROMPTS = sample_prompts()[:12]
+EXPECTED = [prompt.text for prompt in PROMPTS]
+"""Hugging Face\'s greedy text of every prompt."""
 STAGES = 2
 TOKENS = 600
 """Of answers that are being made when a replica dies: it takes seconds until the server has shown that both work."""
 OPTIONS = ("--replicas", "2", "--stages", str(STAGES))
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def expected() -> list[str]:
-    """Hugging Face's text of every prompt."""
-    return reference_texts(PROMPTS)
 
 
 @pytest.fixture
@@ -76,7 +71,7 @@ async def shown(server: Server) -> str:
     return " ".join((await asyncio.to_thread(subprocess.check_output, command, text=True, timeout=SECONDS)).split())
 
 
-async def check_survivor(client: httpx.AsyncClient, server: Server, expected: list[str], pid: int, reason: str) -> None:
+async def check_survivor(client: httpx.AsyncClient, server: Server, pid: int, reason: str) -> None:
     """Kills the process `pid` of the first replica while both work; its `reason` is shown, and the other serves on."""
     long = [Prompt(f"{number} boats on the sea", TOKENS, False) for number in range(4)]
     requests = [asyncio.create_task(complete(client, server, prompt, ignore_eos=True)) for prompt in long]
@@ -89,7 +84,7 @@ async def check_survivor(client: httpx.AsyncClient, server: Server, expected: li
     assert view["detail"].startswith("Replica 0: ")
     assert [(stage["replica"], stage["stage"]) for stage in view["stages"]] == [(1, stage) for stage in range(STAGES)]
     assert (await client.get(f"{server.url}/health")).status_code == 200
-    assert await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS)) == expected
+    assert await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS)) == EXPECTED
     scrape = Scrape((await client.get(f"{server.url}/metrics")).text)
     assert [scrape.of("galaxyline:engine_up", engine=str(replica)) for replica in range(2)] == [0, 1]
     table = await shown(server)
@@ -99,11 +94,11 @@ async def check_survivor(client: httpx.AsyncClient, server: Server, expected: li
 
 
 async def test_two_replicas_in_one_cluster_give_the_text_of_one_and_a_killed_engine_is_survived(
-    tmp_path: Path, client: httpx.AsyncClient, expected: list[str], ray_cluster: Mapping[str, str]
+    tmp_path: Path, client: httpx.AsyncClient, ray_cluster: Mapping[str, str]
 ) -> None:
     with serving(tmp_path, *OPTIONS, environment=ray_cluster) as server:
         texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in [*PROMPTS, *PROMPTS]))
-        assert texts == [*expected, *expected]
+        assert texts == [*EXPECTED, *EXPECTED]
         view = await pipeline(client, server)
         assert [(stage["replica"], stage["stage"]) for stage in view["stages"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
         assert len({stage["pid"] for stage in view["stages"]}) == 2 * STAGES
@@ -112,15 +107,15 @@ async def test_two_replicas_in_one_cluster_give_the_text_of_one_and_a_killed_eng
         assert sum(ended) == 2 * len(PROMPTS)
         assert min(ended) >= len(PROMPTS) // 2
         pid = view["replicas"][0]["engine"]["pid"]
-        await check_survivor(client, server, expected, pid, "The engine process ended with exit code -9")
+        await check_survivor(client, server, pid, "The engine process ended with exit code -9")
 
 
 async def test_a_killed_stage_of_one_replica_with_a_cluster_of_its_own_is_survived_by_the_other(
-    tmp_path: Path, client: httpx.AsyncClient, expected: list[str]
+    tmp_path: Path, client: httpx.AsyncClient
 ) -> None:
     with serving(tmp_path, *OPTIONS, "--max-restarts", "0") as server:
         pid = (await pipeline(client, server))["stages"][1]["pid"]
-        await check_survivor(client, server, expected, pid, "Stage 1 ")
+        await check_survivor(client, server, pid, "Stage 1 ")
 
 
 def test_a_cluster_without_room_for_all_replicas_is_refused_at_once(

@@ -1,4 +1,4 @@
-"""Real servers that are told to end: what their clients get, how they exit, and that nothing is left of them."""
+"""Real servers that are ended: what their clients get, how they exit, and that nothing is left of them."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.support.servers import (
     Server,
     launch,
     sample_prompts,
+    stage_processes,
     stream,
     wait_until_ready,
 )
@@ -39,7 +40,7 @@ WAYS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 
 
 class Traces:
-    """What a server may leave behind: it, and all that it starts, have a directory for temporary files of their own."""
+    """What a server may leave behind; it and all that it starts have a directory of their own for temporary files."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -47,7 +48,7 @@ class Traces:
         self._shared_memory: set[str] = set()
 
     def processes(self) -> list[psutil.Process]:
-        """All that run, whoever started them."""
+        """All processes with that directory, whoever started them."""
         found = []
         for process in psutil.process_iter():
             # Those that end meanwhile, and zombies, have nothing to read.
@@ -57,7 +58,7 @@ class Traces:
         return found
 
     def note_shared_memory(self) -> None:
-        """To be called while the server runs."""
+        """Notes what the processes have mapped; to be called while the server runs."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 self._shared_memory |= {area.path for area in process.memory_maps() if SHARED_MEMORY in area.path}
@@ -123,7 +124,7 @@ async def refusal(client: httpx.AsyncClient, server: Server) -> httpx.Response:
 
 
 async def last_lines(client: httpx.AsyncClient, server: Server) -> list[str]:
-    """Of a stream that does not end in time."""
+    """The last two lines of a stream that does not end in time."""
     async with client.stream("POST", server.completions, json=ENDLESS) as response:
         assert response.status_code == 200
         return [line async for line in response.aiter_lines() if line][-2:]
@@ -157,9 +158,19 @@ def fields() -> dict[str, Any]:
     return {"max_tokens": TOKENS, "ignore_eos": True}
 
 
-async def test_what_does_not_end_in_time_ends_with_an_error(tmp_path: Path, traces: Traces) -> None:
-    server = launch(tmp_path, *LONG, "--shutdown-timeout", "0.5", environment=traces.environment)
+def left_of(stages: Sequence[psutil.Process]) -> list[int]:
+    """The processes of stages in a Ray cluster that others share which have not ended after their server."""
+    _, alive = psutil.wait_procs(stages, timeout=EXIT_DEADLINE)
+    return [process.pid for process in alive]
+
+
+async def test_what_does_not_end_in_time_ends_with_an_error(
+    tmp_path: Path, traces: Traces, ray_cluster: Mapping[str, str]
+) -> None:
+    own = {**traces.environment, **ray_cluster}
+    server = launch(tmp_path, *LONG, "--shutdown-timeout", "0.5", environment=own)
     wait_until_ready(server)
+    stages = stage_processes(server)
     async with httpx.AsyncClient(timeout=SECONDS) as client:
         asking = [asyncio.ensure_future(last_lines(client, server)) for _ in range(4)]
         await until_running(client, server, len(asking))
@@ -169,12 +180,14 @@ async def test_what_does_not_end_in_time_ends_with_an_error(tmp_path: Path, trac
             assert "The engine was closed." in error
             assert end == "data: [DONE]"
     assert await exit_code(server) == 0
-    assert traces.left() == []
+    assert traces.left() == left_of(stages) == []
 
 
-async def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path, traces: Traces) -> None:
-    server = launch(tmp_path, *LONG, "--shutdown-timeout", "10000", environment=traces.environment)
+async def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path, traces: Traces, ray_cluster: Mapping[str, str]) -> None:
+    own = {**traces.environment, **ray_cluster}
+    server = launch(tmp_path, *LONG, "--shutdown-timeout", "10000", environment=own)
     wait_until_ready(server)
+    stages = stage_processes(server)
     async with httpx.AsyncClient(timeout=SECONDS) as client:
         asking = asyncio.ensure_future(last_lines(client, server))
         await until_running(client, server, 1)
@@ -187,7 +200,7 @@ async def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path, traces: Traces) -> 
     assert "The engine was closed." in error
     assert end == "data: [DONE]"
     assert await exit_code(server) == 0
-    assert traces.left() == []
+    assert traces.left() == left_of(stages) == []
 
 
 @pytest.mark.parametrize(("moment", "way"), [("The stages are being placed", "SIGTERM"), ("Stage 0 on", "Ctrl-C")])

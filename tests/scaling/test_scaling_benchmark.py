@@ -2,8 +2,10 @@
 business."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -139,9 +141,10 @@ def test_a_chart_has_a_line_for_each_series_and_a_point_for_each_figure() -> Non
 
 
 @pytest.mark.slow
-def test_the_short_form_writes_figures_a_chart_and_a_timeline(tmp_path: Path) -> None:
+def test_the_short_form_writes_figures_a_chart_and_a_timeline(tmp_path: Path, ray_cluster: Mapping[str, str]) -> None:
     command = [sys.executable, "-m", "benchmarks.scaling", "--short", "--only", "4", "--out", str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
+    environment = {**os.environ, **ray_cluster}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "scaling.timed.json").read_bytes())
     [found] = [msgspec.convert(row, type=ScalingRow) for row in report["rows"]]

@@ -80,8 +80,14 @@ class FileCluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    def job_status(self, name: str) -> str:
+        """Returns what the job server gives as the status of a job, such as STOPPED; a `ray` command takes seconds."""
+        headers = {"authorization": f"Bearer {self.token}"}
+        answer = httpx.get(f"{self.dashboard}/api/jobs/{name}", headers=headers, timeout=COMMAND_DEADLINE)
+        return str(answer.raise_for_status().json()["status"])
+
     def our_processes(self) -> list[psutil.Process]:
-        """Front ends, engines and stages that run in the cluster."""
+        """Returns the front ends, engines and stages that run in the cluster."""
         found = []
         for process in self.head.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,7 +1,7 @@
-"""`python -m tests.support.poisoned_serve serve OPTIONS`: the server, with stages that cannot stand one token.
+"""`python -m tests.support.poisoned_serve serve OPTIONS`: the server, with stages that fail at certain tokens.
 
-POISON in the environment says what happens, where, and at which token: "raise:1:509", "kill:0:509"; the token "all" is
-any at all.
+POISON in the environment lists what happens, on which stage, and at which token: "raise:1:509,kill:0:510". The token
+"all" stands for any token.
 """
 
 import os
@@ -26,22 +26,22 @@ PROGRAM = ("tests.support.poisoned_serve",)
 
 
 class PoisonError(Exception):
-    """What the stage raises."""
+    """The failure that the stage raises."""
 
 
 class PoisonedStage:
-    """A stage that fails at each step with the token."""
+    """A stage that fails at each step with one of its tokens."""
 
-    def __init__(self, runner: StageRunner, poison: str, stage: int) -> None:
+    def __init__(self, runner: StageRunner, poisons: str, stage: int) -> None:
         self._runner = runner
-        self._act, where, token = poison.split(":")
-        self._is_here = int(where) == stage
-        self._token = None if token == "all" else int(token)
+        listed = [poison.split(":") for poison in poisons.split(",")]
+        self._acts = {token: act for act, where, token in listed if int(where) == stage}
 
     def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
-        tokens = [token for segment in step.segments for token in segment.tokens]
-        if self._is_here and (self._token is None or self._token in tokens):
-            if self._act == "kill":
+        tokens = ["all", *(str(token) for segment in step.segments for token in segment.tokens)]
+        acts = [self._acts[token] for token in tokens if token in self._acts]
+        if acts:
+            if "kill" in acts:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise PoisonError("the device chokes on it")
         return self._runner.step(step, hidden)
@@ -55,7 +55,7 @@ def load(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> Sta
 
 
 def environment(poison: str) -> dict[str, str]:
-    """Of a server; Ray's workers have to find this package."""
+    """The variables of such a server; Ray's workers have to find this package."""
     return {VARIABLE: poison, "PYTHONPATH": str(ROOT)}
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from actors.cluster.environment import prepare_environment
+from tests import ROOT
 
 if TYPE_CHECKING:
     from actors.cluster.cluster import Cluster
@@ -31,6 +32,8 @@ EXIT_DEADLINE = 30.0
 def running_ray(rows: int) -> Iterator[Mapping[str, str]]:
     """The environment with which a process joins a cluster of one host with `rows` galaxy rows."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # Its workers run what tests and benchmarks name as their stages' runners.
+    environment["PYTHONPATH"] = str(ROOT)
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.ray_cluster", str(rows)],
         stdin=subprocess.PIPE,
@@ -39,7 +42,8 @@ def running_ray(rows: int) -> Iterator[Mapping[str, str]]:
         env=environment,
     ) as process:
         assert process.stdout is not None
-        yield json.loads(process.stdout.readline())
+        # Before it, on a busy machine, may come the warning that Ray has to be started once more.
+        yield json.loads(next(line for line in process.stdout if line.startswith("{")))
         process.communicate(timeout=EXIT_DEADLINE)
     assert process.returncode == 0
 

@@ -19,6 +19,8 @@ SECONDS = 200
 START_SECONDS = 60
 ATTEMPTS = 3
 """A raylet ends if its agent takes 15 s to start, as one may on a busy machine."""
+RECONNECT_SECONDS = 20
+"""How long Ray's processes do without the head before they end: a minute, if they are not told otherwise."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -34,6 +36,7 @@ class Cluster:
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_SECONDS),
         }
         self.environment: Mapping[str, str] = {**own, **once, "RAY_ADDRESS": self._address}
 

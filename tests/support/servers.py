@@ -26,15 +26,16 @@ PROGRAM = ("api.cli",)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One of the sample model's test prompts."""
+    """A prompt for the sample model; `text` is Hugging Face's greedy completion, where it is known."""
 
     prompt: str
     max_tokens: int
     in_training_text: bool
+    text: str = ""
 
 
 def sample_prompts() -> list[Prompt]:
-    """The prompts at whose every greedy position the sample model is certain."""
+    """The prompts at whose every greedy position the sample model is certain, each with its completion."""
     return [Prompt(**entry) for entry in json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))]
 
 
@@ -54,9 +55,9 @@ class Server:
 def launch(
     folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
 ) -> Server:
-    """`galaxyline serve OPTIONS`, which is for the caller to wait for and to end.
+    """Starts `galaxyline serve OPTIONS`, which the caller waits for and ends.
 
-    Without spares, which tests would have to wait for, unless OPTIONS ask for them.
+    It has no spares, which tests would have to wait for, unless OPTIONS ask for them.
     """
     port = free_port()
     log = folder / "server.log"
@@ -78,7 +79,7 @@ def launch(
 def serving(
     folder: Path, *options: str, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM
 ) -> Iterator[Server]:
-    """`galaxyline serve OPTIONS`, from ready to a clean exit with no child and no stage left."""
+    """Runs `galaxyline serve OPTIONS`, from ready to a clean exit that leaves no child and no stage."""
     server = launch(folder, *options, environment=environment, program=program)
     stages: list[psutil.Process] = []
     try:
@@ -114,7 +115,7 @@ def stage_processes(server: Server) -> list[psutil.Process]:
 
 
 def stop(server: Server, stages: Sequence[psutil.Process]) -> None:
-    """SIGTERM, then the exit code and that neither a descendant nor a stage outlives the server."""
+    """Sends SIGTERM; checks the exit code, and that neither a descendant nor a stage outlives the server."""
     descendants = psutil.Process(server.process.pid).children(recursive=True) if server.process.poll() is None else []
     descendants = [*{*descendants, *stages}]
     server.process.send_signal(signal.SIGTERM)
@@ -133,7 +134,7 @@ def stop(server: Server, stages: Sequence[psutil.Process]) -> None:
 
 
 async def complete(client: httpx.AsyncClient, server: Server, prompt: Prompt, **fields: Any) -> str:
-    """The greedy text of one prompt, in one answer."""
+    """Returns the greedy text of one prompt, in one answer."""
     body = {"prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0, **fields}
     response = await client.post(server.completions, json=body)
     assert response.status_code == 200, response.text
@@ -141,9 +142,9 @@ async def complete(client: httpx.AsyncClient, server: Server, prompt: Prompt, **
 
 
 async def stream(client: httpx.AsyncClient, server: Server, prompt: Prompt, **fields: Any) -> list[str]:
-    """The greedy text of one prompt, as the pieces it came in."""
+    """Returns the greedy text of one prompt, as the chunks it came in."""
     body = {"prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0, "stream": True, **fields}
-    pieces: list[str] = []
+    chunks: list[str] = []
     async with client.stream("POST", server.completions, json=body) as response:
         assert response.status_code == 200
         lines = [line async for line in response.aiter_lines() if line]
@@ -151,5 +152,5 @@ async def stream(client: httpx.AsyncClient, server: Server, prompt: Prompt, **fi
     for line in lines[:-1]:
         event = json.loads(line.removeprefix("data: "))
         assert "error" not in event, event
-        pieces.extend(choice["text"] for choice in event["choices"])
-    return pieces
+        chunks.extend(choice["text"] for choice in event["choices"])
+    return chunks

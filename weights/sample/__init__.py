@@ -9,4 +9,7 @@ SAMPLE_DIR: Path = Path(__file__).parent / "checkpoint"
 """The directory of the checkpoint, in the layout of a Hugging Face snapshot."""
 
 PROMPTS_FILE: Path = Path(__file__).parent / "prompts.json"
-"""Prompts whose greedy continuation the model is certain of, each with the number of tokens to generate."""
+"""Prompts whose greedy continuation the model is certain of, and the text that Hugging Face's model gives for each.
+
+A model that is trained anew needs new texts: tests/weights/sample/ holds them against Hugging Face's model.
+"""

@@ -250,19 +250,19 @@ class DemoRun:
         self._prompts = directory / "prompts.json"
         self._prompts.write_text(json.dumps([{"prompt": text} for text in self.texts]))
 
-    def start(self, *options: str) -> "subprocess.Popen[bytes]":
+    def start(self, *options: str, environment: Mapping[str, str] = {}) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "api.cli", "demo", "--prompts-file", str(self._prompts), *options]
         return subprocess.Popen(
             [*command, "--max-new-tokens", str(self.new_tokens), "--cache-dir", str(self._cache)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "GALAXYLINE_LOG_LEVEL": "error"},
+            env={**os.environ, "GALAXYLINE_LOG_LEVEL": "error", **environment},
         )
 
-    def finish(self, *options: str) -> dict[str, Any]:
-        """Runs to the end; the file that it wrote."""
-        process = self.start(*options)
+    def finish(self, environment: Mapping[str, str], *options: str) -> dict[str, Any]:
+        """Runs to the end; returns the file that it wrote."""
+        process = self.start(*options, environment=environment)
         output, _ = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0
         assert f"Results saved to '{self.output}'" in output.decode()
@@ -289,13 +289,16 @@ class DemoRun:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
 
-def check_continuation(run: DemoRun, kill_at: int, *options: str) -> dict[str, Any]:
-    """Kills a run in the middle and runs it again: nothing is repeated or lost, and the file of results is whole."""
+def check_continuation(run: DemoRun, kill_at: int, environment: Mapping[str, str], *options: str) -> dict[str, Any]:
+    """Kills a run in the middle and runs it again: nothing is repeated or lost, and the file of results is whole.
+
+    The run that is killed has a Ray cluster of its own, which ends with it; the other joins one.
+    """
     count = len(run.texts)
     run.kill_at(kill_at, "--checkpoint-jsonl", str(run.log), *options)
     before = run.lines()
     assert kill_at <= len(before) < count
-    saved = run.finish("--checkpoint-jsonl", str(run.log), *options)
+    saved = run.finish(environment, "--checkpoint-jsonl", str(run.log), *options)
     # The line that the kill may have cut off is dropped.
     assert run.lines()[: len(before) - 1] == before[: len(before) - 1]
     logged = sorted((json.loads(line) for line in run.lines()), key=lambda result: result["index"])
@@ -315,17 +318,21 @@ def check_continuation(run: DemoRun, kill_at: int, *options: str) -> dict[str, A
 
 
 @pytest.mark.slow
-def test_a_killed_demo_goes_on_without_repeating_or_losing_a_prompt(tmp_path: Path) -> None:
-    check_continuation(DemoRun(tmp_path, 40, 24), 9, "--max-users-per-row", "8")
+def test_a_killed_demo_goes_on_without_repeating_or_losing_a_prompt(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    check_continuation(DemoRun(tmp_path, 40, 24), 9, ray_cluster, "--max-users-per-row", "8")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("GALAXYLINE_FULL" not in os.environ, reason="the full form of the test above: GALAXYLINE_FULL=1")
-def test_256_prompts_that_are_killed_in_the_middle_are_completed_as_without(tmp_path: Path) -> None:
+def test_256_prompts_that_are_killed_in_the_middle_are_completed_as_without(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
     run = DemoRun(tmp_path, 256, 128)
-    saved = check_continuation(run, 100, "--no-stop-at-eos")
+    saved = check_continuation(run, 100, ray_cluster, "--no-stop-at-eos")
     assert {len(json.loads(line)["tokens"]) for line in run.lines()} == {128}
-    whole = run.finish("--no-stop-at-eos")
+    whole = run.finish(ray_cluster, "--no-stop-at-eos")
     assert saved["generations"] == whole["generations"]
     assert saved["model_params"] == whole["model_params"]

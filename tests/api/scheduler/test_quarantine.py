@@ -173,30 +173,67 @@ def test_halving_finds_one_among_many_and_the_default_limit_suffices(count: int,
     assert _failures <= REPEATED + math.ceil(math.log2(count)) + 1
 
 
-@given(
-    steps=st.lists(
-        st.tuples(st.sets(st.integers(0, 9), min_size=1), st.sampled_from(MODES), st.booleans()), max_size=40
-    )
+@dataclass(frozen=True)
+class Past:
+    """A step of these requests that came back, or failed."""
+
+    members: frozenset[int]
+    mode: Mode
+    is_failure: bool
+
+
+PASTS = st.lists(
+    st.builds(
+        Past,
+        members=st.frozensets(st.integers(0, 5), min_size=1, max_size=4),
+        mode=st.sampled_from(MODES),
+        is_failure=st.booleans(),
+    ),
+    max_size=40,
 )
-def test_only_who_was_alone_in_two_failures_after_the_first_is_condemned(
-    steps: list[tuple[set[int], Mode, bool]],
-) -> None:
+
+
+def failures_in_a_row(past: list[Past], member: int) -> list[Past]:
+    """The last failures of a request with no step between them that came back in the mode of the failure before it."""
+    row: list[Past] = []
+    for step in (step for step in past if member in step.members):
+        if step.is_failure:
+            row.append(step)
+        elif row and row[-1].mode == step.mode:
+            row = []
+    return row
+
+
+@given(past=PASTS)
+def test_only_who_was_alone_in_two_failures_after_the_first_is_condemned(past: list[Past]) -> None:
     quarantine = Quarantine()
-    failed, alone = [0] * 10, [0] * 10
-    for members, mode, is_failure in steps:
-        if not is_failure:
-            for member in members:
-                if quarantine.release(member, mode):
-                    failed[member] = alone[member] = 0
-            continue
-        is_condemned = quarantine.record_failure(list(members), mode) is not None
-        if len(members) == 1:
-            [member] = members
-            alone[member] += failed[member] > 0
-            assert is_condemned == (alone[member] >= REPEATED)
+    for now, step in enumerate(past, start=1):
+        if step.is_failure:
+            condemned = quarantine.record_failure(sorted(step.members), step.mode)
+            rows = {member: failures_in_a_row(past[:now], member) for member in step.members}
+            alone = {member: sum(len(each.members) == 1 for each in row[1:]) for member, row in rows.items()}
+            expected = [member for member in step.members if len(step.members) == 1 and alone[member] >= REPEATED]
+            assert ([] if condemned is None else [condemned]) == expected
         else:
-            assert not is_condemned
-        for member in members:
-            failed[member] += 1
-        groups = [quarantine.group_of(member) for member in members]
-        assert all(groups.count(group) <= (len(groups) + 1) // 2 for group in groups if group is not None)
+            for member in step.members:
+                quarantine.release(member, step.mode)
+
+
+@given(past=PASTS)
+def test_requests_that_failed_twice_are_set_apart_in_halves_and_share_with_no_others(past: list[Past]) -> None:
+    quarantine = Quarantine()
+    for now, step in enumerate(past, start=1):
+        for member in step.members:
+            if not step.is_failure:
+                quarantine.release(member, step.mode)
+        if step.is_failure:
+            quarantine.record_failure(sorted(step.members), step.mode)
+            apart = {m for m in step.members if len(failures_in_a_row(past[:now], m)) >= REPEATED}
+            assert {m for m in step.members if quarantine.group_of(m) is not None} == apart
+            groups = [quarantine.group_of(member) for member in apart]
+            sizes = sorted(groups.count(group) for group in set(groups))
+            assert sum(sizes) == len(apart)
+            assert len(sizes) == min(2, len(apart))
+            assert not sizes or sizes[-1] - sizes[0] <= 1
+            others = {quarantine.group_of(member) for member in range(6) if member not in step.members}
+            assert not others & set(groups)

@@ -32,6 +32,7 @@ class Case:
     prompt: str
     max_tokens: int
     in_training_text: bool
+    text: str
 
 
 CASES = [Case(**case) for case in json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))]
@@ -208,8 +209,10 @@ def test_in_training_text_says_what_the_corpus_says() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)))
-def test_best_logit_leads_at_every_position(index: int, completions: list[Completion]) -> None:
+def test_best_logit_leads_at_every_position(index: int, reference: Reference, completions: list[Completion]) -> None:
+    """Other tests compare with the text of the file in place of Hugging Face's model."""
     completion = completions[index]
+    assert str(reference.tokenizer.decode(completion.tokens, skip_special_tokens=True)) == CASES[index].text
     assert min(completion.margins) >= SMALLEST_MARGIN
     assert len(completion.tokens) == CASES[index].max_tokens or completion.tokens[-1] == CONFIG["eos_token_id"]
 
