@@ -1,6 +1,6 @@
-"""cluster.yaml: what Ray's launcher says of it, and what a job takes along.
+"""cluster.yaml: whether Ray's launcher accepts it, and what a job takes along.
 
-Ray is asked in another process: its first import in this one has to be a pipeline's.
+Ray runs in another process: its first import in this one has to be that of a pipeline.
 """
 
 import json

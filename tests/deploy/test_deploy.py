@@ -1,4 +1,4 @@
-"""docs/deploy: images, manifests and units name what there is in this program and in Ray."""
+"""docs/deploy: images, manifests and units name things that exist in this program and in Ray."""
 
 import functools
 import json
@@ -28,8 +28,8 @@ BIN = "/opt/galaxyline/bin/"
 GALAXIES = 4
 RAY_PORT, DASHBOARD_PORT = 6379, 8265
 STAGES_END_S = 10.0
-"""What `actors.stage.group` gives stages to close and their processes to end. It is not imported, as it imports Ray,
-whose first import in a process has to be a pipeline's."""
+"""How long `actors.stage.group` gives stages and their processes to end. It is not imported, as it imports Ray,
+whose first import in a process has to be that of a pipeline."""
 
 PARSE = """
 import json, sys
@@ -43,7 +43,7 @@ every_unit = pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
 
 @functools.cache
 def manifests() -> dict[str, dict[str, Any]]:
-    """All of them, by kind."""
+    """Returns all Kubernetes manifests, by kind."""
     files = [DEPLOY / "raycluster.yaml", DEPLOY / "rayjob.yaml"]
     return {found["kind"]: found for file in files for found in yaml.safe_load_all(file.read_text(encoding="utf-8"))}
 
@@ -60,7 +60,7 @@ def pods() -> Iterator[dict[str, Any]]:
 
 
 def serve_options(words: list[str]) -> dict[str, Any]:
-    """Of the words of a command. Fails unless it is `galaxyline serve` with options that there are."""
+    """Returns the options in the words of a command; fails unless it is `galaxyline serve` with options that exist."""
     assert words[:2] == ["galaxyline", "serve"]
     return main.commands["serve"].make_context("serve", words[2:]).params
 
@@ -74,7 +74,7 @@ def settings(unit: Path) -> dict[str, list[str]]:
 
 
 def started(unit: Path) -> list[str]:
-    """The words of the command that a unit starts, as systemd reads them from it and from the environment file."""
+    """Returns the words of the command that a unit starts, as systemd reads them from it and the environment file."""
     [command] = settings(unit)["ExecStart"]
     for name, [value] in settings(DEPLOY / "systemd" / "cluster.env").items():
         command = command.replace(f"${{{name}}}", value)
@@ -84,7 +84,7 @@ def started(unit: Path) -> list[str]:
 
 
 def must_end_within(shutdown_timeout_s: float) -> float:
-    """What a server takes to end at most: requests, responses, stages and their processes."""
+    """Returns how long a server takes to end at most: requests, responses, stages and their processes."""
     return shutdown_timeout_s + CLOSE_MARGIN_S + STAGES_END_S
 
 
@@ -94,7 +94,7 @@ def rows_of(options: dict[str, Any]) -> int:
 
 @pytest.fixture(scope="module")
 def ray_start() -> dict[str, dict[str, Any]]:
-    """What Ray reads from every `ray start` that there is. Fails where one has an option that Ray has not."""
+    """What Ray reads from every `ray start` of the documents; fails where Ray does not have one of its options."""
     lines = {name: started(UNITS[f"galaxyline-ray-{name}.service"]) for name in ("head", "worker")}
     for group, role in zip(groups(), ("--head", f"--address=head:{RAY_PORT}"), strict=True):
         # KubeRay makes a line of them for a shell.
@@ -245,7 +245,7 @@ def test_the_server_joins_the_head_and_has_time_to_drain() -> None:
     assert float(seconds) > must_end_within(options["shutdown_timeout_s"])
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
     # It looks for the programs too: this environment has them under another path.
     programs = f"{Path(sys.executable).parent}/"

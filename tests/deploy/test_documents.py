@@ -1,4 +1,4 @@
-"""What the documents say of this repository: the tests and files they name, and the flags of the demo."""
+"""The documents agree with this repository: the tests and files that they name, and the flags of the demo."""
 
 import ast
 import functools

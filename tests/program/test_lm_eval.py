@@ -1,4 +1,4 @@
-"""lm-eval against a server of the sample model: its scores are those of Hugging Face's model."""
+"""lm-eval gives a server of the sample model the scores of Hugging Face's model."""
 
 import json
 import os

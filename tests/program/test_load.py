@@ -29,7 +29,7 @@ QUIET_S = 20.0
 
 @asynccontextmanager
 async def front_end_and_engine(settings: EngineSettings) -> AsyncIterator[tuple[str, EngineClient]]:
-    """The front end on this loop, so that its tasks can be counted, before a real engine and pipeline."""
+    """Runs the front end on this loop, so that its tasks can be counted, before a real engine and pipeline."""
     source = resolve_model(None, {})
     config = ModelConfig.from_file(source.path / "config.json")
     options = settings.engine_options(source, config)
@@ -51,14 +51,14 @@ async def front_end_and_engine(settings: EngineSettings) -> AsyncIterator[tuple[
 
 
 async def ask(client: httpx.AsyncClient, prompt: Prompt) -> tuple[str, int]:
-    """The text and the number of tokens of an answer."""
+    """Returns the text and the number of tokens of an answer."""
     body = {"prompt": prompt.prompt, "max_tokens": prompt.max_tokens, "temperature": 0, "ignore_eos": True}
     answer = (await client.post("/v1/completions", json=body)).raise_for_status().json()
     return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
 
 async def tasks_left_beside(expected: set["asyncio.Task[Any]"]) -> set["asyncio.Task[Any]"]:
-    """The loop's other tasks; connections end some turns after the last answer, so they get a deadline."""
+    """Returns the loop's other tasks that do not end; connections end some turns after the last answer."""
     others = asyncio.all_tasks() - expected
     _, left = await asyncio.wait(others, timeout=QUIET_S) if others else (set(), set())
     return left

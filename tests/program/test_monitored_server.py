@@ -1,4 +1,4 @@
-"""What a real server says of itself: metrics, stages and timeline must tell of the same steps."""
+"""The metrics, the view of stages and the timeline of a real server report the same steps."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ STAGES = 3
 REQUESTS = 24
 TOKENS = 16
 CLOCKS_DIFFER_US = 1000.0
-"""More than the clocks of two processes on one host ever do, and less than a step takes to come back."""
+"""More than the clocks of two processes on one host differ by, and less than a step takes to come back."""
 
 
 @pytest.mark.slow

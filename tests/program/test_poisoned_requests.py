@@ -87,7 +87,7 @@ async def test_a_stage_that_never_makes_a_token_ends_the_server_with_the_reason(
             server.process.wait(EXIT_DEADLINE)
     assert code not in {0, None}
     said = server.log.read_text()
-    # A failure that the end of a request explains is no reason to end: it takes one more, or two.
+    # A failure that the end of a request explains does not end the server: it takes one more, or two.
     assert re.search(r"Stage 1 failed [456] times with no token made in between", said), said
     assert "PoisonError: the device chokes on it" in said
     assert all(isinstance(answer, BaseException) or answer.status_code >= 500 for answer in answers)

@@ -22,7 +22,7 @@ async def ask_all(client: httpx.AsyncClient, server: Server) -> list[str]:
 
 
 async def running(client: httpx.AsyncClient, server: Server) -> int:
-    """Requests that have a slot."""
+    """Returns the number of requests that have a slot."""
     return int((await client.get(f"{server.url}/pipeline")).json()["engine"]["requests_running"])
 
 

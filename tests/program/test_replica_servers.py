@@ -22,7 +22,7 @@ EXPECTED = [prompt.text for prompt in PROMPTS]
 """Hugging Face\'s greedy text of every prompt."""
 STAGES = 2
 TOKENS = 600
-"""Of answers that are being made when a replica dies: it takes seconds until the server has shown that both work."""
+"""Length of answers that are being made when a replica dies: the server takes seconds to show that both work."""
 OPTIONS = ("--replicas", "2", "--stages", str(STAGES))
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def pipeline(client: httpx.AsyncClient, server: Server) -> dict[str, Any]:
-    """What the server says of its engines and stages."""
+    """Returns the server's view of its engines and stages."""
     view: dict[str, Any] = (await client.get(f"{server.url}/pipeline")).json()
     return view
 
@@ -51,14 +51,14 @@ async def running(client: httpx.AsyncClient, server: Server, counts: list[int]) 
 
 
 async def failed(client: httpx.AsyncClient, server: Server, replica: int) -> dict[str, Any]:
-    """Waits until this replica has failed; what the server shows then."""
+    """Waits until this replica has failed; returns the server's view then."""
     while (view := await pipeline(client, server))["replicas"][replica]["phase"] != "failed":
         pass
     return view
 
 
 def ended_by(scrape: Scrape, engine: str) -> float:
-    """Requests that an engine has completed."""
+    """Returns the number of requests that an engine has completed."""
     labels = {"model_name": "galaxyline-sample", "engine": engine}
     return sum(
         scrape.of("vllm:request_success_total", finished_reason=reason, **labels) for reason in ("stop", "length")
@@ -66,7 +66,7 @@ def ended_by(scrape: Scrape, engine: str) -> float:
 
 
 async def shown(server: Server) -> str:
-    """What `galaxyline status` prints, as one line."""
+    """Returns what `galaxyline status` prints, as one line."""
     command = [sys.executable, "-m", "api.cli", "status", "--url", server.url]
     return " ".join((await asyncio.to_thread(subprocess.check_output, command, text=True, timeout=SECONDS)).split())
 

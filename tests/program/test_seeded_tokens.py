@@ -1,4 +1,4 @@
-"""A request's random tokens depend on it alone: not on its company, its stages or what became of it between."""
+"""A request's random tokens depend on it alone: not on other requests, on stages, or on preemptions."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -33,7 +33,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def answer(client: httpx.AsyncClient, server: Server, asked: dict[str, Any]) -> list[list[int]]:
-    """The token ids of every choice."""
+    """Returns the token ids of every choice."""
     body = {"max_tokens": LENGTH, "temperature": 1, "ignore_eos": True, "return_token_ids": True, **asked}
     response = await client.post(server.completions, json=body)
     assert response.status_code == 200, response.text
@@ -43,7 +43,7 @@ async def answer(client: httpx.AsyncClient, server: Server, asked: dict[str, Any
 
 
 async def preemptions(client: httpx.AsyncClient, server: Server) -> float:
-    """How often a request had to give way, by the server's own count."""
+    """Returns how often a request was preempted, by the server's own count."""
     metrics = text_string_to_metric_families((await client.get(f"{server.url}/metrics")).text)
     [sample] = [s for family in metrics for s in family.samples if s.name == "vllm:num_preemptions_total"]
     return sample.value
@@ -71,7 +71,7 @@ def single_stage(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[
 
 
 async def answers_in_a_full_batch(client: httpx.AsyncClient, server: Server) -> list[list[list[int]]]:
-    """What is answered to `ASKED` in the company of more requests than run at a time."""
+    """Returns the answers to `ASKED` beside more requests than run at a time."""
     crowd = await asyncio.gather(*(answer(client, server, asked) for asked in [*ASKED, *COMPANY]))
     return crowd[: len(ASKED)]
 
@@ -104,7 +104,7 @@ async def test_tokens_are_the_same_when_requests_give_way_in_the_middle(
     single_stage: SingleStage,
     ray_cluster: Mapping[str, str],
 ) -> None:
-    """Every one of these ends up with four blocks; there are twelve for seven of them, which begin with one each."""
+    """Each of the seven needs four blocks in the end and one at the beginning; there are twelve blocks."""
     options = ("--stages", stages, "--max-model-len", "128", "--num-blocks", "12")
     with serving(tmp_path, *options, environment=ray_cluster) as server:
         crowd = await asyncio.gather(*(answer(client, server, asked) for asked in ASKED))

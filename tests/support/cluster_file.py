@@ -63,11 +63,11 @@ class FileCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a process on a host of the cluster."""
+        """The variables of a process on a host of the cluster."""
         return host_environment(self.folder)
 
     def ray(self, *arguments: str) -> str:
-        """What a `ray job` command prints, whose job server is this cluster's. It has to succeed."""
+        """Returns what a `ray job` command prints with this cluster's job server; fails if the command does."""
         done = subprocess.run(
             [self.bin / "ray", *arguments],
             env={**self.environment, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.dashboard},
@@ -99,7 +99,7 @@ class FileCluster:
 
 @contextlib.contextmanager
 def running_cluster() -> Iterator[FileCluster]:
-    """The head, with its job server ready, in a network of the test's own: see `private_network`."""
+    """Runs the head, with its job server ready, in a network of the test's own: see `private_network`."""
     with private_network():
         yield from _running_cluster()
 
@@ -121,7 +121,7 @@ def _running_cluster() -> Iterator[FileCluster]:
 
 @contextlib.contextmanager
 def joined(cluster: FileCluster, rows: int, environment: Mapping[str, str]) -> Iterator[None]:
-    """A Galaxy host of so many rows, as cluster.yaml starts it."""
+    """Runs a Galaxy host with `rows` rows, as cluster.yaml starts it."""
     command = read_cluster_file()["worker_start_ray_commands"][-1].replace('"galaxy_rows": 4', f'"galaxy_rows": {rows}')
     with running_node(cluster.folder, command, cluster.port, environment=environment):
         yield
@@ -131,7 +131,7 @@ def joined(cluster: FileCluster, rows: int, environment: Mapping[str, str]) -> I
 def running_node(
     folder: Path, command: str, port: int, *options: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[psutil.Process]:
-    """One of the file's start commands, changed in what a test on one host cannot have."""
+    """Runs one of the file's start commands, changed where a test on one host needs it."""
     added = [
         "--block",
         f"--node-ip-address={LOOPBACK}",
@@ -163,7 +163,7 @@ def running_node(
 
 
 def make_host(folder: Path, token: str) -> None:
-    """What every host has: the token, and a Python with Ray that knows no galaxyline."""
+    """Makes what every host has: the token, and a Python with Ray but without galaxyline."""
     path = folder / ".ray" / "auth_token"
     path.parent.mkdir()
     path.touch(mode=0o600)
@@ -180,7 +180,7 @@ def make_host(folder: Path, token: str) -> None:
 
 
 def host_environment(folder: Path) -> dict[str, str]:
-    """That of a login on a host, whose home is `folder`."""
+    """Returns the environment of a login on a host, whose home is `folder`."""
     kept = {
         name: value
         for name, value in os.environ.items()

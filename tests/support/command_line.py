@@ -1,4 +1,4 @@
-"""`galaxyline` in the test's own process."""
+"""Runs `galaxyline` in the test's own process."""
 
 import pytest
 from click.testing import CliRunner, Result
@@ -9,7 +9,7 @@ VARIABLES = ("DEEPSEEK_V3_HF_MODEL", "HF_MODEL", "HF_HOME", "DEEPSEEK_V3_CACHE",
 
 
 def run(*arguments: str, **environment: str) -> Result:
-    """The command with these arguments; of the VARIABLES, only those given are set."""
+    """Runs the command with these arguments; of the VARIABLES, only those given are set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "configure_logging", lambda: None)
         variables = {**dict.fromkeys(VARIABLES), **environment}
@@ -17,7 +17,7 @@ def run(*arguments: str, **environment: str) -> Result:
 
 
 def refused(*arguments: str, code: int = 2, **environment: str) -> str:
-    """The error of a command that must fail, on the last line of stderr."""
+    """Returns the error of a command that must fail: the last line of stderr."""
     result = run(*arguments, **environment)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output

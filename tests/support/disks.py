@@ -1,4 +1,4 @@
-"""Disks that are full, as far as a process can tell."""
+"""A full disk, as a process sees it."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Writes beyond `size` bytes of a file fail with EFBIG in this process."""
+    """Makes writes beyond `size` bytes of a file fail with EFBIG in this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

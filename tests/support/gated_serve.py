@@ -40,7 +40,7 @@ class Overheard(msgspec.Struct, frozen=True):
 
 
 def environment(gate: Path) -> dict[str, str]:
-    """Of a server behind that gate, whose engine has to find this package."""
+    """Returns the variables of a server behind that gate, whose engine has to find this package."""
     return {VARIABLE: str(gate), "PYTHONPATH": str(ROOT)}
 
 
@@ -50,7 +50,7 @@ def until_open(gate: Path) -> None:
 
 
 async def start(options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> Pipeline:
-    """Of the engine's process: a pipeline like any other, behind the gate."""
+    """Starts a pipeline like any other, behind the gate; runs in the engine's process."""
     prepare_environment(options.ray_address)
     from actors.stage.group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 

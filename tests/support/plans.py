@@ -77,7 +77,7 @@ def dtypes() -> st.SearchStrategy[WeightDtypes]:
 
 @st.composite
 def deployments(draw: st.DrawFn, layers: int) -> Deployment:
-    """Of a model of so many layers, on stages of 1, 2 or 4 rows."""
+    """Draws the deployment of a model of so many layers, on stages of 1, 2 or 4 rows."""
     return deployment(
         draw(st.integers(1, layers)),
         draw(st.sampled_from([1, 2, 4])),

@@ -1,4 +1,4 @@
-"""A tokenizer with DeepSeek's ways, small enough to be built in a test."""
+"""A tokenizer that behaves as DeepSeek's, small enough to be built in a test."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ MERGES = [
 
 
 def small_tokenizer() -> Tokenizer:
-    """Byte-level BPE: the 256 bytes, a few merges, BOS and EOS. Like DeepSeek's own file it adds no BOS by itself."""
+    """Returns a byte-level BPE: the 256 bytes, a few merges, BOS and EOS. Like DeepSeek's own file it adds no BOS."""
     tokens = [BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in MERGES)]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=MERGES))
     tokenizer.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
@@ -29,7 +29,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 def small_text_tokenizer() -> TextTokenizer:
-    """The same as the front end sees it."""
+    """Returns the small tokenizer as the front end uses it."""
     return TextTokenizer(small_tokenizer(), bos_token=BOS, eos_token=EOS, add_bos=True)
 
 

@@ -103,5 +103,5 @@ def leave_early(address: str, hello: bytes) -> None:
 
 
 def modes(path: Path) -> tuple[int, int]:
-    """Of a socket's directory, and its own."""
+    """Returns the mode of a socket's directory, and that of the socket."""
     return stat.S_IMODE(path.parent.stat().st_mode), stat.S_IMODE(path.stat().st_mode)

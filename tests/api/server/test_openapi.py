@@ -1,4 +1,4 @@
-"""What GET /openapi.json says of the server is true, for requests that schemathesis makes of it."""
+"""GET /openapi.json describes the server truly, for requests that schemathesis derives from it."""
 
 import os
 from typing import Any
@@ -35,7 +35,7 @@ server = create_app(MODEL, FakeEngine(endless_text))
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
-    """The server, which lives on while schemathesis begins and ends a life of it with each request."""
+    """The server; it stays up while schemathesis starts and stops an application with each request."""
     if scope["type"] != "lifespan":
         await server(scope, receive, send)
         return

@@ -22,7 +22,7 @@ from tests.support.fake_engine import SAMPLE, FakeEngineClient
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """cert.pem and key.pem of 127.0.0.1, which sign themselves, and both in both.pem."""
+    """A directory with a self-signed cert.pem and its key.pem for 127.0.0.1, and both in both.pem."""
     folder = tmp_path_factory.mktemp("tls")
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", "key.pem", "-out", "cert.pem"]
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def answer(folder: Path, tmp_path: Path, front: FrontSettings, brings_certificate: bool) -> int:
-    """The status of a completion over HTTPS."""
+    """Returns the status of a completion over HTTPS."""
     port = free_port()
     settings = ServeSettings(
         engine=EngineSettings(cache_dir=tmp_path, spare=False),

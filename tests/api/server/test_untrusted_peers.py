@@ -1,4 +1,4 @@
-"""Strangers at the sockets of a server's stages, while it serves and while it joins them anew."""
+"""Untrusted peers at the sockets of a server's stages, while it serves and while it joins them anew."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ TOKENS = 600
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """For temporary files, with a path that is short enough for sockets."""
+    """A directory for temporary files, with a path that is short enough for sockets."""
     made = Path(tempfile.mkdtemp(prefix="gl-", dir="/tmp"))
     yield made
     shutil.rmtree(made, ignore_errors=True)
