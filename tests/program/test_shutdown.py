@@ -158,10 +158,10 @@ def fields() -> dict[str, Any]:
     return {"max_tokens": TOKENS, "ignore_eos": True}
 
 
-def left_of(stages: Sequence[psutil.Process]) -> list[int]:
+def left_of(stages: Sequence[psutil.Process]) -> list[str]:
     """The processes of stages in a Ray cluster that others share which have not ended after their server."""
     _, alive = psutil.wait_procs(stages, timeout=EXIT_DEADLINE)
-    return [process.pid for process in alive]
+    return [str(process.pid) for process in alive]
 
 
 async def test_what_does_not_end_in_time_ends_with_an_error(
@@ -180,7 +180,7 @@ async def test_what_does_not_end_in_time_ends_with_an_error(
             assert "The engine was closed." in error
             assert end == "data: [DONE]"
     assert await exit_code(server) == 0
-    assert traces.left() == left_of(stages) == []
+    assert [*traces.left(), *left_of(stages)] == []
 
 
 async def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path, traces: Traces, ray_cluster: Mapping[str, str]) -> None:
@@ -200,7 +200,7 @@ async def test_a_second_ctrl_c_ends_the_wait(tmp_path: Path, traces: Traces, ray
     assert "The engine was closed." in error
     assert end == "data: [DONE]"
     assert await exit_code(server) == 0
-    assert traces.left() == left_of(stages) == []
+    assert [*traces.left(), *left_of(stages)] == []
 
 
 @pytest.mark.parametrize(("moment", "way"), [("The stages are being placed", "SIGTERM"), ("Stage 0 on", "Ctrl-C")])
