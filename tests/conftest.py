@@ -11,6 +11,8 @@ import pytest
 from tests import ROOT
 from tests.support.ray_cluster import running_ray
 
+# Each of a dozen processes that a test starts would compile torch and Ray anew, and Ray's would not be up in time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Before torch is imported: two cores are shared by the test process and the processes it starts.
