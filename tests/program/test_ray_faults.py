@@ -11,7 +11,7 @@ from tests.support.servers import EXIT_DEADLINE, Server, complete, launch, sampl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * SECONDS)]
 
-TOKENS = 300
+TOKENS = 150
 PROMPTS = sample_prompts()[:4]
 
 

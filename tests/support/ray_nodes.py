@@ -19,7 +19,7 @@ SECONDS = 200
 START_SECONDS = 60
 ATTEMPTS = 3
 """A raylet ends if its agent takes 15 s to start, as one may on a busy machine."""
-RECONNECT_SECONDS = 20
+RECONNECT_SECONDS = 30
 """How long Ray's processes do without the head before they end: a minute, if they are not told otherwise."""
 LOOPBACK = "127.0.0.1"
 
