@@ -19,13 +19,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONGEST_FILES = (
+    "tests/benchmarks/test_benchmarks.py",
     "tests/actors/test_recovery.py",
     "tests/deploy/test_jobs.py",
     "tests/api/demo/test_demo.py",
     "tests/actors/test_pipeline.py",
     "tests/program/test_end_to_end.py",
     "tests/hosts/test_lost_host.py",
-    "tests/benchmarks/test_benchmarks.py",
     "tests/hosts/test_hosts.py",
     "tests/program/test_seeded_tokens.py",
     "tests/program/test_replica_servers.py",
@@ -34,6 +34,8 @@ LONGEST_FILES = (
     "tests/program/test_ray_faults.py",
     "tests/program/test_lm_eval.py",
     "tests/scaling/test_timed_server.py",
+    "tests/benchmarks/test_overload.py",
+    "tests/scaling/test_scaling_benchmark.py",
     "tests/program/test_poisoned_requests.py",
 )
 """Files whose slow tests take more than half a minute each, by that time."""

@@ -1,4 +1,4 @@
-"""The benchmarks run, and their files say what they promise. What the figures are is no test's business."""
+"""The benchmarks run, and their files have the promised contents. No test looks at the figures."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""What the benchmark of overload makes of its clients' notes, and that it runs. What the figures are is no test's
-business."""
+"""The benchmark of overload runs, and its figures follow from its clients' notes. No test looks at measured figures."""
 
 import asyncio
 import json

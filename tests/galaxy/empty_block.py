@@ -62,7 +62,7 @@ class EmptyBlock:
         return _end_record()
 
     def _add(self, tensor: ChipTensor) -> None:
-        """As a weight file that has been loaded."""
+        """Adds an allocated tensor in place of a weight file that has been loaded."""
         path = f"/nowhere/{tensor.name}.tensorbin"
         self._loaded[path] = empty(tensor, self._mesh)
         *modules, file = tensor.name.split("/")

@@ -37,7 +37,7 @@ def admissions(cache: CacheOptions) -> list[Admission]:
 
 
 def segments(cache: CacheOptions, slots: range, start: int, length: int) -> list[Segment]:
-    """As many tokens of each slot; slots of a pool hold blocks that lie apart, in falling order."""
+    """Returns segments of `length` tokens, one a slot; slots of a pool hold blocks that lie apart, in falling order."""
     per_slot = cache.blocks_per_slot
     blocks = range(-(-start // BLOCK_SIZE), -(-(start + length) // BLOCK_SIZE))
     return [

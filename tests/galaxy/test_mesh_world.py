@@ -201,7 +201,7 @@ async def test_a_rank_killed_in_a_step_is_named_and_the_pipeline_comes_back_in_a
 
 
 async def pids(pipeline: Pipeline) -> set[int]:
-    """Of the stages and of what holds their world together."""
+    """Returns the processes of the stages and of what holds their world together."""
     return {health.pid for health in await pipeline.health()} | set(launched(pipeline).world_pids)
 
 

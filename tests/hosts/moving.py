@@ -1,8 +1,8 @@
 """What runs on the head where a host is lost: `python -m tests.hosts.moving`.
 
-It says where two pipelines were placed, waits for a line, and says where the stages of the lost host went: first why
-there is no room, then their rows once the other pipeline has gone. Each is a line of JSON after SAID, as Ray too writes
-to standard output where a host is lost.
+It prints where two pipelines were placed, waits for a line, and prints where the stages of the lost host went: first
+why they have no room, then their rows once the other pipeline has gone. Each is a line of JSON after SAID, as Ray too
+writes to standard output where a host is lost.
 """
 
 import asyncio

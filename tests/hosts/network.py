@@ -26,7 +26,7 @@ CANNOT_BE_MADE = next(
         why
         for is_so, why in [
             (os.geteuid() != 0, "namespaces are root's to make"),
-            *[(shutil.which(tool) is None, f"there is no `{tool}` here") for tool in TOOLS],
+            *[(shutil.which(tool) is None, f"`{tool}` is not installed") for tool in TOOLS],
         ]
         if is_so
     ),

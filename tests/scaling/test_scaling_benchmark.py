@@ -1,5 +1,5 @@
-"""What the benchmark of scaling makes of its measurements, and that it runs. What the figures are is no test's
-business."""
+"""The benchmark of scaling runs, and its figures follow from its measurements. No test looks at measured
+figures."""
 
 import json
 import os

@@ -34,7 +34,7 @@ def test_the_text_is_the_same_on_any_number_of_stages(tmp_path: Path, ray_cluste
         folder.mkdir()
         options = [*TIMED, "--stage-time", "1", "--stages", str(stages)]
         with serving(folder, *options, environment=ray_cluster) as server:
-            # The temperature changes nothing: there are no logits that it could change.
+            # The temperature changes nothing, as the device makes no logits.
             texts.append((ask(server, 40), ask(server, 40, temperature=1.0, seed=5)))
     assert len(set(texts)) == 1
     assert texts[0][0] == texts[0][1]

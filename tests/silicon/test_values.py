@@ -24,7 +24,7 @@ SAME = 0.01
 """Relative: a last bit of bfloat16. A replayed step computes the head for all places of a row, a plain one for some."""
 
 SAME_TOP_1_MIN = 0.9
-"""Of positions: where two experts are nearly as good, rounding chooses the other."""
+"""Share of positions: where two experts are nearly as good, rounding chooses the other."""
 
 meshes = pytest.mark.parametrize(
     "mesh",

@@ -8,7 +8,7 @@ VALUES = 512
 
 
 def program(q_chunk: int, k_chunk: int) -> ttnn.SDPAProgramConfig:
-    """As the modules configure attention."""
+    """Returns the configuration with which the modules call attention."""
     return ttnn.SDPAProgramConfig(
         compute_with_storage_grid_size=(8, 8),
         q_chunk_size=q_chunk,
@@ -21,7 +21,7 @@ def program(q_chunk: int, k_chunk: int) -> ttnn.SDPAProgramConfig:
 def decode(
     q: ttnn.Tensor, cache: ttnn.Tensor, positions: ttnn.Tensor, pages: ttnn.Tensor, values: int = VALUES
 ) -> ttnn.Tensor:
-    """As decode calls it."""
+    """Runs the op as decode does."""
     return ttnn.transformer.paged_flash_multi_latent_attention_decode(
         q,
         cache,
@@ -36,7 +36,7 @@ def decode(
 def prefill(
     q: ttnn.Tensor, cache: ttnn.Tensor, pages: ttnn.Tensor, start: int = 0, values: int = VALUES
 ) -> ttnn.Tensor:
-    """As prefill calls it."""
+    """Runs the op as prefill does."""
     return ttnn.transformer.chunked_flash_mla_prefill(
         q, cache, values, pages, start, scale=0.1, program_config=program(32, 32)
     )
@@ -178,7 +178,7 @@ CASES = [
     ),
     Case(
         PREFILL,
-        "a start that is no multiple of 32",
+        "a start that is not a multiple of 32",
         lambda m: prefill(tiles(m, 1, 16, 64, WIDTH), cache_of(m), zeros(m, 1, 4), 40),
     ),
     Case(PREFILL, "a negative start", lambda m: prefill(tiles(m, 1, 16, 64, WIDTH), cache_of(m), zeros(m, 1, 4), -32)),
@@ -219,6 +219,6 @@ CASES = [
         PREFILL,
         "values wider than the cache",
         lambda m: prefill(tiles(m, 1, 16, 64, WIDTH), cache_of(m), zeros(m, 1, 2), 0, 608),
-        differs="there are no such values in the cache",
+        differs="the cache has no such values",
     ),
 ]

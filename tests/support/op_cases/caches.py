@@ -9,7 +9,7 @@ WIDTH = 576
 def rotate(
     x: ttnn.Tensor, cos: ttnn.Tensor, sin: ttnn.Tensor, trans_mat: ttnn.Tensor, is_decode_mode: bool = False
 ) -> ttnn.Tensor:
-    """As attention calls it."""
+    """Runs the op as attention does."""
     return ttnn.experimental.rotary_embedding_llama(x, cos, sin, trans_mat, is_decode_mode=is_decode_mode)
 
 
@@ -26,12 +26,12 @@ def users(
 
 
 def update(cache: ttnn.Tensor, vectors: ttnn.Tensor, positions: ttnn.Tensor, pages: ttnn.Tensor) -> ttnn.Tensor:
-    """As decode calls it."""
+    """Runs the op as decode does."""
     return ttnn.experimental.paged_update_cache(cache, vectors, update_idxs_tensor=positions, page_table=pages)
 
 
 def fill(cache: ttnn.Tensor, chunk: ttnn.Tensor, pages: ttnn.Tensor, batch_idx: int = 0) -> ttnn.Tensor:
-    """As prefill calls it."""
+    """Runs the op as prefill does."""
     return ttnn.experimental.paged_fill_cache(cache, chunk, pages, batch_idx=batch_idx)
 
 

@@ -7,7 +7,7 @@ TWO_ROWS = (2, 8)
 
 
 def all_to_all(x: ttnn.Tensor, in_dim: int, out_dim: int, cluster_axis: int = 1) -> ttnn.Tensor:
-    """As attention swaps heads for users."""
+    """Swaps heads for users, as attention does."""
     return ttnn.experimental.all_to_all_async_generic(x, in_dim=in_dim, out_dim=out_dim, cluster_axis=cluster_axis)
 
 

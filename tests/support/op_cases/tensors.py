@@ -59,7 +59,7 @@ def as_tensor(
 
 
 def filled(tensor: ttnn.Tensor) -> ttnn.Tensor:
-    """As a cache is emptied, in place."""
+    """Empties a cache, in place."""
     return ttnn.fill(tensor, 0.0, output_tensor=tensor)
 
 
@@ -70,7 +70,7 @@ def of_no_file(mesh: ttnn.MeshDevice) -> ttnn.Tensor:
 
 
 def written(source: ttnn.Tensor, target: ttnn.Tensor) -> ttnn.Tensor:
-    """As a trace takes its inputs."""
+    """Copies inputs, as a trace does."""
     ttnn.copy(source, target)
     return target
 
