@@ -33,9 +33,10 @@ Specs = Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
 
 @dataclasses.dataclass(frozen=True)
 class ModelPart:
-    """`convert` makes its files from the tensors whose names begin with `prefixes`.
+    """A part of a model that is converted and cached by itself: the embedding, a decoder layer or the head.
 
-    With one prefix it is given names without it. `specs` are its weights, by the columns of the mesh.
+    `convert` makes its files from the tensors whose names begin with `prefixes`. With one prefix, names are passed
+    without it. `specs` are its weights, given the columns of the mesh and the dtypes.
     """
 
     name: str
@@ -91,10 +92,10 @@ class ConvertedWeights:
     dtypes: WeightDtypes = DEFAULT_DTYPES
 
     def load(self, part: ModelPart) -> WeightConfig:
-        """The part's files, converted where the cache does not have them.
+        """Returns the files of a part, converting it where the cache does not have them.
 
-        Raises CheckpointError where the source will not do, or changes meanwhile, and CacheError where files cannot be
-        written.
+        Raises CheckpointError where the source cannot be used, or changes meanwhile, and CacheError where files cannot
+        be written.
         """
         key = self.cache_key(part)
 
@@ -111,15 +112,15 @@ class ConvertedWeights:
         return load_weight_config(self.cache.entry(str(key), build, self.bytes_of(part)))
 
     def missing(self, parts: Iterable[ModelPart]) -> list[ModelPart]:
-        """Those of `parts` that the cache does not have. Raises CheckpointError or CacheError."""
+        """Returns the parts that the cache does not have. Raises CheckpointError or CacheError."""
         return [part for part in parts if not self.cache.holds(str(self.cache_key(part)))]
 
     def bytes_of(self, part: ModelPart) -> int:
-        """About what the part's files take: padding and what is kept in a wider dtype are a small share of it."""
+        """Estimates the size of the part's files, without padding and the few weights of a wider dtype."""
         return self.source.values(*part.prefixes) * ITEM_BYTES[self.dtype]
 
     def cache_key(self, part: ModelPart) -> CacheKey:
-        """The key of the part in the cache. Raises CheckpointError where its tensors will not do."""
+        """Returns the key of the part in the cache. Raises CheckpointError where its tensors cannot be used."""
         rows, columns = tuple(self.mesh_device.shape)
         return CacheKey(
             part=part.name,
@@ -134,7 +135,10 @@ class ConvertedWeights:
 
 
 class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to convert and for whom; fields as in StageOptions. `mesh_shape` is rows and columns of each stage."""
+    """The weights to convert and the mesh to convert them for, named as in StageOptions.
+
+    `mesh_shape` is rows and columns of each stage.
+    """
 
     model_path: str
     cache_dir: str
@@ -146,26 +150,26 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Conversion:
-    """A model's parts and which of them the cache does not have yet."""
+    """The conversion of a model: all its parts, and those that the cache does not have yet."""
 
     def __init__(self, weights: ConvertedWeights, parts: list[ModelPart]) -> None:
         self._weights = weights
         self.parts = parts
         self.missing = weights.missing(parts)
         self.bytes = sum(weights.bytes_of(part) for part in self.missing)
-        """About what the missing parts will take on the disk."""
+        """The estimated bytes of the missing parts on the disk."""
 
     @property
     def free_bytes(self) -> int:
-        """What is left on that disk. Raises CacheError."""
+        """The bytes that are left on the disk of the cache. Raises CacheError."""
         return self._weights.cache.free_bytes()
 
     @torch.inference_mode()
     def run(self, on_part: Callable[[ModelPart], None]) -> None:
-        """Converts what is missing; `on_part` is called with each part that is done.
+        """Converts the missing parts; `on_part` is called with each part that is done.
 
-        Parts that another process converts meanwhile are taken over. Raises CheckpointError or CacheError; the parts
-        done by then stay.
+        Parts that another process converts meanwhile are not converted again. Raises CheckpointError or CacheError;
+        the parts that are done by then are kept.
         """
         for part in self.missing:
             self._weights.load(part)
@@ -174,12 +178,12 @@ class Conversion:
 
 @contextmanager
 def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
-    """Reads the checkpoint's headers, and its bytes if they are new; the mesh is closed again at the end.
+    """Opens a model for conversion, reading its headers, and its bytes if they are new; closes the mesh at the end.
 
     Raises CheckpointError where any tensor of the model is missing or has the wrong shape.
     """
     if min(options.mesh_shape) < 1:
-        raise PlanError(f"{options.mesh_shape} is no shape of a mesh: give rows and columns.")
+        raise PlanError(f"{options.mesh_shape} is not a shape of a mesh: give rows and columns.")
     source = open_weights(Path(options.model_path), load_format=options.load_format, seed=options.seed)
     set_float_dtype(TORCH_DTYPES[options.dtype])
     whole = StageSpec(index=0, stages=1, first_layer=0, end_layer=source.config.num_hidden_layers)

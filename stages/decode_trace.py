@@ -1,6 +1,6 @@
 """Decode steps as traces: captured once for a number of users, then replayed with the inputs of each step.
 
-Replaying spares a chip's host the dispatch of every op, and the embedded device the Python around them.
+A replay saves the host of a chip the dispatch of every op, and the embedded device the Python around them.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ QUEUE = 0
 
 
 class DecodeTraces:
-    """The traces of a stage, one for each number of users that it has met; their shapes are static otherwise."""
+    """The traces of a stage, one for each number of users so far; all other shapes are static."""
 
     def __init__(self, model: ModelSlice, mesh_device: ttnn.MeshDevice) -> None:
         self._model = model
@@ -22,21 +22,21 @@ class DecodeTraces:
         self._traces: dict[int, _DecodeTrace] = {}
 
     def run(self, inputs: ttnn.Tensor, batch: DecodeBatch) -> HiddenStates:
-        """Hidden states, and on the last stage logits, of all users; `inputs` are those of `ModelSlice.enter`."""
+        """Returns hidden states of all users, and on the last stage logits; `inputs` are as for `ModelSlice.enter`."""
         trace = self._traces.get(batch.users)
         if trace is None:
             trace = self._traces[batch.users] = _DecodeTrace(self._model, self._mesh_device, inputs, batch)
         return trace.run(inputs, batch)
 
     def release(self) -> None:
-        """Forgets them."""
+        """Releases all traces."""
         for trace in self._traces.values():
             trace.release()
         self._traces.clear()
 
 
 class _DecodeTrace:
-    """A trace, the tensors that it reads its inputs from, and those that it leaves its results in."""
+    """A trace, with the tensors that it reads its inputs from and those that it writes its results to."""
 
     def __init__(
         self, model: ModelSlice, mesh_device: ttnn.MeshDevice, inputs: ttnn.Tensor, batch: DecodeBatch
@@ -44,8 +44,8 @@ class _DecodeTrace:
         self._mesh_device = mesh_device
         self._inputs = ttnn.clone(inputs)
         self._batch = _own(batch)
-        # Once before the capture: programs are compiled and weights packed by then. It writes to the cache what the
-        # capture and the first replay write again.
+        # Once before the capture, so that programs are compiled and weights packed. This writes to the KV cache what
+        # the capture and the first replay write again.
         _decode(model, self._inputs, self._batch)
         self._take(inputs, batch)
         self._id = ttnn.begin_trace_capture(mesh_device, cq_id=QUEUE)
@@ -55,7 +55,7 @@ class _DecodeTrace:
             ttnn.end_trace_capture(mesh_device, self._id, cq_id=QUEUE)
 
     def run(self, inputs: ttnn.Tensor, batch: DecodeBatch) -> HiddenStates:
-        """The results are the caller's own: the next replay does not change them."""
+        """Replays the trace; the next replay does not change the results, which are copies."""
         self._take(inputs, batch)
         ttnn.execute_trace(self._mesh_device, self._id, cq_id=QUEUE, blocking=True)
         x, logits = self._results
@@ -76,11 +76,11 @@ def _decode(model: ModelSlice, inputs: ttnn.Tensor, batch: DecodeBatch) -> tuple
 
 
 def _inputs_of(batch: DecodeBatch) -> list[ttnn.Tensor]:
-    """What differs between steps of as many users."""
+    """Returns the inputs that differ between steps of the same number of users."""
     return [batch.rope.cos, batch.rope.sin, batch.positions, batch.pages]
 
 
 def _own(batch: DecodeBatch) -> DecodeBatch:
-    """The batch with inputs of its own."""
+    """Returns the batch with copies of its inputs."""
     cos, sin, positions, pages = (ttnn.clone(tensor) for tensor in _inputs_of(batch))
     return dataclasses.replace(batch, rope=batch.rope._replace(cos=cos, sin=sin), positions=positions, pages=pages)

@@ -5,4 +5,4 @@ from typing import Literal
 Device = Literal["embedded", "ttnn", "timed"]
 
 DEVICE_VARIABLE = "GALAXYLINE_DEVICE"
-"""Names the device of a process: stages/backend/ reads it when it is imported."""
+"""The environment variable that names the device of a process; stages/backend/ reads it on import."""

@@ -1,4 +1,4 @@
-"""The dtypes of floats: those that a stage can hold them in, as torch knows them, and those of chips, as ttnn does."""
+"""The dtypes of floats, by the names of our options: torch's, for a stage, and ttnn's, for chips."""
 
 import torch
 

@@ -10,7 +10,7 @@ from stages.step import Admission, Segment, Step
 
 
 class Slot:
-    """One request: the blocks it holds in order, and the tokens cached in them."""
+    """The blocks of one request in order, and the number of tokens cached in them."""
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
@@ -18,7 +18,7 @@ class Slot:
 
 
 class PageTables:
-    """Page tables of all slots, changed by the steps themselves: every stage of a pipeline comes to the same ones."""
+    """Page tables of all slots. Only steps change them, so they are the same on every stage of a pipeline."""
 
     def __init__(self, options: CacheOptions) -> None:
         self.options = options
@@ -38,9 +38,9 @@ class PageTables:
             self._release(number)
 
     def apply(self, step: Step) -> None:
-        """Takes over a step's ends, admissions and new blocks, in this order.
+        """Applies a step's ends, admissions and new blocks, in this order.
 
-        A slot that ended without being held is no error: its request may have been aborted before its first step.
+        The end of a slot that is not held is not an error: its request may have been aborted before its first step.
         Raises StepError where the step contradicts what the slots hold.
         """
         for number in step.ended:
@@ -55,7 +55,7 @@ class PageTables:
             self._extend(segment, step)
 
     def rows(self, numbers: Sequence[int], width: int) -> torch.Tensor:
-        """The first `width` blocks of each slot, int32 [slots, width]; a number of -1 gives scratch blocks."""
+        """Returns the first `width` blocks of each slot, int32 [slots, width]; scratch blocks for a slot of -1."""
         index = torch.tensor(numbers, dtype=torch.long)
         rows = self._table[index.clamp(min=0), :width]
         return rows if min(numbers) >= 0 else rows.masked_fill((index < 0)[:, None], self.scratch_block)
@@ -103,8 +103,8 @@ class PageTables:
             raise StepError(f"Slot {segment.slot} decodes {len(segment.tokens)} tokens; a decode step takes one each.")
         if step.mode == "prefill" and segment.start % self.options.block_size:
             raise StepError(
-                f"Slot {segment.slot} prefills from position {segment.start}, which is no multiple of the block size "
-                f"{self.options.block_size}."
+                f"Slot {segment.slot} prefills from position {segment.start}, which is not a multiple of the block "
+                f"size {self.options.block_size}."
             )
         if not 0 <= segment.start <= slot.tokens:
             raise StepError(

@@ -1,10 +1,10 @@
-"""What passes from one stage's mesh to the next one's: both ends have to agree on it before there are sockets."""
+"""The tensors that pass between the meshes of two stages, on which both agree before sockets are opened."""
 
 import msgspec
 
 
 class HiddenShard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What every chip of a mesh holds of a tensor: its shape, in tiles' layout, and ttnn's name of its dtype.
+    """The share of a tensor on every chip of a mesh: its shape, in tiles' layout, and ttnn's name of its dtype.
 
     In a `MeshHidden` a dimension is the greatest that it can be, or 0 where it has no such bound.
     """
@@ -25,11 +25,11 @@ class MeshHidden(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 Connection = tuple[int, int, int, int]
-"""Row and column of a chip of the sender's mesh, then of the receiver's."""
+"""Row and column of the sending chip, then of the receiving one."""
 
 
 class MeshSocketSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A socket between two meshes: what passes, how many bytes wait at each receiving chip, which chips are joined."""
+    """A socket between two meshes: the tensors, the bytes of FIFO on each receiving chip, and the connected chips."""
 
     hidden: MeshHidden
     fifo_bytes: int
@@ -37,7 +37,7 @@ class MeshSocketSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
     @classmethod
     def between_equals(cls, hidden: MeshHidden, fifo_bytes: int) -> "MeshSocketSpec":
-        """Every chip sends to the one at its own place on the next mesh."""
+        """Returns a socket on which every chip sends to the one at the same row and column of the next mesh."""
         rows, columns = hidden.mesh_shape
         places = [(row, column) for row in range(rows) for column in range(columns)]
         return cls(hidden, fifo_bytes, [(*place, *place) for place in places])

@@ -15,13 +15,13 @@ from stages.run_config import WeightConfig
 from weights.model_config import ModelConfig
 
 OnProgress = Callable[[int, int], None]
-"""Called with (layers loaded, layers)."""
+"""Is called with (layers loaded, layers)."""
 
 Batch = PrefillBatch | DecodeBatch
 
 
 class HiddenStates(NamedTuple):
-    """What a stage's layers give for a step: `x` [1, 1, tokens, hidden / columns] on each chip of the mesh.
+    """The output of a stage's layers for a step: `x` [1, 1, tokens, hidden / columns] on each chip of the mesh.
 
     `logits` [1, 1, tokens, vocabulary / columns] are those of all tokens, where they were computed with them.
     """
@@ -82,7 +82,7 @@ class ModelSlice:
     def load(
         cls, spec: StageSpec, weights: ConvertedWeights, cache: CacheOptions, on_progress: OnProgress
     ) -> "ModelSlice":
-        """Loads what `spec` asks for, converting what the weight cache does not have.
+        """Loads the modules of a stage, converting the weights that the cache does not have.
 
         Raises CheckpointError, before anything is converted, where a tensor is missing or has the wrong shape.
         """
@@ -106,13 +106,13 @@ class ModelSlice:
         return inputs if self.embedding is None else self.embedding.forward(inputs, batch)
 
     def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
-        """Hidden states through all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
+        """Runs all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
         for layer in self.layers:
             x = layer.forward(x, batch)
         return x
 
     def logits(self, x: ttnn.Tensor, batch: Batch, indices: ttnn.Tensor | None) -> ttnn.Tensor:
-        """[1, 1, n, vocabulary / columns] for the tokens `indices` [1, n], or for all. Last stage only."""
+        """Returns logits [1, 1, n, vocabulary / columns] of the tokens `indices` [1, n], or of all; last stage only."""
         if self.head is None:
             raise RuntimeError("only the last stage has a head")
         configs = self.head.configs
@@ -129,7 +129,7 @@ def _end(module: type[ModuleT], part: ModelPart, weights: ConvertedWeights) -> E
 
 def _layer(block: AnyDecoderModule, layer: int, weights: ConvertedWeights, cache: CacheOptions) -> Layer:
     config = weights.source.config
-    # The state first: what it refuses need not be converted.
+    # The state first: a model that it refuses need not be converted.
     state = block.create_state(config, weights.mesh_device, cache, weights.dtypes)
     return Layer(block, _run_configs(block, config, weights.load(layer_part(config, layer)), state))
 

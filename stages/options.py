@@ -1,4 +1,4 @@
-"""What a stage is told beside its layers: where the weights are, in which dtype, and how large the KV cache is."""
+"""Options of a stage beside its layers: where the weights are, in which dtype, and the size of the KV cache."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ LoadFormat = Literal["auto", "dummy"]
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 TRANSFORM_VERSION = 1
-"""Raised by every change of what `convert_weights` writes: cache entries of another version are not found again."""
+"""The version of what `convert_weights` writes, part of every cache key: each change of it increases this number."""
 
 
 TRACE_REGION_BYTES = 45_684_326
@@ -39,7 +39,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.block_size < TILE or self.block_size % TILE:
-            raise PlanError(f"Block size {self.block_size} is no multiple of {TILE}: choose {TILE}, {2 * TILE}, ...")
+            raise PlanError(f"Block size {self.block_size} is not a multiple of {TILE}: choose {TILE}, {2 * TILE}, ...")
         if self.slots < 1 or self.pools < 1 or self.slots % self.pools:
             raise PlanError(f"{self.slots} slots cannot be shared evenly by {self.pools} pools.")
         if self.blocks < self.blocks_per_slot:

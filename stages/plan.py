@@ -1,4 +1,4 @@
-"""Layers to stages: a pure function of the model's size and the number of stages."""
+"""The split of layers into stages: a pure function of the model's size and the number of stages."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_stages(config: ModelConfig, stages: int) -> list[StageSpec]:
-    """Splits the layers into contiguous ranges so that the dearest stage is as cheap as can be.
+    """Splits the layers into contiguous ranges so that the most expensive stage is as cheap as possible.
 
     Cost is the number of weights that a decode step of one token reads: what bounds a small batch. Raises PlanError
     unless 1 <= stages <= layers.
@@ -54,13 +54,15 @@ def check_stages(config: ModelConfig, stages: int) -> None:
 
 
 def default_microbatches(stages: int) -> int:
-    """One for every stage and one more, so that none waits for the way back; one where there is one stage, because
-    half the batch would cost it as much time as the whole."""
+    """Returns the number of microbatches in flight: one more than stages, so that none waits for the way back.
+
+    A single stage has one, because half the batch would take as much time as the whole.
+    """
     return stages + 1 if stages > 1 else 1
 
 
 def explicit_stages(config: ModelConfig, layers_per_stage: Sequence[int]) -> list[StageSpec]:
-    """One stage for each entry, of that many layers.
+    """Returns one stage for each entry, of that many layers.
 
     Raises PlanError unless every entry is positive and they add up to the model's layers.
     """
@@ -74,7 +76,7 @@ def explicit_stages(config: ModelConfig, layers_per_stage: Sequence[int]) -> lis
 
 
 def balanced_split(costs: Sequence[int], parts: int) -> list[int]:
-    """Sizes of `parts` contiguous, non-empty runs of `costs` whose dearest run is the cheapest possible.
+    """Returns the sizes of `parts` contiguous, non-empty runs of `costs` whose most expensive run is the cheapest.
 
     The linear partition problem by dynamic programming (Skiena, The Algorithm Design Manual, 8.5).
     """
@@ -82,7 +84,7 @@ def balanced_split(costs: Sequence[int], parts: int) -> list[int]:
     for cost in costs:
         before.append(before[-1] + cost)
     count = len(costs)
-    # worst[p][n]: the dearest run when the first n costs form p runs; cut[p][n]: where its last run begins.
+    # worst[p][n]: the most expensive run when the first n costs form p runs; cut[p][n]: where its last run begins.
     worst = [[0] * (count + 1) for _ in range(parts + 1)]
     cut = [[0] * (count + 1) for _ in range(parts + 1)]
     worst[1] = list(before)

@@ -1,4 +1,4 @@
-"""Joins what the three stages of a module made: op configs, weight files and state become one config to run with."""
+"""Run configs: op configs, weight files and state, made by the three stages of a module, joined into one."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ class OpConfig:
 
 
 def operand_names(config: OpConfig) -> list[str]:
-    """The keyword arguments that a kind of op config can give."""
+    """Returns the keyword arguments that a kind of op config can have."""
     return [field.name for field in dataclasses.fields(config) if field.init]
 
 
@@ -189,7 +189,7 @@ MANIFEST = "weight_config.json"
 
 
 def weight_path(directory: Path, operation: str, operand: str) -> Path:
-    """The file of a weight: its middle part names the operand of the op that it fills."""
+    """Returns the file of a weight: its middle part names the operand of the op that it fills."""
     return directory / f"{operation}.{operand}{SUFFIX}"
 
 
@@ -198,7 +198,7 @@ def dump_weight(
 ) -> str:
     """Writes one tensor for a mesh and returns its path in `directory`. The file holds the shards of every chip.
 
-    Raises DeviceError where `weight` has not the shape that `spec` gives it.
+    Raises DeviceError where `weight` does not have the shape of `spec`.
     """
     if tuple(weight.shape) != spec.shape:
         raise DeviceError(f"{operation}.{spec.operand} is {list(spec.shape)}, not {list(weight.shape)}.")
@@ -218,7 +218,7 @@ def layout_of(spec: WeightSpec) -> ttnn.Layout:
 
 
 def weight_mapper(spec: WeightSpec, mesh_device: ttnn.MeshDevice) -> ttnn.TensorToMesh:
-    """What shares a weight out over the chips."""
+    """Returns the mapper that shares a weight out over the chips."""
     if spec.all_chips is not None:
         return ttnn.ShardTensorToMesh(mesh_device, dim=spec.all_chips)
     return ttnn.ShardTensor2dMesh(mesh_device, tuple(mesh_device.shape), spec.dims)
@@ -230,7 +230,7 @@ def merge_run_config(
     state: Mapping[str, Any],
     loaded: dict[str, ttnn.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Op configs with their weights loaded onto the mesh, beside the state.
+    """Returns op configs with their weights loaded onto the mesh, beside the state.
 
     `state["mesh_device"]` is the mesh; `loaded` are tensors by file that are on it already, and is added to. Raises
     DeviceError where a weight file fits no op, or a name is used twice.
@@ -295,7 +295,7 @@ def save_weight_config(directory: Path, weights: WeightConfig) -> None:
 
 
 def load_weight_config(directory: Path) -> WeightConfig:
-    """The WeightConfig that `save_weight_config` wrote, wherever the directory now lies."""
+    """Reads the WeightConfig that `save_weight_config` wrote, wherever the directory is now."""
     relative = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     return _map_paths(relative, lambda path: str(directory / path))
 

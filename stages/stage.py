@@ -1,4 +1,4 @@
-"""One pipeline stage: takes steps in, keeps slots and caches, gives hidden states or tokens out."""
+"""One pipeline stage: it runs steps, keeps slots and caches, and returns hidden states or tokens."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +35,7 @@ def open_mesh(rows: int, columns: int, *, enable_trace: bool) -> ttnn.MeshDevice
 
 
 def close_mesh(mesh_device: ttnn.MeshDevice) -> None:
-    """Gives up the mesh and its network."""
+    """Closes the mesh and its network."""
     has_network = mesh_device.get_num_devices() > 1
     ttnn.close_mesh_device(mesh_device)
     if has_network:
@@ -43,7 +43,7 @@ def close_mesh(mesh_device: ttnn.MeshDevice) -> None:
 
 
 class Stage:
-    """Runs steps in the order in which it is given them."""
+    """A pipeline stage, which runs steps in the order of its calls."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Stage:
         mesh_device: ttnn.MeshDevice,
         config: ModelConfig,
     ) -> None:
-        """`model` has been loaded onto `mesh_device`, which `close` gives up; both are only to be looked at."""
+        """Takes a model that has been loaded onto `mesh_device`, which `close` closes. Callers only read both."""
         self._spec = spec
         self._options = options
         self.model = model
@@ -77,9 +77,9 @@ class Stage:
     ) -> "Stage":
         """Opens the mesh and loads the stage's weights, converting those that the weight cache does not have.
 
-        `mesh_shape` is rows and columns; without it, what the pools of `options.cache` ask for: one chip for one
-        pool, else rows of a Galaxy. Raises PlanError where mesh, pools and model do not fit each other,
-        CheckpointError where the weights will not do, and CacheError where converted ones cannot be kept.
+        `mesh_shape` is rows and columns; without it, the mesh follows from the pools of `options.cache`: one chip for
+        one pool, else rows of a Galaxy. Raises PlanError where mesh, pools and model do not fit each other,
+        CheckpointError where the weights cannot be used, and CacheError where converted ones cannot be kept.
         """
         shape = mesh_shape or _mesh_shape(options.cache.pools)
         if shape[0] * shape[1] != options.cache.pools:
@@ -135,7 +135,7 @@ class Stage:
 
     @torch.inference_mode()
     def step_hidden_spec(self, step: Step) -> HiddenShard | None:
-        """What the step brings and leaves on each chip; None without tokens. Raises StepError as `step` does."""
+        """Returns the step's hidden states on each chip; None without tokens. Raises StepError as `step` does."""
         batch = self._batch_of(step)
         return None if batch is None else self._shard(batch.layout.width)
 
@@ -151,18 +151,18 @@ class Stage:
         return None if states is None else states.x
 
     def close(self) -> None:
-        """Gives up the traces and the mesh."""
+        """Releases the traces and closes the mesh."""
         if self._traces is not None:
             self._traces.release()
         close_mesh(self.mesh_device)
 
     def _run(self, step: Step, hidden: torch.Tensor | None) -> HiddenStates | None:
-        """None for a step without segments, which changes slots only."""
+        """Runs a step; None for one without segments, which changes slots only."""
         batch = self._prepare(step)
         return None if batch is None else self._compute(self._input(step, hidden, batch), batch)
 
     def _prepare(self, step: Step) -> Batch | None:
-        """Applies the step to slots and page tables; None without segments."""
+        """Applies the step to slots and page tables and makes its inputs; None without segments."""
         self._enter_epoch(step)
         self._tables.apply(step)
         if self._head is not None:
@@ -172,7 +172,7 @@ class Stage:
         return self._batches.decode(step) if step.mode == "decode" else self._batches.prefill(step)
 
     def _batch_of(self, step: Step) -> Batch | None:
-        """As `_prepare`, once for a step that is asked about before it is run."""
+        """Prepares the step, unless `step_hidden_spec` has done so just before."""
         if self._prepared is None or self._prepared[0] is not step:
             self._prepared = step, self._prepare(step)
         return self._prepared[1]
@@ -195,7 +195,7 @@ class Stage:
             self._epoch = step.epoch
 
     def _input(self, step: Step, hidden: torch.Tensor | None, batch: Batch) -> ttnn.Tensor:
-        """Token ids on the first stage, hidden states on the others."""
+        """Puts token ids on the mesh on the first stage, hidden states on the others."""
         if hidden is None:
             self._check_tokens(step)
             return self._batches.ids(batch, step)
@@ -212,7 +212,7 @@ class Stage:
                 raise StepError(f"Slot {segment.slot} has a token outside the vocabulary of {self._config.vocab_size}.")
 
     def _to_torch(self, states: HiddenStates | None) -> torch.Tensor:
-        """[tokens, hidden_size] of the step, in the stage's dtype."""
+        """Returns [tokens, hidden_size] of the step, in the stage's dtype."""
         if states is None:
             return torch.empty(0, self._config.hidden_size)
         return self._batches.hidden_to_torch(states.batch.layout, states.x).to(self._dtype)

@@ -72,7 +72,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
 
 
 VOCABULARY = -1
-"""As `logprobs` or `prompt_logprobs`: the log-probabilities of all tokens."""
+"""The value of `logprobs` or `prompt_logprobs` that asks for the log-probabilities of all tokens."""
 
 
 GREEDY_BELOW = 1e-5
@@ -108,7 +108,7 @@ class Segment(Message, frozen=True, kw_only=True):
 
 
 class StageTiming(Message, frozen=True, kw_only=True):
-    """When a step came to one stage, was begun and was done: nanoseconds since 1970, of `actors.clock.now_ns`."""
+    """The times when a step reached one stage, began and was done: nanoseconds since 1970, of `actors.clock.now_ns`."""
 
     received_ns: int
     began_ns: int
@@ -180,7 +180,7 @@ class StepResult(Message, frozen=True, kw_only=True):
 
 
 class StageFailure(Message, frozen=True, kw_only=True):
-    """A stage cannot go on. `step_id` is the step it worked on, or -1 where it failed between steps."""
+    """A failure that ends a stage's work. `step_id` is the step it worked on, or -1 where it failed between steps."""
 
     epoch: int
     stage: int

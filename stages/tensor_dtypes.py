@@ -10,10 +10,10 @@ TILE = 32
 """Edge of a Wormhole tile; block sizes and prefill starts are multiples of it."""
 
 TensorDtype = Literal["float32", "bfloat16", "bfloat8_b", "bfloat4_b"]
-"""By ttnn's names."""
+"""The dtypes of tensors on chips, by ttnn's names."""
 
 Kind = Literal["embedding", "attention", "gate_up", "down", "router", "head", "kv_cache"]
-"""What a dtype can be chosen for; norms and rope tables are always bfloat16."""
+"""A kind of tensor whose dtype can be chosen; norms and rope tables are always bfloat16."""
 
 _EXPONENTS_PER_TILE = TILE * TILE // 16
 """Block floats share an exponent of one byte among 16 values of a row."""
@@ -26,12 +26,12 @@ TILE_BYTES: dict[TensorDtype, int] = {
 }
 
 VALUE_BYTES: dict[TensorDtype, int] = {"float32": 4, "bfloat16": 2}
-"""Of the dtypes that need no tiles."""
+"""Bytes of a value, for the dtypes that need no tiles."""
 
 _BLOCK_FLOATS: tuple[TensorDtype, ...] = ("bfloat16", "bfloat8_b", "bfloat4_b")
 
 CHOICES: dict[Kind, tuple[TensorDtype, ...]] = {
-    # The only one that the op takes.
+    # The op takes no other.
     "embedding": ("bfloat16",),
     "attention": _BLOCK_FLOATS,
     "gate_up": _BLOCK_FLOATS,
@@ -65,12 +65,12 @@ class WeightDtypes(msgspec.Struct, frozen=True, kw_only=True):
                 raise PlanError(f"{kind} cannot be {self.of(kind)}: choose {' or '.join(allowed)}.")
 
     def of(self, kind: Kind) -> TensorDtype:
-        """The dtype of a kind."""
+        """Returns the dtype of a kind."""
         dtype: TensorDtype = getattr(self, kind)
         return dtype
 
     def narrowed(self, kind: Kind) -> "WeightDtypes | None":
-        """The same with the next narrower dtype of a kind; None where there is none."""
+        """Returns these dtypes with the next narrower one for a kind; None where there is none."""
         narrower = CHOICES[kind][CHOICES[kind].index(self.of(kind)) + 1 :]
         return msgspec.structs.replace(self, **{kind: narrower[0]}) if narrower else None
 

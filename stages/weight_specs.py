@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 from stages.tensor_dtypes import TensorDtype
 
 LETTERS: dict[TensorDtype, str] = {"float32": "f", "bfloat16": "h", "bfloat8_b": "8", "bfloat4_b": "4"}
-"""How `dtype_letters` writes a dtype."""
+"""The letter of each dtype in `dtype_letters`."""
 
 
 class WeightSpec(NamedTuple):
@@ -37,7 +37,7 @@ WeightSpecs: TypeAlias = "Mapping[str, WeightSpec | WeightSpecs]"
 
 
 def each_weight(specs: WeightSpecs) -> Iterator[WeightSpec]:
-    """All weights of a module and its submodules, in a fixed order."""
+    """Yields all weights of a module and its submodules, in a fixed order."""
     for value in specs.values():
         if isinstance(value, WeightSpec):
             yield value
@@ -46,5 +46,5 @@ def each_weight(specs: WeightSpecs) -> Iterator[WeightSpec]:
 
 
 def dtype_letters(specs: WeightSpecs) -> str:
-    """The dtypes of `each_weight`, a letter each: they change with any setting that the weights depend on."""
+    """Returns the dtypes of `each_weight`, a letter each: they change with any setting that the weights depend on."""
     return "".join(LETTERS[spec.dtype] for spec in each_weight(specs))

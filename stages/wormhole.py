@@ -1,4 +1,4 @@
-"""What a Wormhole chip of a Galaxy has: memory, bandwidth, arithmetic and links, each with where the number is from.
+"""The hardware of a Wormhole chip of a Galaxy: memory, bandwidth, arithmetic and links, with their sources.
 
 TT-Metal's reports are at https://github.com/tenstorrent/tt-metal/tree/main/tech_reports.
 """
@@ -17,8 +17,8 @@ GALAXY_COLUMNS = 8
 
 DRAM_BANKS = 12
 DRAM_BANK_BYTES = 1_072_693_184
-"""What ttnn 0.81.1's allocator has to give away: `ttnn.get_memory_view(mesh, ttnn.BufferType.DRAM)` of a Galaxy with
-no trace region. A chip has 12 GiB; the first MiB of each bank is the firmware's."""
+"""Bytes of a bank that ttnn 0.81.1's allocator can use: `ttnn.get_memory_view(mesh, ttnn.BufferType.DRAM)` of a Galaxy
+with no trace region. A chip has 12 GiB; the first MiB of each bank is the firmware's."""
 
 DRAM_BYTES = DRAM_BANKS * DRAM_BANK_BYTES
 DRAM_ALIGNMENT = 32
@@ -29,12 +29,12 @@ TRACE_ALIGNMENT = 8192
 
 L1_BANKS = 64
 L1_BANK_BYTES = 1_393_312
-"""Of the 8 x 8 cores that programs use; bytes of a core's 1.5 MB as the same allocator reports them."""
+"""Bytes of a core's 1.5 MB that the same allocator can use, on each of the 8 x 8 cores of programs."""
 
 L1_BYTES = L1_BANKS * L1_BANK_BYTES
 
 DRAM_BYTES_PER_S = 288e9
-"""docs.tenstorrent.com/aibs/wormhole/specifications.html: 12 GT/s on 192 bits."""
+"""The bandwidth of DRAM (docs.tenstorrent.com/aibs/wormhole/specifications.html: 12 GT/s on 192 bits)."""
 
 Fidelity = Literal["LoFi", "HiFi2", "HiFi3", "HiFi4"]
 
@@ -42,18 +42,18 @@ PASSES: dict[Fidelity, int] = {"LoFi": 1, "HiFi2": 2, "HiFi3": 3, "HiFi4": 4}
 """Passes of the matrix engine over the mantissas (GEMM_FLOPS.md: 16 cycles a tile and pass)."""
 
 MATRIX_FLOPS_PER_S = 64 * 4096e9
-"""In one pass: 8x16 by 16x16 each cycle on each of 64 cores at 1 GHz (GEMM_FLOPS.md)."""
+"""Operations in one pass: 8x16 by 16x16 each cycle on each of 64 cores at 1 GHz (GEMM_FLOPS.md)."""
 
 LINK_BYTES_PER_S = 12.5e9
 """Line rate of an Ethernet link, each way (CCL_bandwidth.md)."""
 
 LINKS = 4
-"""Between neighbouring chips of a Galaxy (the mesh graph descriptor above: `channels { count: 4 }`)."""
+"""Links between neighbouring chips of a Galaxy (the mesh graph descriptor above: `channels { count: 4 }`)."""
 
 HOP_S = 874e-9
-"""From chip to chip on the 2D fabric (CCL_bandwidth.md)."""
+"""The latency from chip to chip on the 2D fabric (CCL_bandwidth.md)."""
 
 
 def flops_per_s(fidelity: Fidelity) -> float:
-    """Multiplications and additions of a chip's matrix engines, at the most."""
+    """Returns the peak of a chip's matrix engines, in multiplications and additions a second."""
     return MATRIX_FLOPS_PER_S / PASSES[fidelity]

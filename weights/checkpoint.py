@@ -29,17 +29,17 @@ SCALES = ("F32", "F8_E8M0")
 
 SETTLED_S = 2.0
 
-"""Clocks of file systems are coarse: two changes as near as this may bear the same time."""
+"""Clocks of file systems are coarse: two changes within this time may have the same time stamp."""
 
 HASH_THREADS_MAX = 8
 
-"""One core hashes about 1 GB a second, slower than a disk reads; more threads than this outrun any."""
+"""One core hashes about 1 GB a second, slower than a disk reads; this many threads are faster than any disk."""
 
 
 class Checkpoint(WeightSource):
     """The weights of a checkpoint directory, memory-mapped; FP8 matrices become float32 when they are asked for.
 
-    Opens only the shards that hold tensors it is asked for. The multi-token-prediction layer is left aside.
+    Only the shards of tensors that are asked for are opened. The multi-token-prediction layer is ignored.
     """
 
     def __init__(self, path: Path, config: ModelConfig, files: SafetensorsDirectory) -> None:
@@ -60,7 +60,7 @@ class Checkpoint(WeightSource):
         return name in self._shapes and self._stored_name(str(name)) in self._files
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in mapped memory and its stored dtype, or, from FP8, newly made in float32.
+        """Returns the tensor in mapped memory and its stored dtype, or, from FP8, a new one in float32.
 
         Raises CheckpointError, naming file and tensor, where it is missing or not as the model needs it.
         """
@@ -77,13 +77,13 @@ class Checkpoint(WeightSource):
     def validate(self, *prefixes: str) -> None:
         """Checks presence, dtype, shape and scales of the tensors under `prefixes` by their files' headers.
 
-        Raises CheckpointError, naming file and tensor, for the first that will not do.
+        Raises CheckpointError, naming file and tensor, for the first that cannot be used.
         """
         for name in self._required(prefixes):
             self._check(name)
 
     def fingerprint(self, *prefixes: str) -> str:
-        """A hexadecimal BLAKE2b hash of the config and of names, dtypes, shapes and bytes under `prefixes`.
+        """Returns a hexadecimal BLAKE2b hash of the config and of names, dtypes, shapes and bytes under `prefixes`.
 
         Reads all those bytes once, without keeping them. Raises CheckpointError as `validate` does.
         """
@@ -101,7 +101,7 @@ class Checkpoint(WeightSource):
         return digest.hexdigest()
 
     def identity(self, *prefixes: str) -> str | None:
-        """A hash of config and names, and of path, inode, length and times of each file that holds one of them.
+        """Returns a hash of config and names, and of path, inode, length and times of each file that holds one of them.
 
         None within SETTLED_S of a file's last change, and where one changed since it was opened. Raises
         CheckpointError.
@@ -124,7 +124,7 @@ class Checkpoint(WeightSource):
         return name
 
     def _check(self, name: str) -> str:
-        """The stored dtype of a tensor of the model, once header and scales are found to be right."""
+        """Checks header and scales of a tensor of the model and returns its stored dtype."""
         shape = self._shape(name)
         stored_name = self._stored_name(name)
         dtype, stored_shape = self._files.header(stored_name)
@@ -152,9 +152,9 @@ class Checkpoint(WeightSource):
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration of the model in the directory `path`.
+    """Reads the configuration of the model in the directory `path`.
 
-    Raises CheckpointError where there is no such directory, or its config.json is missing or not DeepSeek-V3's.
+    Raises CheckpointError where the directory or its config.json is missing, or the model cannot be served.
     """
     try:
         if not path.exists():
@@ -176,7 +176,7 @@ NORM_SPREAD = 0.1
 
 BIAS_SPREAD = 0.05
 
-"""Small beside the spread of sigmoid scores, about 0.2: the bias shifts choices of experts but does not make them."""
+"""Small beside the spread of sigmoid scores, about 0.2: biases influence the choice of experts without deciding it."""
 
 UNIFORM_STD = math.sqrt((256**2 - 1) / 3)
 
@@ -184,7 +184,7 @@ UNIFORM_STD = math.sqrt((256**2 - 1) / 3)
 
 
 class RandomCheckpoint(WeightSource):
-    """Weights that follow from a seed and each tensor's name alone, so that any split into stages has the same.
+    """Random weights that depend on a seed and each tensor's name alone, so that any split into stages has the same.
 
     Values are uniform with 256 levels, made from a generator's raw bits without transcendental functions, whose last
     bit would differ between processors.
@@ -199,7 +199,7 @@ class RandomCheckpoint(WeightSource):
         return name in self._shapes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor: bfloat16, or float32 for a router's correction bias.
+        """Returns the tensor: bfloat16, or float32 for a router's correction bias.
 
         Matrices have standard deviation fan_in^-0.5 (the embedding 1), norms are near 1. With tied embeddings the
         head is the embedding. Raises CheckpointError where the model has no such tensor.
@@ -219,15 +219,15 @@ class RandomCheckpoint(WeightSource):
         self._required(prefixes)
 
     def fingerprint(self, *prefixes: str) -> str:
-        """A hexadecimal BLAKE2b hash of the config, the seed and the names under `prefixes`."""
+        """Returns a hexadecimal BLAKE2b hash of the config, the seed and the names under `prefixes`."""
         facts = ("random", self.config, self._seed, self._required(prefixes))
         return hashlib.blake2b(msgspec.json.encode(facts), digest_size=32).hexdigest()
 
     def identity(self, *prefixes: str) -> None:
-        """None: a fingerprint costs nothing."""
+        """Returns None: a fingerprint costs nothing."""
 
     def _uniform(self, name: str, shape: Shape, std: float, dtype: torch.dtype) -> torch.Tensor:
-        """Odd integers, which bfloat16 holds exactly, scaled: 1 byte of random bits beside the result."""
+        """Makes odd integers, which bfloat16 holds exactly, scaled: 1 byte of random bits beside the result."""
         key = hashlib.blake2b(msgspec.json.encode((self._seed, name)), digest_size=32).digest()
         count = math.prod(shape)
         words = numpy.random.SFC64(int.from_bytes(key, "little")).random_raw(ceil_div(count, 8))
@@ -238,10 +238,10 @@ class RandomCheckpoint(WeightSource):
 def open_weights(
     path: Path, *, load_format: Literal["auto", "dummy"], seed: int, changes: ConfigChanges = UNCHANGED
 ) -> WeightSource:
-    """The checkpoint in the directory `path`, or, with "dummy", random weights from `seed` for its config.json.
+    """Opens the checkpoint in the directory `path`, or makes random weights from `seed` for its config with "dummy".
 
-    Only the layers that `changes` leave are there. Raises CheckpointError where the directory, or what it must hold,
-    will not do.
+    Only the layers that `changes` leave are there. Raises CheckpointError where the directory cannot be used
+    as a model.
     """
     if load_format == "dummy":
         return RandomCheckpoint(read_config(path).changed(changes), seed)

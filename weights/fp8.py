@@ -6,16 +6,16 @@ from weights.model_config import FP8_BLOCK
 from weights.sizes import ceil_div
 
 SCALE_SUFFIX = "_scale_inv"
-"""Added to a weight's name to give that of its scales; despite the name they multiply."""
+"""The end of the name of a weight's scales; despite the name they are multiplied by."""
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of a matrix of `shape`: blocks at the bottom and right edges may be smaller."""
+    """Returns the shape of the scales of a matrix of `shape`: blocks at the bottom and right edges may be smaller."""
     return tuple(ceil_div(size, FP8_BLOCK) for size in shape)
 
 
 def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """A float32 matrix: each value of `weight` [rows, columns] times the scale of its block.
+    """Returns a float32 matrix: each value of `weight` [rows, columns] times the scale of its block.
 
     `scales` is float32 of `scale_shape(weight.shape)`. Every product is rounded once, to float32. Takes no more memory
     than the result and one row of blocks.

@@ -1,4 +1,4 @@
-"""The configuration of a DeepSeek-V3 model: the keys of its config.json that change what is computed."""
+"""The configuration of a model of DeepSeek-V3's family: the keys of its config.json that change the computation."""
 
 import json
 import math
@@ -15,7 +15,7 @@ FP8_BLOCK = 128
 """Edge of the blocks of FP8 values that share a scale: `weight_block_size` in DeepSeek's quantization_config."""
 
 MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM", "kimi_k2": "DeepseekV3ForCausalLM"}
-"""The architecture of each `model_type` that can be served, under transformers' name. Kimi K2 is a DeepSeek-V3."""
+"""The architecture, by transformers' name, of each `model_type` that can be served."""
 
 POSITIVE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -28,10 +28,10 @@ POSITIVE = (
 
 @runtime_checkable
 class HuggingFaceConfig(Protocol):
-    """What we need of a transformers configuration object."""
+    """The part of a transformers configuration object that we use."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys, as in config.json."""
+        """Returns all keys, as in config.json."""
 
 
 class Yarn(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,9 +46,9 @@ class Yarn(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConfigChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run takes of a model: its first `num_hidden_layers`, of which `first_k_dense_replace` are dense.
+    """The layers of a model that a run uses: the first `num_hidden_layers`, of which `first_k_dense_replace` are dense.
 
-    None leaves what config.json says. Other dense layers than it says go with random weights only.
+    None leaves the number of config.json. Another number of dense layers works with random weights only.
     """
 
     num_hidden_layers: int | None = None
@@ -59,9 +59,10 @@ UNCHANGED = ConfigChanges()
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Sizes and constants of one DeepSeek-V3 model, under the names of its config.json.
+    """Sizes and constants of one model of DeepSeek-V3's family, under the names of its config.json.
 
-    `yarn` is None where the rope is not scaled. Everything is checked on construction by `from_dict`.
+    `yarn` is None where the rope is not scaled. `architecture` is left out of encodings where it is the default, so
+    that cache keys stay as they are. Everything is checked on construction by `from_dict`.
     """
 
     vocab_size: int
@@ -94,7 +95,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     @property
     def qk_head_dim(self) -> int:
-        """Values a head compares: the part without and the part with rotary positions."""
+        """Values that a head compares: the part without and the part with rotary positions."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -115,7 +116,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return layer >= self.first_k_dense_replace
 
     def changed(self, changes: "ConfigChanges") -> "ModelConfig":
-        """The configuration of a model of other layers. Raises CheckpointError where it has not so many."""
+        """Returns the configuration with other layers. Raises CheckpointError where the model has fewer."""
         layers = self.num_hidden_layers if changes.num_hidden_layers is None else changes.num_hidden_layers
         dense = self.first_k_dense_replace if changes.first_k_dense_replace is None else changes.first_k_dense_replace
         if not 1 <= layers <= self.num_hidden_layers:
@@ -136,25 +137,25 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     def from_file(cls, path: Path) -> "ModelConfig":
         """Reads a config.json.
 
-        Raises CheckpointError where it cannot be read, is no JSON object, or is not DeepSeek-V3's.
+        Raises CheckpointError where it cannot be read, is not a JSON object, or the model cannot be served.
         """
         try:
             if path.stat().st_size > CONFIG_FILE_BYTES_MAX:
-                raise CheckpointError(f"{path} is larger than {CONFIG_FILE_BYTES_MAX} bytes: it is no model config.")
+                raise CheckpointError(f"{path} is larger than {CONFIG_FILE_BYTES_MAX} bytes: it is not a model config.")
             keys = json.loads(path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
         if not isinstance(keys, dict):
-            raise CheckpointError(f"{path} holds no JSON object.")
+            raise CheckpointError(f"{path} does not contain a JSON object.")
         return cls.from_dict(keys, source=str(path))
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any], *, source: str) -> "ModelConfig":
         """Takes config.json's keys, in DeepSeek's layout or in that of transformers 5.
 
-        `source` names the file in errors. Raises CheckpointError where the model is not a DeepSeek-V3, a key is
+        `source` names the file in errors. Raises CheckpointError where the model type is unknown, a key is
         missing or of the wrong type, or the sizes contradict each other.
         """
         architecture = _architecture(keys, source)
@@ -219,10 +220,10 @@ def _refuse_other_quantisation(quantisation: Any, source: str) -> None:
 
 
 def _rope(keys: dict[str, Any], source: str) -> dict[str, Any]:
-    """rope_theta and yarn, from `rope_scaling` (DeepSeek's layout) or `rope_parameters` (transformers 5)."""
+    """Returns rope_theta and yarn, from `rope_scaling` (DeepSeek's layout) or `rope_parameters` (transformers 5)."""
     rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{source}: rope_scaling is no JSON object.")
+        raise CheckpointError(f"{source}: rope_scaling is not a JSON object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     if kind == "default":

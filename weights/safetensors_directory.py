@@ -20,13 +20,13 @@ INDEX_BYTES_MAX = 1 << 26
 
 
 class _Index(msgspec.Struct, frozen=True):
-    """What we read of model.safetensors.index.json: the file of each tensor."""
+    """The part of model.safetensors.index.json that we read: the file of each tensor."""
 
     weight_map: dict[str, str]
 
 
 class FileFacts(NamedTuple):
-    """What the file system says of a file: where it lies, its length in bytes, and when bytes or inode last changed."""
+    """The state of a file in the file system: its place, length in bytes, and when bytes or inode last changed."""
 
     path: str
     device: int
@@ -37,7 +37,7 @@ class FileFacts(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "FileFacts":
-        """As they are now, of what `path` leads to. Raises OSError."""
+        """Reads the present facts of the file that `path` leads to. Raises OSError."""
         status = path.stat()
         place = (str(path.resolve()), status.st_dev, status.st_ino)
         return cls(*place, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -50,7 +50,7 @@ class SafetensorsDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where the directory holds no readable model."""
+        """Opens the list of tensors. Raises CheckpointError where the directory has no readable model."""
         self._path = path
         self._open: dict[str, Any] = {}
         self._held: dict[str, set[str]] = {}
@@ -66,13 +66,13 @@ class SafetensorsDirectory:
         return name in self._files
 
     def path_of(self, name: str) -> Path:
-        """The file that holds the tensor, or, for one that is not stored, the file that should list it."""
+        """Returns the file that holds the tensor, or, for one that is not stored, the file that should list it."""
         return self._path / self._files.get(name, self._listing)
 
     def facts(self, names: Iterable[str]) -> list[FileFacts] | None:
-        """Facts of the files that hold the tensors, by path. Raises CheckpointError where one cannot be read.
+        """Returns facts of the files that hold the tensors, by path. Raises CheckpointError where one cannot be read.
 
-        None where one is no longer what it was when it was opened: tensors may then be another file's.
+        None where one has changed since it was opened: tensors may then belong to another file.
         """
         paths = sorted({self.path_of(name) for name in names})
         try:
@@ -84,12 +84,12 @@ class SafetensorsDirectory:
         return list(now.values())
 
     def header(self, name: str) -> tuple[str, Shape]:
-        """The tensor's dtype, as safetensors spells it, and its shape. Raises CheckpointError as `tensor` does."""
+        """Returns the tensor's dtype, by safetensors' name, and its shape. Raises CheckpointError as `tensor` does."""
         part = self._holder(name).get_slice(name)
         return part.get_dtype(), tuple(part.get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in mapped memory.
+        """Returns the tensor as stored, in mapped memory.
 
         Raises CheckpointError where it is not stored, or its file is absent, truncated or damaged.
         """
@@ -105,11 +105,11 @@ class SafetensorsDirectory:
         return file
 
     def _file(self, file: str) -> Any:
-        """The library bounds a header to 100 MB and checks that it covers the file's bytes exactly."""
+        """Opens a file; the library bounds a header to 100 MB and checks that it covers the file's bytes exactly."""
         if file not in self._open:
             path = self._path / file
             try:
-                # Before it is opened: where it is replaced in between, the two differ ever after.
+                # Before it is opened: if the file is replaced in between, these facts differ from all later ones.
                 self._opened_as[file] = FileFacts.of(path)
                 opened: Any = safe_open(path, framework="pt")
             except FileNotFoundError as error:
@@ -131,13 +131,13 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
     try:
         if index.stat().st_size > INDEX_BYTES_MAX:
-            raise CheckpointError(f"{index} is larger than {INDEX_BYTES_MAX} bytes: it is no index of shards.")
+            raise CheckpointError(f"{index} is larger than {INDEX_BYTES_MAX} bytes: it is not an index of shards.")
         files = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except OSError as error:
         raise CheckpointError(f"Cannot read {index}: {error.strerror}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of shards: {error}.") from error
+        raise CheckpointError(f"{index} is not an index of shards: {error}.") from error
     for file in set(files.values()):
         if not SHARD_PATTERN.fullmatch(file):
-            raise CheckpointError(f"{index} names the shard {file!r}, which is no .safetensors file beside it.")
+            raise CheckpointError(f"{index} names the shard {file!r}, which is not a .safetensors file beside it.")
     return files

@@ -14,7 +14,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def counted(count: int, noun: str) -> str:
-    """Like "1 row" or "2 rows", "2 batches", "2 Galaxies"."""
+    """Returns a number with its noun, like "1 row" or "2 rows", "2 batches", "2 Galaxies"."""
     if count == 1:
         return f"1 {noun}"
     if noun.endswith("y"):
@@ -23,7 +23,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def in_words(count: int) -> str:
-    """Like "1.5 GiB": three digits or so, in the largest unit that gives a whole part."""
+    """Returns a number of bytes like "1.5 GiB": three digits or so, in the largest unit that gives a whole part."""
     value, unit = float(count), 0
     while value >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1

@@ -33,7 +33,7 @@ class WeightSource(ABC):
     FINGERPRINT_BYTES = 32
 
     def __init__(self, config: ModelConfig, description: str) -> None:
-        """`description` names the source in errors."""
+        """Takes the name of the source in errors as `description`."""
         self.config = config
         self._description = description
         self._shapes = tensor_shapes(config)
@@ -44,7 +44,7 @@ class WeightSource(ABC):
         """Whether `name` is a tensor of the model and present."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """`tensor`, so that a PrefixView can read a source."""
+        """Returns `tensor(name)`, so that a PrefixView can read a source."""
         return self.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +53,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor: float32 where it was quantised, else its stored dtype. Not to be written to.
+        """Returns the tensor: float32 where it was quantised, else its stored dtype. Callers must not write to it.
 
         Raises CheckpointError, naming file and tensor, where it is missing or not as the model needs it.
         """
@@ -67,25 +67,25 @@ class WeightSource(ABC):
 
     @abstractmethod
     def fingerprint(self, *prefixes: str) -> str:
-        """A hexadecimal hash of the config and of all tensors whose names begin with one of `prefixes`.
+        """Returns a hexadecimal hash of the config and of all tensors whose names begin with one of `prefixes`.
 
         Equal exactly where the tensors are equal to the bit. Raises CheckpointError as `validate` does.
         """
 
     @abstractmethod
     def identity(self, *prefixes: str) -> str | None:
-        """A hash of what the file system says of the files that hold the tensors under `prefixes`.
+        """Returns a hash of the file system's facts about the files that hold the tensors under `prefixes`.
 
-        The same at two times only if their fingerprint is. None where the fingerprint costs nothing, or where a file
-        was changed so lately that another change might not show.
+        It is the same at two times only if the fingerprint is. None where the fingerprint costs nothing, or where a
+        file was changed so recently that another change might not show.
         """
 
     def values(self, *prefixes: str) -> int:
-        """How many numbers the tensors of the model under `prefixes` hold. Raises CheckpointError."""
+        """Returns how many numbers the tensors of the model under `prefixes` hold. Raises CheckpointError."""
         return sum(math.prod(self._shape(name)) for name in self._required(prefixes))
 
     def names(self, prefix: str = "") -> list[str]:
-        """The tensors of the model that are present and whose names begin with `prefix`, sorted."""
+        """Returns the sorted names of the tensors of the model that are present and begin with `prefix`."""
         return [name for name in self._under(prefix) if name in self]
 
     def view(self, prefix: str) -> "PrefixView":
@@ -99,7 +99,7 @@ class WeightSource(ABC):
             raise CheckpointError(f"{self._description}: the model has no tensor {name!r}.") from None
 
     def _required(self, prefixes: tuple[str, ...]) -> list[str]:
-        """Names of the model's tensors under the prefixes, each of which must begin at least one; sorted."""
+        """Returns names of the model's tensors under the prefixes, each of which must begin at least one; sorted."""
         names: set[str] = set()
         for prefix in prefixes:
             under = self._under(prefix)

@@ -12,14 +12,14 @@ HEAD = "lm_head.weight"
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a decoder layer's tensors begin with."""
+    """Returns the beginning of the names of a decoder layer's tensors."""
     return f"model.layers.{layer}."
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Shapes of all tensors the model is made of, by name; matrices are [out, in], as torch.nn.Linear has them.
+    """Returns the shapes of all tensors of the model by name; matrices are [out, in], as torch.nn.Linear has them.
 
-    The multi-token-prediction layer that follows the last decoder layer in some checkpoints is no part of it.
+    The multi-token-prediction layer that follows the last decoder layer in some checkpoints is not among them.
     """
     hidden = config.hidden_size
     shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}

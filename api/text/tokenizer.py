@@ -19,29 +19,29 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 CHARACTER_BYTES_MAX = 4
 
-"""Bytes of the longest UTF-8 character (RFC 3629), hence the most tokens that one character can take."""
+"""Bytes of the longest UTF-8 character (RFC 3629), hence the most tokens of one character."""
 
 HELD_TOKENS_MAX = 16
 
-"""Tokens held back in the hope of a whole character; more than this are bytes that form none."""
+"""Tokens that are held back until a character is whole; more than this form no character."""
 
 
 class IncrementalDecoder:
-    """Turns one sequence's tokens into text as they come; special tokens and ids without a token give none.
+    """Turns the tokens of one sequence into text as they arrive; special tokens and unknown ids give no text.
 
-    Bytes that end a sequence within a character are left out. Bytes that can be no character become U+FFFD, as in
-    `Tokenizer.decode`.
+    Bytes of an unfinished character at the end of a sequence are left out. Bytes that cannot form a character become
+    U+FFFD, as in `Tokenizer.decode`.
     """
 
     def __init__(self, tokenizer: Tokenizer, silent: frozenset[int]) -> None:
-        """`silent` are the special tokens' ids that shall give no text."""
+        """Takes the ids of special tokens that give no text in `silent`."""
         self._tokenizer = tokenizer
         self._silent = silent
         self._stream = DecodeStream(skip_special_tokens=False)
         self._held: list[int] = []
 
     def add(self, token: int) -> str | None:
-        """The text that `token` completes: None while a character is short of bytes, empty for a token without text."""
+        """Returns the text that `token` completes: None within a character, empty for a token without text."""
         if token in self._silent or self._tokenizer.id_to_token(token) is None:
             return ""
         text: str | None = self._stream.step(self._tokenizer, token)
@@ -53,7 +53,7 @@ class IncrementalDecoder:
         return None if len(self._held) < HELD_TOKENS_MAX else self._release()
 
     def flush(self) -> str:
-        """What can be read of the tokens held back, when no more will come: all but an unfinished character."""
+        """Returns the text of the tokens held back at the end of a sequence, without an unfinished character."""
         text = self._decode(self._held).rstrip(REPLACEMENT)
         self._held.clear()
         return text
@@ -113,8 +113,7 @@ The same pattern as `pat_str` of its tokenization_kimi.py.
 """
 
 TOKENIZER_BYTES_MAX = 1 << 27
-
-"""Sixteen times DeepSeek-R1's."""
+"""Sixteen times the size of DeepSeek-R1's tokenizer.json."""
 
 CONFIG_BYTES_MAX = 1 << 24
 
@@ -135,8 +134,8 @@ class TextTokenizer:
     ) -> None:
         """`add_bos` puts BOS before every text where tokenizer.json's own post-processor does not.
 
-        `config` is what tokenizer_config.json holds: clients may ask for it. `special_tokens` are its texts of them by
-        name, such as `bos_token`.
+        `config` is the content of tokenizer_config.json, which clients can request. `special_tokens` are the texts of
+        its special tokens by name, such as `bos_token`.
         """
         self._tokenizer = tokenizer
         self.config = config
@@ -163,7 +162,7 @@ class TextTokenizer:
 
         `add_bos_token` of tokenizer_config.json is followed: DeepSeek's own tokenizer.json does not add BOS by itself.
         chat_template.jinja takes precedence over the template in tokenizer_config.json.
-        Raises CheckpointError where there is no tokenizer, or a file is not what its name promises.
+        Raises CheckpointError where there is no tokenizer, or one of the files is malformed.
         """
         if not has_tokenizer(directory):
             raise CheckpointError(
@@ -184,27 +183,30 @@ class TextTokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, after BOS unless `add_special_tokens` is false."""
+        """Returns token ids of `text`, after BOS unless `add_special_tokens` is false."""
         ids = self._encoded(text, add_special_tokens)
         return self._prefix + ids if add_special_tokens else ids
 
     def encode_part(self, text: str, length: int, side: Side, add_special_tokens: bool = True) -> list[int]:
-        """As `encode`, but at most `length` ids: special ones, and the last of the others, or the first for "right"."""
+        """Returns at most `length` of the ids of `encode`.
+
+        Special tokens are kept, and the last of the others, or the first for "right".
+        """
         encoding = self._encoding(text, add_special_tokens=False)
         added = self._tokenizer.num_special_tokens_to_add(False) + len(self._prefix) if add_special_tokens else 0
-        # The library truncates at the side it is told; what is left of a text is its other end.
+        # The library cuts tokens off at the given side, so that the other end of the text is left.
         encoding.truncate(max(length - added, 0), direction=side)
         ids: list[int] = self._tokenizer.post_process(encoding, None, add_special_tokens).ids
         ids = self._prefix + ids if add_special_tokens else ids
         return ids[:length]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `tokens`; bytes that form no character become U+FFFD, ids without a token give nothing."""
+        """Returns the text of `tokens`; bytes that form no character become U+FFFD, unknown ids give nothing."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         return text
 
     def decoder(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        """A decoder for one sequence that grows token by token."""
+        """Returns a decoder for one sequence that grows token by token."""
         return IncrementalDecoder(self._tokenizer, self._special if skip_special_tokens else frozenset())
 
     @property
@@ -218,14 +220,14 @@ class TextTokenizer:
         return sorted(self._special)
 
     def token_text(self, token: int) -> str:
-        """Text of one token by itself, special ones included; U+FFFD for bytes that are no whole character."""
+        """Returns the text of one token by itself, also of special ones; U+FFFD for a part of a character."""
         text = self._texts.get(token)
         if text is None:
             text = self._texts[token] = self.decode([token], skip_special_tokens=False)
         return text
 
     def token_string(self, token: int) -> str:
-        """A token as the vocabulary spells it, such as "Ġthe"; empty for an id without a token."""
+        """Returns a token as the vocabulary spells it, such as "Ġthe"; empty for an unknown id."""
         return self._tokenizer.id_to_token(token) or ""
 
     def is_special(self, token: int) -> bool:
@@ -352,7 +354,7 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
+        raise CheckpointError(f"{path} does not contain a JSON object.")
     template = read_bounded(directory / CHAT_TEMPLATE_FILE, CONFIG_BYTES_MAX)
     return config if template is None else {**config, "chat_template": template.decode(errors="replace")}
 

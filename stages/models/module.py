@@ -1,4 +1,4 @@
-"""What all modules share: the way their configs become one, and the settings of matrix kernels."""
+"""Base classes and helpers of all modules: how their configs are joined, and the settings of matrix kernels."""
 
 import dataclasses
 from abc import abstractmethod
@@ -152,7 +152,10 @@ class Modules:
 
 
 def matmul_kernel() -> ttnn.WormholeComputeKernelConfig:
-    """Two passes over the mantissa: enough for 8-bit weights (bfloat8_b keeps 7 bits), at half HiFi4's time."""
+    """Returns the settings of matrix kernels: two passes over the mantissa.
+
+    They are enough for 8-bit weights (bfloat8_b keeps 7 bits), at half the time of HiFi4.
+    """
     return ttnn.WormholeComputeKernelConfig(
         math_fidelity=ttnn.MathFidelity.HiFi2,
         math_approx_mode=False,
@@ -167,7 +170,7 @@ def columns(mesh_device: ttnn.MeshDevice) -> int:
 
 
 def share(size: int, parts: int, what: str) -> int:
-    """`size` / `parts`; raises PlanError, naming `what`, where it leaves a rest."""
+    """`size` / `parts`; raises PlanError, naming `what`, where there is a remainder."""
     if size % parts:
         raise PlanError(f"{what} ({size}) cannot be shared evenly by {parts} chips.")
     return size // parts

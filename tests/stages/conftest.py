@@ -1,4 +1,4 @@
-"""What the tests of stages share as fixtures."""
+"""Fixtures that the tests of stages share."""
 
 from collections.abc import Iterator
 

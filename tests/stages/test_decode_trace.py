@@ -16,7 +16,7 @@ from tests.support.stage_driver import Driver, cache_options, relative_error, st
 OVERRIDES = {"n_routed_experts": 32, "num_attention_heads": 8}
 STEPS = 6
 START = 29
-"""Positions pass the end of a block of 32 on the way."""
+"""A first position from which STEPS positions pass the end of a block of 32."""
 
 Load = Callable[..., Driver]
 
@@ -41,7 +41,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
 
 
 def decoded(driver: Driver, slots: list[int]) -> list[torch.Tensor]:
-    """Logits of steps of all slots, then of fewer, then of all again."""
+    """Returns logits of steps of all slots, then of fewer, then of all again."""
     for slot in slots:
         driver.admit(slot)
     logits = [driver.prefill({slot: [slot + at for at in range(START)] for slot in slots})]
@@ -86,7 +86,7 @@ def test_results_stay_while_the_next_step_runs(tmp_path: Path, load: Load) -> No
 def captured(
     mesh: ttnn.MeshDevice, compute: Callable[[ttnn.Tensor], ttnn.Tensor], x: ttnn.Tensor
 ) -> tuple[int, ttnn.Tensor]:
-    """A trace of `compute`, and its result."""
+    """Returns a trace of `compute`, and its result."""
     trace = ttnn.begin_trace_capture(mesh, cq_id=0)
     try:
         result = compute(x)

@@ -1,4 +1,4 @@
-"""A stage as its caller sees it: bytes, progress, epochs, the weight cache, and steps it must refuse."""
+"""The interface of a stage: bytes, progress, epochs, the weight cache, and steps that it must refuse."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -184,7 +184,7 @@ def test_a_new_epoch_forgets_all_slots(load: Callable[..., Driver]) -> None:
         (a_segment(tokens=[1] * 33), "prefill", r"would hold 33 tokens, but its 1 blocks of 32 hold 32"),
         (a_segment(new_blocks=[]), "prefill", "its 0 blocks"),
         (a_segment(start=32, new_blocks=[0, 1]), "prefill", "leaves a gap"),
-        (a_segment(start=5), "prefill", "no multiple of the block size 32"),
+        (a_segment(start=5), "prefill", "not a multiple of the block size 32"),
         (a_segment(start=1, tokens=[1]), "decode", "leaves a gap"),
         (a_segment(new_blocks=[10**6]), "prefill", "is not one of"),
         (a_segment(new_blocks=[-1]), "prefill", "is not one of"),

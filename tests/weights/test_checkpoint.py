@@ -344,7 +344,7 @@ def test_an_index_cannot_point_out_of_its_directory(sharded: Path, shard: str) -
     index = rewrite_index(sharded, **{"lm_head.weight": shard})
     with pytest.raises(CheckpointError) as refusal:
         Checkpoint.open(sharded)
-    assert str(refusal.value) == f"{index} names the shard {shard!r}, which is no .safetensors file beside it."
+    assert str(refusal.value) == f"{index} names the shard {shard!r}, which is not a .safetensors file beside it."
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {"a": 1}}', "[" * 100_000, "\xff"])
@@ -353,14 +353,14 @@ def test_a_bad_index_is_named(sharded: Path, text: str) -> None:
     index.write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError) as refusal:
         Checkpoint.open(sharded)
-    assert str(refusal.value).startswith(f"{index} is no index of shards: ")
+    assert str(refusal.value).startswith(f"{index} is not an index of shards: ")
 
 
 def test_an_index_of_absurd_size_is_not_read(sharded: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     with index.open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match="is larger than 67108864 bytes: it is no index of shards"):
+    with pytest.raises(CheckpointError, match="is larger than 67108864 bytes: it is not an index of shards"):
         Checkpoint.open(sharded)
 
 

@@ -111,7 +111,7 @@ YARN = config_keys()["rope_scaling"]
             "weight_block_size is [64, 64]",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size is None"),
-        ({"rope_scaling": "yarn"}, "rope_scaling is no JSON object"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is not a JSON object"),
         ({"rope_scaling": {**YARN, "type": "linear"}}, "rope type 'linear' is unknown"),
         ({"rope_scaling": {"type": "yarn", "factor": 40}}, "original_max_position_embeddings"),
         ({"rope_scaling": {**YARN, "factor": 0}}, "rope_scaling.factor is 0.0; it must be positive"),
@@ -146,7 +146,7 @@ def test_a_missing_key_is_named() -> None:
     ("text", "sentence"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "does not contain a JSON object"),
         ("[" * 100_000, "is not valid JSON"),
         ("\xff", "is not valid JSON"),
         (json.dumps({"padding": " " * (1 << 20)}), "is larger than 1048576 bytes"),

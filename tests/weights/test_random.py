@@ -1,4 +1,4 @@
-"""Random weights: reproducible from seed and name, whatever is asked for first, and of sensible size."""
+"""Random weights: reproducible from seed and name in any order of reading, and of sensible size."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""No file and no peer can make this program run code of theirs."""
+"""Neither a file nor a peer can make this program run foreign code."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ PACKAGES = ("actors", "api", "benchmarks", "stages", "weights")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 UNSAFE_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve", "yaml"}
 ONLY_ITS_ERROR = ROOT / "api" / "demo" / "accuracy.py"
-"""torch.load raises pickle's own error for what is no reference file; nothing else of pickle is used there."""
+"""torch.load raises pickle's own error for a file that is not a reference file; tests use nothing else of it."""
 
 
 @functools.cache

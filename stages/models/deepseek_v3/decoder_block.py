@@ -29,7 +29,7 @@ class DecoderBlockState(TypedDict):
 
 
 class DecoderBlockRunConfig(TypedDict):
-    """What all kinds of layers need for a forward pass."""
+    """The arguments of a forward pass of any kind of layer."""
 
     mesh_device: ttnn.MeshDevice
     input_layernorm: RMSNormRunConfig
@@ -38,13 +38,13 @@ class DecoderBlockRunConfig(TypedDict):
 
 
 class DenseBlockRunConfig(DecoderBlockRunConfig):
-    """A layer with one feed-forward network."""
+    """The arguments of a layer with one feed-forward network."""
 
     mlp: MLPRunConfig
 
 
 class MoEBlockRunConfig(DecoderBlockRunConfig):
-    """A layer with a mixture of experts."""
+    """The arguments of a layer with a mixture of experts."""
 
     mlp: MoERunConfig
 
@@ -113,7 +113,7 @@ class DecoderBlock(DecoderModule[BlockT]):
         cache: CacheOptions,
         dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> DecoderBlockState:
-        """The layer's KV cache, of the size that `cache` asks for."""
+        """Returns the state of all parts, with a KV cache of the size that `cache` gives."""
         return {
             "mesh_device": mesh_device,
             "input_layernorm": RMSNorm.create_state(hf_config, mesh_device),
@@ -141,16 +141,16 @@ class DecoderBlock(DecoderModule[BlockT]):
     @classmethod
     @abstractmethod
     def _feed_forward_prefill(cls, x: ttnn.Tensor, cfg: BlockT) -> ttnn.Tensor:
-        """The feed-forward part alone."""
+        """Runs the feed-forward part over many tokens."""
 
     @classmethod
     @abstractmethod
     def _feed_forward_decode(cls, x: ttnn.Tensor, cfg: BlockT) -> ttnn.Tensor:
-        """The feed-forward part alone."""
+        """Runs the feed-forward part over one token a user."""
 
 
 class DenseBlock(DecoderBlock[DenseBlockRunConfig]):
-    """One of the first layers, with one feed-forward network."""
+    """A decoder layer with one feed-forward network: one of the first layers."""
 
     feed_forward = MLP
 
@@ -164,7 +164,7 @@ class DenseBlock(DecoderBlock[DenseBlockRunConfig]):
 
 
 class MoEBlock(DecoderBlock[MoEBlockRunConfig]):
-    """One of the other layers, with a mixture of experts."""
+    """A decoder layer with a mixture of experts: one of the layers after the first ones."""
 
     feed_forward = MoE
 

@@ -1,4 +1,4 @@
-"""Token ids to hidden states."""
+"""The embedding: token ids to hidden states."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -18,7 +18,7 @@ class EmbeddingState(TypedDict):
 
 
 class EmbeddingRunConfig(EmbeddingState):
-    """What a forward pass needs."""
+    """The arguments of a forward pass."""
 
     embedding: EmbeddingConfig
 
@@ -64,7 +64,7 @@ class Embedding(TokenwiseModule[EmbeddingRunConfig]):
 
     @classmethod
     def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> EmbeddingState:
-        """Nothing but the mesh."""
+        """Returns the mesh, which is all of the state."""
         return {"mesh_device": mesh_device}
 
     @classmethod

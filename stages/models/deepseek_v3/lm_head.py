@@ -1,4 +1,4 @@
-"""Hidden states to logits: the final norm, the tokens that are asked for, and the head."""
+"""Hidden states to logits: the final norm, the choice of tokens that need logits, and the head."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -32,7 +32,7 @@ class LMHeadState(TypedDict):
 
 
 class LMHeadRunConfig(TypedDict):
-    """What a forward pass needs."""
+    """The arguments of a forward pass."""
 
     mesh_device: ttnn.MeshDevice
     pick: EmbeddingConfig
@@ -88,7 +88,7 @@ class LMHead(HeadModule[LMHeadRunConfig]):
 
     @classmethod
     def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> LMHeadState:
-        """Nothing but the mesh."""
+        """Returns the mesh, which is all of the state."""
         return {"mesh_device": mesh_device, "norm": RMSNorm.create_state(hf_config, mesh_device)}
 
     @classmethod
@@ -111,7 +111,7 @@ class LMHead(HeadModule[LMHeadRunConfig]):
     def to_torch(
         cls, logits: ttnn.Tensor, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice
     ) -> torch.Tensor:
-        """Float32 [tokens of all rows, vocabulary] on the host, without the padding."""
+        """Returns float32 [tokens of all rows, vocabulary] on the host, without the padding."""
         shape = tuple(mesh_device.shape)
         host = ttnn.to_torch(logits, mesh_composer=ttnn.ConcatMesh2dToTensor(mesh_device, shape, (2, 3)))
         return host[0, 0, :, : ModelConfig.from_hf(hf_config).vocab_size].float()

@@ -2,7 +2,7 @@
 
 The cache keeps one latent and one rotated key for each token, shared by all heads (DeepSeek-V2, arXiv:2405.04434,
 2.1). Projections are tensor parallel by heads; attention itself is parallel by users, because the cache has no heads
-to share out: an all-to-all before and after it swaps the one for the other.
+to share out: an all-to-all before and after attention exchanges heads for users.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def convert_mla_weights(
     share(config.num_attention_heads, columns(mesh_device), "The number of attention heads")
     share(config.hidden_size, columns(mesh_device), "The hidden size")
 
-    # Made one after the other, so that no two are held at once.
+    # Functions, so that one tensor is made after the other and no two are held at once.
     made: dict[str, Callable[[], torch.Tensor]] = {
         "wq_kv_a": lambda: fused_down_projection(state_dict),
         "q_norm": lambda: state_dict["q_a_layernorm.weight"][None, None, None],
@@ -93,13 +93,10 @@ def _up_projection(config: ModelConfig, state_dict: StateDict) -> torch.Tensor:
 
 
 SDPA_GRID = (8, 8)
-
 """Cores of a Wormhole chip that attention uses, columns and rows."""
 
 DECODE_CHUNK = 128
-
 PREFILL_CHUNK = 32
-
 """Tokens that a flash attention kernel takes at a time; larger chunks of 576 values overflow L1."""
 
 
@@ -112,7 +109,7 @@ class MLAState(TypedDict):
 
 
 class MLARunConfig(MLAState):
-    """What a forward pass needs; `attention` is an MLAPrefillConfig or an MLADecodeConfig."""
+    """The arguments of a forward pass; `attention` is an MLAPrefillConfig or an MLADecodeConfig."""
 
     wq_kv_a: LinearConfig
     all_reduce: AllReduceConfig
@@ -211,10 +208,10 @@ class MLA(Module[MLARunConfig]):
         cache: CacheOptions,
         dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> MLAState:
-        """An empty cache of the size that `cache` asks for.
+        """Returns an empty KV cache of the size that `cache` gives.
 
-        Raises PlanError where kv_lora_rank is no multiple of a tile's width, which attention cannot split off, or
-        where heads are too few for the columns of a mesh of chips.
+        Raises PlanError where kv_lora_rank is not a multiple of a tile's width, which attention cannot split off,
+        or where heads are too few for the columns of a mesh of chips.
         """
         config = ModelConfig.from_hf(hf_config)
         heads, parts = config.num_attention_heads, columns(mesh_device)
@@ -259,7 +256,7 @@ class MLA(Module[MLARunConfig]):
 
     @classmethod
     def _project(cls, x: ttnn.Tensor, cfg: MLARunConfig, rope: Rope) -> tuple[ttnn.Tensor, ttnn.Tensor]:
-        """Queries [1, heads / columns, tokens, kv_dim] and what the cache keeps, [1, 1, tokens, kv_dim]."""
+        """Returns queries [1, heads / columns, tokens, kv_dim] and the entries of the cache, [1, 1, tokens, kv_dim]."""
         config = cfg["config"]
         tokens = x.shape[2]
         q_end, kv_end = config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank
@@ -303,7 +300,7 @@ class MLA(Module[MLARunConfig]):
 
     @classmethod
     def _output(cls, attended: ttnn.Tensor, cfg: MLARunConfig) -> ttnn.Tensor:
-        """[1, tokens, heads / columns, kv_lora_rank] -> [1, 1, tokens, hidden / columns]."""
+        """Projects attended latents: [1, tokens, heads / columns, kv_lora_rank] -> [1, 1, tokens, hidden / columns]."""
         values = ttnn.linear(ttnn.permute(attended, (0, 2, 1, 3)), **cfg["wkv_b2"])
         _, heads, tokens, width = values.shape
         values = ttnn.reshape(ttnn.permute(values, (0, 2, 1, 3)), (1, 1, tokens, heads * width))
@@ -317,12 +314,12 @@ def _sdpa_program(q_chunk: int, k_chunk: int) -> ttnn.SDPAProgramConfig:
 
 
 def _values(x: ttnn.Tensor, begin: int, end: int) -> ttnn.Tensor:
-    """A range of the last dimension of x, [1, heads, tokens, width]."""
+    """Returns a range of the last dimension of x, [1, heads, tokens, width]."""
     return ttnn.slice(x, [0, 0, 0, begin], [x.shape[0], x.shape[1], x.shape[2], end])
 
 
 def _tokens(x: ttnn.Tensor, dim: int, begin: int, length: int) -> ttnn.Tensor:
-    """A range of tokens on dimension `dim`; x itself where it is all of them."""
+    """Returns a range of tokens on dimension `dim`; x itself where it is all of them."""
     if length == x.shape[dim]:
         return x
     begins, ends = [0, 0, 0, 0], list(x.shape)

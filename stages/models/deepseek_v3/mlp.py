@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward network: of dense layers, and of a mixture's shared experts."""
+"""The SwiGLU feed-forward network of dense layers and of the shared experts of a mixture."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -20,7 +20,7 @@ from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 PROJECTIONS = {"w1": "gate_proj.weight", "w3": "up_proj.weight", "w2": "down_proj.weight"}
-"""What the operations' weights are called in a checkpoint."""
+"""The names of the operations' weights in a checkpoint."""
 
 
 class MLPState(TypedDict):
@@ -30,7 +30,7 @@ class MLPState(TypedDict):
 
 
 class MLPRunConfig(MLPState):
-    """What a forward pass needs: w1 gates, w3 goes up, w2 comes down."""
+    """The arguments of a forward pass: w1 gates, w3 goes up, w2 comes down."""
 
     all_gather: AllGatherConfig
     w1: LinearConfig
@@ -96,7 +96,7 @@ class MLP(TokenwiseModule[MLPRunConfig]):
 
     @classmethod
     def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> MLPState:
-        """Nothing but the mesh."""
+        """Returns the mesh, which is all of the state."""
         return {"mesh_device": mesh_device}
 
     @classmethod

@@ -40,7 +40,7 @@ class MoEState(TypedDict):
 
 
 class MoERunConfig(TypedDict):
-    """What a forward pass needs."""
+    """The arguments of a forward pass."""
 
     mesh_device: ttnn.MeshDevice
     select: ttnn.Tensor
@@ -55,7 +55,7 @@ class MoERunConfig(TypedDict):
 
 
 class MoE(TokenwiseModule[MoERunConfig]):
-    """Sum of the chosen experts, by their weights, and of the shared ones."""
+    """The weighted sum of the chosen experts, plus the shared ones."""
 
     @classmethod
     def convert_weights(
@@ -135,7 +135,7 @@ class MoE(TokenwiseModule[MoERunConfig]):
 
     @classmethod
     def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> MoEState:
-        """The selection of each chip's experts."""
+        """Returns the selection of each chip's experts."""
         config = ModelConfig.from_hf(hf_config)
         return {
             "mesh_device": mesh_device,
@@ -158,7 +158,7 @@ class MoE(TokenwiseModule[MoERunConfig]):
         weights, indices = composite.moe_gate(logits, **cfg["route"])
         routed = composite.routed_experts(every, weights, indices, select=cfg["select"], **cfg["experts"])
         routed = composite.reduce_scatter(routed, **cfg["scatter_tokens"])
-        # Both are partial sums over columns, so that one reduce-scatter does for the two.
+        # Both are partial sums over columns, so that one reduce-scatter suffices.
         partial = ttnn.add(routed, MLP.forward_partial(own, cfg["shared_experts"]))
         return composite.reduce_scatter(partial, **cfg["scatter_hidden"])
 
@@ -166,8 +166,8 @@ class MoE(TokenwiseModule[MoERunConfig]):
 def stacked_experts(config: ModelConfig, state_dict: StateDict, projection: str) -> torch.Tensor:
     """[1, experts, in, out], a view of [experts, out, in] as checkpoints store each one.
 
-    Filled expert by expert, so that no second copy of all of them is ever held; in bfloat16 where the checkpoint's
-    values are, which FP8 values times a scale are not.
+    It is filled expert by expert, so that no second copy of all of them is ever held. The dtype is that of the
+    checkpoint's values, or float32 for FP8 values times a scale.
     """
     first = state_dict[f"experts.0.{projection}"]
     stack = torch.empty(config.n_routed_experts, *first.shape, dtype=first.dtype)

@@ -11,7 +11,7 @@ from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
 
 LATENT_EPSILON = 1e-6
-"""Epsilon of the norms inside attention: the default of DeepseekV3RMSNorm, whatever rms_norm_eps says."""
+"""Epsilon of the norms inside attention: the default of DeepseekV3RMSNorm, whatever rms_norm_eps is."""
 
 
 class RMSNormState(TypedDict):
@@ -21,7 +21,7 @@ class RMSNormState(TypedDict):
 
 
 class RMSNormRunConfig(RMSNormState):
-    """What a forward pass needs."""
+    """The arguments of a forward pass."""
 
     norm: RMSNormConfig
     all_gather_stats: AllGatherConfig
@@ -67,7 +67,7 @@ class RMSNorm(TokenwiseModule[RMSNormRunConfig]):
 
     @classmethod
     def create_state(cls, hf_config: HuggingFaceConfig | ModelConfig, mesh_device: ttnn.MeshDevice) -> RMSNormState:
-        """Nothing but the mesh."""
+        """Returns the mesh, which is all of the state."""
         return {"mesh_device": mesh_device}
 
     @classmethod

@@ -19,7 +19,7 @@ def rope_tables(config: ModelConfig, mesh_device: ttnn.MeshDevice, positions: in
 
 
 def cos_sin(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 [positions, rope width], each angle twice: DeepSeek rotates pairs of neighbouring values.
+    """Returns float32 [positions, rope width], each angle twice: DeepSeek rotates pairs of neighbouring values.
 
     Under YaRN both are scaled by mscale / mscale_all_dim (modeling_deepseek.py, DeepseekV3YarnRotaryEmbedding).
     """
@@ -33,7 +33,7 @@ def cos_sin(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Float32 [rope width / 2]: theta^(-2i / width), interpolated by YaRN where it is on (arXiv:2309.00071, 3.2)."""
+    """Returns float32 [rope width / 2]: theta^(-2i / width), interpolated under YaRN (arXiv:2309.00071, 3.2)."""
     width = config.qk_rope_head_dim
     periods = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if config.yarn is None:
@@ -44,7 +44,7 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def correction_range(yarn: Yarn, width: int, theta: float) -> tuple[float, float]:
-    """The pairs between which YaRN goes from extrapolation to interpolation, within 0 .. `width` - 1.
+    """Returns the pairs between which YaRN goes from extrapolation to interpolation, within 0 .. `width` - 1.
 
     The pair that turns r times over the original context is width * ln(context / (2 pi r)) / (2 ln theta)
     (modeling_deepseek.py, yarn_find_correction_range). An empty range is widened by 0.001 against division by 0.
@@ -60,7 +60,7 @@ def correction_range(yarn: Yarn, width: int, theta: float) -> tuple[float, float
 
 
 def pair_swap(size: int) -> torch.Tensor:
-    """[1, 1, size, size]: x @ pair_swap takes each pair (a, b) to (-b, a)."""
+    """Returns a matrix [1, 1, size, size]: x @ pair_swap takes each pair (a, b) to (-b, a)."""
     matrix = torch.zeros(1, 1, size, size)
     even = torch.arange(0, size, 2)
     matrix[..., even, even + 1] = 1

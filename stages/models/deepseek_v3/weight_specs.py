@@ -39,7 +39,7 @@ def head_projection(config: ModelConfig, columns: int, dtypes: WeightDtypes = DE
 
 
 def padded_vocabulary(config: ModelConfig, columns: int) -> int:
-    """Tokens of the head: as many whole tiles for every column; one chip's head is as it is."""
+    """The tokens of the head, padded to the same whole tiles for every column; not padded on one chip."""
     return config.vocab_size if columns == 1 else round_up(config.vocab_size, columns * TILE)
 
 

@@ -131,7 +131,7 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
     [
         (["r1", "--model", HUB_ID], "leave one out"),
         (["r1", "--users", "20"], "20 users a row cannot be shared evenly by its 8 chips: choose a multiple of 8."),
-        (["r1", "--block-size", "33"], "Block size 33 is no multiple of 32"),
+        (["r1", "--block-size", "33"], "Block size 33 is not a multiple of 32"),
         (["r1", "--max-model-len", "200000"], "--max-model-len 200000 is more than the model's 163840 positions."),
         (["r1", "--context", "5000"], "--context 5000 is more than the 4096 tokens of --max-model-len."),
         (["r1", "--layers-per-stage", "30,31", "--stages", "3"], "leave one of them out"),

@@ -89,7 +89,7 @@ def test_the_cache_holds_all_requests_at_full_length_if_memory_allows(monkeypatc
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(OptionError, match="more than the model's 2048 positions"):
         options(max_model_len=2049)
-    with pytest.raises(PlanError, match="Block size 31 is no multiple of 32"):
+    with pytest.raises(PlanError, match="Block size 31 is not a multiple of 32"):
         options(block_size=31)
     with pytest.raises(PlanError, match="give at least 64 blocks"):
         options(num_blocks=63)

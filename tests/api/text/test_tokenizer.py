@@ -164,7 +164,7 @@ KIMI_PATTERN = regex.compile(
     ),
     regex.V1,
 )
-"""What tokenization_kimi.py calls `pat_str`."""
+"""The pattern that tokenization_kimi.py has as `pat_str`."""
 
 MERGED = [
     "he",
@@ -209,7 +209,7 @@ def write_tiktoken(directory: Path, ranks: Mapping[bytes, int] = RANKS, **config
 
 
 def merged_by_rank(text: str) -> list[int]:
-    """What tiktoken does, plainly: of each piece, the two neighbours whose joined bytes have the lowest rank."""
+    """Encodes plainly as tiktoken does: of each piece it merges the two neighbours of the lowest joined rank."""
     ids = []
     for piece in KIMI_PATTERN.findall(text):
         parts = [bytes([byte]) for byte in piece.encode()]

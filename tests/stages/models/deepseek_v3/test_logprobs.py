@@ -60,7 +60,7 @@ def expected_logprobs(reference: DeepseekV3ForCausalLM, tokens: list[int]) -> to
 
 
 def assert_scores(entry: TokenLogprobs, token: int, top: int, expected: torch.Tensor) -> None:
-    """`entry` is that of `token` with `top` best ones, where the reference has `expected` [vocabulary]."""
+    """Checks the entry of `token` with the `top` best ones against the reference's log-probabilities [vocabulary]."""
     own = float(expected[token])
     assert abs(entry.logprob - own) < TOLERANCE
     assert int((expected > own + TOLERANCE).sum()) < entry.rank <= int((expected >= own - TOLERANCE).sum())
@@ -74,7 +74,7 @@ def assert_scores(entry: TokenLogprobs, token: int, top: int, expected: torch.Te
 def scores_of_prompts(
     driver: Driver, texts: Mapping[int, list[int]], chosen: Mapping[int, SamplingParams], chunk: int
 ) -> dict[int, list[TokenLogprobs]]:
-    """Prefills all slots at once, `chunk` tokens of each in a step; the entries of those that ask for them."""
+    """Prefills all slots at once, `chunk` tokens of each a step; returns the entries that are asked for."""
     for slot, text in texts.items():
         driver.admit(slot, chosen[slot], text)
     scores: dict[int, list[TokenLogprobs]] = {slot: [] for slot in texts}
@@ -164,7 +164,7 @@ def test_few_logits_are_held_at_a_time(
 def answers(
     driver: Driver, texts: Mapping[int, list[int]], count: int
 ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs | None]]]:
-    """`count` more tokens for each slot, whose requests have been admitted and hold nothing yet."""
+    """Samples `count` tokens for each slot, whose requests have been admitted and hold nothing yet."""
     tokens: dict[int, list[int]] = {slot: [] for slot in texts}
     entries: dict[int, list[TokenLogprobs | None]] = {slot: [] for slot in texts}
     for step in range(count):
@@ -186,7 +186,7 @@ def answers(
 def test_sampled_tokens_have_the_models_own_log_probabilities(
     stages: int, mesh_shape: tuple[int, int], model: Path, reference: DeepseekV3ForCausalLM, load: Load
 ) -> None:
-    """Whatever options choose the token: log-probabilities are from before they act."""
+    """Log-probabilities are those before sampling options act, whichever token these choose."""
     pools = mesh_shape[0] * mesh_shape[1]
     driver = load(model, stages, mesh_shape, cache=cache_options(slots=4 * pools, pools=pools, max_model_len=128))
     texts = dict(enumerate(prompts(4, SIZE)))
@@ -228,7 +228,7 @@ CHOOSY: dict[str, Any] = {
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 @pytest.mark.parametrize("after", [1, 4])
 def test_a_preempted_request_goes_on_as_it_would_have(after: int, temperature: float, model: Path, load: Load) -> None:
-    """It is admitted again, to another slot, with its tokens so far, and beside a request that was not there."""
+    """The request is admitted again, to another slot, with its tokens so far, beside a new request."""
     text = prompts(1, SIZE)[0]
     chosen = params(**CHOOSY, temperature=temperature, seed=11)
     driver = load(model, 2)

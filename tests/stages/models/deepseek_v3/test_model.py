@@ -132,7 +132,7 @@ MESH_MODEL: dict[str, Any] = {**TINY, "n_routed_experts": 32, "num_attention_hea
 
 
 def mesh_logits(load: Load, model: Path, mesh_shape: tuple[int, int], texts: list[list[int]]) -> list[torch.Tensor]:
-    """Logits of prefills of all but the last tokens of `texts`, then of decode steps; slots as unlike as can be."""
+    """Returns logits of prefills of all but the last tokens of `texts`, then of decode steps, in slots far apart."""
     pools = mesh_shape[0] * mesh_shape[1]
     cache = cache_options(slots=len(texts) * pools, pools=pools, max_model_len=128)
     driver = load(model, cache=cache, mesh_shape=mesh_shape)
@@ -174,7 +174,7 @@ def test_meshes(mesh_shape: tuple[int, int], tmp_path: Path, load: Load) -> None
 def test_steps_padded_for_chips(
     mesh_shape: tuple[int, int], tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fills 32 places a row, and lanes of few lengths, changes nothing."""
+    """Padding to 32 tokens a row, and to lanes of few lengths, changes nothing."""
     model = write_checkpoint(tmp_path / "model", overrides=MESH_MODEL)
     texts = prompts(5, TINY["vocab_size"])
     plain = mesh_logits(load, model, mesh_shape, texts)

@@ -69,7 +69,7 @@ def from_mesh(x: ttnn.Tensor, mesh_device: ttnn.MeshDevice) -> torch.Tensor:
 
 
 def run_configs(module: Any, state_dict: Any, path: Path, mesh_device: ttnn.MeshDevice) -> tuple[Any, Any]:
-    """Prefill's and decode's, from the same files."""
+    """Returns the run configs of prefill and of decode, from the same files."""
     files = module.convert_weights(HF_CONFIG, state_dict, path, mesh_device)
     state = module.create_state(HF_CONFIG, mesh_device)
     return (
@@ -79,7 +79,7 @@ def run_configs(module: Any, state_dict: Any, path: Path, mesh_device: ttnn.Mesh
 
 
 def check(module: Any, reference: torch.nn.Module, path: Path, mesh_device: ttnn.MeshDevice, state_dict: Any) -> None:
-    """Prefill and decode of a module from hidden states to hidden states."""
+    """Runs prefill and decode of a module, from hidden states to hidden states."""
     prefill, decode = run_configs(module, state_dict, path, mesh_device)
     x = torch.randn(1, 1, TOKENS, KEYS["hidden_size"])
     expected = reference(x[0])[None]
@@ -104,7 +104,7 @@ def test_mlp(mesh_device: ttnn.MeshDevice, tmp_path: Path) -> None:
 
 
 def moe_reference() -> tuple[DeepseekV3MoE, dict[str, torch.Tensor]]:
-    """transformers' mixture with random weights, and its tensors under a checkpoint's names."""
+    """Returns transformers' mixture with random weights, and its tensors under a checkpoint's names."""
     reference: DeepseekV3MoE = DeepseekV3MoE(HF_CONFIG)
     for parameter in reference.parameters():
         parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
