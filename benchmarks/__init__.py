@@ -1,4 +1,4 @@
-"""How fast the parts are: ratios of two things measured in turn in one run, and processor time, which does not wait.
+"""Benchmarks: ratios of two things measured in turn in one run, and processor time, which other load does not change.
 
-`make bench` runs all of them; `python -m benchmarks.hop --help` and so on run one. docs/benchmarks.md explains them.
+`make bench` runs all of them; `python -m benchmarks.hop --help` and so on explain one. docs/benchmarks.md has results.
 """

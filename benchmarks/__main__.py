@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all of them, each in a process of its own."""
+"""`python -m benchmarks`: all benchmarks, each in a process of its own."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def main(short: bool, device: Device, out: Path) -> None:
     """Run all benchmarks, one after the other: each prints a table and writes its figures as JSON."""
     options = ["--out", str(out), *(["--short"] if short else [])]
     for name in BENCHMARKS:
-        # Scaling and overload are matters of stages that wait, not of a processor that all of them share.
+        # Scaling and overload need stages that wait, not stages that share one processor.
         on = "timed" if name == "overload" or (name == "scaling" and device == "embedded") else device
         command = [sys.executable, "-m", f"benchmarks.{name}", "--device", on, *options]
         code = subprocess.run(command, check=False).returncode

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.checkpoint NAME DIR`: models of random weights to measure with, as Hugging Face stores them."""
+"""`python -m benchmarks.checkpoint NAME DIR`: checkpoints of random weights in Hugging Face's format."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SEED = 0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 LINEAR = "_proj"
-"""In the names of the matrices that DeepSeek-R1 stores as FP8."""
+"""A part of the names of all matrices that DeepSeek-R1 stores as FP8."""
 
 QUANTISATION = {
     "activation_scheme": "dynamic",
@@ -31,13 +31,13 @@ QUANTISATION = {
     "quant_method": "fp8",
     "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
-"""`quantization_config` of DeepSeek-R1."""
+"""The `quantization_config` of DeepSeek-R1."""
 
 
 class Size(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model has under the names of config.json; the rest is as in the sample model.
+    """The sizes of a model, named as in config.json; the rest is as in the sample model.
 
-    With `is_fp8`, the layers that DeepSeek-R1 stores so are FP8, with a scale for each block.
+    With `is_fp8`, the layers that DeepSeek-R1 stores as FP8 are FP8 too, with a scale for each block.
     """
 
     vocab_size: int
@@ -74,7 +74,7 @@ MINI576 = Size(
     n_routed_experts=32,
     num_experts_per_tok=4,
 )
-"""DeepSeek-V3's head sizes, and as many values as two cores read in a twentieth of a second."""
+"""A model with DeepSeek-V3's head sizes, and as many values as two cores read in a twentieth of a second."""
 
 TINY = Size(
     vocab_size=1024,
@@ -91,7 +91,7 @@ TINY = Size(
     n_routed_experts=16,
     num_experts_per_tok=4,
 )
-"""For the short form: loaded in no time."""
+"""A model for the short form, which is loaded in no time."""
 
 SIZES = {
     "mini576": MINI576,
@@ -103,9 +103,9 @@ SIZES = {
 
 
 def write_checkpoint(name: str, directory: Path) -> Path:
-    """Writes the model `name` of SIZES, with the sample model's tokenizer, unless it is there; returns `directory`.
+    """Writes the model `name` of SIZES with the sample model's tokenizer unless it exists; returns `directory`.
 
-    Weights are bfloat16 (biases of routers float32), or FP8 where the size says so, and follow from SEED alone.
+    Weights are bfloat16 (biases of routers float32), or FP8 if the size has `is_fp8`, and follow from SEED alone.
     """
     config = config_keys(SIZES[name])
     marker = directory / "config.json"
@@ -118,13 +118,13 @@ def write_checkpoint(name: str, directory: Path) -> Path:
     for file in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE_DIR / file, directory / file)
     (directory / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG), encoding="utf-8")
-    # Last, so that a directory with it is whole.
+    # This is written last, so that a directory with it is complete.
     marker.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return directory
 
 
 def config_keys(size: Size) -> dict[str, object]:
-    """The keys of config.json."""
+    """The contents of config.json."""
     sizes = msgspec.structs.asdict(size)
     quantisation = {"quantization_config": QUANTISATION} if sizes.pop("is_fp8") else {}
     return {**CONFIG, **sizes, "num_key_value_heads": size.num_attention_heads, **quantisation}
@@ -140,10 +140,10 @@ def _stored_tensors(weights: RandomCheckpoint, is_fp8: bool) -> Iterator[tuple[s
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix [rows, columns] as float8_e4m3fn, and the float32 scales by which its blocks are multiplied again.
+    """Converts a matrix [rows, columns] to float8_e4m3fn, as DeepSeek's FP8 checkpoints store it.
 
-    The largest value of a block becomes FP8's largest; no block may be all zeros.
-    """
+    Returns it with the float32 scales by which its blocks are multiplied when they are read. The largest value of a
+    block becomes FP8's largest; no block may be all zeros."""
     rows, columns = weight.shape
     down, across = scale_shape((rows, columns))
     padded = F.pad(weight.float(), (0, across * FP8_BLOCK - columns, 0, down * FP8_BLOCK - rows))

@@ -1,8 +1,8 @@
 """`python -m benchmarks.replicas`: tokens a second of two replicas beside those of one.
 
-Two servers, one with one pipeline and one with two, of timed stages: what is left to slow the
-second one down is the front end that its replicas share, and who gets which request. They are asked in turn in one run,
-each by as many clients as its replicas have slots, so that the times in which clients come and leave weigh the same.
+Two servers have one and two pipelines of timed stages: only the front end that its replicas share, and the balance of
+requests, can slow the second one down. They are measured in turn in one run, each with as many clients as its replicas
+have slots, so that the times in which clients come and leave have the same weight.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from stages.device import Device
 REPLICAS = (1, 2)
 STAGES = 2
 STEP_MS = 20
-"""As long as a decode step of a Galaxy's stage may take; prefill steps take it too."""
+"""The milliseconds of every step, about those of a decode step of a Galaxy's stage."""
 
 SLOTS = 24
-"""Of a replica: eight in each of its three microbatches."""
+"""The slots of a replica: eight in each of its three microbatches."""
 
 TOKENS, SHORT_TOKENS = 150, 8
 ROUNDS = 5
@@ -40,7 +40,7 @@ TIMES_ONE_MIN = 1.9
 
 
 class ReplicasRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens a second of so many replicas to so many clients, and how many times that of one they are."""
+    """Tokens a second of `replicas` replicas to `streams` clients, and their ratio to those of one replica."""
 
     replicas: int
     streams: int
@@ -49,7 +49,7 @@ class ReplicasRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(tokens: int, rounds: int) -> list[ReplicasRow]:
-    """All numbers of replicas in turn, round after round."""
+    """Measures all numbers of replicas in turn, in `rounds` rounds."""
     with contextlib.ExitStack() as servers:
         urls = [servers.enter_context(_server(replicas)).url for replicas in REPLICAS]
         contenders = list(zip(urls, (SLOTS * replicas for replicas in REPLICAS), strict=True))

@@ -1,6 +1,6 @@
 """`python -m benchmarks.trace`: decode steps that are captured once and replayed, beside the same steps as they are.
 
-Two stages of the sample model, each all of its layers, in this process; they decode the same tokens in turn.
+Two stages of the sample model, each with all of its layers, decode the same tokens in turn in this process.
 """
 
 import tempfile
@@ -29,17 +29,17 @@ BATCHES = [1, 8, 32]
 SHORT_BATCHES = [1, 2]
 TURNS = 9
 STEPS = 40
-"""Steps of a turn."""
+"""The steps of a turn."""
 SHORT_STEPS = 3
 BLOCK = 32
 FASTER_MIN = 1.1
-"""Times as fast as a plain step that a replayed one of a single user shall be: what can be told from noise."""
+"""The least ratio of a plain step to a replayed one for a single user that differs from noise."""
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
 
 
 class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a step of so many users, and how many times as long the plain one takes."""
+    """Milliseconds of a step of `batch` users, and the ratio of the plain step to the replayed one."""
 
     batch: int
     plain_ms: Spread
@@ -48,7 +48,7 @@ class TraceRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decoding:
-    """A stage that is the whole model, and `users` requests that it decodes."""
+    """A stage that is the whole model, with `users` requests that it decodes."""
 
     def __init__(self, users: int, max_model_len: int, *, enable_trace: bool, cache_dir: Path) -> None:
         blocks = ceil_div(max_model_len, BLOCK)
@@ -73,14 +73,14 @@ class Decoding:
         self._run("prefill", admissions)
 
     def seconds(self, steps: int) -> float:
-        """Of each of so many steps, on average."""
+        """The mean seconds of each of `steps` steps."""
         began = time.perf_counter()
         for _ in range(steps):
             self._run("decode", [])
         return (time.perf_counter() - began) / steps
 
     def close(self) -> None:
-        """Gives up the stage."""
+        """Closes the stage."""
         self._stage.close()
 
     def _run(self, mode: Mode, admissions: list[Admission]) -> None:
@@ -98,7 +98,7 @@ class Decoding:
 
 
 def measure(batch: int, turns: int, steps: int) -> TraceRow:
-    """Both kinds of step, in so many turns after one that is not counted."""
+    """Measures both kinds of steps in `turns` turns, after one that is not counted."""
     length = (turns + 1) * steps + 1
     with tempfile.TemporaryDirectory(prefix="trace-") as name:
         plain, replayed = (

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.chaos`: nothing is lost while stages are killed, stopped, cut off, and their devices fail.
+"""`python -m benchmarks.chaos`: whether anything is lost while stages are killed, stopped and cut off, or devices fail.
 
-The real server with the sample model in float32, under load by streaming clients, each of whose answers is held
-against the one that the server gave before the first fault. The last line is a summary in JSON; the exit code is 1
-where anything was lost, and after FULL_MINUTES unless every bound is kept.
+The real server with the sample model in float32 is under load by streaming clients, each of whose answers is compared
+with the one that the server gave before the first fault. The last line is a summary in JSON; the exit code is 1 if
+anything was lost, and from FULL_MINUTES on also if a bound is not kept.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ FULL_MINUTES = 10.0
 
 
 async def work(run: Run, server: ChaosServer, findings: Findings) -> Holdings:
-    """The load and the faults; returns what the server held before. Raises ServerError or ClientError."""
+    """Runs the load and the faults; returns the holdings of the server before. Raises ServerError or ClientError."""
     loop = asyncio.get_running_loop()
     load = Load(server.url, questions(QUESTIONS, run.seed), run.seed)
     findings.totals = load.totals
@@ -64,7 +64,7 @@ async def work(run: Run, server: ChaosServer, findings: Findings) -> Holdings:
 
 
 def measure(run: Run, directory: Path) -> Findings:
-    """One run, as far as it got."""
+    """Makes one run; returns its findings up to a failure, if there is one."""
     findings = Findings()
     try:
         with chaos_server(directory, stages=run.stages, clients=run.clients) as server:
@@ -94,7 +94,7 @@ def _table(rows: Sequence[FaultRow]) -> Table:
 @click.option("--seed", type=int, default=1, show_default=True, help="Of faults, victims and questions.")
 @click.option("--clients", type=click.IntRange(min=1), default=32, show_default=True, help="Streams at once.")
 @click.option("--stages", type=click.IntRange(min=2), default=4, show_default=True)
-@click.option("--without-faults", is_flag=True, help="Nothing is hurt, and nothing may be restarted.")
+@click.option("--without-faults", is_flag=True, help="No faults, and nothing may be restarted.")
 @click.option(
     "--pause", "pause_s", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Between faults."
 )

@@ -1,4 +1,4 @@
-"""What the chaos benchmark does to a server's stages, and how long until tokens come again."""
+"""The faults of the chaos benchmark: how stages are hurt, and how long until tokens come again."""
 
 import asyncio
 import os
@@ -19,24 +19,25 @@ from benchmarks.support.server_process import ServerError
 Kind = Literal["kill", "stop", "hiccup", "cut", "raise", "hang", "kill two", "kill in recovery", "stop in recovery"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BAG: tuple[Kind, ...] = (*KINDS, "kill", "cut", "raise")
-"""What is drawn from: what happens to one stage at a time happens more often."""
+"""The kinds that faults are drawn from; faults of a single stage are more frequent."""
 
 ORDER_SECONDS = 15.0
-"""For a stage to take the step before which it obeys."""
+"""The most seconds until a stage gets a step, before which it reads its order."""
 BACK_SECONDS = 90.0
 TOKEN_SECONDS = 15.0
 HICCUP_SECONDS = (0.1, 1.5)
-"""The limit to silence is 3 s."""
+"""The range of seconds that a stage is stopped for; one that is silent for 3 s counts as lost."""
 CALM_SECONDS = 2.0
-"""How long after a hiccup nothing may happen."""
+"""Seconds after a hiccup in which no recovery may happen."""
 NOTICE_SECONDS = 15.0
 IN_RECOVERY_SECONDS = (0.0, 0.5)
-"""After the pipeline has noticed the first fault: a spare needs some 0.3 s to become a stage, a new process 3 s."""
+"""The range of seconds from the detection of the first fault to the second one: a spare needs some 0.3 s to become a
+stage, a new process 3 s."""
 POLL_SECONDS = 0.02
 
 
 class FaultRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One fault: when, in seconds after the load began, and how long until the first token of the next epoch came."""
+    """One fault: its time in seconds after the load began, and the seconds until the first token of the next epoch."""
 
     kind: Kind
     stages: list[int]
@@ -45,7 +46,7 @@ class FaultRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Faults:
-    """Draws kinds and victims; the whole bag, in any order, before any of it comes again."""
+    """Draws faults and their victims, and causes them; every kind of BAG comes before any is repeated."""
 
     def __init__(self, server: ChaosServer, load: Load, http: httpx.AsyncClient, seed: int) -> None:
         self.rows: list[FaultRow] = []
@@ -57,9 +58,9 @@ class Faults:
         self._began_at = asyncio.get_running_loop().time()
 
     async def strike(self) -> None:
-        """One fault of any kind, from the fault to the first token after it.
+        """Causes one fault of any kind and waits for the first token after it.
 
-        Raises ServerError where the pipeline does not come back, or where a hiccup costs it anything.
+        Raises ServerError if the pipeline does not come back, or if a hiccup causes a recovery.
         """
         kind = next(self._kinds)
         before = await self._server.state(self._http)
@@ -82,7 +83,7 @@ class Faults:
             yield from self._draw.sample(BAG, len(BAG))
 
     async def _do(self, kind: Kind, before: PipelineState, victims: list[int]) -> bool:
-        """Whether a second stage was hurt."""
+        """Causes a fault; returns whether a second stage was hurt."""
         pid, other = (before.pids[victim] for victim in victims)
         if kind in {"cut", "raise", "hang"}:
             await self._order(victims[0], kind)
@@ -114,11 +115,11 @@ class Faults:
             raise ServerError(f"A hiccup of stage {victim} cost a recovery. The server's log is {self._server.log}.")
 
     async def _in_recovery(self, before: PipelineState, dead: int, number: signal.Signals) -> None:
-        """Hurts any other stage's process, old or just started, while the pipeline is being brought back."""
+        """Sends a signal to another stage's process, old or just started, while the pipeline recovers."""
         deadline = asyncio.get_running_loop().time() + NOTICE_SECONDS
         while (await self._http.get(f"{self._server.url}/health")).status_code == httpx.codes.OK:
             if asyncio.get_running_loop().time() > deadline:
-                raise ServerError(f"Nobody noticed a killed stage. The server's log is {self._server.log}.")
+                raise ServerError(f"A killed stage was not detected. The server's log is {self._server.log}.")
             await asyncio.sleep(POLL_SECONDS)
         await asyncio.sleep(self._draw.uniform(*IN_RECOVERY_SECONDS))
         alive = sorted({*self._server.stage_pids()} - {dead})

@@ -18,8 +18,11 @@ FAULTS_A_MINUTE_MIN = 5
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The last line. Recoveries are in seconds, from the fault to the first token after it; those of the server are
-    its own, from its notice of the fault to its readiness. Slopes are in percent a minute."""
+    """The last line of the output.
+
+    Recoveries are in seconds, from the fault to the first token after it; those of the server are by its log, from the
+    detection of the fault until it is ready. Slopes are in percent a minute.
+    """
 
     seconds: float
     requests: int
@@ -42,7 +45,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Findings(msgspec.Struct, kw_only=True):
-    """What a run found, filled in as it goes on."""
+    """The findings of a run, filled in while it goes on."""
 
     seconds: float = 0.0
     totals: Totals = msgspec.field(default_factory=Totals)
@@ -54,7 +57,7 @@ class Findings(msgspec.Struct, kw_only=True):
     failure: str | None = None
 
     def summary(self) -> Summary:
-        """All of it in numbers."""
+        """The findings in numbers."""
         totals = self.totals
         recoveries = [row.recovery_s for row in self.faults if row.recovery_s is not None]
         return Summary(
@@ -80,7 +83,7 @@ class Findings(msgspec.Struct, kw_only=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be done: times in seconds."""
+    """The settings of a run; times are in seconds."""
 
     seconds: float
     seed: int
@@ -91,7 +94,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def recoveries_in(log: Path) -> list[float]:
-    """How long each recovery took, by the server's own log."""
+    """Seconds that each recovery took, by the server's log."""
     found = []
     for line in log.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(msgspec.DecodeError):
@@ -102,7 +105,7 @@ def recoveries_in(log: Path) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Of the values themselves, nothing between them; 0 of none."""
+    """The percentile of `values` as one of them, without interpolation; 0 if there are none."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -110,7 +113,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def losses_of(run: Run, summary: Summary) -> list[Target]:
-    """What any run has to keep, on any machine."""
+    """The bounds that every run has to keep, on any machine."""
     losses = [
         Target(name="client errors", bound=0, figure=summary.client_errors),
         Target(name="tokens lost", bound=0, figure=summary.tokens_lost),
@@ -125,7 +128,7 @@ def losses_of(run: Run, summary: Summary) -> list[Target]:
 
 
 def speeds_of(run: Run, summary: Summary) -> list[Target]:
-    """What a run has to keep that is long enough to measure it, on a machine that has nothing else to do."""
+    """The bounds that a run has to keep if it is long enough to measure them, on a machine without other load."""
     slopes = [
         Target(name=f"RSS of the {name}, % a minute", bound=RSS_SLOPE_MAX, figure=slope)
         for name, slope in summary.rss_percent_per_minute.items()

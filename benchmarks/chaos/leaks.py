@@ -1,4 +1,4 @@
-"""What a server holds on to, and whether it holds more after the faults than before them."""
+"""Leaks: resources that a server holds after the faults and did not hold before, and growth of its memory."""
 
 import asyncio
 import contextlib
@@ -19,18 +19,18 @@ WARM_UP_MINUTES = 2.0
 SETTLE_SECONDS = 60.0
 SETTLE_POLL_SECONDS = 0.5
 SPARE_THREADS = 4
-"""Pools, of Ray's and asyncio's, begin threads one by one as they need them. A leak would grow with each fault."""
+"""Threads of a kind that may be added: pools of Ray and asyncio start them as needed. A leak grows with each fault."""
 SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # it is only listed
 
 
 class Holdings(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts, by what is counted, of a server that is idle."""
+    """The numbers of resources that an idle server holds, by their names."""
 
     counts: dict[str, int]
 
     @classmethod
     def of(cls, server: ChaosServer) -> "Holdings":
-        """As they are now."""
+        """Counts the resources that a server holds now."""
         counts = {
             "descriptors of the front end": server.process.num_fds(),
             "descriptors of the engine": server.engine.num_fds(),
@@ -43,7 +43,7 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
         return cls(counts=counts | Counter(kinds))
 
     def grown(self, before: "Holdings") -> dict[str, int]:
-        """By how much, where there is more than before: of threads, more than pools account for."""
+        """The resources of which there are more than before, and by how many, without threads that pools explain."""
         return {
             name: count - before.counts.get(name, 0)
             for name, count in sorted(self.counts.items())
@@ -52,7 +52,7 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def settled(server: ChaosServer, before: Holdings) -> dict[str, int]:
-    """What the server holds more of than before, when it has had SETTLE_SECONDS to give it back."""
+    """The resources of which the server still holds more than before after SETTLE_SECONDS, and by how many."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while (grown := Holdings.of(server).grown(before)) and time.monotonic() < deadline:
         time.sleep(SETTLE_POLL_SECONDS)
@@ -60,7 +60,7 @@ def settled(server: ChaosServer, before: Holdings) -> dict[str, int]:
 
 
 class Memory:
-    """Follows the resident memory of some processes."""
+    """The resident memory of some processes over time."""
 
     def __init__(self, processes: dict[str, psutil.Process]) -> None:
         self._processes = processes
@@ -68,7 +68,7 @@ class Memory:
         self._bytes: dict[str, list[int]] = {name: [] for name in processes}
 
     async def watch(self) -> None:
-        """Samples until it is cancelled."""
+        """Takes samples until it is cancelled."""
         while True:
             self._times.append(time.monotonic())
             for name, process in self._processes.items():
@@ -76,12 +76,12 @@ class Memory:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def percent_per_minute(self) -> dict[str, float]:
-        """Growth of each process from minute WARM_UP_MINUTES on, or in the second half of a shorter run."""
+        """The growth of each process from minute WARM_UP_MINUTES on, or in the second half of a shorter run."""
         return {name: slope(self._times, sizes) for name, sizes in self._bytes.items()}
 
 
 def slope(times: Sequence[float], sizes: Sequence[int]) -> float:
-    """Growth in percent of the first size a minute, of a line through all later samples; `times` in seconds."""
+    """Growth in percent of the first size per minute, by a line through all later samples; `times` are in seconds."""
     warm_at = min(times[0] + 60 * WARM_UP_MINUTES, (times[0] + times[-1]) / 2)
     first = next(index for index, at in enumerate(times) if at >= warm_at)
     if len(times) - first < 2:
@@ -91,12 +91,12 @@ def slope(times: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def _name(process: psutil.Process) -> str:
-    """A process's title, or its program without the directory."""
+    """The title of a process, or its program without the directory."""
     return Path(title(process)).name.partition(".")[0] or "(gone)"
 
 
 def _threads(process: psutil.Process) -> list[str]:
-    """The names of a process's threads, without what tells those of a kind apart."""
+    """The names of a process's threads, without the numbers of threads of one kind."""
     names = []
     for thread in Path(f"/proc/{process.pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -105,7 +105,7 @@ def _threads(process: psutil.Process) -> list[str]:
 
 
 def _shared_memory(processes: Sequence[psutil.Process]) -> set[str]:
-    """The objects of shared memory that any of these processes has mapped."""
+    """The shared memory objects that any of these processes has mapped."""
     found = set()
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

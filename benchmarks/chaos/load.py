@@ -1,4 +1,4 @@
-"""The chaos benchmark's clients: they stream answers, and hold every token against the fault-free ones."""
+"""The clients of the chaos benchmark, which stream answers and compare every token with the fault-free one."""
 
 import asyncio
 import json
@@ -13,23 +13,23 @@ from benchmarks.chaos.requests import Damage, Question, damage
 from benchmarks.support.server_process import ServerError
 
 TOKEN_SECONDS = 240.0
-"""How long a client waits for its next token before it calls the answer lost: recoveries take seconds."""
+"""Seconds after which a client that gets no token considers the answer lost; recoveries take seconds."""
 ABORTED_SHARE = 0.15
 FAILURES_MAX = 50
-"""Client errors after which there is nothing more to learn."""
+"""Client errors after which the run ends, as more would tell nothing new."""
 DATA = "data: "
 LOGPROB_TOLERANCE = 1e-3
 
 Tokens = list[list[int]]
-"""By choice."""
+"""Token ids by choice."""
 
 
 class ClientError(Exception):
     """A client did not get what it asked for."""
 
 
-class Answer(msgspec.Struct):
-    """One answer as far as it has come: its tokens by choice, and their log-probabilities where they were asked for."""
+class StreamedAnswer(msgspec.Struct):
+    """An answer as far as it has come: its tokens by choice, and their log-probabilities if they were asked for."""
 
     tokens: Tokens
     logprobs: list[float]
@@ -37,12 +37,12 @@ class Answer(msgspec.Struct):
 
     @property
     def token_count(self) -> int:
-        """Of all choices."""
+        """The number of tokens of all choices."""
         return sum(map(len, self.tokens))
 
 
 class Totals(msgspec.Struct):
-    """What the clients got. `errors` are their sentences."""
+    """What all clients got; `errors` are messages."""
 
     requests: int = 0
     aborted: int = 0
@@ -52,8 +52,8 @@ class Totals(msgspec.Struct):
     changed: int = 0
     errors: list[str] = []
 
-    def add(self, question: Question, reference: Answer, answer: Answer) -> None:
-        """Counts an answer that has ended, by itself or by its client."""
+    def count_answer(self, question: Question, reference: StreamedAnswer, answer: StreamedAnswer) -> None:
+        """Counts an answer that has ended, by itself or by its client, and compares it with the reference."""
         self.requests += 1
         self.aborted += not answer.is_whole
         self.tokens += answer.token_count
@@ -73,7 +73,7 @@ class Totals(msgspec.Struct):
 
 
 class Load:
-    """So many clients, each of which asks one question after the other until `stop`."""
+    """Clients that each ask one question after the other until `stop`."""
 
     def __init__(self, url: str, questions: Sequence[Question], seed: int) -> None:
         self.totals = Totals()
@@ -81,18 +81,21 @@ class Load:
         self._url = f"{url}/v1/completions"
         self._questions = questions
         self._seed = seed
-        self._references: list[Answer] = []
+        self._references: list[StreamedAnswer] = []
         self._token_came = asyncio.Event()
         self._stopping = False
         self._clients: list[asyncio.Task[None]] = []
 
     @property
     def has_given_up(self) -> bool:
-        """Whether there were so many errors that the clients left."""
+        """Whether the clients have stopped after FAILURES_MAX errors."""
         return len(self.totals.errors) >= FAILURES_MAX
 
     async def learn(self) -> None:
-        """Asks every question without faults, twice and in different company. Raises ClientError if answers differ."""
+        """Gets the reference answers: asks every question twice, in another order, without faults.
+
+        Raises ClientError if the answers differ.
+        """
         async with client() as http:
             self._references = await self._ask_all(http, self._questions)
             again = await self._ask_all(http, self._questions[::-1])
@@ -100,28 +103,28 @@ class Load:
             if one.tokens != other.tokens:
                 raise ClientError(f"Without any fault the server answered differently the second time: {question}.")
 
-    async def _ask_all(self, http: httpx.AsyncClient, questions: Sequence[Question]) -> list[Answer]:
+    async def _ask_all(self, http: httpx.AsyncClient, questions: Sequence[Question]) -> list[StreamedAnswer]:
         return list(await asyncio.gather(*(self._whole(http, question) for question in questions)))
 
-    async def _whole(self, http: httpx.AsyncClient, question: Question) -> Answer:
-        answer = Answer([[] for _ in range(question.choices)], [])
+    async def _whole(self, http: httpx.AsyncClient, question: Question) -> StreamedAnswer:
+        answer = StreamedAnswer([[] for _ in range(question.choices)], [])
         await self._follow(http, question, answer, None)
         return answer
 
     def start(self, clients: int, http: httpx.AsyncClient) -> None:
-        """Begins to ask."""
+        """Starts the clients."""
         self._clients = [
             asyncio.create_task(self._ask_on(http, random.Random(f"{self._seed}-{number}")))
             for number in range(clients)
         ]
 
     async def stop(self) -> None:
-        """Lets every client get its last answer."""
+        """Stops the clients when each has got its last answer."""
         self._stopping = True
         await asyncio.gather(*self._clients)
 
     async def next_token(self, seconds: float) -> float:
-        """The loop's time when the next token comes. Raises ServerError where none does within `seconds`."""
+        """Waits for the next token; returns its time by the loop. Raises ServerError if none comes within `seconds`."""
         self._token_came.clear()
         try:
             await asyncio.wait_for(self._token_came.wait(), seconds)
@@ -135,26 +138,28 @@ class Load:
             question, reference = self._questions[number], self._references[number]
             is_aborted = draw.random() < ABORTED_SHARE
             most = draw.randrange(1, reference.token_count) if is_aborted else None
-            answer = Answer([[] for _ in range(question.choices)], [])
+            answer = StreamedAnswer([[] for _ in range(question.choices)], [])
             try:
                 await self._follow(http, question, answer, most)
             except (ClientError, httpx.HTTPError, asyncio.TimeoutError) as error:
                 self.totals.errors.append(f"{question}, after {answer.token_count} tokens: {error!r:.300}")
-            self.totals.add(question, reference, answer)
+            self.totals.count_answer(question, reference, answer)
 
-    async def _follow(self, http: httpx.AsyncClient, question: Question, answer: Answer, most: int | None) -> None:
-        """Adds to the answer what comes, up to `most` tokens. Raises ClientError or httpx.HTTPError."""
+    async def _follow(
+        self, http: httpx.AsyncClient, question: Question, answer: StreamedAnswer, most: int | None
+    ) -> None:
+        """Asks a question and adds tokens to the answer, `most` at most. Raises ClientError or httpx.HTTPError."""
         async with http.stream("POST", self._url, json=question.body()) as response:
             if response.status_code != httpx.codes.OK:
                 raise ClientError(f"{response.status_code}: {(await response.aread()).decode()}")
             async with aclosing(_events(response)) as events:
                 async for event in events:
-                    self._take(answer, event)
+                    self._read_event(answer, event)
                     if most is not None and answer.token_count >= most:
                         return
         answer.is_whole = True
 
-    def _take(self, answer: Answer, event: str) -> None:
+    def _read_event(self, answer: StreamedAnswer, event: str) -> None:
         body = json.loads(event)
         if "error" in body:
             raise ClientError(event)
@@ -169,12 +174,12 @@ class Load:
 
 
 def client() -> httpx.AsyncClient:
-    """As many connections as there are clients."""
+    """An HTTP client that opens any number of connections."""
     return httpx.AsyncClient(timeout=TOKEN_SECONDS, limits=httpx.Limits(max_connections=None), trust_env=False)
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """The events of a stream but for the last, which has to be there."""
+    """The events of a stream without the last one, [DONE]. Raises ClientError if that is missing."""
     async for line in response.aiter_lines():
         if line == "data: [DONE]":
             return

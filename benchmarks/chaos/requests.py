@@ -1,4 +1,4 @@
-"""What the chaos benchmark's clients ask, and what became of the answers."""
+"""The questions of the chaos benchmark's clients, and the damage to their answers."""
 
 import difflib
 import json
@@ -13,12 +13,12 @@ from weights.sample import PROMPTS_FILE
 Style = Literal["greedy", "sampled", "two choices", "log-probabilities"]
 STYLES: tuple[Style, ...] = ("greedy", "sampled", "greedy", "two choices", "greedy", "log-probabilities")
 LENGTHS = (24, 48, 96, 128)
-"""Tokens of an answer."""
+"""The numbers of tokens that answers have."""
 PROMPT_CHARACTERS = 1200
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """A body of POST /v1/completions, which is always answered by the same tokens."""
+    """A body of POST /v1/completions whose answer always has the same tokens."""
 
     style: Style
     prompt: str
@@ -27,14 +27,14 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def choices(self) -> int:
-        """Answers to it."""
+        """The number of choices."""
         return 2 if self.style == "two choices" else 1
 
     def __str__(self) -> str:
         return f"{self.style}, {self.max_tokens} tokens after {self.prompt[:40]!r}"
 
     def body(self) -> dict[str, object]:
-        """The JSON object, which asks for a stream."""
+        """The JSON object of the body, which asks for a stream."""
         fields: dict[str, object] = {
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
@@ -51,7 +51,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Damage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of an answer that are not those of the fault-free one."""
+    """The number of tokens by which an answer differs from the fault-free one."""
 
     lost: int = 0
     repeated: int = 0
@@ -62,7 +62,7 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def questions(count: int, seed: int) -> list[Question]:
-    """So many questions of all styles and lengths, which follow from the seed."""
+    """Makes `count` questions of all styles and lengths, which follow from the seed."""
     draw = random.Random(seed)
     prompts = [entry["prompt"] for entry in json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))]
     return [
@@ -77,7 +77,7 @@ def questions(count: int, seed: int) -> list[Question]:
 
 
 def damage(expected: Sequence[int], got: Sequence[int], *, is_whole: bool) -> Damage:
-    """What is wrong with the tokens of one answer; one that was left half-way (not `is_whole`) may lack its end."""
+    """The damage to the tokens of an answer; one that its client left half-way (not `is_whole`) may lack its end."""
     if not is_whole:
         expected = expected[: len(got)]
     if list(expected) == list(got):

@@ -1,4 +1,4 @@
-"""`galaxyline serve` with stages that can be told to fail: a process for the chaos benchmark."""
+"""The server of the chaos benchmark: a process of `galaxyline serve` whose stages fail on order."""
 
 import asyncio
 import contextlib
@@ -25,13 +25,13 @@ from benchmarks.support.server_process import STAGE_TITLE, ServerError, end, eng
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 STEP_TIMEOUT_S = 10.0
-"""A device that hangs just after a recovery, when it is not known yet how long steps take, is found after this."""
+"""Seconds until a device that hangs just after a recovery is detected, as the duration of steps is not known yet."""
 ANSWER_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
 
 class ChaosSettings(EngineSettings, frozen=True, kw_only=True):
-    """The engine's options, but for what the stages run."""
+    """The engine's settings, with faulty stages."""
 
     directory: Path
 
@@ -48,7 +48,7 @@ class ChaosSettings(EngineSettings, frozen=True, kw_only=True):
 
 
 class PipelineState(msgspec.Struct, frozen=True, kw_only=True):
-    """What GET /pipeline says: `pids` by stage, 0 where a stage has none, and how often each was started anew."""
+    """The contents of GET /pipeline: `pids` by stage, 0 if a stage has none, and how often each was restarted."""
 
     phase: str
     detail: str
@@ -58,7 +58,7 @@ class PipelineState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
-    """A server that is ready. `directory` holds its log, its stages' orders and everything that it makes."""
+    """A server that is ready; `directory` contains its log, its stages' orders and everything that it creates."""
 
     url: str
     directory: Path
@@ -67,20 +67,20 @@ class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def log(self) -> Path:
-        """What it writes to stderr, one JSON object a line."""
+        """The file with its stderr, one JSON object a line."""
         return self.directory / "server.log"
 
     @property
     def processes(self) -> list[psutil.Process]:
-        """All of its processes, itself first."""
+        """All processes of the server, the front end first."""
         return [self.process, *self.process.children(recursive=True)]
 
     def stage_pids(self) -> list[int]:
-        """Of all stages, also those that are only starting or just ending."""
+        """The process ids of all stages, including those that are starting or ending."""
         return [process.pid for process in self.processes if title(process).startswith(STAGE_TITLE)]
 
     async def state(self, client: httpx.AsyncClient) -> PipelineState:
-        """The pipeline as it is now. Raises ServerError where the server does not answer, or its engine is gone."""
+        """The state of the pipeline. Raises ServerError if the server does not answer, or its engine is gone."""
         try:
             body = (await client.get(f"{self.url}/pipeline", timeout=ANSWER_SECONDS)).json()
         except httpx.TransportError as error:
@@ -96,7 +96,7 @@ class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     async def back(self, client: httpx.AsyncClient, epoch: int, seconds: float) -> PipelineState:
-        """Waits until the pipeline is ready in a later epoch than `epoch`. Raises ServerError after `seconds`."""
+        """Waits until the pipeline is ready in an epoch after `epoch`. Raises ServerError after `seconds`."""
         deadline = asyncio.get_running_loop().time() + seconds
         while (state := await self.state(client)).epoch <= epoch or state.phase != "ready":
             if asyncio.get_running_loop().time() > deadline:
@@ -110,15 +110,15 @@ class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def chaos_server(directory: Path, *, stages: int, clients: int) -> Iterator[ChaosServer]:
-    """Serves the sample model until the block ends. Raises ServerError where it does not start or end as it should."""
+    """Serves the sample model until the block ends. Raises ServerError if the server does not start or end properly."""
     port = free_port()
     arguments = [str(directory), str(stages), str(clients), str(port)]
     environment = {
         **os.environ,
         LEVEL_VARIABLE: "info",
-        # Ray's workers have to find this package as well.
+        # Ray's workers have to find this package too.
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        # Whatever is left behind lies here.
+        # Files that are left behind are found here.
         "TMPDIR": str(directory),
         "RAY_TMPDIR": str(directory),
     }

@@ -1,4 +1,4 @@
-"""A stage whose device does wrong when it is told to: what the chaos benchmark's server runs."""
+"""The stage of the chaos benchmark's server, whose device fails on order."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ from stages.step import SentHidden, Step, StepResult
 
 RUNNER = "benchmarks.chaos.stage:load"
 DIRECTORY_VARIABLE = "GALAXYLINE_CHAOS_DIRECTORY"
-"""Names the directory with the orders; set for the benchmark's server alone."""
+"""The variable with the directory of the orders, which is set for the benchmark's server only."""
 
 HANG_SECONDS = 3600.0
 
 
 class DeviceFaultError(Exception):
-    """What the device is made to raise."""
+    """The error that the device raises on order."""
 
 
 class FaultyStage:
-    """A stage that obeys the file `order` before a step, once; the file is gone when it was read."""
+    """A stage that reads the file `order` before a step, deletes it and does what it contains."""
 
     def __init__(self, runner: StageRunner, order: Path) -> None:
         self._runner = runner
@@ -47,19 +47,19 @@ class FaultyStage:
 
 
 def load(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """A `RunnerFactory`."""
+    """Loads a faulty stage, as a `RunnerFactory`."""
     return FaultyStage(
         Stage.load(spec, options, on_progress), order_file(Path(os.environ[DIRECTORY_VARIABLE]), spec.index)
     )
 
 
 def order_file(directory: Path, stage: int) -> Path:
-    """Where a stage looks for its order."""
+    """The file in which a stage looks for its order."""
     return directory / f"order-{stage}"
 
 
 def give_order(directory: Path, stage: int, order: str) -> Path:
-    """Tells a stage what to do before its next step; returns the file that is gone when it does it."""
+    """Orders a stage to do something before its next step; returns the file, which is gone when the stage does it."""
     file = order_file(directory, stage)
     whole = file.with_suffix(".new")
     whole.write_text(order, encoding="ascii")
@@ -68,12 +68,12 @@ def give_order(directory: Path, stage: int, order: str) -> Path:
 
 
 def is_obeyed(order: Path) -> bool:
-    """Whether the stage does it by now."""
+    """Whether the stage has read the order."""
     return not order.exists()
 
 
 def withdraw(order: Path) -> None:
-    """Takes an order back."""
+    """Withdraws an order."""
     order.unlink(missing_ok=True)
 
 
@@ -82,10 +82,10 @@ def _raise() -> None:
 
 
 def _cut() -> None:
-    """Ends the connection from the stage before, or from the engine, for both sides."""
+    """Shuts down the connection from the previous stage, or from the engine, for both sides."""
     for connection in psutil.Process().net_connections("unix"):
         if "galaxyline-" in connection.laddr:
-            # The descriptor stays its owner's.
+            # The owner keeps its descriptor.
             with socket.socket(fileno=os.dup(connection.fd)) as connected:
                 connected.shutdown(socket.SHUT_RDWR)
 

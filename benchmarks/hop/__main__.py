@@ -1,9 +1,9 @@
-"""`python -m benchmarks.hop`: hidden states from one stage to the next, beside a blocking unix socket.
+"""`python -m benchmarks.hop`: the time of hidden states from one stage to the next, beside a blocking unix socket.
 
-Four things carry the same bytes in turn: blocking calls on a unix socket (the floor), event loops with nothing around
-them, the pipeline's links from loop to loop ("bare"), and two stages, from the end of one's computing to the beginning
-of the other's ("whole"). Each does all that the one before it does and more, so the differences say where time goes.
-Beside them, what a link computes for a frame ("framing"), in a loop that keeps caches warm.
+Four carriers send the same bytes in turn: blocking calls on a unix socket (the floor), bare event loops, the
+pipeline's links from loop to loop ("bare"), and two stages, from the end of one's computing to the beginning of the
+other's ("whole"). Each does all that the one before it does and more, so the differences show where time goes. What a
+link computes for a frame ("framing") is measured too, in a loop that keeps caches warm.
 """
 
 import itertools
@@ -37,7 +37,7 @@ WHOLE_RATIO_MAX = 3.0
 
 
 class Size(msgspec.Struct, frozen=True):
-    """Hidden states of `tokens` tokens, sent `count` times in a turn."""
+    """The hidden states of `tokens` tokens, sent `count` times in a turn."""
 
     label: str
     tokens: int
@@ -49,7 +49,7 @@ SHORT_SIZES = [Size("14 KB", 1, 20), Size("448 KB", 32, 5)]
 
 
 class HopRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One size: microseconds one way, and how many times as long as the floor's."""
+    """The times of one size: microseconds one way, and ratios to the floor."""
 
     size: str
     bytes: int
@@ -63,7 +63,7 @@ class HopRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Turn(NamedTuple):
-    """Seconds one way, and for framing a frame."""
+    """Seconds one way; for framing, seconds per frame."""
 
     floor: float
     event_loop: float
@@ -73,7 +73,7 @@ class Turn(NamedTuple):
 
 
 class Carriers(msgspec.Struct, frozen=True):
-    """What carries the bytes."""
+    """The carriers of the bytes."""
 
     floor: PingPong
     event_loop: EventLoop
@@ -82,7 +82,7 @@ class Carriers(msgspec.Struct, frozen=True):
     whole: StagePair
 
     async def turn(self, size: Size) -> Turn:
-        """One of each, with the median of `size.count` times."""
+        """Measures each carrier once: the median of `size.count` times."""
         floor = self.floor.one_way_seconds(size.tokens * BYTES_PER_TOKEN, size.count)
         event_loop = await self.event_loop.one_way_seconds(size.tokens * BYTES_PER_TOKEN, size.count)
         framing = self.framing.seconds(size.tokens, size.count)
@@ -92,7 +92,7 @@ class Carriers(msgspec.Struct, frozen=True):
 
 
 async def measure(sizes: list[Size], turns: int) -> list[HopRow]:
-    """All sizes, each in so many turns."""
+    """Measures all sizes in `turns` turns."""
     shares = two_shares()
     apply_share(shares[0], os.environ)
     times: dict[str, list[Turn]] = {size.label: [] for size in sizes}

@@ -1,4 +1,4 @@
-"""The links of the pipeline alone: framed, decoded and credited, from loop to loop, without compute threads."""
+"""The links of the pipeline without stages: framed, decoded and credited, from loop to loop."""
 
 import asyncio
 import contextlib
@@ -22,14 +22,14 @@ TURN_SECONDS = 120.0
 
 
 class BareLink:
-    """A link to a peer, and one back by which it returns every step with its hidden states."""
+    """A link to a peer, and one by which it returns every step with its hidden states."""
 
     def __init__(self, there: HostLink, back: "_Back") -> None:
         self._there = there
         self._back = back
 
     async def one_way_seconds(self, tokens: int, count: int) -> list[float]:
-        """Half of each of `count` round trips of a step of so many tokens, after one that is not counted."""
+        """Half the seconds of each of `count` round trips of `tokens` tokens, after one that is not counted."""
         step, hidden = step_of(0, tokens), memoryview(bytes(tokens * BYTES_PER_TOKEN))
         returned = self._back.expect(self._there, step, hidden, count + 1)
         times = await asyncio.wait_for(returned, TURN_SECONDS)
@@ -38,7 +38,7 @@ class BareLink:
 
 @contextlib.asynccontextmanager
 async def bare_link(directory: Path, share: CoreShare) -> AsyncIterator[BareLink]:
-    """The peer, on the cores of `share`; its sockets are in `directory`."""
+    """Runs the peer on the cores of `share`; its sockets are in `directory`."""
     secret = Secret.new()
     there, back = (UnixAddress(str(directory / name / "link.sock")) for name in ("there", "back"))
     events = _Back()
@@ -58,10 +58,10 @@ async def bare_link(directory: Path, share: CoreShare) -> AsyncIterator[BareLink
 
 
 class _Back:
-    """The benchmark's end: notes when a step is back, and sends it again from where it hears of that."""
+    """The benchmark's end: notes when a step is back, and sends it again from the callback."""
 
     def expect(self, link: HostLink, step: Step, hidden: memoryview, count: int) -> "asyncio.Future[list[float]]":
-        """Sends a step `count` times, each when the last one is back; gives the times at which they did."""
+        """Sends a step `count` times, each when the last one is back; the result has the times of this."""
         self._link, self._step, self._hidden, self._left = link, step, hidden, count
         self._times: list[float] = []
         self._done: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
@@ -82,12 +82,12 @@ class _Back:
             self._done.set_result(self._times)
             return
         self._left -= 1
-        # One message is under way at a time, so a credit is always there and the loop never waits for it.
+        # Only one message is under way at a time, so there is always a credit and the loop never waits for one.
         self._link.send_from_thread(self._step, self._hidden, _nothing)
 
 
 class _Mirror:
-    """The peer's end: what comes by one link goes back by the other, from the memory it was received in."""
+    """The peer's end: sends what comes by one link back by the other, from the memory in which it was received."""
 
     def __init__(self) -> None:
         self.back: HostLink | None = None
@@ -119,4 +119,4 @@ async def _mirror(pipe: Pipe, secret: Secret, there: UnixAddress, back: UnixAddr
 
 
 def _nothing() -> None:
-    """The hidden states stay in use."""
+    """Releases nothing, as the hidden states are sent again."""

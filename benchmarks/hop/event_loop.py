@@ -1,7 +1,7 @@
-"""The same bytes there and back through an event loop at either end, with nothing around them.
+"""The event loop carrier: the same bytes there and back through a bare event loop at either end.
 
-It waits in epoll, reads and writes as a link does, but frames, decodes and credits nothing: what a bare hop takes
-beyond this is the link's own.
+It waits in epoll, reads and writes as a link does, but does not frame, decode or credit: the time of a bare hop beyond
+this is that of the link.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ TURN_SECONDS = 120.0
 
 
 class EventLoop:
-    """A peer that sends back what it gets, a message at a time."""
+    """A connection to a peer that sends back every message."""
 
     def __init__(self, pipe: Pipe, path: str) -> None:
         self._pipe = pipe
         self._path = path
 
     async def one_way_seconds(self, size: int, count: int) -> list[float]:
-        """Half of each of `count` round trips of `size` bytes, after one that is not counted."""
+        """Half the seconds of each of `count` round trips of `size` bytes, after one that is not counted."""
         self._pipe.send(size)
         await asyncio.to_thread(answer, self._pipe)
         loop = asyncio.get_running_loop()
@@ -42,7 +42,7 @@ class EventLoop:
 
 @contextlib.asynccontextmanager
 async def event_loop(directory: Path, share: CoreShare) -> AsyncIterator[EventLoop]:
-    """The peer, on the cores of `share`; its socket is in `directory`."""
+    """Runs the peer on the cores of `share`; its socket is in `directory`."""
     path = str(directory / "loop.sock")
     with running_peer(_run_peer, share, path) as peer:
         await asyncio.to_thread(answer, peer)
@@ -57,7 +57,7 @@ class _Messages(asyncio.BufferedProtocol):
         self._filled = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
+        # uvloop's transports are not subclasses of asyncio's.
         self.transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -70,12 +70,12 @@ class _Messages(asyncio.BufferedProtocol):
             self.arrived(self._message)
 
     def arrived(self, message: memoryview) -> None:
-        """All of a message is there."""
+        """Called when a whole message has come."""
         self.transport.write(message)
 
 
 class _Returning(_Messages):
-    """Sends a message `count` times, each when the last one is back; `times` are those at which they were."""
+    """Sends a message `count` times, each when the last one is back; `times` has the times of this."""
 
     def __init__(self, size: int, count: int) -> None:
         super().__init__(size)
@@ -101,7 +101,7 @@ def _run_peer(pipe: Pipe, path: str) -> None:
 
 
 async def _send_back(pipe: Pipe, path: str) -> None:
-    """Sends back messages of the size that was last asked for."""
+    """Sends back messages of the size that the benchmark requested last."""
     loop = asyncio.get_running_loop()
     size = 0
     server = await loop.create_unix_server(lambda: _Messages(size), path)

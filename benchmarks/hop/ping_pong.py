@@ -1,4 +1,4 @@
-"""The floor: as many bytes there and back by blocking calls on a unix socket, with nothing around them."""
+"""The floor: the same bytes there and back by blocking calls on a unix socket."""
 
 import contextlib
 import socket
@@ -11,17 +11,17 @@ from actors.stage.cores import CoreShare
 from benchmarks.support.peer import Pipe, answer, running_peer
 
 TURN = struct.Struct("<QQ")
-"""Bytes of a message, and how many there will be."""
+"""The size of messages in bytes, and their number."""
 
 
 class PingPong:
-    """A peer that sends back what it gets."""
+    """A connection to a peer that sends back every message."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
 
     def one_way_seconds(self, size: int, count: int) -> list[float]:
-        """Half of each of `count` round trips of `size` bytes, after one that is not counted."""
+        """Half the seconds of each of `count` round trips of `size` bytes, after one that is not counted."""
         self._socket.sendall(TURN.pack(size, count + 1))
         message, received = memoryview(bytes(size)), memoryview(bytearray(size))
         times = []
@@ -35,7 +35,7 @@ class PingPong:
 
 @contextlib.contextmanager
 def ping_pong(directory: Path, share: CoreShare) -> Iterator[PingPong]:
-    """The peer, on the cores of `share`; its socket is in `directory`."""
+    """Runs the peer on the cores of `share`; its socket is in `directory`."""
     path = str(directory / "ping.sock")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)

@@ -1,4 +1,4 @@
-"""Two stages as they run in a pipeline, but in processes of the benchmark's own: what a whole hop takes."""
+"""A whole hop: two stages as in a pipeline, but in processes of the benchmark."""
 
 import asyncio
 import contextlib
@@ -27,20 +27,20 @@ STEP_SECONDS = 60.0
 
 
 class StagePair:
-    """Stage 0 and stage 1, with the benchmark in the engine's place."""
+    """Stage 0 and stage 1, with the benchmark in place of the engine."""
 
-    def __init__(self, inlet: HostLink, results: "_Results") -> None:
-        self._inlet = inlet
+    def __init__(self, to_first: HostLink, results: "_Results") -> None:
+        self._to_first = to_first
         self._results = results
 
     async def hop_seconds(self, tokens: int, count: int) -> list[float]:
-        """From the end of stage 0's computing to the beginning of stage 1's, of `count` steps one after the other.
+        """Seconds from the end of stage 0's computing to the beginning of stage 1's, for `count` steps in turn.
 
-        One more step goes ahead of them and is not counted.
+        One more step goes first and is not counted.
         """
         times = []
         for step_id in range(count + 1):
-            await self._inlet.send(step_of(step_id, tokens))
+            await self._to_first.send(step_of(step_id, tokens))
             first, second = (await self._results.next()).timings
             times.append((second.began_ns - first.ended_ns) * 1e-9)
         return times[1:]
@@ -48,43 +48,43 @@ class StagePair:
 
 @contextlib.asynccontextmanager
 async def stage_pair(directory: Path, shares: list[CoreShare]) -> AsyncIterator[StagePair]:
-    """Both stages, each on its share of the cores; their sockets are in `directory`."""
+    """Runs both stages, each on its share of the cores; their sockets are in `directory`."""
     addresses = [UnixAddress(str(directory / f"{index}" / "link.sock")) for index in range(STAGES + 1)]
     secret = Secret.new()
     identities = [_identity(index, secret) for index in range(STAGES)]
     results = _Results()
     upstream, downstream = identities[0].upstream_terms(), identities[-1].downstream_terms()
-    outlet_terms = msgspec.structs.replace(downstream, name=ENGINE, peer=downstream.name)
-    inlet_terms = msgspec.structs.replace(upstream, name=ENGINE, peer=upstream.name)
-    listener = HostListener.open(addresses[-1], outlet_terms, results)
+    last_terms = msgspec.structs.replace(downstream, name=ENGINE, peer=downstream.name)
+    first_terms = msgspec.structs.replace(upstream, name=ENGINE, peer=upstream.name)
+    listener = HostListener.open(addresses[-1], last_terms, results)
     with contextlib.ExitStack() as peers:
         try:
-            # The last one first: a stage joins one that listens already.
+            # The last stage is started first, as a stage connects to one that listens already.
             for identity in reversed(identities):
                 at = identity.index
                 peer = peers.enter_context(
                     running_peer(_run_stage, shares[at], identity, addresses[at], addresses[at + 1])
                 )
                 await asyncio.to_thread(answer, peer)
-            outlet = await asyncio.wait_for(listener.accepted(), START_SECONDS)
-            inlet = await connect(addresses[0], inlet_terms, results)
+            from_last = await asyncio.wait_for(listener.accepted(), START_SECONDS)
+            to_first = await connect(addresses[0], first_terms, results)
             try:
-                yield StagePair(inlet, results)
+                yield StagePair(to_first, results)
             finally:
-                inlet.close()
-                outlet.close()
+                to_first.close()
+                from_last.close()
         finally:
             listener.close()
 
 
 class _Results:
-    """What comes out of the last stage."""
+    """The messages from the last stage."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[StepResult | Exception] = asyncio.Queue()
 
     async def next(self) -> StepResult:
-        """The next result. Raises LinkError where a stage failed, or left."""
+        """Waits for the next result. Raises LinkError if a stage failed, or left."""
         result = await asyncio.wait_for(self._queue.get(), STEP_SECONDS)
         if isinstance(result, Exception):
             raise result
@@ -118,7 +118,7 @@ def _run_stage(pipe: Pipe, identity: StageIdentity, address: Address, downstream
     spec = StageSpec(
         index=identity.index, stages=identity.stages, first_layer=identity.index, end_layer=identity.index + 1
     )
-    # The benchmark is told of failures, and a neighbour that leaves at the end is none.
+    # The benchmark gets failures as messages, and a neighbour that leaves at the end is not one.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     server = StageServer(identity)
     server.load(lambda _: NullStage(spec, identity.bytes_per_token)).result(START_SECONDS)

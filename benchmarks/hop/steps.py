@@ -15,28 +15,28 @@ BYTES_PER_TOKEN = 2 * 7168
 DTYPE = "bfloat16"
 
 DECODED_MAX = 32
-"""Users of a decode step; more tokens than this are one prompt's chunk."""
+"""The most users of a decode step; more tokens are a chunk of one prompt."""
 
 EPOCH = 1
 
 
 class Secret(msgspec.Struct, frozen=True):
-    """What the processes of one run know each other by."""
+    """The secret by which the processes of one run recognise each other."""
 
     value: bytes
 
     @classmethod
     def new(cls) -> "Secret":
-        """One that nobody can guess."""
+        """Creates a random secret."""
         return cls(secrets.token_bytes(32))
 
     def terms(self, name: str, peer: str) -> Terms:
-        """The terms of a link that carries hidden states."""
+        """The terms of a link that carries hidden states from `name` to `peer`."""
         return Terms(epoch=EPOCH, secret=self.value, name=name, peer=peer, dtype=DTYPE, bytes_per_token=BYTES_PER_TOKEN)
 
 
 def step_of(step_id: int, tokens: int) -> Step:
-    """A decode step of one token for each of up to DECODED_MAX users, or a chunk of a prompt."""
+    """Makes a decode step of one token for each of up to DECODED_MAX users, or a prefill step with one chunk."""
     is_decode = tokens <= DECODED_MAX
     parts = [[7]] * tokens if is_decode else [list(range(tokens))]
     segments = [
@@ -47,14 +47,17 @@ def step_of(step_id: int, tokens: int) -> Step:
 
 
 class Framing:
-    """Encodes a step and reads it again; what the kernel would do, moving the bytes, is not counted."""
+    """What a link computes for a frame, without sockets and wake-ups, in a loop that keeps the processor's caches warm.
+
+    It encodes a step and decodes it again; moving the bytes, which the kernel would do, is not counted.
+    """
 
     def __init__(self) -> None:
         self._reader = FrameReader(BYTES_PER_TOKEN, BufferPool())
         self._reader.established()
 
     def seconds(self, tokens: int, count: int) -> list[float]:
-        """Of each of `count` steps of so many tokens."""
+        """The seconds of each of `count` steps of `tokens` tokens."""
         step, hidden = step_of(0, tokens), bytes(tokens * BYTES_PER_TOKEN)
         return [self._frame_seconds(step, hidden) for _ in range(count)]
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.loading`: a stage's weights from an FP8 checkpoint, and from the weight cache that this left.
+"""`python -m benchmarks.loading`: the time to load a stage's weights from an FP8 checkpoint, and from the weight cache.
 
-The first start of a model converts every part and fills the cache, the later ones map what is there and check every
-byte of it. The two take turns, each in a process of its own, and each turn's cache is new.
+The first start of a model converts every part and fills the cache; later ones map the files of the cache and check
+every byte. The two are measured in turn, each in a process of its own, and each turn has a new cache.
 """
 
 import os
@@ -25,14 +25,17 @@ from stages.options import CacheOptions, StageOptions
 TURNS = 3
 SHORT_TURNS = 1
 RATIO_MIN = 5.0
-"""Times as long as loading from the cache that converting is to take: else the cache would not be worth its disk."""
+"""The least ratio of converting to loading from the cache; below, the cache would not be worth its disk space."""
 
 KV_CACHE = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
 
 
 class LoadingRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint of so many bytes: seconds from opening it until a stage has all weights, and megabytes (10^6 bytes)
-    that came from the disk, not from the page cache, meanwhile; `ratio` is of the seconds, turn by turn."""
+    """The figures of one checkpoint of `bytes` bytes.
+
+    Seconds are from opening it until a stage has all weights, and megabytes (10^6 bytes) are those that came from the
+    disk meanwhile, not from the page cache. `ratio` is the ratio of the seconds, turn by turn.
+    """
 
     checkpoint: str
     bytes: int
@@ -44,14 +47,14 @@ class LoadingRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Turn(NamedTuple):
-    """The first start with a cache, and the next."""
+    """The first start with an empty cache, and the next one."""
 
     converted: Load
     cached: Load
 
 
 def measure(model: Path, turns: int) -> list[Turn]:
-    """So many turns; caches are made beside the model, and gone when it returns."""
+    """Measures `turns` turns; caches are created beside the model, and removed."""
     return [_turn(model) for _ in range(turns)]
 
 
@@ -64,7 +67,7 @@ def _turn(model: Path) -> Turn:
 
 
 def row_of(model: Path, turns: list[Turn]) -> LoadingRow:
-    """All turns of one checkpoint."""
+    """The figures of all turns of one checkpoint."""
     converted, cached = zip(*turns, strict=True)
     converted_s, cached_s = [load.seconds for load in converted], [load.seconds for load in cached]
     return LoadingRow(
@@ -98,7 +101,7 @@ def main(short: bool, device: Device, out: Path) -> None:
     """
     os.environ[DEVICE_VARIABLE] = device
     machine = Machine.here()
-    # What is started from here on has the threads and the patience of a host's only stage.
+    # Processes started from here on have the environment of a host's only stage.
     [share] = share_cores(sorted(os.sched_getaffinity(0)), 1)
     apply_share(share, os.environ)
     size, turns = ("tiny-fp8", SHORT_TURNS) if short else ("mini576-fp8", TURNS)

@@ -1,4 +1,4 @@
-"""The weights of one stage, loaded in a process of its own."""
+"""Loading of one stage's weights in a process of its own."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ LOAD_SECONDS = 900.0
 class Load(msgspec.Struct, frozen=True):
     """One start: the seconds until all weights were on the mesh, and the bytes that came from the disk meanwhile.
 
-    Bytes that were in the system's page cache did not come from the disk.
+    Bytes from the system's page cache are not counted.
     """
 
     seconds: float
@@ -30,17 +30,17 @@ class Load(msgspec.Struct, frozen=True):
 
 
 def load_once(options: StageOptions) -> Load:
-    """The whole model as a single stage. Raises PeerError where it does not come within LOAD_SECONDS."""
+    """Loads the whole model as a single stage. Raises PeerError if that takes longer than LOAD_SECONDS."""
     with running_peer(_load, None, options) as peer:
         load = answer(peer, LOAD_SECONDS)
     if not isinstance(load, Load):
-        raise TypeError(f"{load!r} is no Load")
+        raise TypeError(f"{load!r} is not a Load")
     return load
 
 
 @torch.inference_mode()
 def _load(pipe: Pipe, options: StageOptions) -> None:
-    """What Stage.load does for weights; the mesh is open before the clock starts."""
+    """Loads weights as Stage.load does; the mesh is open before the clock starts."""
     set_float_dtype(TORCH_DTYPES[options.dtype])
     mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(1, 1))
     read, began = _bytes_from_disk(), time.perf_counter()
@@ -53,6 +53,6 @@ def _load(pipe: Pipe, options: StageOptions) -> None:
 
 
 def _bytes_from_disk() -> int:
-    """What this process has made the system read from disks so far (proc_pid_io(5), read_bytes)."""
+    """The bytes that the system has read from disks for this process so far (proc_pid_io(5), read_bytes)."""
     entries = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return int(next(entry.removeprefix("read_bytes:") for entry in entries if entry.startswith("read_bytes:")))

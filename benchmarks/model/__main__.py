@@ -1,7 +1,7 @@
 """`python -m benchmarks.model`: tokens a second and time to the first token, beside Hugging Face's `generate`.
 
-One checkpoint of random weights in bfloat16, as many threads for each contender, greedy, nobody stops early. This
-program is asked through its engine, as its own HTTP server asks it.
+All contenders run one checkpoint of random weights in bfloat16, with as many threads, greedily, and none stops early.
+This program is used through its engine, as its own HTTP server does.
 """
 
 import contextlib
@@ -36,8 +36,7 @@ REPETITIONS = 3
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """So many prompts at once, each of `prompt` tokens, and the new tokens that a contender makes for each: enough to
-    measure it and no more."""
+    """A batch of prompts of `prompt` tokens each, and the number of new tokens by contender, enough to measure it."""
 
     name: str
     batch: int
@@ -46,11 +45,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_prefill(self) -> bool:
-        """Whether only the prompt counts."""
+        """Whether only the prompt is measured."""
         return max(self.new_tokens.values()) == 1
 
     def figure(self, prompts: Sequence[list[int]], times: TokenTimes) -> float:
-        """Tokens a second."""
+        """The tokens a second that are measured in this case."""
         return prefill_tokens_per_s(prompts, times) if self.is_prefill else times.decode_tokens_per_s
 
 
@@ -67,7 +66,7 @@ SHORT_CASES = [
 
 
 class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One contender in one case. `beside_hugging_face` is how many times its tokens a second, turn by turn."""
+    """The figures of one contender in one case; `beside_hugging_face` is the ratio of tokens a second, turn by turn."""
 
     contender: str
     case: str
@@ -79,18 +78,18 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One contender in one case, once."""
+    """One measurement of one contender in one case."""
 
     tokens_per_s: float
     first_token_s: float
 
 
 Turns = dict[tuple[str, str, int], list[Turn]]
-"""By contender, case and batch."""
+"""The turns by contender, case and batch."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured."""
+    """The settings of a run."""
 
     model: Path
     vocabulary: int
@@ -102,7 +101,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def measure(plan: Plan) -> Turns:
-    """All cases, so many times over; the contenders take turns in each."""
+    """Measures all cases `plan.repetitions` times; contenders take turns in each case."""
     turns: Turns = {}
     async with contenders(plan) as running:
         for contender in running.values():
@@ -119,7 +118,7 @@ async def measure(plan: Plan) -> Turns:
 
 @contextlib.asynccontextmanager
 async def contenders(plan: Plan) -> AsyncIterator[dict[str, Contender]]:
-    """All that a case asks for, ready."""
+    """Starts the contenders that any case needs, by name."""
     one = EngineSettings(
         cache_dir=plan.cache_dir,
         stages=1,
@@ -141,7 +140,7 @@ async def contenders(plan: Plan) -> AsyncIterator[dict[str, Contender]]:
 
 
 def rows_of(plan: Plan, turns: Turns) -> list[ModelRow]:
-    """One row for each contender in each case."""
+    """The figures of each contender in each case."""
     rows = []
     for case in plan.cases:
         beside = turns.get((HUGGING_FACE, case.name, case.batch))
@@ -163,14 +162,15 @@ def rows_of(plan: Plan, turns: Turns) -> list[ModelRow]:
 
 
 BESIDE_HUGGING_FACE = [(PREFILL, 1.0), (DECODE_1, 1.5), (DECODE_32, 5.0)]
-"""Times Hugging Face's tokens a second that one stage shall reach at least."""
+"""The least ratios of one stage's tokens a second to Hugging Face's, by case."""
 
 TWO_STAGES_SHARE = 0.85
-"""Of one stage's tokens a second that two stages of one thread each shall reach, all with 32 users a microbatch."""
+"""The least ratio of the tokens a second of two stages of one thread each to those of one stage, with 32 users a
+microbatch."""
 
 
 def targets_of(turns: Turns) -> list[Target]:
-    """Of a full run."""
+    """The targets of a full run."""
     speeds = {key: [turn.tokens_per_s for turn in of_key] for key, of_key in turns.items()}
     targets = [
         Target(
@@ -207,7 +207,7 @@ def main(short: bool, device: Device, out: Path, threads: int, repetitions: int)
     Medians of repetitions, and the quartiles between which half of them lie.
     """
     machine = Machine.here()
-    # What is started from here on has no more cores than this, so that the one stage has as many threads as asked for.
+    # Processes started from here on have these cores only, so that the one stage has as many threads as requested.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     size = "tiny" if short else "mini576"
     plan = Plan(

@@ -9,22 +9,22 @@ import msgspec
 
 ANSWER_SECONDS = 900.0
 FIRST_ID = 3
-"""Ids below it are special in the sample model's tokenizer."""
+"""The first id that is not special in the sample model's tokenizer."""
 
 
 class TokenTimes(msgspec.Struct, frozen=True):
-    """Completions that were asked for at once: for each, seconds until each of its tokens came."""
+    """The times of a batch of completions: for each, the seconds until each of its tokens came."""
 
     completions: list[list[float]]
 
     @property
     def first_token_s(self) -> float:
-        """Seconds until a completion's first token: the median completion's."""
+        """Seconds until the first token, the median of the completions."""
         return statistics.median(times[0] for times in self.completions)
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens of all completions a second, in the time in which all of them were being decoded."""
+        """Tokens a second of all completions, in the time in which all of them were being decoded."""
         begin = max(times[0] for times in self.completions)
         end = min(times[-1] for times in self.completions)
         count = sum(begin < time <= end for times in self.completions for time in times)
@@ -32,18 +32,18 @@ class TokenTimes(msgspec.Struct, frozen=True):
 
 
 class Contender(Protocol):
-    """Completes prompts greedily, all at once."""
+    """A program that completes prompts greedily, all at once."""
 
     async def complete(self, prompts: Sequence[list[int]], new_tokens: int) -> TokenTimes:
-        """Exactly so many new tokens for each prompt."""
+        """Generates exactly `new_tokens` tokens for each prompt."""
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """So many prompts of so many token ids, the same for the same seed."""
+    """Makes `count` prompts of `tokens` token ids each, the same for the same seed."""
     random = Random(seed)
     return [[random.randrange(FIRST_ID, vocabulary) for _ in range(tokens)] for _ in range(count)]
 
 
 def prefill_tokens_per_s(prompts: Sequence[Sequence[int]], times: TokenTimes) -> float:
-    """Prompt tokens a second until the last completion has begun."""
+    """Prompt tokens a second until the last completion has its first token."""
     return sum(map(len, prompts)) / max(completion[0] for completion in times.completions)

@@ -1,4 +1,4 @@
-"""This program's engine and pipeline, asked through `EngineClient`: all but HTTP and text."""
+"""This program's engine and pipeline as a contender, used through `EngineClient`: all but HTTP and text."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
 
 
 class GalaxylineEngine:
-    """A `Contender`."""
+    """A `Contender` that is this program."""
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
@@ -48,7 +48,7 @@ class GalaxylineEngine:
 
 @contextlib.asynccontextmanager
 async def galaxyline_engine(model: Path, settings: EngineSettings) -> AsyncIterator[GalaxylineEngine]:
-    """The engine with these settings, once it is ready."""
+    """Starts the engine with these settings and waits until it is ready."""
     source = ModelSource(path=model, name=model.name, root=str(model))
     options = settings.engine_options(source, ModelConfig.from_file(model / "config.json"))
     async with EngineClient.start(options) as client:

@@ -1,4 +1,4 @@
-"""transformers' own model and `generate`, in a process of its own."""
+"""transformers' own model and `generate` as a contender, in a process of its own."""
 
 import asyncio
 import contextlib
@@ -17,32 +17,32 @@ from benchmarks.support.peer import Pipe, answer, running_peer
 
 
 class Prompts(msgspec.Struct, frozen=True):
-    """What the process is asked to complete."""
+    """A batch to complete."""
 
     tokens: list[list[int]]
     new_tokens: int
 
 
 class HuggingFace:
-    """A `Contender`."""
+    """A `Contender` that is transformers."""
 
     def __init__(self, peer: Pipe) -> None:
         self._peer = peer
 
     async def complete(self, prompts: Sequence[list[int]], new_tokens: int) -> TokenTimes:
-        """See `Contender`. The prompts are equally long; all of a batch get their tokens at the same times."""
+        """See `Contender`. Prompts must be equally long; all of a batch get their tokens at the same times."""
         self._peer.send(Prompts(list(prompts), new_tokens))
         times = await asyncio.to_thread(answer, self._peer, ANSWER_SECONDS)
         if not isinstance(times, list):
-            raise TypeError(f"{times!r} is no list of times")
+            raise TypeError(f"{times!r} is not a list of times")
         return TokenTimes([times] * len(prompts))
 
 
 @contextlib.asynccontextmanager
 async def hugging_face(model: Path, threads: int) -> AsyncIterator[HuggingFace]:
-    """The model in bfloat16, with scaled dot product attention and experts one after the other.
+    """Starts the model in bfloat16, with scaled dot product attention and experts one after the other.
 
-    transformers' default for experts, torch's grouped product, was slower on the processors this was tried on.
+    transformers' default for experts, torch's grouped product, was slower on the processors that were tried.
     """
     with running_peer(_serve, None, model, threads) as peer:
         await asyncio.to_thread(answer, peer, ANSWER_SECONDS)
@@ -50,7 +50,7 @@ async def hugging_face(model: Path, threads: int) -> AsyncIterator[HuggingFace]:
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token was there, and stops nothing."""
+    """Notes the time of each token, and never stops the generation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

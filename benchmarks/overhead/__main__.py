@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: processor time of the program itself, over stages that compute nothing.
 
-The real server, engine, Ray actors and sockets, streaming to clients in another process. Processor time does not
-depend on what else the machine does, as far as caches allow, so it stands for itself.
+The real server, engine, Ray actors and sockets stream to clients in another process. Apart from caches, processor time
+does not depend on other load of the machine, so it needs nothing to be compared with.
 """
 
 import json
@@ -31,7 +31,7 @@ ROUNDS = 3
 
 
 class Load(msgspec.Struct, frozen=True):
-    """So many clients at once, each of which streams so many tokens."""
+    """A load of `streams` clients at once, each of which streams `tokens` tokens."""
 
     streams: int
     tokens: int
@@ -44,8 +44,10 @@ SHORT_LOADS = [Load(4, 32)]
 
 
 class OverheadRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Processor time in microseconds: of the front end for each token, of the engine for each step, and of a stage's
-    actor for each of its steps. `tokens_per_step` says how many a step held."""
+    """Microseconds of processor time: of the front end per token, and of the engine and of a stage's actor per step.
+
+    `tokens_per_step` is the number of tokens in a step.
+    """
 
     stages: int
     streams: int
@@ -56,7 +58,7 @@ class OverheadRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """What one load took, in seconds of processor time."""
+    """The figures of one run of a load; times are seconds of processor time."""
 
     tokens: int
     steps: int
@@ -66,14 +68,14 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Overhead:
-    """One server under one load after another."""
+    """The measurements of one server."""
 
     def __init__(self, server: ServerProcesses, model: Path) -> None:
         self._server = server
         self._steps = StepCount(step_count_file(model, 0))
 
     def turn(self, load: Load) -> Turn:
-        """Runs a load to its end."""
+        """Runs a load to its end and measures it."""
         steps, before = self._steps.steps, self._processor_seconds()
         tokens = _stream(self._server.url, load)
         front_end, engine, stages = (now - then for now, then in zip(self._processor_seconds(), before, strict=True))
@@ -93,14 +95,14 @@ class Overhead:
         )
 
     def _processor_seconds(self) -> tuple[float, float, float]:
-        """Of the front end, the engine and all stages together."""
+        """Seconds of processor time of the front end, of all engines and of all stages."""
         server = self._server
         seconds = processor_seconds
         return seconds(server.front_end), sum(map(seconds, server.engines)), sum(map(seconds, server.stages))
 
 
 def measure(device: Device, stages: Sequence[int], loads: Sequence[Load], rounds: int) -> list[OverheadRow]:
-    """Every load on every number of stages; the loads take turns."""
+    """Measures every load on every number of stages; the loads take turns."""
     rows = []
     for count in stages:
         with tempfile.TemporaryDirectory(prefix="null-") as name:

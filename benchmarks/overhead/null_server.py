@@ -1,4 +1,4 @@
-"""`galaxyline serve` over stages that compute nothing: a process for the benchmark of the program's own overhead."""
+"""The server of the overhead benchmark: a process of `galaxyline serve` over stages that compute nothing."""
 
 import contextlib
 import sys
@@ -22,7 +22,7 @@ from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 
 class NullSettings(EngineSettings, frozen=True, kw_only=True):
-    """The engine's options, but for what the stages run."""
+    """The engine's settings, with null stages."""
 
     def engine_options(
         self, source: ModelSource, config: ModelConfig, changes: ConfigChanges = UNCHANGED, *, sharers: int = 1
@@ -34,7 +34,7 @@ class NullSettings(EngineSettings, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def null_server(model: Path, *, stages: int, streams: int, device: Device) -> Iterator[ServerProcesses]:
-    """Serves the directory of `write_null_model` over so many stages, to at most so many requests at once."""
+    """Serves the directory of `write_null_model` over `stages` stages, to at most `streams` requests at once."""
     port = free_port()
     command = [
         sys.executable,

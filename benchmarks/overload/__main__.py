@@ -1,7 +1,8 @@
-"""`python -m benchmarks.overload`: up to ten times as many requests as the pipeline can serve.
+"""`python -m benchmarks.overload`: goodput under up to ten times as many requests as the pipeline can serve.
 
-The real server over timed stages, whose capacity follows from their time; clients that come whatever becomes of those
-before them. Goodput has to stay at its peak, what waits has to stay bounded, and the rest has to be refused at once.
+The real server runs over timed stages, whose capacity follows from their time, and clients come at a given rate
+whatever happens to those before them. Goodput has to stay at its peak, waiting has to stay bounded, and the rest has to
+be refused at once.
 """
 
 import subprocess
@@ -29,11 +30,11 @@ from stages.device import Device
 STAGES = 2
 MICROBATCHES = 3
 USERS = 8
-"""Of a microbatch."""
+"""Users of a microbatch."""
 STAGE_MS = 20.0
 TOKENS = 32
 QUEUED = 48
-"""Requests that may wait: the time of two rounds of all slots."""
+"""Requests that may wait, which is as long as two rounds of all slots take."""
 
 CAPACITY = Capacity(slots=MICROBATCHES * USERS, queued=QUEUED, tokens_per_s=USERS / STAGE_MS * 1e3, tokens=TOKENS)
 
@@ -45,14 +46,14 @@ SHORT_WARM_S, SHORT_MEASURED_S = 2.0, 4.0
 CLIENT_MARGIN_S = 60.0
 
 GOODPUT_MIN = 0.9
-"""Of its peak over all loads, at the highest."""
+"""The least goodput at the highest load, as a share of its peak over all loads."""
 WAIT_MAX = 1.5
-"""Times what the queue's length and the peak of goodput make the longest wait: steps of prompts come in between."""
+"""The longest wait over what follows from queue length and peak goodput; steps of prompts come in between."""
 MEMORY_GROWTH_MAX = 1.1
 
 
 def measure(loads: Sequence[float], rounds: int, warm_s: float, measured_s: float) -> list[OverloadRow]:
-    """Every load in turn on one server; so many rounds of them."""
+    """Measures every load in turn on one server, in `rounds` rounds."""
     with tempfile.TemporaryDirectory(prefix="overload-") as name, _server(Path(name)) as server:
         turns = [[_turn(server, load, warm_s, measured_s, seed=round_) for load in loads] for round_ in range(rounds)]
     return [row_of(load, of_load) for load, of_load in zip(loads, zip(*turns, strict=True), strict=True)]
@@ -98,7 +99,7 @@ def _seconds(client: psutil.Process, server: ServerProcesses) -> list[float]:
 
 
 def _memory(server: ServerProcesses) -> int:
-    """Resident bytes of front end and engine."""
+    """The resident bytes of front end and engines."""
     return sum(int(process.memory_info().rss) for process in (server.front_end, *server.engines))
 
 

@@ -1,4 +1,4 @@
-"""What clients that came at a rate make of a server under overload."""
+"""The figures of overload, from the notes of clients that came at a given rate."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,11 @@ TOO_MANY = 429
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the pipeline: requests at once, requests that may wait, tokens a second with all slots in use, and the
-    tokens of each request."""
+    """The capacity of a pipeline.
+
+    It has `slots` for requests, and a queue for `queued` more; it makes `tokens_per_s` with all slots in use, and each
+    request has `tokens`.
+    """
 
     slots: int
     queued: int
@@ -22,12 +25,12 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def requests_per_s(self) -> float:
-        """What it can serve."""
+        """The requests a second that it can serve."""
         return self.tokens_per_s / self.tokens
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """One load once: the clients' notes, processor time in cores, and resident bytes before and after."""
+    """One run of a load: the clients' notes, processor time in cores, and resident bytes before and after."""
 
     notes: Notes
     client: float
@@ -38,35 +41,35 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def asked(self) -> list[Outcome]:
-        """Requests of the measured time."""
+        """The requests of the measured time."""
         notes = self.notes
         return [outcome for outcome in notes.outcomes if notes.began_s <= outcome.asked_s < notes.ended_s]
 
     @property
     def seconds(self) -> float:
-        """The measured time."""
+        """The measured time in seconds."""
         return self.notes.ended_s - self.notes.began_s
 
     @property
     def goodput(self) -> float:
-        """Tokens a second that came in the measured time, to requests of any time."""
+        """Tokens a second that came in the measured time, including those of earlier requests."""
         notes = self.notes
         came = sum(notes.began_s <= at < notes.ended_s for outcome in notes.outcomes for at in outcome.tokens_s)
         return came / self.seconds
 
     @property
     def refusals(self) -> list[Outcome]:
-        """Those asked that were told to come again."""
+        """The requests of the measured time that were refused with 429."""
         return [outcome for outcome in self.asked if outcome.status == TOO_MANY]
 
     @property
     def failures(self) -> int:
-        """Those asked that got neither a stream nor a refusal."""
+        """The number of requests of the measured time that got neither a stream nor a refusal."""
         return sum(outcome.status not in {0, 200, TOO_MANY} for outcome in self.asked)
 
     @property
     def first_token_s(self) -> float:
-        """The 99th percentile, of all first tokens in the measured time."""
+        """The 99th percentile of the seconds to the first token, for all first tokens in the measured time."""
         waits = sorted(
             outcome.tokens_s[0] - outcome.asked_s
             for outcome in self.notes.outcomes
@@ -76,14 +79,16 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def with_retry_after(self) -> float:
-        """The share of refusals that say when to come again; 1 where there are none."""
+        """The share of refusals that have a Retry-After; 1 if there are no refusals."""
         refusals = self.refusals
         return sum(refusal.retry_after_s is not None for refusal in refusals) / len(refusals) if refusals else 1.0
 
 
 class OverloadRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One load, in multiples of the capacity. `asked` is requests and `goodput` tokens a second, `refused` the share of
-    requests, `failed` those that got another answer; the rest are `Turn`'s."""
+    """The figures of one load, which is a multiple of the capacity.
+
+    `asked` is in requests a second and `goodput` in tokens a second; `refused` is the share of requests, and `failed`
+    the number that got another answer. The rest is as in `Turn`."""
 
     load: float
     asked: Spread

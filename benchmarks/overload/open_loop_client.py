@@ -1,7 +1,7 @@
-"""Clients that come at a given rate, whatever the server does with those before, in a process of their own.
+"""Open-loop clients, which come at a given rate whatever happens to those before, in a process of their own.
 
-Each asks once, streams what it gets and leaves; a refusal is not tried again. The process says on its standard output
-when the measured time begins and when it ends; the last line is what it noted.
+Each sends one request, streams the answer and leaves; a refusal is not tried again. The process writes a line to its
+standard output when the measured time begins and when it ends; the last line has its notes.
 """
 
 import asyncio
@@ -26,8 +26,10 @@ HEAD_BYTES_MAX = 4096
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, in seconds of one clock; `status` is 0 where no answer came. `ended_s` is None for an answer that
-    was cut short, or not over when the clients left."""
+    """What became of one request; times are seconds of one clock.
+
+    `status` is 0 if no answer came. `ended_s` is None for an answer that was cut short, or not over when clients left.
+    """
 
     asked_s: float
     status: int
@@ -37,7 +39,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Notes(msgspec.Struct, frozen=True, kw_only=True):
-    """All requests that were asked until the end of the measured time, and when that began and ended."""
+    """All requests until the end of the measured time, and when that time began and ended."""
 
     began_s: float
     ended_s: float
@@ -45,7 +47,7 @@ class Notes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Visitor(asyncio.Protocol):
-    """One request, from connection to end."""
+    """A client with one request, from connection to end."""
 
     def __init__(self, request: bytes, asked_s: float) -> None:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -58,7 +60,7 @@ class Visitor(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def outcome(self) -> Outcome:
-        """What has come so far."""
+        """What has become of the request so far."""
         status, retry = STATUS.match(self._head), RETRY_AFTER.search(self._head)
         return Outcome(
             asked_s=self._asked_s,
@@ -69,12 +71,12 @@ class Visitor(asyncio.Protocol):
         )
 
     def leave(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
+        # uvloop's transports are not subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
         self._transport.write(self._request)
 
@@ -85,7 +87,7 @@ class Visitor(asyncio.Protocol):
         self._tokens_s += [now] * received.count(EVENT)
         if DONE in received:
             self._ended_s = now
-        # An event may be cut between two reads: what could be the beginning of one is looked at again.
+        # An event may be cut between two reads, so bytes that may be the beginning of one are kept for the next read.
         self._rest = received[max(received.rfind(b"\n"), len(received) - len(EVENT)) + 1 :]
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -109,7 +111,7 @@ class OpenLoop:
         self._connecting: set[asyncio.Task[None]] = set()
 
     async def run(self, rate: float, warm_s: float, measured_s: float, seed: int) -> Notes:
-        """Visitors of a Poisson process of `rate` a second; they leave when the measured time is over."""
+        """Sends visitors in a Poisson process of `rate` a second; they leave when the measured time is over."""
         chance = random.Random(seed)
         start = time.monotonic()
         begins, ends = start + warm_s, start + warm_s + measured_s
@@ -155,7 +157,7 @@ class OpenLoop:
 def main(url: httpx.URL, tokens: int, rate: float, warm_s: float, measured_s: float, seed: int) -> None:
     """Ask the server at URL for TOKENS tokens RATE times a second, for WARM_S and then MEASURED_S seconds."""
     notes = uvloop.run(OpenLoop(url, tokens).run(rate, warm_s, measured_s, seed))
-    # With PYTHONUNBUFFERED the standard output writes what a pipe takes at once, and drops the rest.
+    # With PYTHONUNBUFFERED the standard output writes only as much as a pipe takes at once, and drops the rest.
     with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as whole:
         whole.write(msgspec.json.encode(notes) + b"\n")
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.scaling`: how the throughput of a pipeline grows with its stages.
 
-The real server, engine, Ray actors and sockets, streaming to clients in another process. On the timed device stages
-take the time of real ones without computing, so that a machine of a few cores can hold many of them: what is missing
-to the ideal is what the program itself costs.
+The real server, engine, Ray actors and sockets stream to clients in another process. On the timed device stages take
+the time of real ones without computing, so that a machine of a few cores can run many of them: the difference to the
+ideal is the cost of the program itself.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""The pipelines whose scaling is measured: what the server is told, and what it would do at best."""
+"""The pipelines whose scaling is measured: the options of the server, and the ideal."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +18,15 @@ from weights.presets import preset_directory
 from weights.sample import SAMPLE_DIR
 
 EQUAL, R1, SAMPLE = "equal", "R1", "sample"
-"""What the names of cases begin with."""
+"""The beginnings of the names of cases."""
 USERS = 4
-"""Of a microbatch: few, so that clients and front end leave the processor to the pipeline."""
-PLACES = 8
-"""For requests in a microbatch: as few as chips allow, and more than USERS, so that probes find one free."""
+"""The users of a microbatch: few, so that clients and front end leave the processor to the pipeline."""
+SLOTS = 8
+"""The slots of a microbatch: as few as chips allow, and more than USERS, so that probes find a free one."""
 EQUAL_MS = {4: 10.0, 8: 10.0, 16: 10.0, 32: 20.0, 64: 20.0}
-"""Stages -> milliseconds of each."""
+"""The milliseconds of each stage, by the number of stages."""
 FEWEST_MICROBATCHES = (16,)
-"""Stages which run also with as many microbatches, and not one more: a user's turn comes sooner then."""
+"""The numbers of stages that are also run with as many microbatches, and not one more, which shortens the latency."""
 R1_STAGES = (8, 16, 32, 61)
 SAMPLE_STAGES = (1, 2, 4)
 SHORT_EQUAL_MS = {4: 10.0}
@@ -34,13 +34,13 @@ SHORT_R1_STAGES = (8,)
 SHORT_SAMPLE_STAGES = (2,)
 R1_MAX_MODEL_LEN = 4096
 CONTEXT = 256
-"""Cached tokens of a user for which R1's steps are predicted: about as many as in the measured time."""
+"""The cached tokens of a user for which R1's steps are predicted, about as many as in the measured time."""
 PROMPT_TOKENS = 10
-"""Of every request."""
+"""The tokens of every prompt."""
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One pipeline. `ideal` is None where only measuring tells how long a step takes."""
+    """One pipeline; `ideal` is None if the time of a step has to be measured."""
 
     name: str
     model: str
@@ -52,12 +52,12 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def streams(self) -> int:
-        """Requests at once."""
+        """The number of requests at once."""
         return USERS * self.microbatches
 
 
 def cases(device: Device, directory: Path, *, short: bool) -> Iterator[Case]:
-    """Those of a device; synthetic models are written to `directory`."""
+    """The cases of a device; synthetic models are written to `directory`."""
     if device != "timed":
         for stages in SHORT_SAMPLE_STAGES if short else SAMPLE_STAGES:
             yield Case(
@@ -79,9 +79,9 @@ def cases(device: Device, directory: Path, *, short: bool) -> Iterator[Case]:
 
 
 def equal_case(stages: int, milliseconds: float, directory: Path, microbatches: int | None = None) -> Case:
-    """A synthetic model of as many equal layers as stages, each of which takes so long for every step.
+    """A synthetic model of as many layers as stages, each of which takes `milliseconds` for every step.
 
-    There is one microbatch more than stages unless their number is given.
+    There is one microbatch more than stages unless `microbatches` is given.
     """
     microbatches = microbatches or default_microbatches(stages)
     model = directory / f"equal-{stages}"
@@ -100,7 +100,7 @@ def equal_case(stages: int, milliseconds: float, directory: Path, microbatches: 
 
 
 def r1_case(stages: int) -> Case:
-    """DeepSeek-R1 on stages of one row, in the times that are predicted."""
+    """DeepSeek-R1 on stages of one row, with predicted times."""
     path = preset_directory("r1")
     if path is None:
         raise KeyError("r1")
@@ -111,7 +111,7 @@ def r1_case(stages: int) -> Case:
         device="timed",
         stages=stages,
         max_model_len=R1_MAX_MODEL_LEN,
-        max_num_seqs=PLACES * microbatches,
+        max_num_seqs=SLOTS * microbatches,
         enable_trace=True,
     )
     pipeline = settings.engine_options(ModelSource(path=path, name="r1", root="r1", tokenizer=SAMPLE_DIR), config)

@@ -14,21 +14,21 @@ from benchmarks.support.report import Target, table_of
 
 SMALL_FLOOR, LARGE_FLOOR = 0.95, 0.90
 LARGE_STAGES = 32
-"""From so many stages on the lower floor counts."""
+"""The number of stages from which LARGE_FLOOR is the floor."""
 GAP_STAGES = 16
 GAP_MAX = 1.1
 CLIENTS_SHARE_MAX = 0.2
 
 
 class ScalingRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One pipeline.
+    """The figures of one pipeline.
 
-    Throughput in tokens a second: measured, ideal for the slowest stage, ideal for equal stages of the same sum, and
-    that at which all cores would be full. `slowest_measured_ms` is what the slowest stage's decode steps really took.
-    Processor time in microseconds: of a stage's actor and of the engine for each step, of the front end for each
-    token; and the share of all cores that front end and clients take. Seconds to the first token of requests beside
-    the load, and from token to token. `busy_shares` are the shares of time that stages compute.
-    """
+    Throughput is in tokens a second: measured, ideal for the slowest stage, ideal for equal stages of the same sum, and
+    that at which all cores would be busy. `slowest_measured_ms` is the measured time of the slowest stage's decode
+    steps. Processor time is in microseconds: of a stage's actor and of the engine per step, of the front end per token;
+    `clients_share` is the share of all cores that front end and clients take. Then there are the seconds to the first
+    token of requests beside the load, and from token to token. `busy_shares` are the shares of time that stages
+    compute."""
 
     name: str
     stages: int
@@ -57,7 +57,7 @@ class ScalingRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def row(run: Run, cores: int) -> ScalingRow:
-    """The figures of a run on so many cores."""
+    """The figures of a run on `cores` cores."""
     case, ideal, times = run.case, run.ideal, run.times
     seconds = times.ended_s - times.began_s
     steps = run.after.steps - run.before.steps
@@ -96,7 +96,7 @@ def row(run: Run, cores: int) -> ScalingRow:
 
 
 def targets(rows: Sequence[ScalingRow]) -> list[Target]:
-    """Of equal stages on the timed device; none where there are none."""
+    """The targets of equal stages on the timed device; none if there are no such rows."""
     equal = [row for row in rows if row.name.startswith(EQUAL)]
     found = [
         Target(
@@ -124,12 +124,12 @@ def targets(rows: Sequence[ScalingRow]) -> list[Target]:
 
 
 def _has_fewest(row: ScalingRow) -> bool:
-    """Whether it shows how soon a user's turn can come, and not how many tokens all users can get."""
+    """Whether a pipeline has the fewest microbatches, which shows the best latency and not the best throughput."""
     return 1 < row.stages == row.microbatches
 
 
 def chart(rows: Sequence[ScalingRow]) -> str:
-    """Measured tokens a second over both ideals, by the number of stages, as SVG."""
+    """An SVG of measured tokens a second over both ideals, by the number of stages."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for measured in filterfalse(_has_fewest, rows):
         kind = next(kind for kind in (EQUAL, R1, SAMPLE) if measured.name.startswith(kind))
@@ -140,8 +140,11 @@ def chart(rows: Sequence[ScalingRow]) -> str:
 
 
 def table(rows: Sequence[ScalingRow]) -> Table:
-    """In brackets the microbatches, and what the slowest stage's steps took. TTFT and ITL: median, 99th percentile and
-    ideal."""
+    """The rows as a table.
+
+    Microbatches, and measured times of the slowest stage, are in brackets; TTFT and ITL are given as median, 99th
+    percentile and ideal.
+    """
     table = table_of(
         "pipeline",
         "stages",

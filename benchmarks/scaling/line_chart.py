@@ -1,4 +1,4 @@
-"""A small chart as SVG: lines over the number of stages."""
+"""A line chart as SVG, over the number of stages."""
 
 from collections.abc import Mapping, Sequence
 from math import log2
@@ -8,11 +8,11 @@ Points = Sequence[tuple[int, float]]
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 60, 40, 220, 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Okabe and Ito's, which colour-blind people can tell apart."""
+"""Colours of Okabe and Ito, which colour-blind people can tell apart."""
 
 
 def line_chart(title: str, lines: Mapping[str, Points], top: float = 1.1) -> str:
-    """An SVG document: x is the number of stages, on a logarithmic scale; y goes from 0 to `top`, and is cut there."""
+    """Makes an SVG document: x is the number of stages on a logarithmic scale, and y from 0 to `top`, clipped there."""
     stages = sorted({x for points in lines.values() for x, _ in points})
     low, high = log2(stages[0]), max(log2(stages[-1]), log2(stages[0]) + 1)
 

@@ -1,4 +1,4 @@
-"""One pipeline under steady load: its server, its clients, and what the counters of both say of the measured time."""
+"""The run of one pipeline under steady load: its server, its clients, and the counters of both in the measured time."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ import msgspec
 import psutil
 
 from api.messages.pipeline_view import PipelineView
-from benchmarks.scaling.case import PLACES, USERS, Case
+from benchmarks.scaling.case import SLOTS, USERS, Case
 from benchmarks.scaling.ideal import Ideal
 from benchmarks.scaling.steady_client import SteadyTimes
 from benchmarks.support.ports import free_port
@@ -25,7 +25,7 @@ STEP_SECONDS = re.compile(r'^galaxyline:stage_step_seconds_(count|sum)\{.*mode="
 
 
 class Effort(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of warming up and of measuring, and how many requests are tried beside the load."""
+    """Seconds of warming up and of measuring, and the number of probe requests beside the load."""
 
     warm_s: float
     measured_s: float
@@ -33,7 +33,7 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one moment: seconds of processor time, steps that have left the last stage, and the pipeline's own view."""
+    """The counters at one moment: seconds of processor time, and the pipeline's view of itself."""
 
     client_s: float
     front_end_s: float
@@ -43,14 +43,14 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def steps(self) -> int:
-        """That the last stage has done."""
+        """The number of steps that the last stage has done."""
         return self.view.stages[-1].steps_done
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured of a case: counters at the beginning and at the end of it, and the clients' notes.
+    """The measurement of a case: counters at its beginning and at its end, and the clients' notes.
 
-    `ideal` is that of its times as they were given or predicted, `of_steps` that of those which its steps really took.
+    `ideal` follows from the given or predicted times, `of_steps` from the measured times of steps.
     """
 
     case: Case
@@ -62,10 +62,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(case: Case, device: Device, cache_dir: Path, effort: Effort, timeline: Path | None = None) -> Run:
-    """Starts the server, measures, ends it. Raises ServerError or StreamError."""
+    """Starts the server, measures and ends it. Raises ServerError or StreamError."""
     port = free_port()
     command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port), "--device", device]
-    command += ["--model", case.model, "--stages", str(case.stages), "--max-num-seqs", str(PLACES * case.microbatches)]
+    command += ["--model", case.model, "--stages", str(case.stages), "--max-num-seqs", str(SLOTS * case.microbatches)]
     command += ["--microbatches", str(case.microbatches)]
     command += ["--cache-dir", str(cache_dir), *case.options, "--no-spare"]
     if timeline is not None:
@@ -117,7 +117,7 @@ def _counters(server: ServerProcesses, client: int) -> Counters:
 
 
 StepSeconds = dict[tuple[str, int], tuple[float, float]]
-"""(mode, stage) -> (steps, seconds of all of them)."""
+"""The number of steps and their seconds together, by mode and stage."""
 
 
 def _step_seconds(server: ServerProcesses) -> StepSeconds:
@@ -125,7 +125,7 @@ def _step_seconds(server: ServerProcesses) -> StepSeconds:
 
 
 def step_seconds(metrics: str) -> StepSeconds:
-    """What a server's metrics say of the time of steps."""
+    """Parses the times of steps from a server's metrics."""
     found: dict[tuple[str, int], dict[str, float]] = {}
     for kind, mode, stage, value in STEP_SECONDS.findall(metrics):
         found.setdefault((mode, int(stage)), {})[kind] = float(value)
@@ -133,7 +133,7 @@ def step_seconds(metrics: str) -> StepSeconds:
 
 
 def _ideal_of_steps(case: Case, before: StepSeconds, after: StepSeconds) -> Ideal:
-    """With the mean time of the stages' decode steps between two moments, and of all prefill steps so far."""
+    """The ideal with the mean times of decode steps between two moments, and of all prefill steps so far."""
 
     def decode_s(stage: int) -> float:
         (steps, seconds), (more, longer) = before["decode", stage], after["decode", stage]

@@ -1,7 +1,7 @@
-"""Clients that keep a server under a steady load, in a process of their own, and note when each token came.
+"""Clients that keep a server under steady load and note when each token came, in a process of their own.
 
-The process says on its standard output, a line each, when the measured time begins and when it ends, so that others
-can read their own clocks and counters at these moments; the last line is what it noted.
+The process writes a line to its standard output when the measured time begins and when it ends, so that others can
+read clocks and counters at these moments; the last line has its notes.
 """
 
 import asyncio
@@ -22,8 +22,11 @@ Moment = Literal["begins", "ended"]
 
 
 class SteadyTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of one clock: when measuring began and ended, when each stream's tokens came in between, and for each
-    probe how long its first token took."""
+    """The notes of the clients, in seconds of one clock.
+
+    They have when measuring began and ended, when each stream's tokens came in between, and how long the first token of
+    each probe took.
+    """
 
     began_s: float
     ended_s: float
@@ -32,12 +35,12 @@ class SteadyTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Of all streams in the measured time."""
+        """The number of tokens of all streams in the measured time."""
         return sum(map(len, self.streams))
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all streams."""
+        """Tokens a second of all streams."""
         return self.tokens / (self.ended_s - self.began_s)
 
     @property
@@ -47,7 +50,7 @@ class SteadyTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotingClient(Client):
-    """Notes when each token came."""
+    """A client that notes when each token came."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class NotingClient(Client):
             self.first.set_exception(StreamError("The server refused a stream, or left."))
 
     def leave(self) -> None:
-        """Ends the connection, and with it the request."""
+        """Closes the connection, which ends the request."""
         if self._transport is not None:
             self._transport.close()
 
@@ -79,7 +82,7 @@ class Load:
         self._url = url
 
     async def run(self, streams: int, tokens: int, warm_s: float, measured_s: float, probes: int) -> SteadyTimes:
-        """Raises StreamError where a stream ends before all is measured."""
+        """Runs the load and measures it. Raises StreamError if a stream ends before all is measured."""
         clients = [await self._ask(tokens) for _ in range(streams)]
         await asyncio.wait_for(asyncio.gather(*(client.first for client in clients)), ANSWER_SECONDS)
         await asyncio.sleep(warm_s)
@@ -101,7 +104,7 @@ class Load:
         return client
 
     async def _probe(self) -> float:
-        """Seconds to the first token of one more request."""
+        """The seconds to the first token of one more request."""
         asked = time.monotonic()
         client = await self._ask(1)
         return float(await asyncio.wait_for(client.first, ANSWER_SECONDS)) - asked
@@ -122,7 +125,7 @@ class Load:
 def main(url: httpx.URL, **shape: float) -> None:
     """Keep STREAMS streams of TOKENS tokens at URL for WARM_S and then MEASURED_S seconds, and try PROBES requests."""
     times = uvloop.run(Load(url).run(**shape))  # type: ignore[arg-type]
-    # Not by `echo`: with PYTHONUNBUFFERED set, Python's own stream may write a part of a long line, and say nothing.
+    # With PYTHONUNBUFFERED, `echo` may write only a part of a long line without an error.
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as output:
         output.write(msgspec.json.encode(times))
 

@@ -1,4 +1,4 @@
-"""The machine that figures are from."""
+"""The machine that figures were measured on."""
 
 import os
 import platform
@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 
 BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
-"""Flags of /proc/cpuinfo of processors that multiply bfloat16 themselves."""
+"""Flags in /proc/cpuinfo of processors with instructions for products of bfloat16."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Processor, cores that this process may use, and the load (runnable threads in the last minute) before the run.
+    """The processor, the cores that this process may use, and the load (runnable threads in the last minute) before.
 
-    `bfloat16` are the processor's instructions for products of bfloat16, none where it has to widen the values.
+    `bfloat16` are the processor's instructions for products of bfloat16; without any, it has to widen the values.
     """
 
     processor: str
@@ -26,7 +26,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def here(cls) -> "Machine":
-        """The machine as it is now."""
+        """Describes this machine as it is now."""
         facts = _cpuinfo()
         return cls(
             processor=facts.get("model name", platform.machine()),
@@ -43,7 +43,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries."""
+    """The entries of the first processor."""
     entries = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     lines = (line.partition(":") for line in entries.splitlines())
     return {name.strip(): value.strip() for name, _, value in lines}

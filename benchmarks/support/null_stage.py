@@ -1,4 +1,4 @@
-"""A stage that computes nothing: what is left is the cost of bringing steps to it and away from it."""
+"""A stage that computes nothing, so that only the cost of moving steps to it and from it remains."""
 
 import mmap
 import struct
@@ -13,14 +13,14 @@ from weights.model_config import ModelConfig
 RUNNER = "benchmarks.support.null_stage:load"
 
 TOKEN = 292
-"""What every request is answered with: " is" in the sample model's vocabulary."""
+"""The token that every request gets: " is" in the sample model's vocabulary."""
 
 COUNT = struct.Struct("<Q")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class NullStage:
-    """Passes hidden states on as they came; the first stage's are zeros. The last one samples TOKEN everywhere."""
+    """Passes hidden states on unchanged; those of the first stage are zeros, and the last stage samples TOKEN only."""
 
     def __init__(self, spec: StageSpec, bytes_per_token: int, steps: "StepCount | None" = None) -> None:
         self._spec = spec
@@ -38,7 +38,7 @@ class NullStage:
         return hidden if hidden else self._first(step.token_count * self._bytes_per_token)
 
     def close(self) -> None:
-        """Nothing to give up."""
+        """See `StageRunner`. There is nothing to release."""
 
     def _first(self, size: int) -> memoryview:
         if len(self._zeros) < size:
@@ -47,32 +47,32 @@ class NullStage:
 
 
 class StepCount:
-    """Steps that a stage has run, in a file, where another process reads them at no cost to the stage."""
+    """The number of steps that a stage has run, in a file, which another process reads at no cost to the stage."""
 
     def __init__(self, path: Path) -> None:
-        """The file is made, with a count of 0, where there is none."""
+        """The file is created with a count of 0 if it does not exist."""
         with path.open("a+b") as file:
             file.truncate(COUNT.size)
             self._memory = mmap.mmap(file.fileno(), COUNT.size)
 
     @property
     def steps(self) -> int:
-        """How many there were so far."""
+        """The number of steps so far."""
         (count,) = COUNT.unpack_from(self._memory)
         return int(count)
 
     def add_one(self) -> None:
-        """One more."""
+        """Counts one more step."""
         COUNT.pack_into(self._memory, 0, self.steps + 1)
 
 
 def step_count_file(model: Path, stage: int) -> Path:
-    """Where the stage of a model in this directory counts its steps."""
+    """The file in which a stage of the model in this directory counts its steps."""
     return model / f"stage{stage}.steps"
 
 
 def load(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """The `RunnerFactory`: reads only the model's config.json, and counts steps beside it."""
+    """Loads a null stage, as a `RunnerFactory`; it reads only the model's config.json, and counts steps beside it."""
     model = Path(options.model_path)
     config = ModelConfig.from_file(model / "config.json")
     on_progress(len(spec.layers), len(spec.layers))

@@ -1,4 +1,4 @@
-"""The command that every benchmark is, and the options that all of them have."""
+"""The command of a benchmark, with the options that all of them have."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from weights.errors import GalaxylineError
 DEFAULT_OUT = Path("generated/bench")
 
 COMPUTING: tuple[Device, ...] = ("embedded", "ttnn")
-"""The devices that most benchmarks are for: there is nothing to measure of one that computes nothing."""
+"""The devices that compute, on which most benchmarks run."""
 
 _OPTIONS = [
     click.option("--short", is_flag=True, help="Run for seconds, to show that it runs; the figures mean little."),
@@ -31,11 +31,11 @@ _OPTIONS = [
 
 
 class BenchmarkCommand(click.Command):
-    """Shows the program's own errors as a sentence, as `galaxyline` does, and exits with their code."""
+    """A command that prints the program's own errors and exits with their code, as `galaxyline` does."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Runs the command."""
-        # The tables are what is wanted, not every request and every stage that starts.
+        # The output is to be the tables, not a line for every request and every stage that starts.
         os.environ.setdefault(LEVEL_VARIABLE, "warning")
         configure_logging()
         try:
@@ -48,9 +48,9 @@ class BenchmarkCommand(click.Command):
 def benchmark_command(
     name: str, devices: Sequence[Device] = COMPUTING
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a function the command `python -m benchmarks.NAME`, with --short, --device and --out.
+    """Decorates the function of the command `python -m benchmarks.NAME`, with --short, --device and --out.
 
-    Unless told otherwise it runs on the first of `devices`.
+    The default of --device is the first of `devices`.
     """
     device = click.option(
         "--device",
@@ -70,7 +70,7 @@ def benchmark_command(
 
 
 def bind_process(device: Device) -> None:
-    """Starts this program anew where its own process is bound to another device than `device`."""
+    """Restarts this program if its process is bound to another device than `device`."""
     if os.environ.get(DEVICE_VARIABLE, "embedded") != device:
         # The interpreter's own arguments: `python -m benchmarks.NAME` and its options.
         os.execve(sys.executable, sys.orig_argv, {**os.environ, DEVICE_VARIABLE: device})

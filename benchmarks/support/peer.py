@@ -1,4 +1,4 @@
-"""Processes that a benchmark measures against each other; none outlives it."""
+"""Peers: processes that a benchmark starts and measures, and that never outlive it."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +11,7 @@ from actors.stage.cores import CoreShare, apply_share, share_cores
 
 Parameters = ParamSpec("Parameters")
 Pipe = multiprocessing.connection.Connection
-"""What joins a peer to the benchmark. It ends with the benchmark, and so shall the peer."""
+"""The connection of a peer to the benchmark. It ends with the benchmark, and the peer has to end with it."""
 
 START_SECONDS = 120.0
 END_SECONDS = 10.0
@@ -28,7 +28,7 @@ def running_peer(
     *args: Parameters.args,
     **kwargs: Parameters.kwargs,
 ) -> Iterator[Pipe]:
-    """`work(pipe, ...)` in a new process, bound to `share` of the cores, until the block ends."""
+    """Runs `work(pipe, ...)` in a new process, bound to `share` of the cores, until the block ends."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(work, share, theirs, args, kwargs), daemon=True)
@@ -45,7 +45,7 @@ def running_peer(
 
 
 def answer(pipe: Pipe, seconds: float = START_SECONDS) -> object:
-    """The peer's next message. Raises PeerError where it does not come within `seconds`, or the peer has ended."""
+    """Receives the peer's next message. Raises PeerError if none comes within `seconds`, or the peer has ended."""
     try:
         if not pipe.poll(seconds):
             raise PeerError(f"A process of the benchmark did not answer within {seconds:g} s.")
@@ -55,13 +55,13 @@ def answer(pipe: Pipe, seconds: float = START_SECONDS) -> object:
 
 
 def wait_for_end(pipe: Pipe) -> None:
-    """Returns when the benchmark is over or gone: it says nothing more by then."""
+    """Waits until the benchmark closes the connection."""
     with contextlib.suppress(EOFError):
         pipe.recv()
 
 
 def two_shares() -> list[CoreShare]:
-    """The cores of this process as two neighbouring stages would share them."""
+    """Divides the cores of this process as between two neighbouring stages."""
     return share_cores(sorted(os.sched_getaffinity(0)), 2)
 
 

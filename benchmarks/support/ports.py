@@ -1,4 +1,4 @@
-"""Ports for servers that somebody else starts."""
+"""Free ports for servers in other processes."""
 
 import errno
 import random
@@ -6,12 +6,12 @@ import socket
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, END_PORT = 20_000, 32_768
-"""Below those that Linux gives to outgoing connections, and above those of Ray's workers: between its choice and its
-use, which may be seconds, nobody else takes the port by chance."""
+"""A range below the ports that Linux gives to outgoing connections, and above those of Ray's workers, so that no other
+process takes a port by chance in the seconds between its choice and its use."""
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listened on just now."""
+    """Returns a loopback port on which no process listens at present."""
     while True:
         port = random.randrange(FIRST_PORT, END_PORT)
         with socket.socket() as probe:

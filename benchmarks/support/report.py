@@ -1,4 +1,4 @@
-"""What a benchmark found: tables for people, JSON for programs."""
+"""Reports of benchmarks: tables for people, JSON for programs."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ WIDTH = 120
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A bound that a figure shall keep: at most `bound`, or at least where `is_floor`."""
+    """A bound that a figure has to keep: at most `bound`, or at least if `is_floor`."""
 
     name: str
     bound: float
@@ -32,7 +32,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, Generic[Row], frozen=True, kw_only=True):
-    """One run of a benchmark. `made_at` is in seconds since 1970; a `short` run proves no more than that it runs."""
+    """One run of a benchmark. `made_at` is in seconds since 1970; a `short` run only shows that the benchmark works."""
 
     benchmark: str
     device: Device

@@ -1,4 +1,4 @@
-"""A server as a process of its own, and the processes that belong to it."""
+"""Servers in processes of their own, with the processes that belong to them."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ READY_SECONDS = 300.0
 POLL_SECONDS = 0.1
 END_SECONDS = 60.0
 STAGE_TITLE = "ray::StageActor"
-"""How Ray calls a stage's process."""
+"""The beginning of the title that Ray gives to a stage's process."""
 
 
 class ServerError(Exception):
@@ -24,7 +24,7 @@ class ServerError(Exception):
 
 
 class ServerProcesses(msgspec.Struct, frozen=True):
-    """A server that is ready: its address, and its processes, those of all its replicas."""
+    """A server that is ready: its address, and its processes, including those of all replicas."""
 
     url: str
     front_end: psutil.Process
@@ -34,9 +34,9 @@ class ServerProcesses(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def running_server(command: Sequence[str], port: int, stages: int) -> Iterator[ServerProcesses]:
-    """Runs a command that serves `stages` stages at a port of loopback, from ready to its end."""
+    """Runs a command that serves `stages` stages at a loopback port; the block begins when the server is ready."""
     root = str(Path(__file__).parents[2])
-    # Ray's workers have to find this package as well.
+    # Ray's workers have to find this package too.
     environment = {**os.environ, "PYTHONPATH": root}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -49,13 +49,13 @@ def running_server(command: Sequence[str], port: int, stages: int) -> Iterator[S
 
 
 def processor_seconds(process: psutil.Process) -> float:
-    """In user and kernel mode, of all threads there ever were; the kernel counts in hundredths of a second."""
+    """Seconds in user and kernel mode of all threads so far; the kernel counts in hundredths of a second."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Returns when all replicas are ready. Raises ServerError when the process ends, or after READY_SECONDS."""
+    """Waits until all replicas are ready. Raises ServerError if the process ends, or after READY_SECONDS."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -69,12 +69,12 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def engines_of(front_end: psutil.Process) -> list[psutil.Process]:
-    """The engines' processes."""
+    """The processes of the engines."""
     return [child for child in front_end.children() if "api.engine" in child.cmdline()]
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself; nothing where it has gone, or is a zombie."""
+    """The title of a process; empty if it is gone, or a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
         command = process.cmdline()
         return command[0] if command else ""
@@ -82,7 +82,7 @@ def title(process: psutil.Process) -> str:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM; raises ServerError where the process has not gone END_SECONDS later, and kills it."""
+    """Ends a process by SIGTERM. If it still runs after END_SECONDS, kills it and raises ServerError."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(END_SECONDS)

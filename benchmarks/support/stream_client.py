@@ -1,6 +1,6 @@
-"""Streaming clients in a process of their own, whose processor time is nobody's concern.
+"""Streaming clients in a process of their own, so that their processor time is not measured.
 
-They count events and no more: with a client that reads JSON, the server would wait for the clients.
+They only count events: if they parsed JSON, the server would wait for them.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ OK = b"HTTP/1.1 200 "
 
 
 class StreamError(Exception):
-    """The server answered with something else than a stream, or left."""
+    """The server answered with something other than a stream, or left."""
 
 
 class Client(asyncio.Protocol):
-    """One completion, from request to end."""
+    """The client of one completion, from request to end."""
 
     def __init__(self) -> None:
         self.tokens: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -45,7 +45,7 @@ class Client(asyncio.Protocol):
         self._transport.write(head.encode() + content)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
+        # uvloop's transports are not subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
@@ -55,17 +55,17 @@ class Client(asyncio.Protocol):
         self._count += received.count(EVENT)
         if DONE in received and not self.tokens.done():
             self.tokens.set_result(self._count)
-        # An event may be cut between two reads: what could be the beginning of one is looked at again.
+        # An event may be cut between two reads, so bytes that may be the beginning of one are kept for the next read.
         self._rest = received[max(received.rfind(b"\n"), len(received) - len(EVENT)) + 1 :]
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.tokens.done():
-            cause = "it ended in the middle" if self._is_stream else "the answer was no stream"
+            cause = "it ended in the middle" if self._is_stream else "the answer was not a stream"
             self.tokens.set_exception(StreamError(f"The server's stream is of no use: {cause}."))
 
 
 async def stream_all(url: httpx.URL, streams: int, tokens: int) -> int:
-    """Connects so many clients, then asks for all completions at once; returns the number of tokens that came."""
+    """Connects `streams` clients, then requests all completions at once; returns the number of tokens that came."""
     loop = asyncio.get_running_loop()
     clients = [(await loop.create_connection(Client, url.host, url.port or HTTP_PORT))[1] for _ in range(streams)]
     for client in clients:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.chaos.faults import FaultRow
 from benchmarks.chaos.findings import Findings, Run, losses_of, percentile, recoveries_in, speeds_of
 from benchmarks.chaos.leaks import Holdings, slope
-from benchmarks.chaos.load import Answer, Totals
+from benchmarks.chaos.load import StreamedAnswer, Totals
 from benchmarks.chaos.requests import STYLES, Damage, Question, damage, questions
 from benchmarks.chaos.stage import FaultyStage, give_order, is_obeyed, order_file, withdraw
 from stages.plan import StageSpec
@@ -50,11 +50,11 @@ def test_damage_is_told_apart(got: list[int], found: Damage) -> None:
 
 def test_totals_hold_tokens_and_log_probabilities_against_the_first_answer() -> None:
     totals = Totals()
-    reference = Answer([[1, 2, 3, 4]], [-1.0, -2.0, -3.0, -4.0], is_whole=True)
-    totals.add(QUESTION, reference, Answer([[1, 2, 3, 4]], [-1.0, -2.0, -3.0, -4.0], is_whole=True))
-    totals.add(QUESTION, reference, Answer([[1, 2]], [-1.0, -2.0]))
+    reference = StreamedAnswer([[1, 2, 3, 4]], [-1.0, -2.0, -3.0, -4.0], is_whole=True)
+    totals.count_answer(QUESTION, reference, StreamedAnswer([[1, 2, 3, 4]], [-1.0, -2.0, -3.0, -4.0], is_whole=True))
+    totals.count_answer(QUESTION, reference, StreamedAnswer([[1, 2]], [-1.0, -2.0]))
     assert (totals.requests, totals.aborted, totals.tokens, totals.errors) == (2, 1, 6, [])
-    totals.add(QUESTION, reference, Answer([[1, 2, 4]], [-1.0, -2.5, -3.0], is_whole=True))
+    totals.count_answer(QUESTION, reference, StreamedAnswer([[1, 2, 4]], [-1.0, -2.5, -3.0], is_whole=True))
     assert (totals.lost, totals.repeated, totals.changed, len(totals.errors)) == (1, 0, 1, 2)
 
 
