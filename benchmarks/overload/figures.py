@@ -79,7 +79,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def with_retry_after(self) -> float:
-        """The share of refusals that have a Retry-After; 1 if there are no refusals."""
+        """The share of refusals that have a Retry-After; 1 without refusals."""
         refusals = self.refusals
         return sum(refusal.retry_after_s is not None for refusal in refusals) / len(refusals) if refusals else 1.0
 

@@ -96,7 +96,7 @@ def row(run: Run, cores: int) -> ScalingRow:
 
 
 def targets(rows: Sequence[ScalingRow]) -> list[Target]:
-    """The targets of equal stages on the timed device; none if there are no such rows."""
+    """The targets of equal stages on the timed device; empty without such rows."""
     equal = [row for row in rows if row.name.startswith(EQUAL)]
     found = [
         Target(

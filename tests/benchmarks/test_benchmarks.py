@@ -87,13 +87,13 @@ def test_a_spread_holds_the_middle_half() -> None:
     assert Spread.of([5.0]) == Spread(median=5.0, low=5.0, high=5.0)
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0)
     assert Spread.of([1.0, 2.0, 3.0]).scaled(10) == Spread(median=20.0, low=15.0, high=25.0)
-    # Each value belongs to the other one of its own turn.
+    # Each value is divided by the other one of the same turn.
     assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]).median == 2.0
 
 
 def test_decode_counts_only_while_all_are_decoded() -> None:
     times = TokenTimes([[1.0, 2.0, 3.0, 4.0], [2.5, 3.0, 3.5, 4.5]])
-    # From 2.5, when the second has begun, to 4.0, when the first ends: 3.0 and 4.0, and 3.0 and 3.5.
+    # The time is from 2.5, when the second has begun, to 4.0, when the first ends: 3.0 and 4.0, and 3.0 and 3.5.
     assert times.decode_tokens_per_s == pytest.approx(4 / 1.5)
     assert times.first_token_s == 1.75
     assert prefill_tokens_per_s([[7] * 10, [7] * 15], times) == 10.0

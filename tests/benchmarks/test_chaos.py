@@ -1,4 +1,4 @@
-"""What the chaos benchmark counts; that it runs is for .ci/run to see."""
+"""What the chaos benchmark counts; .ci/run shows that it runs."""
 
 import json
 from collections.abc import Iterator

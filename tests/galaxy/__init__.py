@@ -1,1 +1,1 @@
-"""What only the real ttnn package can show, on mock Galaxies: `make test-ttnn` runs these in their own environment."""
+"""Tests with the real ttnn package on mock Galaxies; `make test-ttnn` runs them in their own environment."""

@@ -1,4 +1,4 @@
-"""Weights that are allocated on chips and never written: they take no memory of the host, and no conversion."""
+"""Weights that are allocated on chips and never written, which need neither memory of the host nor conversion."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from stages.weight_specs import WeightSpec, WeightSpecs
 def allocate(
     specs: WeightSpecs, mesh: ttnn.MeshDevice, directory: Path = Path("allocated")
 ) -> tuple[WeightConfig, dict[str, ttnn.Tensor]]:
-    """A module's weights as its `run_config` takes them: files that do not exist, and their tensors by file."""
+    """A module's weights in the form that `run_config` takes: files that do not exist, and their tensors by file."""
     files: WeightConfig = {}
     tensors: dict[str, ttnn.Tensor] = {}
     for name, spec in specs.items():
@@ -30,21 +30,21 @@ def allocate(
 
 
 def empty(spec: WeightSpec, mesh: ttnn.MeshDevice) -> ttnn.Tensor:
-    """One weight."""
+    """Allocates one weight."""
     rows, columns = tuple(mesh.shape)
     shape = spec.on_chip(rows, columns)
     return ttnn.empty(shape, dtype=FLOATS[spec.dtype], layout=layout_of(spec), device=mesh)
 
 
 def run_config(module: Any, mode: str, specs: WeightSpecs, config: Any, state: Mapping[str, Any]) -> Any:
-    """A module's config for "prefill" or "decode", with weights that `specs` describe."""
+    """A module's run config for "prefill" or "decode", with the weights that `specs` describe."""
     mesh = state["mesh_device"]
     files, tensors = allocate(specs, mesh)
     return module.run_config(getattr(module, f"{mode}_model_config")(config, mesh), files, state, tensors)
 
 
 def allocate_in_place_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages convert and load no weights from here on: they allocate them."""
+    """Makes stages allocate their weights from here on, without converting and loading them."""
     waiting: dict[str, ttnn.Tensor] = {}
 
     def load(weights: ConvertedWeights, part: ModelPart) -> WeightConfig:

@@ -1,4 +1,4 @@
-"""Whether these tests run on real chips: GALAXYLINE_CHIPS=1 says so, and then nothing is a mock."""
+"""Whether these tests run on real chips: with GALAXYLINE_CHIPS=1 nothing is a mock."""
 
 import os
 

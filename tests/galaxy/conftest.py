@@ -1,4 +1,4 @@
-"""One mock Galaxy for all tests of a process: 4 rows of 8 chips, of which a mesh may take a part."""
+"""One mock Galaxy for all tests of a process: 4 rows of 8 chips, of which a mesh may use a part."""
 
 import os
 import shutil
@@ -16,17 +16,17 @@ from tests.support.mock_galaxy.wiring import ROWS
 
 FOLDER = Path(tempfile.mkdtemp(prefix="galaxyline-mock-"))
 
-# Before ttnn is imported, by whichever test comes first.
+# This has to be set before the first test imports ttnn.
 if not ON_CHIPS:
     os.environ.update(mock_environment(FOLDER, range(ROWS), ROWS))
 os.environ[DEVICE_VARIABLE] = "ttnn"
-# Processes that tests start, Ray's among them, find the tests' own modules from the scratch folder too.
+# Processes that tests start, including Ray's, have to find the tests' own modules from the scratch folder.
 os.environ["PYTHONPATH"] = str(ROOT)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _scratch() -> Iterator[None]:
-    """ttnn writes a folder `generated/` into the working directory."""
+    """Runs tests in a scratch folder, as ttnn writes a folder `generated/` into the working directory."""
     before = Path.cwd()
     os.chdir(FOLDER)
     yield

@@ -1,4 +1,4 @@
-"""Decoder layers on a mock mesh with weights of the right shapes and no values: opened in no time and no memory."""
+"""Decoder layers on a mock mesh whose weights have shapes but no values, so that they take neither time nor memory."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
 
 
 def empty(tensor: ChipTensor, mesh: ttnn.MeshDevice) -> ttnn.Tensor:
-    """A tensor of which every chip has `tensor`."""
+    """Allocates `tensor` on every chip."""
     dtype, layout = getattr(ttnn, tensor.dtype), LAYOUTS[tensor.layout]
     return ttnn.empty(tensor.shape, dtype=dtype, layout=layout, device=mesh)
 
 
 class EmptyBlock:
-    """One layer of a deployment's stage."""
+    """One layer of a stage of a deployment."""
 
     def __init__(self, config: ModelConfig, plan: Deployment, layer: int, mesh: ttnn.MeshDevice) -> None:
         self._mesh = mesh
@@ -39,7 +39,7 @@ class EmptyBlock:
             self._add(tensor)
 
     def prefill(self, tokens: int) -> list[dict[str, Any]]:
-        """Runs a prompt of one request through the layer; gives ttnn's record of what was allocated."""
+        """Runs a prompt of one request through the layer; returns ttnn's record of allocations."""
         tables = PageTables(self._cache)
         blocks = list(range(-(-tokens // self._cache.block_size)))
         segment = Segment(slot=0, start=0, tokens=[0] * tokens, new_blocks=blocks, sample=True)
@@ -54,7 +54,7 @@ class EmptyBlock:
         return _end_record()
 
     def decode_feed_forward(self, users_per_row: int) -> list[dict[str, Any]]:
-        """Runs a token of each user through the feed-forward part, whose results stay in L1; the same record."""
+        """Runs a token of each user through the feed-forward part, with results in L1; returns the same record."""
         config = self._run_config(self._block.decode_model_config)
         x = self._hidden(users_per_row, ttnn.L1_MEMORY_CONFIG)
         _begin_record()
@@ -92,7 +92,7 @@ def _end_record() -> list[dict[str, Any]]:
 
 
 def peak_bytes(record: list[dict[str, Any]], memory: str) -> int:
-    """The most that was allocated at once, on each chip, of "DRAM" or "L1"."""
+    """The most bytes of "DRAM" or "L1" that were allocated at once on each chip."""
     signs = {"buffer_allocate": 1, "buffer_deallocate": -1}
     held = peak = 0
     for node in record:

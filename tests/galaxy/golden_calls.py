@@ -13,7 +13,7 @@ SILU = [embedded.UnaryOpType.SILU]
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A torch tensor as the embedded device holds it; other floats are bfloat16 in TILE layout."""
+    """An operand with its dtype and layout; a float torch tensor without them is bfloat16 in TILE layout."""
 
     tensor: torch.Tensor
     dtype: DataType
@@ -22,13 +22,13 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class OnHost:
-    """A torch tensor that an op takes as it is."""
+    """A torch tensor that is passed to an op as it is."""
 
     tensor: torch.Tensor
 
 
 class Call:
-    """An op, by its name under `ttnn`, with its arguments."""
+    """A call of an op, by its name under `ttnn`, with its arguments."""
 
     def __init__(self, op: str, *arguments: object, **keywords: object) -> None:
         self.op = op
@@ -37,12 +37,12 @@ class Call:
 
 
 def integers(tensor: torch.Tensor, dtype: DataType = embedded.int32) -> Held:
-    """Ids, positions and pages."""
+    """An operand of integers: ids, positions or pages."""
     return Held(tensor, dtype, embedded.ROW_MAJOR_LAYOUT)
 
 
 def calls(shape: tuple[int, int, int, int]) -> Iterator[Call]:
-    """Every op of one chip but attention, on random values of `shape`."""
+    """Calls of every op of one chip but attention, on random values of `shape`."""
     yield from _eltwise(shape)
     yield from _movement(shape)
     yield from _choices(shape)
@@ -95,7 +95,7 @@ def _movement(shape: tuple[int, ...]) -> Iterator[Call]:
 
 def _choices(shape: tuple[int, ...]) -> Iterator[Call]:
     width = shape[-1]
-    # A permutation of distinct values: equal ones could be chosen in any order.
+    # The values are distinct, as equal ones could be chosen in any order.
     x = torch.argsort(torch.randn(shape), -1) / 8 - 2
     order = torch.argsort(torch.randn(shape), -1)[..., :5]
     index = Held(order, embedded.uint16)
@@ -144,7 +144,7 @@ def _tensors(shape: tuple[int, ...]) -> Iterator[Call]:
 
 
 def attention_calls(block_size: int) -> Iterator[Call]:
-    """Attention of several users at positions of their own, over shuffled pages, and of chunks of one of them."""
+    """Calls of attention: of users at different positions over shuffled pages, and of chunks of one user."""
     heads, width, values, pages = 8, 96, 64, 128 // block_size
     lengths = torch.tensor([1, 31, 32, 33, 64, 100, 127])
     users = len(lengths)

@@ -1,4 +1,4 @@
-"""Pipelines of mock Galaxies for tests: started, given steps, and held to what both ends of every socket noted."""
+"""Pipelines of mock Galaxies for tests, with checks of what both ends of every socket recorded."""
 
 import asyncio
 import itertools
@@ -33,7 +33,7 @@ FITTING = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-"""A small model whose attention has the sizes of DeepSeek-R1's, for which a row's ops are made."""
+"""A small model whose attention has the sizes of DeepSeek-R1's, for which the ops of a row are made."""
 
 if TYPE_CHECKING:
     from actors.launch import Launch
@@ -43,7 +43,7 @@ GALAXIES = 2
 
 
 def galaxy_environments(folder: Path) -> list[dict[str, str]]:
-    """For two hosts with a mock Galaxy each."""
+    """Options for two hosts with a mock Galaxy each."""
     shared = mock_environment(folder, range(ROWS), GALAXIES * ROWS)
     environments = []
     for host in range(GALAXIES):
@@ -98,7 +98,7 @@ def step(pipeline: Pipeline, step_id: int) -> Step:
 
 @asynccontextmanager
 async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
-    """A pipeline of which nothing is left afterwards, neither a process nor a file."""
+    """A pipeline that must leave neither a process nor a file."""
     pipeline = await Pipeline.start(how, lambda _: None)
     try:
         pids = [health.pid for health in await pipeline.health()] + launched(pipeline).world_pids
@@ -112,7 +112,7 @@ async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether it is more than an entry that nobody has asked for yet."""
+    """Whether a process still runs, and is not only an entry that its parent has not read yet."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -124,7 +124,7 @@ def launched(pipeline: Pipeline) -> "Launch":
 
 
 def leftovers() -> list[str]:
-    """Files of the pipeline, and processes of its world."""
+    """The files of the pipeline, and the processes of its MPI world."""
     files = [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
     children = psutil.Process().children(recursive=True)
     return files + [process.name() for process in children if process.name().startswith(("prte", "mpirun"))]
@@ -150,7 +150,7 @@ def expected_calls(name: str, count: int) -> list[Call]:
 
 
 def check_pairs(folder: Path, stages: int, count: int) -> None:
-    """On every socket each end made the calls that it should have made, in the order of steps."""
+    """Checks that each end of every socket made the right calls, in the order of steps."""
     for stage in range(stages):
         calls = calls_of(folder, stage)
         received = [call for call in calls if call.name == "receive"]
@@ -160,7 +160,7 @@ def check_pairs(folder: Path, stages: int, count: int) -> None:
 
 
 async def check_transfers(pipeline: Pipeline, stages: int, count: int) -> None:
-    """The pipeline's own record says the same of both ends of each socket."""
+    """Checks that the pipeline's own record is the same for both ends of each socket."""
     transfers = await launched(pipeline).transfers()
     for before, after in itertools.pairwise(transfers):
         sent = [transfer for transfer in before if transfer.direction == "send"]

@@ -1,6 +1,6 @@
 """Runners that compute nothing, but whose hidden states are tensors on a mock mesh that pass through mesh sockets.
 
-What is really asked of ttnn they write down themselves, to a file a stage in the folder `options.model_path`.
+They record their calls of ttnn themselves, in one file per stage in the folder `options.model_path`.
 """
 
 import os
@@ -26,7 +26,7 @@ DECODE = HiddenShard((1, 1, 32, HIDDEN_SIZE // COLUMNS), "bfloat16")
 
 
 class Call(msgspec.Struct, frozen=True):
-    """A call of ttnn's: "send" or "receive", during which step, and of what."""
+    """A recorded call of ttnn: "send" or "receive", with its step and the shape and dtype of the tensor."""
 
     name: str
     step_id: int
@@ -35,7 +35,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 def calls_of(folder: Path, stage: int) -> list[Call]:
-    """What the runner of a stage wrote down."""
+    """The calls that the runner of a stage recorded."""
     return [msgspec.json.decode(line, type=Call) for line in _record(folder, stage).read_bytes().splitlines()]
 
 
@@ -44,7 +44,7 @@ def _record(folder: Path, stage: int) -> Path:
 
 
 class TensorRunner:
-    """Doubles the hidden states on its chips; the last stage's token is the step's id."""
+    """A runner that doubles the hidden states on its chips; the last stage's token is the step's id."""
 
     def __init__(self, spec: StageSpec, options: StageOptions) -> None:
         self.spec = spec
@@ -88,47 +88,47 @@ class TensorRunner:
 
 
 def plain(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Nothing goes wrong."""
+    """Loads runners that work."""
     return _made(TensorRunner, spec, options, on_progress)
 
 
 def other_shape(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 1 has room for more users than its neighbours."""
+    """Loads runners of which stage 1 has room for more users than its neighbours."""
     return _made(_OtherShape if spec.index == 1 else TensorRunner, spec, options, on_progress)
 
 
 def silent(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 0 leaves out its third send, and says that it sent."""
+    """Loads runners of which stage 0 omits its third send, but reports it."""
     if spec.index == 0:
         _drop(mesh_sockets.MeshSender, at=3)
     return plain(spec, options, on_progress)
 
 
 def mistaken(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 0 takes its decode steps for prefill."""
+    """Loads runners of which stage 0 treats decode steps as prefill steps."""
     return _made(_Mistaken if spec.index == 0 else TensorRunner, spec, options, on_progress)
 
 
 def killed_at_start(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 1 dies while the others open their meshes, for which they need it."""
+    """Loads runners of which stage 1 dies while the others open their meshes, for which they need it."""
     if spec.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(spec, options, on_progress)
 
 
 def killed_in_step(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 1 dies in step 3, with its tensor received and nothing sent."""
+    """Loads runners of which stage 1 dies in step 3, with its tensor received and nothing sent."""
     return _made(_Mortal if spec.index == 1 else TensorRunner, spec, options, on_progress)
 
 
 def killed_in_barrier(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 1 dies once all others wait for it."""
+    """Loads runners of which stage 1 dies when all others wait for it."""
     _act_in_barrier(spec, Path(options.model_path), signal.SIGKILL)
     return plain(spec, options, on_progress)
 
 
 def stopped_in_barrier(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 1 stands still once all others wait for it."""
+    """Loads runners of which stage 1 is stopped when all others wait for it."""
     _act_in_barrier(spec, Path(options.model_path), signal.SIGSTOP)
     return plain(spec, options, on_progress)
 
@@ -170,7 +170,7 @@ def _drop(sender: type[mesh_sockets.MeshSender], at: int) -> None:
 
 
 def _act_in_barrier(spec: StageSpec, folder: Path, act: signal.Signals) -> None:
-    """Every stage says in `folder` that it enters the barrier; stage 1 waits for that, and sends itself a signal."""
+    """Makes stages note in `folder` that they enter the barrier; stage 1 then sends itself a signal."""
     barrier = mesh_sockets.barrier
 
     def entered() -> None:

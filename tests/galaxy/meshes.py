@@ -8,7 +8,7 @@ import ttnn
 
 @contextmanager
 def opened(rows: int, columns: int, trace_region_size: int = 0) -> Iterator[ttnn.MeshDevice]:
-    """A mesh with the network between its chips on; `trace_region_size` in bytes on each chip."""
+    """Opens a mesh with the network between its chips enabled; `trace_region_size` is in bytes on each chip."""
     ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
     mesh = ttnn.open_mesh_device(ttnn.MeshShape(rows, columns), trace_region_size=trace_region_size)
     try:
@@ -19,6 +19,6 @@ def opened(rows: int, columns: int, trace_region_size: int = 0) -> Iterator[ttnn
 
 
 def allocated_bytes(mesh: ttnn.MeshDevice) -> int:
-    """DRAM that is taken on each chip, by the allocator."""
+    """Bytes of DRAM that the allocator has given out on each chip."""
     view = ttnn.get_memory_view(mesh, ttnn.BufferType.DRAM)
     return int(view.total_bytes_allocated_per_bank * view.num_banks)

@@ -1,4 +1,4 @@
-"""A module at full R1 size on a mock Galaxy, run and checked."""
+"""Modules at full R1 size on a mock Galaxy, with a check of their outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,14 +42,14 @@ ATTENDS = (MLA, DenseBlock, MoEBlock)
 
 
 def configured(module: Any, mode: Mode, steps: FullSteps) -> Any:
-    """The module's config in that mode, its weights allocated."""
+    """The module's run config in that mode, with allocated weights."""
     cache = [steps.cache] if module in ATTENDS else []
     state: Mapping[str, Any] = module.create_state(R1, steps.mesh, *cache)
     return run_config(module, mode, SPECS[module], R1, state)
 
 
 def run(module: Any, mode: Mode, steps: FullSteps) -> ttnn.Tensor:
-    """The module on a step that fills the mesh."""
+    """Runs the module on a step that fills the mesh."""
     batch = [steps.batch(mode)] if module in ATTENDS else []
     forward = getattr(module, f"forward_{mode}")
     output: ttnn.Tensor = forward(steps.hidden(mode), configured(module, mode, steps), *batch)
@@ -57,16 +57,16 @@ def run(module: Any, mode: Mode, steps: FullSteps) -> ttnn.Tensor:
 
 
 def tokens(mode: Mode) -> int:
-    """The tokens of a row."""
+    """The number of tokens of a row."""
     return COLUMNS * PROMPT if mode == "prefill" else USERS_PER_ROW
 
 
 def check(x: ttnn.Tensor, rows: int, width: int) -> None:
-    """[1, 1, rows, width] of bfloat16 in tiles on each chip."""
+    """Allocates [1, 1, rows, width] of bfloat16 in TILE layout on each chip."""
     assert tuple(x.shape) == (1, 1, rows, width)
     assert (x.dtype, x.layout) == (ttnn.bfloat16, ttnn.TILE_LAYOUT)
 
 
 def check_module(module: Any, mode: Mode, steps: FullSteps) -> None:
-    """The module takes a step and keeps the shape of hidden states."""
+    """Checks that the module runs a step and keeps the shape of hidden states."""
     check(run(module, mode, steps), tokens(mode), HIDDEN)

@@ -1,4 +1,4 @@
-"""DeepSeek-R1's sizes, and one prefill and one decode step of it that fill a mesh."""
+"""DeepSeek-R1 on meshes: its config, KV cache options, and a prefill and a decode step that fill a mesh."""
 
 import dataclasses
 
@@ -25,14 +25,14 @@ PROMPT = 128
 
 
 def r1_cache(rows: int, microbatches: int = 1) -> CacheOptions:
-    """KV for 32 users a row and microbatch, each at the greatest length."""
+    """Options of a KV cache for 32 users a row and microbatch, each at the greatest length."""
     slots, pools = USERS_PER_ROW * rows * microbatches, rows * COLUMNS
     blocks = CONTEXT // BLOCK_SIZE * (slots // pools)
     return CacheOptions(slots=slots, pools=pools, blocks=blocks, block_size=BLOCK_SIZE, max_model_len=CONTEXT)
 
 
 def admissions(cache: CacheOptions) -> list[Admission]:
-    """A request for every slot."""
+    """Admissions of a request for every slot."""
     return [Admission(slot=slot, sampling=GREEDY) for slot in range(cache.slots)]
 
 
@@ -53,13 +53,13 @@ def segments(cache: CacheOptions, slots: range, start: int, length: int) -> list
 
 
 def step(mode: Mode, parts: list[Segment], *, step_id: int = 1, admitted: list[Admission] | None = None) -> Step:
-    """One step of epoch 1."""
+    """Makes a step of epoch 1."""
     return Step(epoch=1, step_id=step_id, mode=mode, segments=parts, admissions=admitted or [], ended=[])
 
 
 @dataclasses.dataclass(frozen=True)
 class FullSteps:
-    """A prefill step of one prompt for every pool, and a decode step of 32 users for every row."""
+    """Makes a prefill step of one prompt for every pool, and a decode step of 32 users for every row."""
 
     mesh: ttnn.MeshDevice
     cache: CacheOptions
@@ -71,7 +71,7 @@ class FullSteps:
 
     @classmethod
     def on(cls, mesh: ttnn.MeshDevice) -> "FullSteps":
-        """Both steps' inputs on a mesh."""
+        """Puts the inputs of both steps on a mesh."""
         cache = r1_cache(mesh.shape[0])
         tables = PageTables(cache)
         builder = BatchBuilder(R1, mesh, tables, rope_tables(R1, mesh, CONTEXT))
@@ -85,10 +85,10 @@ class FullSteps:
         return cls(mesh, cache, builder, prefill_step, prefill, decode_step, builder.decode(decode_step))
 
     def batch(self, mode: Mode) -> PrefillBatch | DecodeBatch:
-        """That of a mode."""
+        """The inputs of the step of a mode."""
         return self.prefill if mode == "prefill" else self.decode
 
     def hidden(self, mode: Mode) -> ttnn.Tensor:
-        """What a layer gets in that mode, [1, 1, tokens of a row, hidden / columns] on each chip."""
+        """The input of a layer in that mode, [1, 1, tokens of a row, hidden / columns] on each chip."""
         hidden = torch.zeros(len(self.batch(mode).layout.places()), R1.hidden_size, dtype=torch.bfloat16)
         return self.builder.hidden(self.batch(mode).layout, hidden)

@@ -1,6 +1,6 @@
-"""`python -m tests.galaxy.teacher_forcing DIRECTORY`: the sample model with the weights that lie there.
+"""`python -m tests.galaxy.teacher_forcing DIRECTORY`: the sample model with the weights in that directory.
 
-Prints, as JSON, how often its best token is that of Hugging Face's model in float32, given the same tokens before it.
+Prints as JSON how often its best token is that of Hugging Face's model in float32, after the same tokens.
 """
 
 import json
@@ -22,11 +22,11 @@ from weights.sample.documents import texts
 
 USERS = 8
 LENGTH = 129
-"""Tokens of each user: the first is given, the others are predicted."""
+"""The number of tokens of each user: the first is given, the others are predicted."""
 
 
 def load_from(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages take their weights from `directory` from here on."""
+    """Makes stages load their weights from `directory` from here on."""
     stored = json.loads((directory / "parts.json").read_text(encoding="utf-8"))
     numbers = {path: number for number, path in enumerate(stored["files"])}
 
@@ -36,7 +36,7 @@ def load_from(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_tensor(path: str, *, device: ttnn.MeshDevice) -> ttnn.Tensor:
         values = torch.load(directory / f"{numbers[path]}.pt").float()
-        # What is float32 on chips too: routing is chosen by it.
+        # The routing weights are float32 on chips too.
         dtype = ttnn.float32 if "gate" in path or "route" in path else ttnn.bfloat16
         return ttnn.from_torch(values, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=device)
 
@@ -45,14 +45,14 @@ def load_from(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def texts_of_users() -> torch.Tensor:
-    """[users, length]: token ids of the text that the sample model was trained on, cut at equal distances."""
+    """Token ids [users, length] of the text that the sample model was trained on, cut at equal distances."""
     ids = AutoTokenizer.from_pretrained(SAMPLE_DIR).encode("\n\n".join(texts()))
     starts = torch.linspace(0, len(ids) - LENGTH, USERS).long()
     return torch.stack([torch.tensor(ids[start : start + LENGTH]) for start in starts.tolist()])
 
 
 def probabilities(tokens: torch.Tensor, cache_dir: Path) -> torch.Tensor:
-    """[users, length - 1, vocabulary]: of what follows each token but the last, a decode step for each position."""
+    """Logits [users, length - 1, vocabulary] after each token but the last, from a decode step for each position."""
     cache = cache_options(slots=USERS, max_model_len=LENGTH + 31)
     driver = Driver.load(stage_options(SAMPLE_DIR, cache_dir, cache=cache))
     for user in range(USERS):
@@ -65,7 +65,7 @@ def probabilities(tokens: torch.Tensor, cache_dir: Path) -> torch.Tensor:
 
 
 def reference_probabilities(tokens: torch.Tensor) -> torch.Tensor:
-    """The same by Hugging Face's model."""
+    """The same logits by Hugging Face's model."""
     model: Any = reference_model(SAMPLE_DIR)
     with torch.inference_mode():
         logits: torch.Tensor = model(tokens[:, :-1], use_cache=False).logits

@@ -26,5 +26,5 @@ def test_the_demo_runs_on_a_row_of_chips(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
     assert done.returncode == 0, done.stderr[-4000:]
-    # A mock's logits are zeros, of which the first is the best.
+    # The logits of a mock are zeros, of which the first is the best.
     assert f"token IDs: {[0] * TOKENS}" in done.stdout

@@ -1,4 +1,4 @@
-"""Ops of the embedded device equal the golden functions that ttnn carries for its own, on random inputs."""
+"""Ops of the embedded device have the values of ttnn's own golden functions, on random inputs."""
 
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -46,7 +46,7 @@ WITHOUT = {
     "set_fabric_config",
     "synchronize_device",
 }
-"""For these ttnn 0.81.1 carries no golden function; the embedded device's own tests check the ops among them."""
+"""Functions without a golden function in ttnn 0.81.1; the embedded device's own tests check the ops among them."""
 
 
 @pytest.fixture(autouse=True)
@@ -146,8 +146,8 @@ COLLECTIVES: list[tuple[str, tuple[int, ...], int]] = [
 def test_collectives_equal_their_golden_functions(op: str, dims: tuple[int, ...], axis: int, seed: int) -> None:
     torch.manual_seed(seed)
     mesh = embedded.open_mesh_device(embedded.MeshShape(*MESH_SHAPE))
-    # Rows hold tokens of their own and columns values of their own, as hidden states are shared out; what an axis
-    # partitions it holds alike.
+    # Each row has its own tokens and each column its own values, as hidden states are distributed; an axis that
+    # partitions a tensor has equal shards.
     placed: list[int | None] = [2, 3]
     joined_by = [2, 3]
     if op == "mesh_partition":
@@ -164,7 +164,7 @@ def test_collectives_equal_their_golden_functions(op: str, dims: tuple[int, ...]
     composer = embedded.ConcatMesh2dToTensor(mesh, MESH_SHAPE, (joined_by[0], joined_by[1]))
     whole = embedded.to_torch(OPS[op](own, *dims, cluster_axis=axis), mesh_composer=composer)
     if op in ("all_gather", "all_reduce"):
-        # All chips of the axis hold the same, of which the golden function keeps one.
+        # All chips of the axis have equal results, of which the golden function keeps one.
         whole = whole.chunk(MESH_SHAPE[axis], joined_by[axis])[0]
     torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
 

@@ -52,7 +52,7 @@ ALL_CHIPS = ",".join(pci_address(row, column) for row in range(ROWS) for column 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]":
-    """One Ray for all tests of this module; pipelines find it and leave it running."""
+    """One Ray cluster for all tests of this module; pipelines find it and leave it running."""
     tmp_path_factory.getbasetemp()  # Before the temporary directory is another one, for the time of this module.
     with pytest.MonkeyPatch.context() as environment:
         if not ON_CHIPS:
@@ -63,7 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]":
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[dict[str, str]]:
-    """For four stages with a row each: one host with a Galaxy, of which each sees what placement gives it."""
+    """Options for four stages with a row each on one host with a Galaxy; each stage sees its own rows only."""
     if ON_CHIPS:
         return [{} for _ in range(ROWS)]
     shared = mock_environment(tmp_path, range(ROWS), ROWS)
@@ -72,7 +72,7 @@ def rows(tmp_path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def galaxies(tmp_path: Path) -> list[dict[str, str]]:
-    """For two stages with a Galaxy each: ttnn takes them for two hosts, while Ray has but one."""
+    """Options for two stages with a Galaxy each: two hosts for ttnn, but only one for Ray."""
     if ON_CHIPS:
         return [{} for _ in range(GALAXIES)]
     return [{**environment, VISIBLE_DEVICES: ALL_CHIPS} for environment in galaxy_environments(tmp_path)]

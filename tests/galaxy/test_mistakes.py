@@ -1,4 +1,4 @@
-"""The tests of the modules on mock Galaxies can fail: every mistake planted here makes them."""
+"""The tests of the modules on mock Galaxies can fail: every mistake that is planted here makes them fail."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +29,7 @@ def steps() -> Iterator[FullSteps]:
 
 
 def gathered_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong axis: hidden states are joined with those of other tokens."""
+    """Wrong axis: hidden states are concatenated with those of other tokens."""
     true_gather = composite.all_gather
     monkeypatch.setattr(
         composite, "all_gather", lambda x, dim, **options: true_gather(x, dim, **{**options, "cluster_axis": 0})
@@ -54,12 +54,12 @@ def page_tables_without_sign(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache_of_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong dtype: what is written to the cache is not converted to the cache's."""
+    """Wrong dtype: values are not converted to the cache's dtype."""
     monkeypatch.setattr(ttnn, "typecast", lambda x, _dtype: x)
 
 
 def no_gather_of_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing collective: the feed-forward network sees its column's part of the hidden states only."""
+    """Missing collective: the feed-forward network gets only its column's part of the hidden states."""
     monkeypatch.setattr(composite, "all_gather", lambda x, _dim, **_options: x)
 
 
@@ -95,6 +95,6 @@ def test_a_mistake_is_found(
 ) -> None:
     modules.check_module(module, mode, steps)
     plant(monkeypatch)
-    # What goes onto the mesh has to be made with the mistake, too.
+    # The inputs on the mesh have to be made with the mistake too.
     with pytest.raises((RuntimeError, TypeError, AssertionError)):
         modules.check_module(module, mode, FullSteps.on(steps.mesh))

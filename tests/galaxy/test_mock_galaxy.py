@@ -1,4 +1,4 @@
-"""The mock Galaxy itself: it opens in every shape that a stage uses, and ops are validated on it."""
+"""Mock Galaxies open in every shape that a stage uses, and ops are validated on them."""
 
 import pytest
 import ttnn

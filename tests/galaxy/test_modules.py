@@ -1,4 +1,4 @@
-"""Every module at full R1 size on a row and on a whole mock Galaxy, in both modes: ops accept, shapes are right."""
+"""Every module at full R1 size runs on a row and on a whole mock Galaxy, in both modes, with the right shapes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +43,7 @@ def test_the_embedding_gives_each_column_its_part(mode: Mode, steps: FullSteps) 
 def test_the_head_gives_logits_of_what_is_picked(mode: Mode, steps: FullSteps) -> None:
     config = configured(LMHead, mode, steps)
     batch = steps.batch(mode)
-    # The last token of each segment: those of a prefill step lie a prompt apart.
+    # These are the last tokens of segments; those of a prefill step are a prompt apart.
     length = PROMPT if mode == "prefill" else 1
     last = range(length - 1, len(batch.layout.places()), length)
     indices, chosen = steps.builder.logit_indices(batch.layout, last)

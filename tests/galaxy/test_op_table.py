@@ -1,4 +1,4 @@
-"""ttnn accepts and refuses on a mock Galaxy what docs/ops.md says, as the embedded device does."""
+"""On a mock Galaxy ttnn accepts and refuses what the table in docs/ops.md has for it."""
 
 import pytest
 

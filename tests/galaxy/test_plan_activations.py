@@ -1,4 +1,4 @@
-"""The memory that steps are planned to take beside weights and cache, against what the modules make ttnn allocate."""
+"""The activation memory that plans predict, against what ttnn allocates for the modules."""
 
 import pytest
 
@@ -15,7 +15,7 @@ TOLERANCE = 0.05
 
 @pytest.mark.parametrize(
     ("rows", "layer", "tokens"),
-    # The last one's tokens pass the experts in two parts.
+    # The tokens of the last one pass the experts in two parts.
     [(1, MIXTURE, 256), (4, MIXTURE, 256), (4, DENSE, 256), (4, MIXTURE, 1024)],
 )
 def test_of_a_prefill_step(rows: int, layer: int, tokens: int) -> None:

@@ -1,6 +1,6 @@
-"""The memory that a plan predicts, against ttnn's allocator: whole stages of R1 at their real sizes, nothing in them.
+"""The memory that a plan predicts, against ttnn's allocator: whole empty stages of R1 at their real sizes.
 
-`ttnn.empty` takes no memory of the host, and chips are mocked, so this is done in seconds.
+`ttnn.empty` needs no memory of the host, and chips are mocks, so this takes seconds.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ R1 = r1_config()
 
 
 def held_tensors(plan: Deployment, spec: StageSpec) -> Iterator[ChipTensor]:
-    """All that a stage keeps on a chip for as long as it lives."""
+    """Allocates all that a stage keeps on a chip permanently."""
     weights = ChipWeights(R1, plan.dtypes, plan.rows_per_stage)
     yield from weights.of_stage(spec)
     yield from weights.rope_tables(plan.cache)
@@ -64,7 +64,7 @@ def test_a_galaxy_has_no_room_for_r1() -> None:
 
 
 def test_the_longest_length_that_fits_does_and_the_next_does_not() -> None:
-    """Where a chip is full to the brim, plan and allocator agree on which block is one too many."""
+    """On a chip that is full, plan and allocator agree on which block is one too many."""
     lengths = range(4096, 163840, 1024)
     refused = next(length for length in lengths if not holds(deployment(2, 4, max_model_len=length)))
     assert_allocates(deployment(2, 4, max_model_len=refused - 1024), fits=True)
@@ -72,7 +72,7 @@ def test_the_longest_length_that_fits_does_and_the_next_does_not() -> None:
 
 
 def holds(plan: Deployment) -> bool:
-    """Whether what a stage keeps fits, with no room for its activations."""
+    """Whether all that a stage keeps fits, without room for its activations."""
     return all(memory.total - memory.activations <= memory.available for memory in chip_memory(R1, plan))
 
 

@@ -1,7 +1,7 @@
-"""The sample model with weights as chips hold them: block floats made by ttnn itself, which are exact on the host.
+"""The sample model with weights in block floats, which ttnn itself makes and which are exact on the host.
 
-They are converted here, and read back as what a chip would compute with. Teacher forcing runs on the embedded device,
-in a process of its own, as this one is bound to ttnn.
+Weights are converted here, and read back as the values that a chip would compute with. Teacher forcing runs on the
+embedded device, in a process of its own, as this one is bound to ttnn.
 """
 
 import json
@@ -31,9 +31,9 @@ SETTINGS = {
     "default": WeightDtypes(),
 }
 SAME_WEIGHTS_MIN = 0.99
-"""Where the checkpoint's own bfloat16 values are kept: all positions but near ties."""
+"""The least agreement with the checkpoint's own bfloat16 values: all positions but near ties."""
 QUANTISED_MIN = 0.8
-"""Far below what was measured, far above chance: 1 in 1024."""
+"""The least agreement with block floats: far below what was measured, and far above chance, which is 1 in 1024."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def each_file(files: WeightConfig) -> Iterator[str]:
 
 
 def read_back(weights: ConvertedWeights, directory: Path) -> None:
-    """Converts for a chip, and writes the values that it would compute with into `directory`, in numbered files."""
+    """Converts weights for a chip, and writes the values that it would compute with to files in `directory`."""
     config = weights.source.config
     [whole] = plan_stages(config, 1)
     parts = {part.name: weights.load(part) for part in stage_parts(config, whole)}

@@ -1,4 +1,4 @@
-"""The program that the tests on chips run goes through on the mock Galaxy, where all values are zero."""
+"""The program of the tests on chips also runs on the mock Galaxy, where all values are zero."""
 
 from pathlib import Path
 

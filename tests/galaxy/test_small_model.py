@@ -18,10 +18,10 @@ from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.model_config import ModelConfig
 
 COLUMNS = 8
-# Sixteen heads a column, as chips exchange them, and two layers: a dense one and one with experts.
+# A column has sixteen heads, as chips exchange them; of the two layers one is dense and one has experts.
 OVERRIDES = {"num_attention_heads": 128, "num_hidden_layers": 2}
 PROMPTS = {0: [1] * 70, 1: [2] * 33, COLUMNS + 1: [3] * 5}
-"""By slot; two of them share a pool."""
+"""The prompts by slot; two of them share a pool."""
 WIDE = WeightDtypes(attention="bfloat16", gate_up="bfloat8_b", head="bfloat16", router="bfloat16", kv_cache="bfloat16")
 
 CACHE = cache_options(slots=2 * COLUMNS, pools=COLUMNS, max_model_len=128)
@@ -41,7 +41,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(model: Path, cache_dir: Path) -> Iterator[Load]:
-    """Loads the model; what was loaded before is closed, as a process has one Galaxy."""
+    """Loads the model, and closes the one loaded before, as a process has one Galaxy."""
     drivers: list[Driver] = []
 
     def loaded(**options: Any) -> Driver:
@@ -94,7 +94,7 @@ def test_settings_reach_weights_cache_and_entries(load: Load, cache_dir: Path) -
     driver = load(weight_dtypes=WIDE)
     run(driver)
     made = {path.partition("-")[0] for path in files_of(cache_dir) - before}
-    # Nothing of the embedding depends on what was changed.
+    # The embedding does not depend on the change.
     assert made == {"layer0", "layer1", "head"}
     layer = driver.stages[0].model.layers[1]
     assert layer.block is MoEBlock

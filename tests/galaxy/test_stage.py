@@ -1,4 +1,4 @@
-"""Whole stages of R1 on mock Galaxies: layers of real size, and KV for all users in flight, open and step."""
+"""Whole stages of R1, with layers of real size and KV for all users in flight, open and run on mock Galaxies."""
 
 import json
 import sys
@@ -19,14 +19,14 @@ from tests.support.stage_driver import stage_options
 
 HIDDEN_BYTES = 2 * R1.hidden_size
 SMALL_THINGS = 1.01
-"""The allocator's own rounding, rope tables and the like: a hundredth of what weights and caches take, at most."""
+"""The most that rounding by the allocator, rope tables and the like may take, as a share of weights and caches."""
 
 Load = Callable[[StageSpec, int], Stage]
 
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """Loads a stage of R1 onto so many rows, with KV for a microbatch of each stage."""
+    """Loads a stage of R1 on `rows` rows, with KV for a microbatch of each stage."""
     (tmp_path / "config.json").write_text(json.dumps(KEYS), encoding="utf-8")
     allocate_in_place_of_files(monkeypatch)
     loaded = []
@@ -43,7 +43,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
 
 def expected_bytes(spec: StageSpec, rows: int) -> int:
-    """Weights and caches of a stage, on each chip."""
+    """Bytes of the weights and caches of a stage, on each chip."""
     weights = ChipWeights(R1, WeightDtypes(), rows)
     cache = weights.kv_cache(r1_cache(rows, microbatches=spec.stages))
     return sum(weight.bytes for weight in weights.of_stage(spec)) + len(spec.layers) * cache.bytes
@@ -91,13 +91,13 @@ def test_a_stage_of_r1_opens_and_steps(
     for output, done in outputs:
         check_output(output, spec, done.token_count, len(done.segments))
 
-    # What steps computed was given back, up to the programs of their ops.
+    # All memory of the steps was freed, except for the programs of their ops.
     del outputs
     assert allocated_bytes(stage.mesh_device) <= SMALL_THINGS * expected
 
 
 def hidden(spec: StageSpec, tokens: int) -> memoryview:
-    """Zeros of a former stage, or nothing."""
+    """The zeros of a previous stage, or nothing."""
     return memoryview(bytearray(0 if spec.is_first else tokens * HIDDEN_BYTES))
 
 

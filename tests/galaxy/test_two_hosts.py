@@ -1,4 +1,4 @@
-"""A pipeline over two hosts: mpirun's daemon on the second one is started by Ray, and nothing of either is left."""
+"""A pipeline over two hosts: Ray starts mpirun's daemon on the second one, and neither leaves anything behind."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def test_stages_of_two_hosts_are_joined_without_ssh(tmp_path: Path) -> None:
-    # Without what other tests of this process have told Ray, such as that its cluster has one host.
+    # Settings of Ray by other tests of this process, such as a cluster of one host, are left out.
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PYTHONPATH": str(ROOT),
@@ -56,7 +56,7 @@ def test_stages_of_two_hosts_are_joined_without_ssh(tmp_path: Path) -> None:
 
 
 def wait_for(command: list[str]) -> None:
-    """Until the command succeeds."""
+    """Waits until the command succeeds."""
     for _ in range(SECONDS):
         if subprocess.run(command, capture_output=True, timeout=SECONDS, check=False).returncode == 0:
             return

@@ -1,7 +1,7 @@
-"""Two hosts on one machine: a network and a name for each, joined by a cable that leads nowhere else.
+"""Two hosts on one machine: network namespaces with names of their own, connected by a virtual cable.
 
-As a program, `python -m tests.galaxy.two_hosts FOLDER` is what runs on the first of them: a pipeline over both, a mock
-Galaxy each. It prints what it saw as one line of JSON.
+`python -m tests.galaxy.two_hosts FOLDER` is the program on the first of them: it runs a pipeline over both, with a mock
+Galaxy each, and prints its observations as one line of JSON.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ STEPS = 20
 TRIES = 200
 
 CAN_BE_MADE = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "nsenter", "unshare"))
-"""Namespaces are root's to make."""
+"""The mark of tests that create namespaces, for which they have to be root."""
 
 
 class TestHost:
-    """A process that holds the namespaces open."""
+    """A host: a process that keeps its namespaces open."""
 
     __test__ = False
 
@@ -48,18 +48,18 @@ class TestHost:
         self.pid = self._holder.pid
 
     def command(self, *arguments: str) -> list[str]:
-        """The command that runs on this host."""
+        """The command that runs `arguments` on this host."""
         return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", *arguments]
 
     def run(self, *arguments: str) -> None:
         subprocess.run(self.command(*arguments), check=True, timeout=SECONDS)
 
     def processes(self) -> list[str]:
-        """Names of all that run on this host."""
+        """The names of all processes on this host."""
         own = Path(f"/proc/{self.pid}/ns/net").readlink()
         found = []
         for process in psutil.process_iter(["name"]):
-            # Of those that end meanwhile, and of zombies, there is nothing to read.
+            # Processes that end meanwhile, and zombies, have nothing to read.
             with suppress(OSError):
                 if process.pid != self.pid and Path(f"/proc/{process.pid}/ns/net").readlink() == own:
                     found.append(process.name())
@@ -72,7 +72,7 @@ class TestHost:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[list[TestHost]]:
-    """Both, with a cable between them."""
+    """Creates both hosts with a cable between them."""
     table = folder / "hosts"
     lines = [f"{address} {name}" for address, name in zip(ADDRESSES, NAMES, strict=True)]
     table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]), encoding="utf-8")
@@ -91,7 +91,7 @@ def two_hosts(folder: Path) -> Iterator[list[TestHost]]:
 
 @contextmanager
 def ray_on(host: TestHost, environment: Mapping[str, str], *arguments: str) -> Iterator[None]:
-    """A Ray node with a Galaxy, until the end."""
+    """Runs a Ray node with a Galaxy until the block ends."""
     ray = str(Path(sys.executable).with_name("ray"))
     options = ["--block", "--num-cpus", "1", "--object-store-memory", str(80 << 20), "--disable-usage-stats"]
     resources = ["--resources", json.dumps({"galaxy_rows": ROWS})]
@@ -107,7 +107,7 @@ def ray_on(host: TestHost, environment: Mapping[str, str], *arguments: str) -> I
 
 async def joined_by_all() -> None:
     """Waits for both nodes."""
-    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - Ray reads what `prepare_environment` set
 
     cluster = await Cluster.join(f"{ADDRESSES[0]}:{PORT}", ROWS)
     for _ in range(TRIES):
@@ -118,7 +118,7 @@ async def joined_by_all() -> None:
 
 
 async def run_pipeline(folder: Path) -> dict[str, object]:
-    """The hosts of the stages, once both ends of their socket have noted the same."""
+    """Returns the hosts of the stages, when both ends of their socket have recorded the same calls."""
     prepare_environment(f"{ADDRESSES[0]}:{PORT}")
     await joined_by_all()
     environments = mesh_pipelines.galaxy_environments(folder)

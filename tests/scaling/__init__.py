@@ -1,1 +1,1 @@
-"""Pipelines of many stages: the timed device, and what is measured on it."""
+"""Pipelines of many stages: the timed device, and the benchmark of scaling on it."""

@@ -1,4 +1,4 @@
-"""A wait that ends on time: late by as little as can be, and never early."""
+"""Alarms end on time: as little late as possible, and never early."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The figures that measured ones are set beside, against a pipeline that is played through step by step."""
+"""The ideal of a pipeline, against a pipeline that is simulated step by step."""
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,7 @@ def ideal(decode: list[int], microbatches: int, users: int = 4) -> Ideal:
 
 
 def played_cycle(decode: list[int], microbatches: int) -> float:
-    """Time units between two tokens of a user after long: each stage runs one step at a time, in order of arrival."""
+    """Time units between two tokens of a user in the long run; a stage runs one step at a time, first come first."""
     rounds = 60
     free = [0] * len(decode)
     back = [0] * microbatches

@@ -48,7 +48,7 @@ def stage_view(stage: int, steps: int, busy: float) -> dict[str, object]:
 
 
 def measured(directory: Path) -> ScalingRow:
-    """Ten seconds of two stages of 10 ms, in which 3 microbatches of 4 users gave 3600 tokens in 900 steps."""
+    """Ten seconds of two stages of 10 ms, in which 3 microbatches of 4 users got 3600 tokens in 900 steps."""
     case = equal_case(2, 10, directory)
     assert case.ideal is not None
     streams = [[100 + 0.033 * token for token in range(300)] for _ in range(12)]
@@ -78,7 +78,7 @@ def test_a_row_says_what_was_measured_beside_the_ideal(tmp_path: Path) -> None:
 
 def test_a_row_says_what_the_processor_bounds(tmp_path: Path) -> None:
     found = measured(tmp_path)
-    # 0.2 s of the front end, 0.4 s of the engine and 1 s of both stages, in 900 steps.
+    # The front end took 0.2 s, the engine 0.4 s and both stages 1 s, in 900 steps.
     assert found.hop_us == pytest.approx(1e6 / 900 / 2)
     assert found.engine_us == pytest.approx(0.4e6 / 900)
     assert found.front_end_us == pytest.approx(0.2e6 / 3600)
@@ -134,7 +134,7 @@ def test_a_chart_has_a_line_for_each_series_and_a_point_for_each_figure() -> Non
     chart = ElementTree.fromstring(line_chart("a < b", {"one": [(4, 0.9), (64, 2.0)], "two": [(8, 0.5)]}))
     circles = [(float(circle.get("cx", 0)), float(circle.get("cy", 0))) for circle in chart.iter(f"{SVG}circle")]
     assert len(circles) == 3
-    # To the right with more stages, upwards with more of the ideal, and never beyond the frame.
+    # More stages are further right, a larger share of the ideal is further up, and nothing is outside the frame.
     assert circles[0][0] < circles[2][0] < circles[1][0]
     assert circles[2][1] > circles[0][1] > circles[1][1] > 0
     assert {"a < b", "one", "two"} <= {text.text for text in chart.iter(f"{SVG}text")}

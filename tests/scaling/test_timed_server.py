@@ -1,4 +1,4 @@
-"""The timed device behind the real server: texts, stages, and what is refused before anything starts."""
+"""The timed device behind the real server: texts, stages, and refusals before anything starts."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_the_demo_runs_on_the_timed_device(tmp_path: Path, ray_cluster: Mapping[
     environment = {**os.environ, **ray_cluster}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
     assert done.returncode == 0, done.stderr
-    # Every token is a whole character at least.
+    # Every token has at least one whole character.
     assert len(json.loads(out.read_text(encoding="utf-8"))["generations"][0]["text"]) >= 7
 
 

@@ -1,4 +1,4 @@
-"""A timed stage by itself: the time it takes, the bytes it passes on, the tokens it makes, and that torch stays out."""
+"""A timed stage alone: its duration, its hidden states and its tokens, and that it does not import torch."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_a_text_is_the_same_however_often_it_is_replayed() -> None:
     for _ in range(5):
         text += tokens_of(last.step(decode([text[-1]], len(text) - 1), memoryview(b"")))
     for known in range(3, len(text)):
-        # As after a preemption: what there is of the text comes back as one prompt.
+        # After a preemption, the text so far comes back as one prompt.
         assert tokens_of(last.step(prefill(text[:known]), memoryview(b""))) == [text[known]]
 
 
@@ -107,7 +107,7 @@ def _with(**fields: Any) -> SamplingParams:
 
 
 class Clock:
-    """Time that passes only where somebody sleeps or works, and sleeps that end 0.1 ms late."""
+    """A clock that moves only by sleeps and work, with sleeps that end 0.1 ms late."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -137,7 +137,7 @@ def test_a_steps_time_counts_from_its_beginning(work_s: float, monkeypatch: pyte
         took.append(clock.now_s - began_s)
     least = max(0.25, work_s)
     assert took[0] == pytest.approx(least if work_s > 0.25 else least + 0.0001)
-    # By then the first of all waits, of which nothing was known, is forgotten.
+    # By then the first wait, for which no delay was known, is no longer among the recent ones.
     assert took[-1] == pytest.approx(least)
 
 
@@ -160,7 +160,7 @@ def test_predicted_times_are_those_of_the_plan() -> None:
     part = plan_stages(config, 8)[3]
     found = durations(config, part, options(PredictedTimes(rows=2)))
     plan = StageTimes(config, part, 2, WeightDtypes())
-    # Five users on two rows: three on the fuller one.
+    # Of five users on two rows, the fuller one has three.
     assert found.seconds(decode([5] * 5, CONTEXT_TOKENS - 1)) == plan.decode(3, CONTEXT_TOKENS).total_s
     assert found.seconds(prefill([5] * 64, start=32)) == plan.prefill(64, 32).total_s
 

@@ -1,4 +1,4 @@
-"""Tokens of the timed device: of the last token and its position alone, and only such as a text may hold."""
+"""Tokens of the timed device follow from the last token and its position alone, and may all be in a text."""
 
 import pytest
 from hypothesis import given

@@ -1,1 +1,1 @@
-"""What only chips can show: `pytest -m galaxy tests/silicon` on a Galaxy, in the environment of `make test-ttnn`."""
+"""Tests that need chips: `pytest -m galaxy tests/silicon` on a Galaxy, in the environment of `make test-ttnn`."""

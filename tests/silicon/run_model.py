@@ -18,7 +18,7 @@ from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.model_config import ModelConfig
 
 WIDE = WeightDtypes(attention="bfloat16", gate_up="bfloat16", down="bfloat16", head="bfloat16", kv_cache="bfloat16")
-"""No block floats: what differs then is the arithmetic."""
+"""Weights without block floats, so that only the arithmetic differs between devices."""
 
 LENGTHS = [70, 33, 5, 64]
 STEPS = 6
@@ -30,7 +30,10 @@ REPOSITORY = ROOT
 def logits_on(
     device: str, model: Path, directory: Path, mesh: tuple[int, int], *, enable_trace: bool = False
 ) -> torch.Tensor:
-    """What this program writes on a device, in a process of its own. Raises CalledProcessError where it fails."""
+    """Runs this program on a device in a process of its own; returns its logits.
+
+    Raises CalledProcessError if it fails.
+    """
     out = directory / f"{device}-{enable_trace}.pt"
     rows, columns = mesh
     options = ["--rows", str(rows), "--columns", str(columns), *(["--enable-trace"] if enable_trace else [])]
@@ -44,7 +47,7 @@ def logits_on(
 
 
 def run(model: Path, directory: Path, mesh: tuple[int, int], *, enable_trace: bool) -> torch.Tensor:
-    """[prompts * (1 + STEPS), vocabulary], float32: of four prompts, on slots of several rows, columns and one pool."""
+    """Float32 logits [prompts * (1 + STEPS), vocabulary] of four prompts, on several rows, columns and one pool."""
     pools = mesh[0] * mesh[1]
     cache = cache_options(slots=4 * pools, pools=pools, max_model_len=MAX_MODEL_LEN)
     options = stage_options(

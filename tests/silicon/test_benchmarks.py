@@ -1,4 +1,4 @@
-"""The benchmarks run on chips; what they find is printed and written, and bounds are for their owner to set."""
+"""The benchmarks run on chips and write their reports; the figures themselves are not checked."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Values on chips: small models against the embedded device, and replayed steps against plain ones."""
+"""Values on chips: those of small models equal the embedded device's, and those of replayed steps the plain ones'."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ DENSE: dict[str, Any] = {"num_attention_heads": 128, "num_hidden_layers": 2, "fi
 EXPERTS: dict[str, Any] = {**DENSE, "first_k_dense_replace": 1}
 
 ROUNDING = 0.05
-"""Relative: bfloat16 has 8 bits, and a few dozen roundings add up on the way through two layers."""
+"""The relative tolerance: bfloat16 has 8 bits, and a few dozen roundings add up in two layers."""
 
 SAME = 0.01
-"""Relative: a last bit of bfloat16. A replayed step computes the head for all places of a row, a plain one for some."""
+"""The relative tolerance of replayed steps: a last bit of bfloat16, as they compute the head for whole rows."""
 
 SAME_TOP_1_MIN = 0.9
 """Share of positions: where two experts are nearly as good, rounding chooses the other."""

@@ -1,4 +1,4 @@
-"""What the tests of the embedded device share: meshes, and tensors cut for them and joined again."""
+"""Meshes of the embedded device for tests, with functions that put tensors on them and read shards."""
 
 import pytest
 import torch
@@ -28,22 +28,22 @@ def put(
     dtype: ttnn.DataType = ttnn.bfloat16,
     layout: ttnn.Layout = ttnn.TILE_LAYOUT,
 ) -> ttnn.Tensor:
-    """`tensor` on the mesh, cut along `dims` by the mesh's axes."""
+    """Puts `tensor` on the mesh, split along `dims` by the mesh's axes."""
     mapper = ttnn.ShardTensor2dMesh(mesh, tuple(mesh.shape), dims)
     return ttnn.from_torch(tensor, dtype, layout=layout, device=mesh, mesh_mapper=mapper)
 
 
 def integers(mesh: ttnn.MeshDevice, tensor: torch.Tensor, dtype: ttnn.DataType = ttnn.int32) -> ttnn.Tensor:
-    """The same integers on every chip, in row-major layout."""
+    """Puts the same integers on every chip, in ROW_MAJOR layout."""
     return put(mesh, tensor, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT)
 
 
 def shards(tensor: ttnn.Tensor) -> list[torch.Tensor]:
-    """Each chip's values."""
+    """The shard of each chip as a torch tensor."""
     return [ttnn.to_torch(one) for one in ttnn.get_device_tensors(tensor)]
 
 
 def assert_everywhere(tensor: ttnn.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
-    """Every chip holds `expected`."""
+    """Checks that every chip has the values `expected`."""
     for shard in shards(tensor):
         torch.testing.assert_close(shard, expected, rtol=tolerance, atol=tolerance, check_dtype=False)

@@ -1,4 +1,4 @@
-"""The functions of the embedded device under their names in ttnn."""
+"""The names of the embedded device's functions in ttnn."""
 
 import types
 from collections.abc import Iterator
@@ -16,4 +16,4 @@ def _functions() -> Iterator[tuple[str, types.FunctionType]]:
 
 
 OPS = dict(_functions())
-"""Synonyms are keys of one function."""
+"""Functions by their names; synonyms have the same function."""

@@ -1,6 +1,6 @@
-"""The table of docs/ops.md: what every case of `tests.support.op_cases` gives on the embedded device and on ttnn.
+"""The table of docs/ops.md, with the result of every case of `tests.support.op_cases` on the embedded device and ttnn.
 
-`python -m tests.support.op_table` writes the column of the embedded device anew, and `python -m tests.galaxy.op_table`
+`python -m tests.support.op_table` writes the column of the embedded device again, `python -m tests.galaxy.op_table`
 that of ttnn.
 """
 
@@ -23,8 +23,8 @@ MESHES = ((1, 8), (2, 8), (4, 8))
 REFUSED = "refused"
 
 REFUSALS = DeviceError if DEVICE == "embedded" else RuntimeError
-"""What a device raises. ttnn's bindings raise TypeError for a call of a form that it does not have: that is a mistake
-of the case."""
+"""The error by which a device refuses. ttnn's bindings raise TypeError for an unknown signature, which is a mistake of
+the case."""
 
 Key = tuple[str, str]
 """An op and the name of a case."""
@@ -32,39 +32,39 @@ Key = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a case gave on each device: shapes on each chip, dtypes and layouts, or that it was refused."""
+    """The result of a case on each device: shapes on each chip, dtypes and layouts, or REFUSED."""
 
     embedded: str = ""
     ttnn: str = ""
 
 
 def key_of(case: Case) -> Key:
-    """Under which the table has it."""
+    """The key of a case in the table."""
     return case.op, case.name
 
 
 def read() -> dict[Key, Row]:
-    """The table as committed."""
+    """Reads the table from docs/ops.md."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[_first(lines) :])
     return {(op.strip("`"), name): Row(embedded, at_ttnn) for op, name, embedded, at_ttnn, _ in cells}
 
 
 def note(case: Case, row: Row) -> str:
-    """The last cell: which of the two is stricter, if they differ, and why."""
+    """The last cell of a row: which device is stricter, if they differ, and why."""
     if row.embedded == row.ttnn:
         return ""
     return f"{'embedded' if row.embedded == REFUSED else 'ttnn'} is stricter: {case.differs}"
 
 
 def observed(mesh_shape: tuple[int, int]) -> dict[Key, str]:
-    """What the cases for a mesh give on the device of this process."""
+    """Runs the cases for a mesh on the device of this process; returns their results."""
     with _opened(mesh_shape) as mesh:
         return {key_of(case): _outcome(case, mesh) for case in CASES if case.mesh == mesh_shape}
 
 
 def rendered(rows: dict[Key, Row]) -> str:
-    """The document with these rows in its table."""
+    """The text of docs/ops.md with these rows in its table."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     kept = lines[: _first(lines)]
     for case in CASES:
@@ -74,7 +74,7 @@ def rendered(rows: dict[Key, Row]) -> str:
 
 
 def write() -> None:
-    """Replaces this device's column."""
+    """Writes this device's column again."""
     seen = {key: outcome for shape in MESHES for key, outcome in observed(shape).items()}
     before = read()
     rows = {key: dataclasses.replace(before.get(key, Row()), **{DEVICE: outcome}) for key, outcome in seen.items()}
@@ -82,7 +82,7 @@ def write() -> None:
 
 
 def _first(lines: list[str]) -> int:
-    """The number of the table's first row."""
+    """The line number of the first row of the table."""
     return lines.index(HEADER) + 2
 
 

@@ -1,4 +1,4 @@
-"""Deployments of R1 and of random models, for tests of plans."""
+"""Deployments of R1 and of random models for tests of plans."""
 
 from typing import Any
 
@@ -44,14 +44,14 @@ def r1_config() -> ModelConfig:
 
 
 def deployment(stages: int, rows_per_stage: int, **changes: Any) -> Deployment:
-    """With 32 users a row and 4096 tokens a request, but for `changes`."""
+    """A deployment with 32 users a row and 4096 tokens a request, except for `changes`."""
     given: dict[str, Any] = {"users_per_row": 32, "max_model_len": 4096, "block_size": 32, "prefill_chunk": 256}
     return Deployment(stages=stages, rows_per_stage=rows_per_stage, **{**given, **changes})
 
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """DeepSeek-V3 models of any size, that up to 4 rows can share."""
+    """Random DeepSeek-V3 models that up to 4 rows can share."""
     heads = 8 * draw(st.integers(1, 16))
     layers = draw(st.integers(2, 12))
     sizes = {
@@ -71,7 +71,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 
 def dtypes() -> st.SearchStrategy[WeightDtypes]:
-    """Any dtypes that each kind may have."""
+    """All combinations of the dtypes that the kinds of weights may have."""
     return st.builds(WeightDtypes, **{kind: st.sampled_from(allowed) for kind, allowed in CHOICES.items()})
 
 

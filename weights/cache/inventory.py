@@ -26,7 +26,7 @@ class CacheEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def cache_entries(directory: Path) -> list[CacheEntry]:
-    """All entries of a weight cache in the order of their names; none if there is no such directory. Raises CacheError.
+    """All entries of a weight cache by name; none if the directory does not exist. Raises CacheError.
 
     Entries that another process removes or replaces meanwhile may be left out.
     """

@@ -177,7 +177,7 @@ def end_trace_capture(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0) ->
 
 
 def execute_trace(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0, blocking: bool = True) -> None:
-    """Replays a trace with the present values of its inputs. Raises DeviceError if there is no such trace."""
+    """Replays a trace with the present values of its inputs. Raises DeviceError for an unknown trace."""
     replay = _replays.get(trace_id)
     if replay is None:
         raise DeviceError(f"Trace {trace_id} does not exist: it was not captured, or was released.")

@@ -29,7 +29,7 @@ def run(flow: Flow, meters: EngineMeters, until: float = math.inf) -> int:
     for time_ns, place, returns in flow.events:
         if time_ns >= until:
             break
-        record, result, _ = flow.passages[place]
+        record, result, _ = flow.transfers[place]
         if not returns:
             if not in_flight:
                 meters.pipeline_fills(time_ns)
@@ -46,9 +46,9 @@ def run(flow: Flow, meters: EngineMeters, until: float = math.inf) -> int:
 def test_bubbles_are_the_time_with_a_step_in_flight_and_none_on_the_stage(flow: Flow) -> None:
     meters = EngineMeters(flow.stages)
     assert run(flow, meters) == 0
-    in_flight = {ns for record, _, returned_ns in flow.passages for ns in range(record.submitted_ns, returned_ns)}
+    in_flight = {ns for record, _, returned_ns in flow.transfers for ns in range(record.submitted_ns, returned_ns)}
     for stage, meter in enumerate(meters.stages):
-        spans = [result.timings[stage] for _, result, _ in flow.passages]
+        spans = [result.timings[stage] for _, result, _ in flow.transfers]
         busy = {ns for timing in spans for ns in range(timing.began_ns, timing.ended_ns)}
         assert meter.busy_ns == len(busy)
         assert meter.bubble_ns == len(in_flight - busy)
@@ -64,7 +64,7 @@ def test_bubbles_grow_and_never_exceed_what_has_passed(flow: Flow, until: int) -
     for stage, meter in enumerate(early.stages):
         in_flight = {
             ns
-            for record, _, returned_ns in flow.passages
+            for record, _, returned_ns in flow.transfers
             for ns in range(record.submitted_ns, min(returned_ns, 100 + until))
         }
         assert 0 <= meter.bubble_ns <= late.stages[stage].bubble_ns
@@ -76,8 +76,8 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
     meters = EngineMeters(flow.stages)
     run(flow, meters)
     metrics = measured(meters)
-    count = len(flow.passages)
-    whole = sum(returned_ns - record.submitted_ns for record, _, returned_ns in flow.passages)
+    count = len(flow.transfers)
+    whole = sum(returned_ns - record.submitted_ns for record, _, returned_ns in flow.transfers)
     parts = 0.0
     for stage in metrics.stages:
         assert sum(stage.hops.counts) == sum(stage.queues.counts) == count
@@ -87,7 +87,7 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
         parts += stage.hops.total + stage.queues.total + stage.busy_seconds
     assert parts + metrics.result_hops.total == pytest.approx(whole * NS)
     assert metrics.prefill_steps.total + metrics.decode_steps.total == pytest.approx(whole * NS)
-    prefills = sum(record.step.mode == "prefill" for record, _, _ in flow.passages)
+    prefills = sum(record.step.mode == "prefill" for record, _, _ in flow.transfers)
     assert sum(metrics.prefill_steps.counts) == prefills
     assert sum(metrics.stages[0].prefill_steps.counts) == prefills
 
@@ -101,12 +101,12 @@ def shifted(timing: StageTiming, by_ns: int) -> StageTiming:
 
 @given(flows(), st.lists(st.integers(-1000, 1000), min_size=4, max_size=4))
 def test_clocks_that_differ_between_hosts_make_no_time_negative(flow: Flow, ahead_ns: list[int]) -> None:
-    passages = [
+    transfers = [
         (record, msgspec.structs.replace(result, timings=list(map(shifted, result.timings, ahead_ns))), returned_ns)
-        for record, result, returned_ns in flow.passages
+        for record, result, returned_ns in flow.transfers
     ]
     meters = EngineMeters(flow.stages)
-    run(Flow(flow.stages, passages), meters)
+    run(Flow(flow.stages, transfers), meters)
     metrics = measured(meters)
     for stage in metrics.stages:
         assert min(stage.hops.total, stage.queues.total, stage.busy_seconds, stage.bubble_seconds) >= 0

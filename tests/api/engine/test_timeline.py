@@ -52,7 +52,7 @@ def test_all_steps_are_on_the_track_of_every_stage_in_order(flow: Flow) -> None:
         timeline = Timeline(open_timeline(path))
         timeline.name_stages([f"host-{stage}" for stage in range(flow.stages)])
         start_ns = now_ns()
-        for record, result, returned_ns in flow.passages:
+        for record, result, returned_ns in flow.transfers:
             timings = [
                 StageTiming(
                     received_ns=moved(timing.received_ns, start_ns),
@@ -71,11 +71,11 @@ def test_all_steps_are_on_the_track_of_every_stage_in_order(flow: Flow) -> None:
     check_nesting(events)
     check_order(events, flow.stages)
     tracks = steps_by_track(events)
-    count = len(flow.passages)
+    count = len(flow.transfers)
     for stage in range(flow.stages):
         track = tracks[STAGE_PID + stage, STAGE_PID + stage]
         assert [event["args"]["step_id"] for event in track] == list(range(count))
-        for event, (record, result, _) in zip(track, flow.passages, strict=True):
+        for event, (record, result, _) in zip(track, flow.transfers, strict=True):
             timing = result.timings[stage]
             assert event["dur"] == pytest.approx((timing.ended_ns - timing.began_ns) * 100)
             assert event["name"] == event["args"]["mode"] == record.step.mode

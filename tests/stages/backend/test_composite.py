@@ -1,4 +1,4 @@
-"""The gate and the experts against plain Python, the chips' algorithms against the CPU's, and vanishing collectives."""
+"""The gate and the experts against plain Python, the chips' algorithms against the CPU's, and skipped collectives."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("float32")
 def choose(
     logits: list[float], bias: list[float], groups: int, kept: int, count: int, scale: float, norm: bool
 ) -> dict[int, float]:
-    """One token's experts and weights, written from the description in DeepSeek-V3's report (arXiv:2412.19437)."""
+    """The experts and weights of one token, written from the description in DeepSeek-V3's report (arXiv:2412.19437)."""
     scores = [1 / (1 + 2.718281828459045**-logit) for logit in logits]
     biased = [score + own for score, own in zip(scores, bias, strict=True)]
     size = len(logits) // groups
@@ -28,7 +28,7 @@ def choose(
 
 
 def routes(chosen: tuple[ttnn.Tensor, ttnn.Tensor]) -> list[list[dict[int, float]]]:
-    """For each chip and token the experts with their weights."""
+    """The experts with their weights, for each chip and token."""
     weights, indices = chosen
     return [
         [dict(zip(i, w, strict=True)) for i, w in zip(own_i[0, 0].tolist(), own_w[0, 0].tolist(), strict=True)]
@@ -73,7 +73,7 @@ def test_gate(
 @on_chip
 def test_gate_computes_in_float32_whatever_floats_are_held_in(mesh: ttnn.MeshDevice) -> None:
     set_float_dtype(torch.bfloat16)
-    # One bfloat16 step apart around 1 is 0.0078: these differ by much less.
+    # Around 1, bfloat16 values are 0.0078 apart: these differ by much less.
     logits = torch.tensor([1.0, 1.0001, 1.0002, 1.0003])[None, None, None]
     weights, indices = composite.moe_gate(
         put(mesh, logits, dtype=ttnn.float32),
@@ -132,7 +132,7 @@ def test_gate_refuses_impossible_choices(
 
 
 class Experts:
-    """Sixteen random experts on a mesh, with tokens, weights and indices for them."""
+    """Sixteen random experts on a mesh, with tokens, weights and indices."""
 
     def __init__(self, mesh: ttnn.MeshDevice, tokens: int, hidden: int = 64, inner: int = 32, count: int = 3) -> None:
         by_chip = ttnn.ShardTensorToMesh(mesh, 1)

@@ -1,4 +1,4 @@
-"""The embedded device accepts and refuses what docs/ops.md says, which tests/galaxy holds against ttnn."""
+"""The embedded device accepts and refuses what docs/ops.md has for it; tests/galaxy compares the table with ttnn."""
 
 import pytest
 
@@ -24,7 +24,7 @@ AROUND_TENSORS = {
     "synchronize_device",
     "to_device",
 }
-"""They make no tensor on a mesh by themselves: cases of other ops call them."""
+"""Functions that create no tensor on a mesh themselves; cases of other ops call them."""
 
 SMALLER_THAN_SERVED = {("experimental.all_to_all_async_generic", "one head a chip")}
 

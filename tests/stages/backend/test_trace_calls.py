@@ -1,4 +1,4 @@
-"""What a chip is asked to do for captured decode steps, in which order: mock devices cannot run traces."""
+"""The order of ttnn's calls for captured decode steps, as mock devices cannot run traces."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ TRACE_CALLS = ("begin_trace_capture", "end_trace_capture", "execute_trace", "rel
 
 
 class Recorder:
-    """The names of ttnn's calls, in order, and their keyword arguments."""
+    """Records the names of ttnn's calls, in order, and their keyword arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -28,11 +28,11 @@ class Recorder:
 
     @property
     def names(self) -> list[str]:
-        """What was called since the last `forget`."""
+        """The calls since the last `forget`."""
         return [name for name, _ in self.calls]
 
     def forget(self) -> None:
-        """Begins anew."""
+        """Clears the record."""
         self.calls.clear()
 
     def _recording(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture
 def driver(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    # What chips would do.
+    # Chips would do this.
     monkeypatch.setattr(composite, "moe_gate", composite.chip_moe_gate)
     monkeypatch.setattr(composite, "routed_experts", composite.chip_routed_experts)
     model = write_checkpoint(tmp_path / "model")
@@ -71,8 +71,8 @@ def test_a_step_is_compiled_then_captured_then_replayed(driver: Driver, recorder
     begin, end, execute = (names.index(name) for name in TRACE_CALLS[:3])
     assert begin < end < execute
     assert names.count("execute_trace") == 1
-    # Compiled before: a capture must not load programs. All that was computed is captured again, and nothing comes
-    # from the host, which a trace cannot repeat.
+    # The step is compiled first, as a capture must not load programs. Then all ops are captured again, without any
+    # write from the host, which a trace cannot repeat.
     assert names[:begin].count("linear") == names[begin:end].count("linear") > 0
     assert set(names[begin + 1 : end]) == {"linear"}
     assert all(options["cq_id"] == 0 for name, options in recorder.calls if name in TRACE_CALLS)
@@ -81,16 +81,16 @@ def test_a_step_is_compiled_then_captured_then_replayed(driver: Driver, recorder
 def test_later_steps_only_replay(driver: Driver, recorder: Recorder) -> None:
     driver.decode({0: (3, 1), 9: (2, 1)})
     recorder.forget()
-    # Another request decodes alone, at another position: the shapes are the same.
+    # Another request decodes alone at another position, with the same shapes.
     driver.decode({0: (4, 1)})
     names = recorder.names
     assert "linear" not in names
     assert [name for name in names if name in TRACE_CALLS] == ["execute_trace"]
     at = names.index("execute_trace")
-    # Ids or hidden states, cosines, sines, positions and page tables go to where the trace reads them.
+    # Ids or hidden states, cosines, sines, positions and page tables are copied to where the trace reads them.
     assert names[:at].count("copy") == 5
     assert "copy" not in names[at:]
-    # Results are copied before the next replay, then read.
+    # Results are copied before the next replay, and then read.
     assert names[at + 1 :].count("clone") == 2
 
 

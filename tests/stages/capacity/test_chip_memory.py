@@ -1,4 +1,4 @@
-"""Memory of stages on their chips: R1's numbers worked out by hand, and what holds for every model."""
+"""Memory of stages on their chips: R1's numbers worked out by hand, and properties for every model."""
 
 import math
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 
 def kept(memory: StageMemory) -> int:
-    """What a stage holds between its steps."""
+    """The memory that a stage holds between steps."""
     return memory.weights + memory.kv_cache + memory.tables
 
 
@@ -30,14 +30,14 @@ def test_a_tile_of_block_floats_has_an_exponent_for_every_sixteen_values() -> No
 
 
 def test_the_experts_of_a_layer_of_r1() -> None:
-    """256 experts of three 7168 x 2048 matrices, whole tiles all of them."""
+    """A layer has 256 experts of three 7168 x 2048 matrices, all of whole tiles."""
     values = 256 * 7168 * 2048
     on_a_chip = sum(tensor.bytes for tensor in ChipWeights(R1, WeightDtypes(), 4).experts())
     assert on_a_chip * 32 == values * 2 * 576 // 1024 + values * 1088 // 1024
 
 
 def test_r1_takes_about_495_gb_where_nothing_is_held_twice() -> None:
-    """As tt-metal's users count it for these dtypes."""
+    """The memory is as tt-metal's users count it for these dtypes."""
     weights = ChipWeights(R1, WeightDtypes(), 1)
     everything = [*weights.embedding(), *weights.head()]
     for layer in range(61):
@@ -47,7 +47,7 @@ def test_r1_takes_about_495_gb_where_nothing_is_held_twice() -> None:
 
 
 def test_the_kv_cache_of_a_layer_of_r1() -> None:
-    """Two stages of four rows: 4 users a chip in each of 3 microbatches, 4096 tokens each, 18 tiles of 32 tokens."""
+    """Two stages of four rows have 4 users a chip in each of 3 microbatches, of 4096 tokens in 18 tiles of 32."""
     [first, last] = chip_memory(R1, deployment(2, 4))
     blocks = 4 * 3 * 4096 // 32 + 1
     per_layer = math.ceil(blocks * 18 / 12) * 12 * 1088
@@ -146,7 +146,7 @@ def test_totals_add_up(config: ModelConfig, data: st.DataObject) -> None:
 @settings(max_examples=50, deadline=None)
 @given(models(), st.data())
 def test_more_rows_in_a_stage_never_need_more_a_chip(config: ModelConfig, data: st.DataObject) -> None:
-    """Between steps: in a step every chip meets the tokens of all rows."""
+    """More rows never need more memory between steps; in a step every chip gets the tokens of all rows."""
     plan = data.draw(deployments(config.num_hidden_layers))
     split = tuple(len(spec.layers) for spec in chip_stages(config, plan))
     few, many = (

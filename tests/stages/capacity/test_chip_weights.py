@@ -1,4 +1,4 @@
-"""What a plan takes a chip to hold, against what the modules really put there."""
+"""The weights that a plan expects on a chip, against those that the modules put there."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Refusals of plans that do not fit: what they say, that it is true, and that it is the least that helps."""
+"""Refusals of plans that do not fit: their messages, and that the changes in these help and are the smallest."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_suggested_changes_fit_and_smaller_ones_do_not(layers: int, drawn: Deplo
 
 
 def smaller_changes(what: str, plan: Deployment, changed: Deployment) -> list[Deployment]:
-    """The next smaller change of a sort, none where there is none between."""
+    """The next smaller change of a kind, or None if there is none between."""
     if what == "users" and changed.users_per_row + 8 < plan.users_per_row:
         return [msgspec.structs.replace(plan, users_per_row=changed.users_per_row + 8)]
     if what == "length" and changed.max_model_len + plan.block_size < plan.max_model_len:

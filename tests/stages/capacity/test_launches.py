@@ -1,4 +1,4 @@
-"""The numbers of ops that predictions of time go by, counted in the modules' own forward passes."""
+"""The numbers of ops in predictions of time, against those counted in the modules' forward passes."""
 
 import types
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from tests.support.stage_driver import Driver, cache_options, stage_options
 MODULES = (composite, decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope)
 MESH = (2, 8)
 R1_ROUTING = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
-"""What chips have a fused gate for."""
+"""The numbers for which chips have a fused gate."""
 
 NO_OPS = {"from_torch", "to_torch", "ConcatMesh2dToTensor", "empty"}
-"""What puts a step's inputs onto the mesh, fetches its results, or sets memory aside: no kernel runs."""
+"""Functions that move inputs and results, or allocate memory, without a kernel."""
 
 
 class Counter:
-    """Stands for a namespace of ttnn: its functions are counted as they are called."""
+    """A stand-in for a namespace of ttnn that counts calls of its functions."""
 
     def __init__(self, namespace: Any, calls: list[str]) -> None:
         self._namespace = namespace
@@ -48,7 +48,7 @@ class Counter:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """A dense layer and one with experts, on a mesh that has collectives on both axes."""
+    """A dense layer and one with experts, on a mesh with collectives on both axes."""
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 32}
     model = write_checkpoint(tmp_path_factory.mktemp("model"), overrides={**R1_ROUTING, **layers})
     options = stage_options(model, tmp_path_factory.mktemp("cache"), cache=cache_options(slots=32, pools=16))
@@ -57,7 +57,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
 
 @pytest.fixture
 def calls(driver: Driver) -> Iterator[list[str]]:
-    """The ops of the chips' algorithms, in the order of their calls."""
+    """Records the ops of the chips' algorithms, in the order of their calls."""
     names: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composite, "DEVICE", "ttnn")
@@ -88,5 +88,5 @@ def test_of_a_prefill_step_and_a_decode_step(driver: Driver, calls: list[str]) -
     driver.prefill({0: list(range(40))})
     prefill = len(calls)
     driver.decode({0: (40, 7)})
-    # Eight tokens, one for each column, are cut out of a tile after the experts; on chips steps are whole tiles.
+    # Eight tokens, one for each column, are cut out of a tile after the experts; on chips steps have whole tiles.
     assert (prefill, len(calls) - prefill) == (expected(1), expected(0) + 1), calls

@@ -1,4 +1,4 @@
-"""Predicted times, against the same things worked out another way, and what must hold of any prediction."""
+"""Predicted times against numbers worked out in another way, and properties of every prediction."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_predictions_need_no_torch() -> None:
 
 
 def test_peak_arithmetic_is_what_the_card_is_sold_with() -> None:
-    """The n300's 262 (BLOCKFP8) and 131 (FP16) TeraFLOPS are those of two chips of 64 cores."""
+    """The 262 (BLOCKFP8) and 131 (FP16) TeraFLOPS of an n300 are those of two chips of 64 cores."""
     assert flops_per_s("HiFi2") == pytest.approx(262e12 / 2, rel=0.01)
     assert flops_per_s("HiFi4") == pytest.approx(131e12 / 2, rel=0.01)
 
@@ -80,7 +80,7 @@ def test_the_share_of_experts_that_are_hit_is_what_drawing_them_gives(tokens: in
 def test_collectives_are_near_what_was_measured_over_one_link(
     cost: CollectiveCost, chips: int, link_bytes: float, measured_us: float
 ) -> None:
-    """Rows of tt-metal's table of Wormhole chips in a line; we divide bytes among four links."""
+    """Costs are those of tt-metal's table of Wormhole chips in a line, with bytes divided among four links."""
     assert cost.seconds(chips, link_bytes * LINKS) * 1e6 == pytest.approx(measured_us, rel=0.2)
 
 
@@ -89,7 +89,7 @@ def test_collectives_vanish_on_one_chip() -> None:
 
 
 def test_a_decode_step_of_one_row_reads_all_its_weights() -> None:
-    """Seven layers: 32 experts of each on a chip, of three matrices, two of them in bfloat4_b and one in bfloat8_b."""
+    """Seven layers have 32 experts each on a chip, of three matrices, two in bfloat4_b and one in bfloat8_b."""
     experts = 7 * 32 * 7168 * 2048 * (2 * 576 + 1088) / 1024
     reads = stage_times().decode(32, 2048).memory_s * 288e9 * 0.83
     assert experts < reads < 1.06 * experts
@@ -102,7 +102,7 @@ def test_with_few_tokens_a_kernel_of_chosen_experts_reads_their_share() -> None:
 
 
 def test_experts_of_many_tokens_are_bound_by_arithmetic() -> None:
-    """A prefill chunk of 256 tokens: 32 experts a chip on each, at half of 131 TFLOPS."""
+    """A prefill chunk of 256 tokens takes 32 experts a chip for each token, at half of 131 TFLOPS."""
     flops = 7 * 32 * 256 * 3 * 2 * 7168 * 2048
     computed = stage_times().prefill(256).compute_s
     assert flops / 65.5e12 < computed < 1.2 * flops / 65.5e12

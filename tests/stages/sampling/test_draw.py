@@ -1,4 +1,4 @@
-"""Drawing tokens against a plain reading of the definitions, by statistics, and by what a draw may not depend on."""
+"""Draws of tokens against the definitions written out, by statistics, and by what they must not depend on."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def params(temperature: float = 1.0, **options: Any) -> SamplingParams:
 def sampled(
     logits: torch.Tensor, chosen: list[SamplingParams], tokens: list[list[int]]
 ) -> list[tuple[int, TokenLogprobs | None]]:
-    """One token for each row, each of a request that has `tokens`, the first two of which are its prompt."""
+    """Samples a token for each row, for requests with `tokens`, of which the first two are the prompt."""
     sampler = Sampler(logits.shape[1])
     slots = range(len(chosen))
     admissions = [Admission(slot=slot, sampling=chosen[slot], tokens=tokens[slot], prompt_tokens=2) for slot in slots]
@@ -69,7 +69,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_follow_the_definition(name: str) -> None:
-    """A chi-squared test with an error rate of one in a million a case; the draws are seeded, so it is repeatable."""
+    """A chi-squared test with an error rate of one in a million per case; the draws are seeded, so it is repeatable."""
     chosen = CASES[name]
     expected = distribution(changed_logits(LOGITS, chosen, PROMPT, ANSWER), chosen)
     fields = {field: getattr(chosen, field) for field in chosen.__struct_fields__}
@@ -84,7 +84,7 @@ def test_frequencies_follow_the_definition(name: str) -> None:
 
 
 def test_draws_at_the_positions_of_one_request_follow_the_definition() -> None:
-    """The same test where not the seed but the position changes from draw to draw."""
+    """The same test with draws that differ in position and not in seed."""
     expected = distribution(LOGITS, params())
     row = np.array(LOGITS, dtype=np.float32)
     tokens = [draw_token(row, params(), position) for position in range(DRAWS)]
@@ -94,7 +94,7 @@ def test_draws_at_the_positions_of_one_request_follow_the_definition() -> None:
 
 @st.composite
 def rows(draw: st.DrawFn) -> list[float]:
-    """Logits of small and of larger vocabularies, many of them equal, flat or with a few peaks, some not allowed."""
+    """Logits of small and larger vocabularies, many of them equal, flat or with a few peaks, some minus infinity."""
     size = draw(st.one_of(st.integers(1, 12), st.integers(100, 2000)))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     values = generator.normal(size=size) * draw(st.sampled_from([0.0, 0.5, 3.0]))
@@ -126,7 +126,7 @@ def test_what_may_be_drawn_is_what_the_definitions_keep(logits: list[float], cho
     tokens = np.arange(len(logits)) if candidates.tokens is None else candidates.tokens
     kept = set(tokens[candidates.weights > 0].tolist())
     assert sorted(kept) == sorted(ranked(logits)[: len(kept)])
-    # Rounding may decide where a share is reached to within a few units in the last place of a float32.
+    # Rounding decides if a share is reached to within a few units in the last place of a float32.
     assert kept <= set(distribution(logits, chosen, slack=1e-5))
     assert kept >= {token for token, p in distribution(logits, chosen, slack=-1e-5).items() if p > 1e-30}
 

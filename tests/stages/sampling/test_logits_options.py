@@ -1,4 +1,4 @@
-"""What changes a request's logits against the definitions, and the state that it has from token to token."""
+"""Options that change a request's logits, against their definitions, and a request's state from token to token."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.support.sampling_reference import changed_logits
 SIZE = 9
 TOKENS = st.integers(0, SIZE - 1)
 IDS = st.integers(-2, SIZE + 1)
-"""Token ids, and some that are none."""
+"""Token ids, and some that are not in the vocabulary."""
 
 
 def greedy(**options: Any) -> SamplingParams:
@@ -34,7 +34,7 @@ def row(values: list[float]) -> Floats:
 
 @st.composite
 def options(draw: st.DrawFn) -> dict[str, Any]:
-    """Each option set or not, so that many are alone and many together."""
+    """Sampling options, each set or not, so that many occur alone and many together."""
     all_options: dict[str, st.SearchStrategy[Any]] = {
         "repetition_penalty": st.sampled_from([0.5, 1.0, 1.3, 4.0]),
         "presence_penalty": st.sampled_from([-2.0, 0.0, 0.7]),
@@ -92,7 +92,7 @@ def test_each_greedy_token_is_the_best_after_those_before_it(
 
 
 def test_penalties_of_many_tokens_are_those_of_their_counts() -> None:
-    """More different tokens than there is room for at first, in prompt and answer, noted one by one."""
+    """Prompt and answer may have more different tokens than the arrays have room for at first."""
     vocabulary = 1000
     generator = np.random.default_rng(0)
     prompt = generator.integers(0, vocabulary, 300).tolist()

@@ -1,4 +1,4 @@
-"""Log-probabilities of one row of logits against their definition."""
+"""Log-probabilities of one row of logits, against their definition."""
 
 import math
 

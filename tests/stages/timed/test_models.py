@@ -1,4 +1,4 @@
-"""What the timed device is told of a published model that is nowhere on the disk: times, layers, tokens."""
+"""The timed device with a published model that is not on disk: times, layers, tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ TIMED = ("--device", "timed")
 
 
 def engine_options(**given_options: Any) -> EngineOptions:
-    """What the engine is told of R1 on the timed device."""
+    """The engine's options for R1 on the timed device."""
     made = EngineSettings(cache_dir=Path("cache"), device="timed", max_model_len=4096, **given_options)
     return made.engine_options(resolve_timed_model("r1", {}), R1)
 
 
 def step_of(mode: Mode, segments: list[tuple[int, int]]) -> Step:
-    """With a segment for each (start, tokens)."""
+    """Makes a step with a segment for each (start, tokens)."""
     made = [
         Segment(slot=slot, start=start, tokens=[1] * tokens, new_blocks=[], sample=True)
         for slot, (start, tokens) in enumerate(segments)
@@ -59,7 +59,7 @@ def test_predicted_times_are_those_of_plan(
         decode = step_of("decode", [(start, 1) for start in contexts[:users]])
         per_row, context = -(-users // rows), max(contexts[:users]) + 1
         seconds = stage.seconds(decode)
-        # Contexts are rounded up, by less than CONTEXT_TOKENS.
+        # Contexts are rounded up by less than CONTEXT_TOKENS.
         assert seconds >= expected.decode(per_row, context).total_s
         assert seconds <= expected.decode(per_row, context + CONTEXT_TOKENS - 1).total_s
         chunks = [expected.prefill(tokens, start).total_s for start, tokens in prompts]

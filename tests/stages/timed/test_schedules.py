@@ -1,4 +1,4 @@
-"""The timed device under the scheduler: tokens that no schedule can change, shaped as the scheduler demands."""
+"""The timed device under the scheduler: no schedule changes tokens, and results have the right form."""
 
 import time
 from collections import deque
@@ -35,7 +35,7 @@ def timed_stages(count: int, step_s: Sequence[float] = (0.0,)) -> list[TimedStag
 
 
 def run(stages: Sequence[TimedStage], step: Step) -> StepResult:
-    """A step through all stages, whose hidden states are as long as its tokens call for."""
+    """Runs a step through all stages, and checks the length of the hidden states."""
     hidden = memoryview(b"")
     for stage in stages[:-1]:
         output = stage.step(step, hidden)
@@ -48,7 +48,7 @@ def run(stages: Sequence[TimedStage], step: Step) -> StepResult:
 
 
 def answer(prompt: Sequence[int], count: int) -> list[int]:
-    """What a request gets: each token follows from the one before it and its position alone."""
+    """The tokens that a request gets: each follows from the one before it and its position alone."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(TOKENS.after(tokens[-1], len(tokens) - 1))
@@ -57,7 +57,7 @@ def answer(prompt: Sequence[int], count: int) -> list[int]:
 
 @st.composite
 def requests(draw: st.DrawFn) -> list[AddRequest]:
-    """Some that want log-probabilities of their prompt or their answer, and some that do not."""
+    """Requests, of which some want log-probabilities of their prompt or their answer."""
     made = []
     for request_id in range(draw(st.integers(1, 6))):
         sampling = msgspec.structs.replace(
@@ -79,7 +79,7 @@ def requests(draw: st.DrawFn) -> list[AddRequest]:
 
 
 class Told:
-    """What a request was told so far."""
+    """What a request has got so far."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -99,7 +99,7 @@ class Told:
 def test_tokens_are_the_same_however_they_are_scheduled(
     added: list[AddRequest], stages: int, microbatches: int, blocks: int, chunk: int, delivers: list[bool]
 ) -> None:
-    """Any number of stages, chunks and microbatches, with so few blocks that requests are preempted."""
+    """Schedulers with any number of stages, chunks and microbatches, and so few blocks that requests are preempted."""
     cache = CacheOptions(slots=3 * microbatches, pools=1, blocks=blocks, block_size=BLOCK, max_model_len=128)
     scheduler = Scheduler(
         SchedulerOptions(stages=stages, cache=cache, prefill_chunk=chunk, microbatches=microbatches), epoch=0

@@ -1,5 +1,5 @@
-"""Wormhole Galaxies without hardware: what the real ttnn package needs to open mock devices of them.
+"""Mock Wormhole Galaxies: everything that the real ttnn package needs to open devices without hardware.
 
-ttnn validates every op, allocates memory and routes its fabric for them, but no kernel runs: what is read from a mock
-device is zeros.
+ttnn validates every op, allocates memory and routes its fabric for them, but no kernel runs, and values read from a
+mock device are zeros.
 """

@@ -1,7 +1,7 @@
 """A stand-in for the compiler of device kernels, which ttnn's wheel lacks: mock devices run no kernel.
 
-It "compiles" every kernel to a program that returns at once. With real chips it must never be used, and what it made
-must not stay in a cache that real runs use.
+It "compiles" every kernel to a program that returns at once. It must never be used with real chips, and its output must
+not stay in a cache that real runs use.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ This is free software; see the source for copying conditions.  There is NO
 warranty; not even for MERCHANTABILITY or FITNESS FOR A PARTICULAR PURPOSE.
 
 """
-"""To the letter what the real compiler says: its hash is how tt-metal finds the firmware that the wheel ships."""
+"""The exact version text of the real compiler, by whose hash tt-metal finds the firmware in the wheel."""
 
 TOOL = """\
 #!/bin/sh
@@ -36,18 +36,18 @@ esac
 """
 
 RETURN = struct.pack("<I", 0x00008067) * 4
-"""RISC-V's `ret`, four times."""
+"""The code of a kernel: RISC-V's `ret`, four times."""
 LOADED_AT = 0x4000
 HEADER, SEGMENT_HEADER, SECTION_HEADER, SYMBOL, RELOCATION = 52, 32, 40, 16, 12
-"""Sizes of ELF32's structures, in bytes."""
+"""The sizes of ELF32's structures in bytes."""
 NAMES = b"\0.text\0.symtab\0.strtab\0.rela.text\0.shstrtab\0"
 SECTIONS = 6
 
 
 def make_runtime_root(root: Path) -> None:
-    """Fills `root` with links to the installed ttnn package and the stand-in: a TT_METAL_RUNTIME_ROOT.
+    """Creates a TT_METAL_RUNTIME_ROOT in `root`, with links to the installed ttnn package and the stand-in.
 
-    Raises RuntimeError where ttnn is not installed.
+    Raises RuntimeError if ttnn is not installed.
     """
     found = importlib.util.find_spec("ttnn")
     if found is None or found.origin is None:
@@ -67,7 +67,7 @@ def make_runtime_root(root: Path) -> None:
 
 
 def program_that_returns() -> bytes:
-    """An ELF32 executable for RISC-V with one loaded segment, its code, and neither symbols nor relocations."""
+    """An ELF32 executable for RISC-V with one loaded segment, its code, without symbols and relocations."""
     text_at = HEADER + SEGMENT_HEADER
     symbols_at = text_at + len(RETURN)
     strings_at = symbols_at + SYMBOL

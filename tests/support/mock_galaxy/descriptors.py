@@ -1,4 +1,4 @@
-"""Cluster descriptors of mock hosts: what tt-metal's driver writes about the chips that it finds."""
+"""Cluster descriptors of mock hosts, in which tt-metal's driver describes the chips that it finds."""
 
 import json
 from typing import Any
@@ -8,10 +8,10 @@ from tests.support.mock_galaxy.wiring import COLUMNS, ROWS, TRAYS, chip_at, link
 CHIP_IDS_FROM = 1 << 56
 CHIP_IDS_OF_A_GALAXY = 1 << 48
 BOARD_IDS_FROM = 0x100035100000000
-"""tt-metal knows the kind of a board by the upper digits of its id."""
+"""The upper digits of a board's id, by which tt-metal recognises its kind."""
 
 PCI_BUSES = (0xC0, 0x40, 0x00, 0x80)
-"""For each tray, the number before that of its first chip's bus."""
+"""For each tray, the number before the bus of its first chip."""
 
 NOTHING_HARVESTED = {
     "noc_translation": True,
@@ -23,11 +23,10 @@ NOTHING_HARVESTED = {
 
 
 def cluster_descriptor(rows: range, all_rows: int) -> str:
-    """The descriptor, JSON and so YAML, of a host that owns `rows` of the `all_rows` of all hosts together.
+    """The descriptor, as JSON, which is YAML too, of a host that owns `rows` of the `all_rows` of all hosts together.
 
-    Rows are counted through all Galaxies; those of one host lie in one Galaxy. To the others, which belong to other
-    hosts, this one's chips are linked.
-    """
+    Rows are counted through all Galaxies; those of one host are in one Galaxy. The chips of the host are linked to
+    those of other hosts."""
     numbers = host_numbers(rows)
     chips = sorted(numbers.values())
     inner, outer = _connections(rows, all_rows)
@@ -49,7 +48,7 @@ def cluster_descriptor(rows: range, all_rows: int) -> str:
 
 
 def host_numbers(rows: range) -> dict[tuple[int, int], int]:
-    """What a host calls the chip at each (row, column): those that it does not own are left out of the count."""
+    """The host's number of the chip at each (row, column); chips that it does not own are not counted."""
     places = [(row, column) for row in rows for column in range(COLUMNS)]
     return {place: number for number, place in enumerate(sorted(places, key=lambda place: chip_at(*place)))}
 
@@ -59,7 +58,7 @@ def _unique_id(row: int, column: int) -> int:
 
 
 def pci_address(row: int, column: int) -> str:
-    """Where a host finds the chip: domain, bus, device and function."""
+    """The PCI address of a chip: domain, bus, device and function."""
     return f"0000:{_pci_bus(row, column):02x}:00.0"
 
 
@@ -69,7 +68,7 @@ def _pci_bus(row: int, column: int) -> int:
 
 
 def _connections(rows: range, all_rows: int) -> tuple[list[Any], list[Any]]:
-    """Links between the host's own chips, and those from its chips to other hosts'."""
+    """The links between the host's own chips, and those from its chips to chips of other hosts."""
     numbers = host_numbers(rows)
     inner: list[Any] = []
     outer: list[Any] = []

@@ -1,4 +1,4 @@
-"""The environment in which ttnn takes a host for one with mock Galaxies."""
+"""The environment in which ttnn finds mock Galaxies."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tests.support.mock_galaxy.descriptors import cluster_descriptor
 
 
 def mock_environment(folder: Path, rows: range, all_rows: int) -> dict[str, str]:
-    """Variables for a process whose host owns `rows` of `all_rows`; what they name goes into `folder`, which is empty.
+    """Variables for a process whose host owns `rows` of `all_rows`; their files are created in the empty `folder`.
 
     Several processes may share a folder's runtime root, but not its cache.
     """
@@ -19,7 +19,7 @@ def mock_environment(folder: Path, rows: range, all_rows: int) -> dict[str, str]
         "TT_METAL_MOCK_CLUSTER_DESC_PATH": str(descriptor),
         "TT_METAL_RUNTIME_ROOT": str(root),
         "TT_METAL_CACHE": str(folder / "cache"),
-        # Without kernels nobody answers a fast dispatch.
+        # Fast dispatch needs kernels that answer.
         "TT_METAL_SLOW_DISPATCH_MODE": "1",
         "TT_LOGGER_LEVEL": "fatal",
     }

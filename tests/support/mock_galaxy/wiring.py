@@ -1,4 +1,4 @@
-"""How the chips of Wormhole Galaxies are wired: 4 rows of 8 each, a chip joined to its neighbours by 4 channels each.
+"""The wiring of Wormhole Galaxies: 4 rows of 8 chips each, with 4 channels between neighbours.
 
 A Galaxy has four trays of eight chips. A tray is 2 x 4 chips, and the trays are 2 x 2, the right and the lower ones
 turned around, so that equal edges meet: chips of the first row are numbered 0, 4, 8, 12, 13, 9, 5, 1. Galaxies stand
@@ -18,7 +18,7 @@ UPPER_EDGE = range(4)
 LEFT_EDGE = range(4, 8)
 RIGHT_EDGE = range(8, 12)
 LOWER_EDGE = range(12, 16)
-"""The Ethernet channels of a chip's edges, as it lies on the upper left tray."""
+"""The Ethernet channels of a chip's edges, in its orientation on the upper left tray."""
 
 
 class Port(NamedTuple):
@@ -30,7 +30,7 @@ class Port(NamedTuple):
 
 
 def chip_at(row: int, column: int) -> int:
-    """The number of a chip within its Galaxy: its tray's number plus the trays times its place on it."""
+    """The number of a chip in its Galaxy: its tray's number plus its index on the tray times the trays."""
     is_right, is_lower = column >= TRAY_COLUMNS, row % ROWS >= ROWS // 2
     inner_column = COLUMNS - 1 - column if is_right else column
     inner_row = ROWS - 1 - row % ROWS if is_lower else row % ROWS
@@ -38,7 +38,7 @@ def chip_at(row: int, column: int) -> int:
 
 
 def links(rows: range) -> Iterator[tuple[Port, Port]]:
-    """All links between the chips of some rows."""
+    """All links between the chips of `rows`."""
     for row in rows:
         for column in range(COLUMNS):
             if column + 1 < COLUMNS:

@@ -1,4 +1,4 @@
-"""Calls of every op of the embedded device, right ones and wrong ones, for it and for ttnn on a mock Galaxy."""
+"""Cases of every op: valid and invalid calls, for the embedded device and for ttnn on a mock Galaxy."""
 
 from tests.support.op_cases import (
     attention,
@@ -28,4 +28,4 @@ _CASES = [
 _OPS = list(dict.fromkeys(case.op for case in _CASES))
 
 CASES = sorted(_CASES, key=lambda case: _OPS.index(case.op))
-"""Every case, in the order of the table in docs/ops.md."""
+"""All cases, in the order of the table in docs/ops.md."""

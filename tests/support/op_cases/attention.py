@@ -1,4 +1,4 @@
-"""Attention over a paged latent cache."""
+"""Cases of attention over a paged latent cache."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.caches import WIDTH, cache_of

@@ -1,4 +1,4 @@
-"""Rotary positions and writes to a paged cache."""
+"""Cases of rotary embeddings and writes to a paged cache."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import Case, rows, tiles, user_cores, zeros
@@ -14,14 +14,14 @@ def rotate(
 
 
 def cache_of(mesh: ttnn.MeshDevice, width: int = WIDTH, dtype: ttnn.DataType = ttnn.bfloat8_b) -> ttnn.Tensor:
-    """Nine blocks of 32 tokens."""
+    """A cache of nine blocks of 32 tokens."""
     return ttnn.zeros((9, 1, 32, width), dtype=dtype, layout=ttnn.TILE_LAYOUT, device=mesh)
 
 
 def users(
     mesh: ttnn.MeshDevice, count: int = 4, width: int = WIDTH, dtype: ttnn.DataType = ttnn.bfloat16
 ) -> ttnn.Tensor:
-    """One vector a user, one core a user."""
+    """One vector for each user, on a core for each user."""
     return ttnn.to_memory_config(tiles(mesh, 1, count, 1, width, dtype=dtype), user_cores(count, width))
 
 

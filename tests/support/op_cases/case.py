@@ -1,4 +1,4 @@
-"""One call of an op, to be made on the embedded device and on a mock Galaxy alike."""
+"""A case: one call of an op that is made on the embedded device and on a mock Galaxy."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,9 +11,9 @@ ALL_ROWS = (4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`call` makes its operands on an open mesh and calls `op`, named as under `ttnn`.
+    """One call of an op: `call` creates operands on an open mesh and calls `op`, which is named as under `ttnn`.
 
-    `differs` says why the two devices need not agree, for the few cases where they do not.
+    `differs` has the reason why the two devices need not agree, for the few cases where they do not.
     """
 
     op: str
@@ -24,22 +24,22 @@ class Case:
 
 
 def tiles(mesh: ttnn.MeshDevice, *shape: int, dtype: ttnn.DataType = ttnn.bfloat16) -> ttnn.Tensor:
-    """`shape` on each chip in TILE layout."""
+    """Allocates `shape` on each chip in TILE layout."""
     return ttnn.empty(shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=mesh)
 
 
 def rows(mesh: ttnn.MeshDevice, *shape: int, dtype: ttnn.DataType = ttnn.bfloat16) -> ttnn.Tensor:
-    """`shape` on each chip in ROW_MAJOR layout."""
+    """Allocates `shape` on each chip in ROW_MAJOR layout."""
     return ttnn.empty(shape, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT, device=mesh)
 
 
 def zeros(mesh: ttnn.MeshDevice, *shape: int, dtype: ttnn.DataType = ttnn.int32) -> ttnn.Tensor:
-    """Zeros in ROW_MAJOR layout: ids, positions and pages that are valid."""
+    """Creates zeros in ROW_MAJOR layout, which are valid ids, positions and pages."""
     return ttnn.zeros(shape, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT, device=mesh)
 
 
 def user_cores(users: int, width: int) -> ttnn.MemoryConfig:
-    """One core a user, as the batch builder asks for it."""
+    """A memory config with one core for each user, like that of the batch builder."""
     return ttnn.create_sharded_memory_config(
         (ttnn.TILE_SIZE, width),
         core_grid=ttnn.num_cores_to_corerangeset(users, ttnn.CoreCoord(8, 8), row_wise=True),

@@ -1,16 +1,16 @@
-"""Ops that choose: embedding, gather, scatter, reductions, routing."""
+"""Cases of ops that choose: embedding, gather, scatter, reductions, routing."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import Case, rows, tiles, zeros
 
 
 def ids(mesh: ttnn.MeshDevice, *shape: int, dtype: ttnn.DataType = ttnn.uint32) -> ttnn.Tensor:
-    """Ids as the batch builder makes them."""
+    """Ids in the form in which the batch builder makes them."""
     return zeros(mesh, *shape, dtype=dtype)
 
 
 def picks(mesh: ttnn.MeshDevice, *shape: int, dtype: ttnn.DataType = ttnn.uint16) -> ttnn.Tensor:
-    """Indices as topk gives them."""
+    """Indices in the form in which topk returns them."""
     return ttnn.zeros(shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=mesh)
 
 
@@ -23,7 +23,7 @@ def gate(
     topk_groups: int = 4,
     n_activated_experts: int = 8,
 ) -> tuple[ttnn.Tensor, ttnn.Tensor]:
-    """DeepSeek-V3's gate, but for what is said."""
+    """Calls the gate with DeepSeek-V3's numbers, except those in the arguments."""
     return ttnn.experimental.deepseek_grouped_gate(
         scores,
         bias,

@@ -1,4 +1,4 @@
-"""Ops between chips."""
+"""Cases of ops between chips."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import ALL_ROWS, Case, rows, tiles

@@ -1,4 +1,4 @@
-"""Element-wise ops."""
+"""Cases of elementwise ops."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import Case, rows, tiles
@@ -107,7 +107,7 @@ CASES = [
 
 
 def deallocated(mesh: ttnn.MeshDevice) -> ttnn.Tensor:
-    """A tensor that is gone."""
+    """A deallocated tensor."""
     tensor = tiles(mesh, 1, 1, 32, 64)
     ttnn.deallocate(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""Ops that move values."""
+"""Cases of ops that move values."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import Case, rows, tiles, user_cores, zeros

@@ -1,11 +1,11 @@
-"""RMS norm, whole or in two halves."""
+"""Cases of RMS norm, whole or in two halves."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import Case, rows, tiles
 
 
 def post(x: ttnn.Tensor, stats: ttnn.Tensor, weight: ttnn.Tensor) -> ttnn.Tensor:
-    """The second half as the modules call it."""
+    """Calls the second half as the modules do."""
     return ttnn.rms_norm_post_all_gather(x, stats, weight=weight, epsilon=1e-6, memory_config=ttnn.L1_MEMORY_CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products: `linear` and `matmul`."""
+"""Cases of matrix products: `linear` and `matmul`."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.case import Case, rows, tiles

@@ -1,4 +1,4 @@
-"""Tensors between the host and a mesh."""
+"""Cases of tensors that move between the host and a mesh."""
 
 import tempfile
 from pathlib import Path
@@ -16,19 +16,19 @@ def put(
     dtype: ttnn.DataType = ttnn.bfloat16,
     layout: ttnn.Layout = ttnn.TILE_LAYOUT,
 ) -> ttnn.Tensor:
-    """Zeros of the host, cut along `dims` by the mesh's axes."""
+    """Distributes zeros of the host along `dims` by the mesh's axes."""
     mapper = ttnn.ShardTensor2dMesh(mesh, tuple(mesh.shape), dims)
     return ttnn.from_torch(torch.zeros(shape), dtype, layout=layout, device=mesh, mesh_mapper=mapper)
 
 
 def flat(mesh: ttnn.MeshDevice, shape: tuple[int, ...], dim: int) -> ttnn.Tensor:
-    """Zeros of the host, cut along `dim` over all chips."""
+    """Distributes zeros of the host along `dim` over all chips."""
     mapper = ttnn.ShardTensorToMesh(mesh, dim=dim)
     return ttnn.from_torch(torch.zeros(shape), ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=mesh, mesh_mapper=mapper)
 
 
 def reloaded(mesh: ttnn.MeshDevice, name: str = "weight.tensorbin") -> ttnn.Tensor:
-    """Through a file, as weights go."""
+    """Writes a tensor to a file and loads it again, as is done with weights."""
     host = ttnn.from_torch(
         torch.zeros(1, 1, 64, 512),
         ttnn.bfloat4_b,
@@ -47,7 +47,7 @@ def as_tensor(
     width: int = 512,
     memory_config: ttnn.MemoryConfig | None = ttnn.DRAM_MEMORY_CONFIG,
 ) -> ttnn.Tensor:
-    """A weight's columns."""
+    """Splits a weight by columns."""
     return ttnn.as_tensor(
         torch.zeros(1, 1, 64, width),
         ttnn.bfloat8_b,
@@ -64,7 +64,7 @@ def filled(tensor: ttnn.Tensor) -> ttnn.Tensor:
 
 
 def of_no_file(mesh: ttnn.MeshDevice) -> ttnn.Tensor:
-    """What nobody wrote."""
+    """A tensor that was never written."""
     with tempfile.TemporaryDirectory() as folder:
         return ttnn.load_tensor(str(Path(folder) / "weight.tensorbin"), device=mesh)
 

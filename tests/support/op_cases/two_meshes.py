@@ -1,4 +1,4 @@
-"""Operands on two rows of a Galaxy, opened as meshes of their own."""
+"""Cases with operands on two rows of a Galaxy that are separate meshes."""
 
 from stages.backend import ttnn
 from tests.support.op_cases.attention import DECODE, PREFILL, decode, prefill
@@ -12,7 +12,7 @@ UNSEEN = "ttnn does not look, and reads on one mesh what lies at the other's add
 
 
 def two(mesh: ttnn.MeshDevice) -> tuple[ttnn.MeshDevice, ttnn.MeshDevice]:
-    """The first two rows."""
+    """The meshes of the first two rows."""
     first, second, *_ = mesh.create_submeshes(ttnn.MeshShape(1, 8))
     return first, second
 

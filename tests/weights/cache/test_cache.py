@@ -1,4 +1,4 @@
-"""The weight cache: complete or absent, whatever dies, whoever is first, and however the disk fails."""
+"""Entries of the weight cache are complete or absent, whatever process dies or comes first, and however disks fail."""
 
 import errno
 import os
@@ -70,9 +70,9 @@ def test_a_key_that_is_no_file_name_is_refused(tmp_path: Path, key: str) -> None
 def test_a_build_that_fails_leaves_nothing_and_passes_its_error_on(tmp_path: Path) -> None:
     def fail(directory: Path) -> None:
         build(directory)
-        raise CheckpointError("The checkpoint is no good.")
+        raise CheckpointError("The checkpoint is bad.")
 
-    with pytest.raises(CheckpointError, match="The checkpoint is no good"):
+    with pytest.raises(CheckpointError, match="The checkpoint is bad"):
         WeightCache(tmp_path).entry("key", fail)
     assert names(tmp_path) == []
 
@@ -154,7 +154,7 @@ print(WeightCache(Path(sys.argv[1])).entry("key", build), flush=True)
 
 @contextmanager
 def builder(cache: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process in the middle of building the entry "key": it goes on after a line on its stdin."""
+    """Another process in the middle of building the entry "key", which continues after a line on its stdin."""
     command = [sys.executable, "-c", BUILDER, str(cache)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -217,7 +217,7 @@ def test_a_sound_entry_that_came_while_a_damaged_one_was_read_is_kept(
         monkeypatch.setattr(cache_module, "damaged_files", read_slowly)
 
     def read_slowly(path: Path) -> list[str]:
-        """Meanwhile another process replaces the entry."""
+        """Reads the entry, which another process replaces meanwhile."""
         found = damaged_files(path)
         monkeypatch.setattr(cache_module, "damaged_files", damaged_files)
         WeightCache(tmp_path).entry("key", build)

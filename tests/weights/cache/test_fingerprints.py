@@ -1,4 +1,4 @@
-"""Fingerprints that are remembered: for as long as no file changed, and never longer."""
+"""Fingerprints are remembered as long as no file changes, and never longer."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def from_zero() -> None:
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint that counts as settled from the start."""
+    """A checkpoint whose files count as settled from the start."""
     monkeypatch.setattr(checkpoint_module, "SETTLED_S", -3600.0)
     return write_checkpoint(tmp_path / "model", dtype="fp8", shards=2)
 

@@ -1,4 +1,4 @@
-"""The sample model: its shape, its files, and that what it says is certain enough to compare runs by."""
+"""The sample model: its architecture, its files, and that its tokens are certain enough to compare runs by."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def completions(reference: Reference) -> list[Completion]:
 
 
 def shapes_of_layer(layer: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of DeepSeek-V3's published checkpoints, at this model's dimensions."""
+    """The names and shapes of DeepSeek-V3's published checkpoints, with this model's dimensions."""
     hidden, heads, rank = CONFIG["hidden_size"], CONFIG["num_attention_heads"], CONFIG["kv_lora_rank"]
     nope, rope, value = CONFIG["qk_nope_head_dim"], CONFIG["qk_rope_head_dim"], CONFIG["v_head_dim"]
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""Memory that ops free stays with the process."""
+"""The process keeps the memory that ops free."""
 
 import subprocess
 import sys
@@ -14,9 +14,9 @@ SECONDS = 60
 
 
 def page_faults_of_results(before: str) -> int:
-    """Of results each larger than all before it, of which glibc returns each to the kernel unless it is told not to.
+    """The page faults of results that are each larger than all before, which glibc returns to the kernel by default.
 
-    In a process of its own, whose allocator nothing else has used.
+    They are counted in a process of its own, whose allocator nothing else has used.
     """
     program = f"""
     import resource
@@ -44,7 +44,7 @@ def test_large_temporaries_do_not_fault_again() -> None:
         pytest.skip("only glibc is told to keep memory")
 
     pages = sum(SIZES_MIB) * PAGES_PER_MIB
-    # Some results fit into what glibc happens to keep: a few hundred pages of 119 000.
+    # Some results fit into memory that glibc keeps anyway: a few hundred of 119 000 pages.
     assert page_faults_of_results("") >= pages * 0.95
-    # The largest alone are 1/15 of them; glibc's heap has holes.
+    # The largest result alone has 1/15 of the pages, and glibc's heap has holes.
     assert page_faults_of_results("ttnn.open_mesh_device()") < pages / 3

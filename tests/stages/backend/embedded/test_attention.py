@@ -1,4 +1,4 @@
-"""The paged latent cache and attention over it, by value against attention written out per user and head."""
+"""The paged latent cache and attention over it, against attention written out for each user and head."""
 
 import math
 import sys
@@ -25,12 +25,12 @@ prefill = ttnn.transformer.chunked_flash_mla_prefill
 
 
 def on_cores(vectors: ttnn.Tensor) -> ttnn.Tensor:
-    """[1, users, 1, WIDTH] as the cache takes it."""
+    """Puts vectors [1, users, 1, WIDTH] on the mesh in the form that the cache takes."""
     return ttnn.to_memory_config(vectors, user_cores(vectors.shape[1], WIDTH))
 
 
 def attend(query: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """One head's query [WIDTH] over latents [n, WIDTH], in double."""
+    """Attention of one head's query [WIDTH] over latents [n, WIDTH], in float64."""
     scores = (latents.double() @ query.double()) * SCALE
     weights = [math.exp(score - float(scores.max())) for score in scores.tolist()]
     return (torch.tensor(weights, dtype=torch.float64) / sum(weights)) @ latents[:, :VALUES].double()
@@ -59,7 +59,7 @@ def test_decode(mesh: ttnn.MeshDevice, block_size: int, lengths: list[int]) -> N
     latents = [torch.randn(length, WIDTH) for length in lengths]
     table = shuffled_pages(len(lengths), 128 // block_size)
     cache = put(mesh, paged(latents, table, block_size))
-    # What a page table says beyond a user's length must not matter.
+    # The page table beyond a user's length must have no effect.
     for user, length in enumerate(lengths):
         table[user, -(-length // block_size) :] = -1
     q = torch.randn(1, len(lengths), HEADS, WIDTH)
@@ -162,7 +162,7 @@ def test_prefill_and_decode_agree(mesh: ttnn.MeshDevice) -> None:
 
 @pytest.fixture(params=[1, sys.maxsize], ids=["widened", "as it is"])
 def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 is multiplied as on processors with instructions for it, or without."""
+    """Multiplies bfloat16 as on processors with instructions for it, and without."""
     monkeypatch.setattr(processor, "WIDE_FROM_ROWS", request.param)
 
 

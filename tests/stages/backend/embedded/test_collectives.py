@@ -1,4 +1,4 @@
-"""Ops between chips, by value, along both axes of a mesh."""
+"""The values of ops between chips, along both axes of a mesh."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ ROWS, COLUMNS = 2, 4
 
 
 def every_chip_its_own(*shape: int) -> tuple[ttnn.Tensor, list[list[torch.Tensor]]]:
-    """A tensor whose shards all differ, and its shards by row and column."""
+    """Makes a tensor whose shards all differ; returns it with its shards by row and column."""
     mesh = ttnn.open_mesh_device(ttnn.MeshShape(ROWS, COLUMNS))
     own = [[torch.randn(1, *shape) for _ in range(COLUMNS)] for _ in range(ROWS)]
     whole = torch.cat([torch.cat([part[:, None] for part in row], 1) for row in own])

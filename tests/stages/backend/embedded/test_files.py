@@ -1,4 +1,4 @@
-"""Tensors in files: what comes back, where it lies in memory, and what is refused."""
+"""Files of tensors: their values after loading, where these are in memory, and refusals."""
 
 import ctypes
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_written_whole_is_an_error(mesh: ttnn.MeshDevice, 
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs, after what malloc holds in reserve is given back."""
+    """The memory of this process that no file backs, after malloc has returned its reserve."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):

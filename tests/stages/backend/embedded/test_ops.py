@@ -1,4 +1,4 @@
-"""Ops of one chip, by value against plain torch, on meshes of several shapes."""
+"""The values of ops of one chip against plain torch, on meshes of several shapes."""
 
 from collections.abc import Callable
 
@@ -212,7 +212,7 @@ def test_rotary_embedding_turns_neighbours(mesh: ttnn.MeshDevice) -> None:
     wide = angle.repeat_interleave(2, -1)[None, None]
     cos, sin = put(mesh, wide.cos()), put(mesh, wide.sin())
     transformation = put(mesh, torch.zeros(1, 1, 32, 32))
-    # The second half of a wider tensor, as the modules slice it: neither contiguous nor at its start.
+    # This is the second half of a wider tensor, as the modules slice it: neither contiguous nor at its start.
     sliced = ttnn.slice(put(mesh, torch.cat([torch.zeros_like(x), x], -1)), [0, 0, 0, 16], [1, 4, 6, 32])
     for _ in range(2):
         rotated = ttnn.experimental.rotary_embedding_llama(sliced, cos, sin, transformation, is_decode_mode=False)

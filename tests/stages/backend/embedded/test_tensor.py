@@ -1,4 +1,4 @@
-"""Tensors on a mesh: cutting, joining, replication, dtypes."""
+"""Tensors on a mesh: distribution, composition, replication, dtypes."""
 
 import sys
 
