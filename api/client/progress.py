@@ -48,7 +48,7 @@ class StartProgress:
     """Shows the engines' states while they load: the last of every stage in a terminal, lines of the log elsewhere."""
 
     def __init__(self, console: Console, replicas: int = 1) -> None:
-        """Of several `replicas`, each line begins with the number of its own."""
+        """Where there are several `replicas`, each line begins with the number of its own."""
         self._status = console.status("Starting the engine") if console.is_terminal else None
         self._is_numbered = replicas > 1
         # By replica and stage; the stage is None for what is said of an engine as a whole.

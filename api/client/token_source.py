@@ -27,4 +27,4 @@ class TokenSource(Protocol):
         """Returns the id for the next request."""
 
     def generate(self, request: AddRequest) -> TokenStream:
-        """Begins a request. Raises RequestError if it can never fit, NotReadyError while there is no pipeline."""
+        """Begins a request. Raises RequestError if it can never fit, NotReadyError while the pipeline is not ready."""

@@ -38,7 +38,7 @@ class PipelineReports:
             self._looking = asyncio.create_task(self._report(pipeline))
 
     def close(self) -> None:
-        """Sends no more reports, as there are no stages to look at."""
+        """Sends no more reports, as the stages are gone."""
         self._is_closed = True
         if self._looking is not None:
             self._looking.cancel()

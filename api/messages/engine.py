@@ -172,7 +172,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
 
 
 class PipelineReport(EngineMessage, frozen=True, kw_only=True):
-    """The state of the engine and its stages at this moment. `epoch` is None while there is no pipeline."""
+    """The state of the engine and its stages at this moment. `epoch` is None before the pipeline is ready."""
 
     epoch: int | None
     microbatches: int

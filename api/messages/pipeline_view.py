@@ -52,7 +52,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of an engine (see `Counts`). `epoch` is None while there is no pipeline.
+    """The numbers of an engine (see `Counts`). `epoch` is None before the pipeline is ready.
 
     A view of several engines has sums; there `pid` and `epoch`, which cannot be added, are None.
     """

@@ -1,1 +1,1 @@
-"""Requests and answers as OpenAI's clients know them."""
+"""Requests and answers in the form that OpenAI's clients know."""

@@ -1,4 +1,4 @@
-"""From a completion request to its choices: the sequences that the engine shall complete."""
+"""The choices of a completion request: the sequences that the engine completes, and how their tokens are drawn."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -13,24 +13,34 @@ from api.text.served_model import WHOLE_VOCABULARY, ServedModel
 from stages.step import GREEDY_BELOW, VOCABULARY, SamplingParams
 
 DEFAULT_TEMPERATURE = 1.0
-
 DEFAULT_TOP_P = 1.0
-
 DEFAULT_REPETITION_PENALTY = 1.0
-
 NO_TOP_K = 0
-
 NO_MIN_P = 0.0
+RANDOM_SEED = -1
+"""A request's seed that means none, as in vLLM."""
 
 TOKEN_IDS_MAX = 1 << 20
-
-"""Ids in the lists of all of a request's choices: each choice takes its own copy to every stage."""
+"""The most ids in the lists of all of a request's choices, as each choice takes a copy of its own to every stage."""
 
 Number = TypeVar("Number", int, float)
 
 
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The completion with this `index` among a request's.
+
+    With `is_echo` the client wants the prompt alone. Then `request` is None unless log-probabilities of the prompt are
+    wanted: the engine gives them with a token, which the client does not get.
+    """
+
+    index: int
+    prompt: Prompt
+    request: AddRequest | None
+    is_echo: bool
+
+
 def sampling_params(request: CompletionRequest, model: ServedModel) -> SamplingParams:
-    """What all choices of a request have in common; its `seed` and `choice` are 0. May run on a thread.
+    """The sampling parameters that all choices of a request share; `seed` and `choice` are 0. May run on a thread.
 
     Raises RequestError where a field does not fit the model.
     """
@@ -79,7 +89,7 @@ def _refuse_misfits(request: CompletionRequest, params: SamplingParams, model: S
 
 
 def _bad_words(words: list[str], model: ServedModel) -> list[list[int]]:
-    """Token sequences of `words`, as vLLM forms them: alone, and after a space where that is one other token."""
+    """The token sequences of `words`, like vLLM's: alone, and after a space where only the first token differs."""
     sequences: list[list[int]] = []
     for word in dict.fromkeys(words):
         text = word.lstrip()
@@ -116,24 +126,6 @@ def _first(*values: Number | None) -> Number:
     return next(value for value in values if value is not None)
 
 
-RANDOM_SEED = -1
-
-"""As a request's seed: as good as none, as in vLLM."""
-
-
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The completion with this `index` in the answer.
-
-    `is_echo`: the client wants the prompt alone. Then `request` is None unless log-probabilities of the prompt are
-    wanted, which the engine gives with a token; that token is no part of the answer.
-    """
-
-    index: int
-    prompt: Prompt
-    request: AddRequest | None
-    is_echo: bool
-
-
 def build_choices(
     request: CompletionRequest,
     prompts: Iterable[Prompt],
@@ -142,10 +134,10 @@ def build_choices(
     next_request_id: Callable[[], int],
     draw_seed: Callable[[], int],
 ) -> list[Choice]:
-    """The choices of a request in the order of their index: all of the first prompt, then the second's.
+    """Builds the choices of a request in the order of their index: those of the first prompt, then the second's.
 
-    `sampling` is what they have in common; without a seed each prompt gets one from `draw_seed`. Raises RequestError
-    where prompt and completion do not fit the model.
+    They share `sampling`; without a seed each prompt gets one from `draw_seed`. Raises RequestError where prompt and
+    completion do not fit the model.
     """
     eos_token_ids = [] if request.ignore_eos else model.eos_token_ids
     stop_token_ids = list(dict.fromkeys([*eos_token_ids, *(request.stop_token_ids or [])]))
@@ -175,7 +167,7 @@ def _max_tokens(request: CompletionRequest, prompt_tokens: int, model: ServedMod
     if room < (least if asked is None else asked):
         raise RequestError(
             f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has {prompt_tokens} "
-            f"and {'at least 1' if asked is None else asked} more shall be generated: shorten one of them.",
+            f"and {'at least 1' if asked is None else asked} more are to be generated: shorten one of them.",
             "prompt" if room < least else "max_tokens",
         )
     most = min(default_max_tokens(model), room) if asked is None else asked

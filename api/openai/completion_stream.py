@@ -1,4 +1,4 @@
-"""The answer to one completion request: whole or in chunks, its usage, and its line in the log."""
+"""The way of a completion from the engine's outputs to the client: chunks of text, events, usage, and a log line."""
 
 import asyncio
 import time
@@ -34,17 +34,17 @@ from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
 
 FINISHES: dict[FinishReason, CompletionFinish] = {"stop": "stop", "length": "length"}
-
-"""The reasons that clients are told; with any other the engine gave the request up."""
-
+"""The reasons that clients get; with any other, the engine ended a request that was not complete."""
 
 DROPPED = "The engine dropped this request before it was complete."
 
+log = structlog.get_logger()
 
-class Piece(msgspec.Struct, frozen=True):
-    """The next text of choice `index`, which has `completion_tokens` so far; its last piece has a `finish_reason`.
 
-    `stop_reason` is the stop string or stop token that ended it, None where EOS or the length did.
+class Chunk(msgspec.Struct, frozen=True):
+    """The next text of choice `index`, which has `completion_tokens` so far; its last chunk has a `finish_reason`.
+
+    `stop_reason` is the stop string or stop token that ended the choice, None where EOS or the length did.
     """
 
     index: int
@@ -56,10 +56,10 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class CompletionText:
-    """One choice: its tokens in, pieces of its text out, each with the details of all tokens since the last one."""
+    """Turns the tokens of one choice into chunks of text, each with the details of all tokens since the one before."""
 
     def __init__(self, choice: Choice, request: CompletionRequest, model: ServedModel) -> None:
-        """An echo goes before the first piece; no stop string is looked for in it."""
+        """An echo goes before the first chunk's text; stop strings are not looked for in it."""
         self._index = choice.index
         self._is_echo = choice.is_echo
         self._unsent = choice.prompt.echo
@@ -72,116 +72,116 @@ class CompletionText:
         self._has_logprobs = request.logprobs is not None
         self._tokens = 0
 
-    def add(self, output: RequestOutput) -> Iterator[Piece]:
-        """At most one piece for each token, fewer while text is held back; the last has the finish reason.
+    def add_output(self, output: RequestOutput) -> Iterator[Chunk]:
+        """Gives at most one chunk for each token, fewer while text is held back; the last has the finish reason.
 
-        Raises EngineError where the engine gave the request up.
+        Raises EngineError where the engine ended the request before it was complete.
         """
         finish = None if output.finish_reason is None else FINISHES.get(output.finish_reason)
         if output.finish_reason is not None and finish is None:
             raise EngineError(output.error or DROPPED, public=output.public or DROPPED)
         if self._details is not None:
-            self._details.add_prompt(output.prompt_logprobs)
+            self._details.add_prompt_entries(output.prompt_logprobs)
         if self._is_echo:
             if finish is not None:
-                yield self.whole()
+                yield self.empty()
             return
         last = len(output.tokens) - 1
-        for place, token in enumerate(output.tokens):
-            if finish is not None and place == last:
-                yield self._last(output, finish)
+        for index, token in enumerate(output.tokens):
+            if finish is not None and index == last:
+                yield self._last_chunk(output, finish)
                 return
             text = self._decoder.add(token)
-            released = self._add(output, place, text)
+            released = self._add_token(output, index, text)
             if self._stops.matched is not None:
-                yield self._piece(released or "", "stop", self._stops.matched)
+                yield self._chunk(released or "", "stop", self._stops.matched)
                 return
             if released or text == "":
-                yield self._piece(released or "", None)
+                yield self._chunk(released or "", None)
 
-    def whole(self) -> Piece:
-        """The only piece of a completion that has no tokens."""
-        return self._piece("", "length")
+    def empty(self) -> Chunk:
+        """The only chunk of a choice that has no tokens."""
+        return self._chunk("", "length")
 
-    def _add(self, output: RequestOutput, place: int, text: str | None) -> str | None:
-        """Counts a token that gave this text; the text that can go to the client now."""
+    def _add_token(self, output: RequestOutput, index: int, text: str | None) -> str | None:
+        """Counts a token that gave this text, and returns the text that can go to the client now."""
         self._tokens += 1
         if self._details is not None:
-            entry = output.logprobs[place] if self._has_logprobs else None
-            self._details.add(output.tokens[place], entry, len(text or ""))
-        return self._stops.add(text, self._tokens > self._min_tokens) if text else text
+            entry = output.logprobs[index] if self._has_logprobs else None
+            self._details.add_token(output.tokens[index], entry, len(text or ""))
+        return self._stops.add_text(text, self._tokens > self._min_tokens) if text else text
 
-    def _last(self, output: RequestOutput, finish: CompletionFinish) -> Piece:
+    def _last_chunk(self, output: RequestOutput, finish: CompletionFinish) -> Chunk:
         token = output.tokens[-1]
         is_shown = finish == "length" or self._shows_stop
         text = ((self._decoder.add(token) or "") if is_shown else "") + self._decoder.flush()
-        released = self._add(output, len(output.tokens) - 1, text) or ""
+        released = self._add_token(output, len(output.tokens) - 1, text) or ""
         if self._stops.matched is not None:
-            return self._piece(released, "stop", self._stops.matched)
+            return self._chunk(released, "stop", self._stops.matched)
         stop = token if finish == "stop" and token not in self._eos_token_ids else None
-        return self._piece(released + self._stops.flush(), finish, stop)
+        return self._chunk(released + self._stops.flush(), finish, stop)
 
-    def _piece(self, text: str, finish: CompletionFinish | None, stop: int | str | None = None) -> Piece:
+    def _chunk(self, text: str, finish: CompletionFinish | None, stop: int | str | None = None) -> Chunk:
         text, self._unsent = self._unsent + text, ""
-        details = None if self._details is None else self._details.take()
-        return Piece(self._index, text, self._tokens, finish, stop, details)
+        details = None if self._details is None else self._details.take_details()
+        return Chunk(self._index, text, self._tokens, finish, stop, details)
 
 
-class Pieces:
-    """The pieces of all choices of one answer, as they come. Close it however the answer ends: `contextlib.aclosing`.
+class ChunkStream:
+    """The chunks of all choices of one request, as they come. Close it in any case: `contextlib.aclosing`.
 
-    A choice whose text a stop string ended is aborted in the engine at once; `aclose` aborts the rest.
+    A choice whose text ends with a stop string is aborted in the engine at once; `aclose` aborts the others.
     """
 
     def __init__(self) -> None:
         self._choices: list[tuple[CompletionText, TokenStream]] = []
-        self._whole: list[Piece] = []
+        self._empty: list[Chunk] = []
 
-    def add(self, text: CompletionText, stream: TokenStream) -> None:
-        """One more choice, with its tokens to come from `stream`."""
+    def add_choice(self, text: CompletionText, stream: TokenStream) -> None:
+        """Adds a choice whose tokens come from `stream`."""
         self._choices.append((text, stream))
 
-    def add_whole(self, text: CompletionText) -> None:
-        """One more choice, which generates nothing."""
-        self._whole.append(text.whole())
+    def add_empty_choice(self, text: CompletionText) -> None:
+        """Adds a choice for which nothing is generated."""
+        self._empty.append(text.empty())
 
     async def aclose(self) -> None:
-        """Aborts what has not ended. May be repeated; nobody may be iterating."""
+        """Aborts the choices that have not ended. May be repeated, but not during an iteration."""
         for _, stream in self._choices:
             await stream.aclose()
 
-    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
-        """Raises what the engine's streams raise, after which the other choices are of no use."""
-        for piece in self._whole:
-            yield piece
-        source = _pieces(*self._choices[0]) if len(self._choices) == 1 else _merged(self._choices)
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
+        """Raises what the engine's streams raise; the other choices then give no more chunks."""
+        for chunk in self._empty:
+            yield chunk
+        source = _chunks_of(*self._choices[0]) if len(self._choices) == 1 else _merged(self._choices)
         async with aclosing(source):
-            async for piece in source:
-                yield piece
+            async for chunk in source:
+                yield chunk
 
 
-async def _pieces(text: CompletionText, stream: TokenStream) -> AsyncGenerator[Piece, None]:
+async def _chunks_of(text: CompletionText, stream: TokenStream) -> AsyncGenerator[Chunk, None]:
     async for output in stream:
-        for piece in text.add(output):
-            if piece.finish_reason is not None:
+        for chunk in text.add_output(output):
+            if chunk.finish_reason is not None:
                 await stream.aclose("stop")
-            yield piece
-            if piece.finish_reason is not None:
+            yield chunk
+            if chunk.finish_reason is not None:
                 return
     raise EngineError.for_clients("The engine's answer ended before this request was complete.")
 
 
-async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGenerator[Piece, None]:
-    # A client that does not read holds up all its choices, but none of them for ever: see `RequestStream`.
-    queue: asyncio.Queue[Piece | None] = asyncio.Queue()
+async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGenerator[Chunk, None]:
+    # A client that does not read holds up all its choices, but not for ever: `_forward` ends them.
+    queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
     most = OUTPUTS_WAITING_MAX * len(choices)
     tasks = [asyncio.create_task(_forward(text, stream, queue, most)) for text, stream in choices]
     try:
         running = len(tasks)
         while running:
-            piece = await queue.get()
-            if piece is not None:
-                yield piece
+            chunk = await queue.get()
+            if chunk is not None:
+                yield chunk
                 continue
             running -= 1
             for task in tasks:
@@ -193,22 +193,19 @@ async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGen
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Queue[Piece | None], most: int) -> None:
+async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Queue[Chunk | None], most: int) -> None:
     try:
-        async for piece in _pieces(text, stream):
+        async for chunk in _chunks_of(text, stream):
             if queue.qsize() >= most:
                 await stream.aclose()
                 raise EngineError.for_clients(TOO_SLOW)
-            queue.put_nowait(piece)
+            queue.put_nowait(chunk)
     finally:
         queue.put_nowait(None)
 
 
-log = structlog.get_logger()
-
-
 class Ticket(Protocol):
-    """What admission keeps of a request until its choices end."""
+    """The place that a request takes up in the queue until its choices end."""
 
     def began(self, index: int) -> None:
         """Notes that the first chunk of a choice has come."""
@@ -217,48 +214,51 @@ class Ticket(Protocol):
         """Notes that the last chunk of a choice has come."""
 
     def release(self) -> None:
-        """Gives up what is left of the request. May be repeated."""
+        """Gives back what is left of the place. May be repeated."""
 
 
-class Answer:
-    """Iterate over `events`, or await `whole`. Close it however it ends: `contextlib.aclosing`."""
+class CompletionStream:
+    """One completion on its way to the client: iterate over `events`, or await `whole`.
+
+    Close it in any case: `contextlib.aclosing`.
+    """
 
     def __init__(
         self,
-        answer_id: str,
+        completion_id: str,
         model: str,
         request: CompletionRequest,
         prompts: list[Prompt],
         choices: list[Choice],
-        pieces: Pieces,
+        source: ChunkStream,
         ticket: Ticket,
     ) -> None:
-        self._id = answer_id
+        self._id = completion_id
         self._model = model
         self._request = request
         self._prompts = prompts
         self._choices = choices
-        self._pieces = pieces
+        self._source = source
         self._ticket = ticket
         self._created = int(time.time())
         self._began = time.monotonic()
-        self._last: dict[int, Piece] = {}
+        self._last: dict[int, Chunk] = {}
         self._failure: str | None = None
 
     async def whole(self) -> Completion:
-        """All of it at once. Raises what the engine's streams raise."""
-        pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices}
+        """Waits for the whole completion. Raises what the engine's streams raise."""
+        chunks: dict[int, list[Chunk]] = {choice.index: [] for choice in self._choices}
         try:
-            async for piece in self._pieces:
-                self._note(piece)
-                pieces[piece.index].append(piece)
+            async for chunk in self._source:
+                self._record(chunk)
+                chunks[chunk.index].append(chunk)
         except Exception as error:
             self._failure = str(error)
             raise
-        return self._completion([_joined(parts) for parts in pieces.values()], self._usage())
+        return self._completion([_joined(parts) for parts in chunks.values()], self._usage())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Its chunks as server-sent events. A failure is an event too, and the last one before [DONE]."""
+        """Gives the chunks as server-sent events. A failure is an event too, the last one before [DONE]."""
         try:
             async for chunk in self._chunks():
                 yield event(chunk)
@@ -273,31 +273,31 @@ class Answer:
         yield DONE_EVENT
 
     def last_words(self, error: GalaxylineError) -> bytes:
-        """The last events of a stream that has to end early, because of `error`."""
+        """The last events of a stream that ends early because of `error`."""
         self._failure = str(error)
         return event(error_body(error)) + DONE_EVENT
 
     async def aclose(self) -> None:
-        """Aborts what has not ended, and logs how the request went. Nobody may be iterating; once is enough."""
-        await self._pieces.aclose()
+        """Aborts what has not ended, and logs how the request went. Call it once, and not during an iteration."""
+        await self._source.aclose()
         self._ticket.release()
         self._log()
 
-    def _note(self, piece: Piece) -> None:
-        if piece.index not in self._last:
-            self._ticket.began(piece.index)
-        self._last[piece.index] = piece
-        if piece.finish_reason is not None:
-            self._ticket.ended(piece.index)
+    def _record(self, chunk: Chunk) -> None:
+        if chunk.index not in self._last:
+            self._ticket.began(chunk.index)
+        self._last[chunk.index] = chunk
+        if chunk.finish_reason is not None:
+            self._ticket.ended(chunk.index)
 
     async def _chunks(self) -> AsyncGenerator[Completion, None]:
         options = self._request.stream_options or StreamOptions()
         usage: Usage | msgspec.UnsetType | None = None if options.include_usage else msgspec.UNSET
-        async for piece in self._pieces:
-            self._note(piece)
+        async for chunk in self._source:
+            self._record(chunk)
             if options.continuous_usage_stats:
-                usage = Usage.of(len(self._choices[piece.index].prompt.tokens), piece.completion_tokens)
-            yield self._completion([_choice(piece)], usage)
+                usage = Usage.of(len(self._choices[chunk.index].prompt.tokens), chunk.completion_tokens)
+            yield self._completion([_choice(chunk)], usage)
         if options.include_usage:
             yield self._completion([], self._usage())
 
@@ -305,14 +305,14 @@ class Answer:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _usage(self) -> Usage:
-        """The counts of the whole answer so far: each prompt once, however many choices it has."""
+        """The counts so far: each prompt counts once, however many choices it has."""
         prompt_tokens = sum(len(prompt.tokens) for prompt in self._prompts)
-        return Usage.of(prompt_tokens, sum(piece.completion_tokens for piece in self._last.values()))
+        return Usage.of(prompt_tokens, sum(chunk.completion_tokens for chunk in self._last.values()))
 
     def _log(self) -> None:
         usage = self._usage()
         ids = [choice.request.request_id for choice in self._choices if choice.request is not None]
-        reasons = Counter(piece.finish_reason or "abort" for piece in self._last.values())
+        reasons = Counter(chunk.finish_reason or "abort" for chunk in self._last.values())
         reasons["abort"] += len(self._choices) - len(self._last)
         fields = {
             "id": self._id,
@@ -328,29 +328,29 @@ class Answer:
             log.warning("completion failed", **fields, error=self._failure)
 
 
-def _choice(piece: Piece) -> CompletionChoice:
-    details = piece.details
+def _choice(chunk: Chunk) -> CompletionChoice:
+    details = chunk.details
     if details is None:
         return CompletionChoice(
-            index=piece.index, text=piece.text, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason
+            index=chunk.index, text=chunk.text, finish_reason=chunk.finish_reason, stop_reason=chunk.stop_reason
         )
     return CompletionChoice(
-        index=piece.index,
-        text=piece.text,
+        index=chunk.index,
+        text=chunk.text,
         logprobs=details.logprobs,
-        finish_reason=piece.finish_reason,
-        stop_reason=piece.stop_reason,
+        finish_reason=chunk.finish_reason,
+        stop_reason=chunk.stop_reason,
         token_ids=details.token_ids,
         prompt_token_ids=details.prompt_token_ids,
         prompt_logprobs=details.prompt_logprobs,
     )
 
 
-def _joined(pieces: list[Piece]) -> CompletionChoice:
-    """The whole of a choice."""
-    last = pieces[-1]
-    text = "".join(piece.text for piece in pieces)
-    details = [piece.details for piece in pieces if piece.details is not None]
+def _joined(chunks: list[Chunk]) -> CompletionChoice:
+    """The choice that consists of these chunks."""
+    last = chunks[-1]
+    text = "".join(chunk.text for chunk in chunks)
+    details = [chunk.details for chunk in chunks if chunk.details is not None]
     if not details:
         return _choice(msgspec.structs.replace(last, text=text))
     first = details[0]

@@ -1,4 +1,4 @@
-"""Log-probabilities and token ids of an answer, in OpenAI's form and in vLLM's."""
+"""The log-probabilities and token ids of a completion, in OpenAI's form and in vLLM's."""
 
 from collections.abc import Iterable
 
@@ -10,9 +10,12 @@ from api.openai.responses import CompletionLogprobs, PromptLogprob, PromptLogpro
 from api.text.tokenizer import CHARACTER_BYTES_MAX, REPLACEMENT, TextTokenizer
 from stages.step import VOCABULARY, TokenLogprobs
 
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have; vLLM has the same number."""
+
 
 class TokenTexts:
-    """The text of each token after those before it, special tokens included.
+    """Finds the text of each token after those before it, special tokens included.
 
     As in vLLM, a token that ends within a character has none, and the one that ends the character has all of it, so
     that the texts of a sequence add up to the sequence's.
@@ -22,12 +25,12 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._unfinished: list[int] = []
 
-    def here(self, tokens: Iterable[int]) -> list[str]:
-        """The texts that each of these candidates would have at this position."""
+    def texts_here(self, tokens: Iterable[int]) -> list[str]:
+        """The text that each of these candidates would have at this position."""
         return [self._text(token) for token in tokens]
 
     def advance(self, token: int) -> None:
-        """`token` is the one that stands at this position; the next one comes."""
+        """Moves on to the next position, as `token` stands at this one."""
         if not self._tokenizer.token_text(token).endswith(REPLACEMENT) or self._text(token):
             self._unfinished.clear()
         else:
@@ -44,13 +47,8 @@ class TokenTexts:
         return ""
 
 
-LOWEST = -9999.0
-
-"""Stands for minus infinity, which JSON does not have; vLLM's number."""
-
-
 class LegacyLogprobs:
-    """Gathers the entries of one choice's tokens and hands them out piece by piece."""
+    """Collects the entries of one choice's tokens, in OpenAI's form for completions, until a chunk takes them."""
 
     def __init__(self, tokenizer: TextTokenizer, count: int, as_token_ids: bool) -> None:
         """`count` best tokens go into each entry, VOCABULARY for all; `as_token_ids` names tokens by id."""
@@ -64,17 +62,17 @@ class LegacyLogprobs:
         self.begin(0)
 
     def begin(self, offset: int) -> None:
-        """Another text begins at this offset: the completion, after its prompt."""
+        """Begins another text at this offset: the completion, after its prompt."""
         self._texts = TokenTexts(self._tokenizer)
         self._offset = offset
 
-    def add_echoed(self, token: int, entry: TokenLogprobs | None) -> None:
-        """The next token of an echoed prompt, whose text leaves special tokens out; the first one has no entry."""
-        [text] = self._texts.here([token])
-        self.add(token, entry, 0 if self._tokenizer.is_special(token) else len(text))
+    def add_echoed_token(self, token: int, entry: TokenLogprobs | None) -> None:
+        """Adds the next token of an echoed prompt, whose text has no special tokens; the first one has no entry."""
+        [text] = self._texts.texts_here([token])
+        self.add_token(token, entry, 0 if self._tokenizer.is_special(token) else len(text))
 
-    def add(self, token: int, entry: TokenLogprobs | None, characters: int) -> None:
-        """The next token, which gave the answer's text so many characters."""
+    def add_token(self, token: int, entry: TokenLogprobs | None, characters: int) -> None:
+        """Adds the next token, which gave the text so many characters."""
         self._offsets.append(self._offset)
         self._offset += characters
         if entry is None:
@@ -98,8 +96,8 @@ class LegacyLogprobs:
         self._logprobs.append(own)
         self._tops.append(top)
 
-    def take(self) -> CompletionLogprobs:
-        """The entries since the last call."""
+    def take_logprobs(self) -> CompletionLogprobs:
+        """Returns the entries since the last call."""
         taken = CompletionLogprobs(
             text_offset=self._offsets,
             token_logprobs=self._logprobs,
@@ -110,11 +108,11 @@ class LegacyLogprobs:
         return taken
 
     def _names(self, tokens: list[int]) -> list[str]:
-        return [f"token_id:{token}" for token in tokens] if self._as_token_ids else self._texts.here(tokens)
+        return [f"token_id:{token}" for token in tokens] if self._as_token_ids else self._texts.texts_here(tokens)
 
 
 def joined_logprobs(parts: list[CompletionLogprobs]) -> CompletionLogprobs | None:
-    """The entries of all parts in their order; None without parts."""
+    """Joins the entries of all parts in their order; returns None without parts."""
     if not parts:
         return None
     return CompletionLogprobs(
@@ -125,8 +123,33 @@ def joined_logprobs(parts: list[CompletionLogprobs]) -> CompletionLogprobs | Non
     )
 
 
+class PromptEntries:
+    """Collects the log-probabilities of a prompt in vLLM's own form."""
+
+    def __init__(self, tokenizer: TextTokenizer, count: int) -> None:
+        """`count` best tokens go into each entry, VOCABULARY for all."""
+        self._texts = TokenTexts(tokenizer)
+        self._count = count
+        self.entries: PromptLogprobs = []
+
+    def add_entry(self, token: int, entry: TokenLogprobs | None) -> None:
+        """Adds the prompt's next token; only the first one has no entry."""
+        self.entries.append(None if entry is None else self._entry(token, entry))
+        self._texts.advance(token)
+
+    def _entry(self, token: int, entry: TokenLogprobs) -> dict[int, PromptLogprob]:
+        count = len(entry.top_tokens) if self._count == VOCABULARY else self._count
+        top = entry.top_tokens[:count]
+        ranked = [(token, entry.logprob, entry.rank), *zip(top, entry.top_logprobs, range(1, count + 1), strict=False)]
+        texts = self._texts.texts_here([token, *top])
+        return {
+            one: PromptLogprob(logprob=max(logprob, LOWEST), rank=rank, decoded_token=text)
+            for (one, logprob, rank), text in zip(ranked, texts, strict=True)
+        }
+
+
 class Details(msgspec.Struct, frozen=True, kw_only=True):
-    """The details of a piece's tokens; what was not asked for is None or unset. The prompt's are in the first piece."""
+    """The details of a chunk's tokens; what was not asked for is None or unset. The first chunk has the prompt's."""
 
     logprobs: CompletionLogprobs | None
     token_ids: list[int] | msgspec.UnsetType
@@ -135,7 +158,7 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenDetails:
-    """Gathers the details of one choice until its next piece takes them."""
+    """Collects the details of one choice's tokens until its next chunk takes them."""
 
     def __init__(self, request: CompletionRequest, prompt: Prompt, tokenizer: TextTokenizer) -> None:
         self._prompt = prompt
@@ -155,30 +178,30 @@ class TokenDetails:
 
     @classmethod
     def asked(cls, request: CompletionRequest, prompt: Prompt, tokenizer: TextTokenizer) -> "TokenDetails | None":
-        """The details that a request asks for; None if it wants text alone."""
+        """Makes a collector of the details that a request asks for; None if it asks for text alone."""
         if request.logprobs is None and request.prompt_logprobs is None and not request.return_token_ids:
             return None
         return cls(request, prompt, tokenizer)
 
-    def add_prompt(self, entries: list[TokenLogprobs]) -> None:
-        """The entries of the prompt's next tokens, from its second one on."""
+    def add_prompt_entries(self, entries: list[TokenLogprobs]) -> None:
+        """Adds the entries of the prompt's next tokens, from its second one on."""
         for entry in entries:
             self._add_prompt_token(entry)
         if entries and self._scored == len(self._prompt.tokens):
             self._end_prompt()
 
-    def add(self, token: int, entry: TokenLogprobs | None, characters: int) -> None:
-        """The completion's next token, which gave the text so many characters."""
+    def add_token(self, token: int, entry: TokenLogprobs | None, characters: int) -> None:
+        """Adds the completion's next token, which gave the text so many characters."""
         if self._logprobs is not None:
-            self._logprobs.add(token, entry, characters)
+            self._logprobs.add_token(token, entry, characters)
         if self._token_ids is not None:
             self._token_ids.append(token)
 
-    def take(self) -> Details:
-        """The details since the last call."""
+    def take_details(self) -> Details:
+        """Returns the details since the last call."""
         token_ids = msgspec.UNSET if self._token_ids is None else self._token_ids
         details = Details(
-            logprobs=None if self._logprobs is None else self._logprobs.take(),
+            logprobs=None if self._logprobs is None else self._logprobs.take_logprobs(),
             token_ids=token_ids,
             prompt_token_ids=self._prompt.tokens
             if self._is_first and token_ids is not msgspec.UNSET
@@ -195,35 +218,10 @@ class TokenDetails:
         token = self._prompt.tokens[self._scored]
         self._scored += 1
         if self._logprobs is not None and self._echoes:
-            self._logprobs.add_echoed(token, entry)
+            self._logprobs.add_echoed_token(token, entry)
         if self._prompt_logprobs is not None:
-            self._prompt_logprobs.add(token, entry)
+            self._prompt_logprobs.add_entry(token, entry)
 
     def _end_prompt(self) -> None:
         if self._logprobs is not None:
             self._logprobs.begin(len(self._prompt.echo))
-
-
-class PromptEntries:
-    """The log-probabilities of a prompt in vLLM's own form."""
-
-    def __init__(self, tokenizer: TextTokenizer, count: int) -> None:
-        """`count` best tokens go into each entry, VOCABULARY for all."""
-        self._texts = TokenTexts(tokenizer)
-        self._count = count
-        self.entries: PromptLogprobs = []
-
-    def add(self, token: int, entry: TokenLogprobs | None) -> None:
-        """The prompt's next token; only the first one has no entry."""
-        self.entries.append(None if entry is None else self._entry(token, entry))
-        self._texts.advance(token)
-
-    def _entry(self, token: int, entry: TokenLogprobs) -> dict[int, PromptLogprob]:
-        count = len(entry.top_tokens) if self._count == VOCABULARY else self._count
-        top = entry.top_tokens[:count]
-        ranked = [(token, entry.logprob, entry.rank), *zip(top, entry.top_logprobs, range(1, count + 1), strict=False)]
-        texts = self._texts.here([token, *top])
-        return {
-            one: PromptLogprob(logprob=max(logprob, LOWEST), rank=rank, decoded_token=text)
-            for (one, logprob, rank), text in zip(ranked, texts, strict=True)
-        }

@@ -8,7 +8,7 @@ from api.text.served_model import ServedModel
 
 DEFAULT_MAX_TOKENS = 16
 ALL_THAT_FITS = -1
-"""As truncate_prompt_tokens: as many as leave room for the completion."""
+"""The truncate_prompt_tokens that keeps as many tokens as leave room for the completion."""
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,24 +19,24 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def refuse_other_model(name: str | None, model: ServedModel) -> None:
-    """Raises UnknownModelError unless a request that names this model, or none, is for `model`."""
+    """Raises UnknownModelError if a request's model has another name than `model`. It may have none."""
     if name not in {None, model.name}:
         raise UnknownModelError(f"This server has no model of that name: it serves '{model.name}'.", "model")
 
 
 def refuse_outside_vocabulary(tokens: list[int], param: str, model: ServedModel) -> None:
-    """Raises RequestError if one of the ids in a request's field is no token of the model."""
+    """Raises RequestError if one of the ids in a request's field is not a token of the model."""
     if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
         raise RequestError(f"{param} has a token id outside the vocabulary, 0 to {model.vocab_size - 1}.", param)
 
 
 def default_max_tokens(model: ServedModel) -> int:
-    """Tokens of a completion whose request does not say, where they fit."""
+    """The tokens of a completion whose request gives no number, where they fit."""
     return model.generation.max_new_tokens or DEFAULT_MAX_TOKENS
 
 
 def read_prompts(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
-    """Tokenises the prompts. Takes long for long ones, and may run on a thread.
+    """Tokenises the prompts, which takes long for long ones. May run on a thread.
 
     Raises RequestError for one that cannot be a prompt of the model.
     """

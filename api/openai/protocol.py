@@ -1,4 +1,4 @@
-"""What a client may send: the fields of a completion request, their types and ranges."""
+"""The fields of a completion request, with their types and ranges, and the checks that need no model."""
 
 import math
 from typing import Annotated, Any, Literal, TypeVar
@@ -9,66 +9,26 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from api.errors import RequestError
 
 MESSAGE_CHARACTERS_MAX = 300
-
-"""A message never echoes more of a request than this."""
-
-Fields = TypeVar("Fields", bound=pydantic.BaseModel)
-
-_VALUE_ERROR = "Value error, "
-
-
-def parse_body(kind: type[Fields], body: bytes) -> Fields:
-    """Reads a JSON body. Validators of `kind` raise ValueError with what their field must be.
-
-    Raises RequestError naming the field at fault.
-    """
-    try:
-        return kind.model_validate_json(body)
-    except pydantic.ValidationError as error:
-        raise _request_error(error) from None
-
-
-def _request_error(error: pydantic.ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    said = first["msg"]
-    location = [str(part) for part in first["loc"]]
-    if not location:
-        return RequestError(f"The body is no request of this kind: {said}."[:MESSAGE_CHARACTERS_MAX])
-    param = location[0]
-    if said.startswith(_VALUE_ERROR):
-        return RequestError(f"{param} must be {said.removeprefix(_VALUE_ERROR)}.", param)
-    return RequestError(f"{param}: {said}."[:MESSAGE_CHARACTERS_MAX], param[:MESSAGE_CHARACTERS_MAX])
-
+"""The most characters of a message that may repeat parts of a request."""
 
 PROMPTS_MAX = 4096
-
 CHOICES_MAX = 128
-
 STOPS_MAX = 4
-
 BAD_WORDS_MAX = 4096
-
 WORD_CHARACTERS_MAX = 1024
-
-"""Of a stop string or a bad word."""
+"""The longest stop string or bad word."""
 
 LOGIT_BIAS_MAX = 100.0
-
-"""Larger biases are cut to this, smaller ones to its negative, as vLLM does."""
+"""The largest bias: larger ones are cut to it, smaller ones to its negative, as in vLLM."""
 
 PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-
 _WORD_LENGTHS = f"each of 1 to {WORD_CHARACTERS_MAX} characters"
-
 STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, {_WORD_LENGTHS}"
-
 TOKEN_IDS_FORM = "a list of token ids"  # noqa: S105  # no secret
-
 WORDS_FORM = f"a list of up to {BAD_WORDS_MAX} strings, {_WORD_LENGTHS}"
-
 BIASES_FORM = 'an object of numbers by token id, like {"42": -1.5}'
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+PromptField = str | list[str] | list[int] | list[list[int]]
 
 NOT_SERVED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
@@ -85,11 +45,36 @@ NOT_SERVED: dict[str, tuple[object, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
+"""The fields that would change the answer but are not served, with the values that change nothing."""
 
-"""Fields that would change the answer and that this server does not follow, with the values that change nothing."""
+Fields = TypeVar("Fields", bound=pydantic.BaseModel)
 
 
-# The lists below are not left to pydantic: it would collect an error for every element of a long one.
+def parse_body(kind: type[Fields], body: bytes) -> Fields:
+    """Reads a JSON body. Validators of `kind` raise ValueError with what their field must be.
+
+    Raises RequestError naming the field at fault.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise _request_error(error) from None
+
+
+def _request_error(error: pydantic.ValidationError) -> RequestError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    message = first["msg"]
+    location = [str(part) for part in first["loc"]]
+    if not location:
+        return RequestError(f"The body is not a request of this kind: {message}."[:MESSAGE_CHARACTERS_MAX])
+    param = location[0]
+    if first["type"] == "value_error":
+        # One of our own validators raised it.
+        return RequestError(f"{param} must be {first['ctx']['error']}.", param)
+    return RequestError(f"{param}: {message}."[:MESSAGE_CHARACTERS_MAX], param[:MESSAGE_CHARACTERS_MAX])
+
+
+# The lists are not checked by pydantic, which would collect an error for every element of a long one.
 def _is_prompt(value: object) -> bool:
     if isinstance(value, str):
         return True
@@ -101,10 +86,10 @@ def _is_prompt(value: object) -> bool:
     return kinds <= {str} or kinds == {int}
 
 
-def _prompt(value: Any) -> Prompt:
+def _prompt(value: Any) -> PromptField:
     if not _is_prompt(value):
         raise ValueError(PROMPT_FORMS)
-    prompt: Prompt = value
+    prompt: PromptField = value
     return prompt
 
 
@@ -129,7 +114,7 @@ def _are_words(value: object) -> bool:
 
 
 def token_ids(value: object) -> list[int] | None:
-    """A field's value, which must be a list of ids or None. Raises ValueError with what it must be."""
+    """Checks a field that must be a list of ids or None. Raises ValueError with what it must be."""
     if value is None:
         return None
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:
@@ -177,7 +162,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = None
-    prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
+    prompt: Annotated[PromptField, PlainValidator(_prompt, json_schema_input_type=PromptField)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
@@ -235,16 +220,16 @@ class CompletionRequest(BaseModel):
 
     @property
     def choice_count(self) -> int:
-        """Completions of each prompt."""
+        """The number of completions of each prompt."""
         return self.n or 1
 
     @property
     def completion_count(self) -> int:
-        """Completions of all prompts."""
+        """The number of completions of all prompts."""
         return len(self.prompts()) * self.choice_count
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one, whichever of the four forms they came in."""
+        """The prompts as a list, whichever of the four forms they came in."""
         prompt: Any = self.prompt
         is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
         prompts: list[str | list[int]] = [prompt] if is_one else prompt
@@ -252,7 +237,7 @@ class CompletionRequest(BaseModel):
 
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
-    """Reads a request's body and checks all that can be checked without knowing the model.
+    """Reads a request's body and checks what can be checked without the model.
 
     Raises RequestError naming the field at fault, in a message of bounded length.
     """

@@ -1,4 +1,7 @@
-"""What clients get: OpenAI's objects, encoded by msgspec, which costs a microsecond where a dict costs ten."""
+"""The bodies of answers, as OpenAI's clients know them, and of errors.
+
+msgspec encodes them in a microsecond, where a dict takes ten.
+"""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -13,6 +16,29 @@ from weights.errors import GalaxylineError
 CompletionFinish = Literal["stop", "length"]
 
 DONE_EVENT = b"data: [DONE]\n\n"
+
+MESSAGE_CHARACTERS_MAX = 500
+
+RETRY_AFTER_S = 2
+"""The Retry-After of a 503: loading and recovery take seconds to minutes."""
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "PayloadTooLargeError",
+    429: "RateLimitError",
+    431: "HeadersTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
+"""The names of error types by HTTP status, as vLLM has them."""
+
+INTERNAL_ERROR = "The server failed on this request; its log has the cause."
+"""The public sentence of an error that has none of its own."""
 
 _ENCODER = msgspec.json.Encoder()
 
@@ -56,15 +82,14 @@ class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 PromptLogprobs = list[dict[int, PromptLogprob] | None]
-
-"""For each token of a prompt the entries by token id, its own first; None for the first token."""
+"""The entries of each token of a prompt, by token id, its own first; None for the first token."""
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One completion, or in a stream its next piece; only the last piece has a `finish_reason`.
+    """One completion, or in a stream its next chunk; only the last chunk has a `finish_reason`.
 
     `stop_reason` is the stop string or the id of the stop token that ended it, None for EOS. `token_ids` are those of
-    the completion alone; `prompt_token_ids` are in a choice's first piece.
+    the completion alone; `prompt_token_ids` are in a choice's first chunk.
     """
 
     index: int
@@ -123,7 +148,7 @@ class DetokenizedText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /health, /ready and /live where it is yes."""
+    """The answer of /health, /ready and /live with status 200."""
 
     status: str
 
@@ -135,7 +160,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """`type` follows from the HTTP status `code`; `param` is the request's field at fault."""
+    """An error: `type` follows from the HTTP status `code`, and `param` is the request's field at fault."""
 
     message: str
     type: str
@@ -150,38 +175,13 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """JSON of one of the structs above."""
+    """Encodes one of the structs above as JSON."""
     return _ENCODER.encode(message)
 
 
 def event(message: msgspec.Struct) -> bytes:
-    """One server-sent event; the blank line after it is what clients split the stream at."""
+    """Encodes one server-sent event; clients split the stream at the blank line after it."""
     return b"data: " + _ENCODER.encode(message) + b"\n\n"
-
-
-MESSAGE_CHARACTERS_MAX = 500
-
-RETRY_AFTER_S = 2
-
-"""What a client is told to wait on 503: loading and recovery take seconds to minutes."""
-
-TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    404: "NotFoundError",
-    405: "MethodNotAllowedError",
-    408: "RequestTimeoutError",
-    413: "PayloadTooLargeError",
-    429: "RateLimitError",
-    431: "HeadersTooLargeError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
-    504: "GatewayTimeoutError",
-}
-
-"""Names of error types, as vLLM gives them."""
-
-INTERNAL_ERROR = "The server failed on this request; its log says why."
 
 
 def error_body(error: GalaxylineError) -> ErrorBody:
@@ -191,7 +191,7 @@ def error_body(error: GalaxylineError) -> ErrorBody:
 
 
 def refusal(error: GalaxylineError, headers: Mapping[str, str]) -> Response:
-    """The HTTP answer for one of our errors, with these headers; one of overload says when to try again."""
+    """The HTTP answer for one of the project's errors, with these headers; an overload adds when to try again."""
     if isinstance(error, OverloadedError):
         headers = {**headers, "retry-after": str(error.retry_after_s)}
     return error_response(error_body(error), headers)

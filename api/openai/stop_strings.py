@@ -1,13 +1,13 @@
-"""Stop strings in a text that arrives in pieces."""
+"""Stop strings in a text that arrives in chunks."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Releases text up to the first stop string, holding back whatever may yet become one.
+    """Releases text up to the first stop string, and holds back what may yet become one.
 
     The first is the one whose last character comes first, and of those the longest, so that the outcome does not
-    depend on how the text was cut into pieces. `matched` is that string, None before.
+    depend on how the text was cut into chunks. `matched` is that string, None before.
     """
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
@@ -18,10 +18,10 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def add(self, text: str, may_stop: bool = True) -> str:
-        """The text that can now be released. Once there is a match, nothing more may be added.
+    def add_text(self, text: str, may_stop: bool = True) -> str:
+        """Adds text, and returns what can now be released. Once there is a match, nothing more may be added.
 
-        A stop string that ends in a text added without `may_stop` is none.
+        A stop string that ends in a text added without `may_stop` does not count.
         """
         if not self._stops:
             return text
@@ -37,7 +37,7 @@ class StopStrings:
         return held[: len(held) - kept]
 
     def flush(self) -> str:
-        """What is still held back, when no more text will come."""
+        """Returns the text that is still held back, when no more will come."""
         held, self._held = self._held, ""
         return held
 

@@ -188,7 +188,7 @@ class Scheduler:
         if awaited is None or (awaited.step_id, len(awaited.sampled)) != (result.step_id, len(result.tokens)):
             raise ProtocolError(
                 f"The last stage sent {len(result.tokens)} tokens for step {result.step_id}; awaited was "
-                + (f"step {awaited.step_id} with {len(awaited.sampled)}." if awaited else "no step.")
+                + (f"step {awaited.step_id} with {len(awaited.sampled)}." if awaited else "none.")
             )
         if len(result.logprobs) not in {0, len(result.tokens)} or len(result.prompt_logprobs) != len(awaited.scored):
             raise ProtocolError(

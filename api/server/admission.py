@@ -1,4 +1,4 @@
-"""How many requests may wait: what is more is refused before any of it begins, and told when to come back."""
+"""The bound on how many requests may wait: more are refused before they begin, with the time to try again."""
 
 import math
 import time
@@ -9,14 +9,14 @@ from api.errors import OverloadedError, RequestError
 from api.settings.server import QueueLimits
 
 RETRY_AFTER_S = 2
-"""What a client is told while nothing has been measured."""
+"""The seconds in Retry-After while too few ends have been measured."""
 
 RETRY_AFTER_S_MAX = 60
 ENDS_MEASURED = 64
 
 
-class Admission:
-    """The books of what is open. Belongs to one event loop."""
+class AdmissionControl:
+    """Counts the open completions, and refuses those beyond its limits. Belongs to one event loop."""
 
     def __init__(self, limits: QueueLimits, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` is in seconds."""
@@ -28,24 +28,24 @@ class Admission:
 
     @property
     def open(self) -> int:
-        """Completions that have not ended."""
+        """The number of completions that have not ended."""
         return self._open
 
     @property
     def queued(self) -> int:
-        """Completions that wait for a slot, or will have to where the cache has room for fewer."""
+        """The number of completions beyond the slots: they wait, as do more where the cache has no room for them."""
         return max(self._open - self._limits.slots, 0)
 
     def refuse_if_full(self) -> None:
-        """Raises OverloadedError where not even the smallest request is taken: its body need not be read then."""
+        """Raises OverloadedError where even the smallest request is refused, so that its body need not be read."""
         if self._is_full(1, 1):
             raise self._refusal()
 
     def admit(self, prompt_tokens: Mapping[int, int]) -> "Ticket":
-        """Takes a request: the tokens of the prompt of each of its completions, by the completion's index.
+        """Admits a request, given the number of prompt tokens of each of its completions by the completion's index.
 
-        All of it is taken or nothing. While a slot is free, it may have any number of completions. Raises
-        OverloadedError where too much waits already, RequestError for what is never taken at once.
+        All its completions are admitted or none. While a slot is free, there may be any number of them. Raises
+        OverloadedError where too much waits already, RequestError for a request that is always too large.
         """
         tokens = sum(prompt_tokens.values())
         if len(prompt_tokens) > 1 and tokens > self._limits.tokens:
@@ -58,17 +58,17 @@ class Admission:
             raise self._refusal()
         return Ticket(self, prompt_tokens)
 
-    def add(self, completions: int, tokens: int) -> None:
-        """For `Ticket`: so many more, or fewer, are open, with so many tokens of prompts not begun."""
+    def change_open(self, completions: int, tokens: int) -> None:
+        """Changes the numbers of open completions and of prompt tokens not begun; for `Ticket`."""
         self._open += completions
         self._unbegun_tokens += tokens
 
-    def note_end(self) -> None:
-        """For `Ticket`: a completion has ended."""
+    def record_end(self) -> None:
+        """Records that a completion has ended; for `Ticket`."""
         self._ends.append(self._clock())
 
     def retry_after_s(self) -> int:
-        """Seconds until all that waits now will have begun, as fast as the latest completions ended; whole ones."""
+        """The whole seconds until all that waits now has begun, at the rate at which the latest completions ended."""
         if len(self._ends) < 2:
             return RETRY_AFTER_S
         per_completion = (self._clock() - self._ends[0]) / len(self._ends)
@@ -88,27 +88,27 @@ class Admission:
 
 
 class Ticket:
-    """What one request takes up until its completions end. Release it however the request ends."""
+    """The place that one request takes up until its completions end. Release it in any case."""
 
-    def __init__(self, admission: Admission, prompt_tokens: Mapping[int, int]) -> None:
+    def __init__(self, admission: AdmissionControl, prompt_tokens: Mapping[int, int]) -> None:
         self._admission = admission
         self._unbegun = dict(prompt_tokens)
         self._open = set(prompt_tokens)
-        admission.add(len(self._open), sum(prompt_tokens.values()))
+        admission.change_open(len(self._open), sum(prompt_tokens.values()))
 
     def began(self, index: int) -> None:
-        """The first of a completion has come. Those that nothing is generated for are fine."""
-        self._admission.add(0, -self._unbegun.pop(index, 0))
+        """Notes the first chunk of a completion. Completions that are not admitted are ignored."""
+        self._admission.change_open(0, -self._unbegun.pop(index, 0))
 
     def ended(self, index: int) -> None:
-        """The last of a completion has come."""
+        """Notes the last chunk of a completion."""
         if index in self._open:
             self._open.remove(index)
-            self._admission.add(-1, -self._unbegun.pop(index, 0))
-            self._admission.note_end()
+            self._admission.change_open(-1, -self._unbegun.pop(index, 0))
+            self._admission.record_end()
 
     def release(self) -> None:
-        """Gives up what is left. May be repeated."""
-        self._admission.add(-len(self._open), -sum(self._unbegun.values()))
+        """Gives back what is left of the place. May be repeated."""
+        self._admission.change_open(-len(self._open), -sum(self._unbegun.values()))
         self._open.clear()
         self._unbegun.clear()

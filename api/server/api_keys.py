@@ -1,4 +1,4 @@
-"""The keys that clients have to bring, and the application in front that asks for one."""
+"""API keys: the application in front that checks the key of every request."""
 
 from http import HTTPStatus
 
@@ -8,13 +8,13 @@ from api.openai.responses import error_response, status_body
 from api.settings.server import ApiKeys
 
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
-"""What orchestrators ask needs no key: the answers say nothing but whether the server works."""
+"""The paths that need no key, for orchestrators: their answers have nothing but whether the server works."""
 
 UNAUTHORIZED = "No valid API key came with the request: send the header Authorization: Bearer KEY."
 
 
 class Authentication:
-    """An application in front of another: it answers 401 to what comes without a key, but for OPEN_PATHS."""
+    """An application in front of another that answers 401 to requests without a valid key, but for OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -30,7 +30,7 @@ class Authentication:
 
 
 def _bearer(scope: Scope) -> bytes:
-    """The key that a request brings; empty where it brings none."""
+    """The key of a request; empty where it has none."""
     header: bytes = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     scheme, _, key = header.partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else b""

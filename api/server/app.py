@@ -25,7 +25,7 @@ from api.openai.responses import (
     refusal,
     status_body,
 )
-from api.server.admission import Admission
+from api.server.admission import AdmissionControl
 from api.server.completions import Completions
 from api.server.openapi import DescribedApp, answers_of, body_of, completion_answers, timeout_header
 from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
@@ -34,20 +34,26 @@ from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
 from weights.release import VERSION
 
+TOKENIZER_THREADS = 2
+DEFAULT_SLOTS = 256
+
 Probe = Callable[[], Awaitable[object]]
+"""Returns when the engine answers; raises EngineError where it does not."""
 
 
 class Health:
-    """Answers the three routes for one engine."""
+    """The routes /health, /ready and /live of one engine."""
 
     def __init__(self, engine: TokenSource, probe: Probe | None = None) -> None:
-        """`probe` asks the engine something that it answers at once, and raises EngineError where it does not."""
+        """`probe` queries the engine, which answers at once where it works."""
         self._engine = engine
         self._probe = probe
 
     async def health(self) -> Response:
-        """200 where a token can be made now. Raises NotReadyError: while stages load or are replaced, where the engine
-        failed, and where its process does not answer."""
+        """Answers 200 where a token can be made now.
+
+        Raises NotReadyError while stages load or are replaced, and where the engine failed or does not answer.
+        """
         state = self._engine.state
         if state.phase != "ready":
             raise not_ready(state)
@@ -60,14 +66,14 @@ class Health:
         return _status("ready")
 
     async def ready(self) -> Response:
-        """200 where requests are taken: also while a lost stage is replaced, when they wait. Raises NotReadyError."""
+        """Answers 200 where requests are accepted, also while they wait for a stage. Raises NotReadyError elsewhere."""
         state = self._engine.state
         if not takes_requests(state):
             raise not_ready(state)
         return _status(state.phase)
 
     async def live(self) -> Response:
-        """200 as long as this process answers, whatever its engine does."""
+        """Answers 200 as long as this process answers, whatever its engine does."""
         return _status("live")
 
 
@@ -75,17 +81,12 @@ def _status(status: str) -> Response:
     return Response(encode(Status(status=status)), media_type="application/json")
 
 
-TOKENIZER_THREADS = 2
-
-DEFAULT_SLOTS = 256
-
-
 def create_app(
     model: ServedModel,
     engine: TokenSource,
     seed: int | None = None,
     *,
-    admission: Admission | None = None,
+    admission: AdmissionControl | None = None,
     request_timeout_s: float | None = None,
     probe: Probe | None = None,
 ) -> FastAPI:
@@ -93,7 +94,7 @@ def create_app(
 
     With `seed`, the seeds of requests that give none are the same in every run, in the order of their arrival.
     `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. A request has `request_timeout_s`
-    seconds at most. `probe` is asked whether the engine answers: see `Health`.
+    seconds at most. `probe` finds out whether the engine answers: see `Health`.
     """
     tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
 
@@ -106,7 +107,7 @@ def create_app(
     app.bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
     limits = QueueLimits.of(DEFAULT_SLOTS, model.max_model_len)
     completions = Completions(
-        model, engine, tokenizer_threads, _seeds(seed), admission or Admission(limits), request_timeout_s
+        model, engine, tokenizer_threads, _seeds(seed), admission or AdmissionControl(limits), request_timeout_s
     )
     app.add_api_route(
         "/v1/completions",
@@ -174,13 +175,13 @@ def _json(body: bytes) -> Response:
 # Starlette's type of a handler takes any exception; each of these is registered for the class it handles.
 async def _galaxyline_error(_: Request, error: Exception) -> Response:
     if not isinstance(error, GalaxylineError):
-        raise TypeError(f"{error!r} is no GalaxylineError")
+        raise TypeError(f"{error!r} is not a GalaxylineError")
     return refusal(error, {})
 
 
 async def _http_exception(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
-        raise TypeError(f"{error!r} is no HTTPException")
+        raise TypeError(f"{error!r} is not an HTTPException")
     return error_response(status_body(error.status_code, f"{error.detail}"), dict(error.headers or {}))
 
 

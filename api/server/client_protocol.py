@@ -1,33 +1,37 @@
-"""HTTP/1.1 as uvicorn speaks it, with bounds on what a client may make it wait for and remember.
+"""uvicorn's HTTP/1.1, with bounds on what a client may make it wait for and remember, and without its signal handlers.
 
-uvicorn itself has a deadline for idle connections alone: a client that sends a byte a second, or never reads what it
-asked for, would hold its connection and its request for ever.
+uvicorn itself has a deadline for idle connections alone: a client that sends a byte a second, or never reads its
+answer, would hold its connection and its request for ever. This is the one file that relies on names of uvicorn that
+are not its public interface; tests/api/server/test_client_protocol.py has them all.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar, cast
 
 import structlog
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from api.openai.responses import encode, status_body
 from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S
 
 HEADER_BYTES_MAX = 1 << 16
-"""Of a request's line and header fields together: what nginx takes by default is half of this."""
+"""The most bytes of a request's line and header fields together: twice what nginx accepts by default."""
 
-TIMED_OUT = "The request did not come to its end within {:g} s: it was given up."
+TIMED_OUT = "The request was not complete within {:g} s: send it faster."
 HEADER_TOO_LARGE = f"The request's line and header fields are longer than {HEADER_BYTES_MAX} bytes: send less."
 
 log = structlog.get_logger()
 
 
 class ClientProtocol(HttpToolsProtocol):
-    """One connection. It is cut where a request takes too long to come, or its answer too long to be read.
+    """One connection, which is cut where a request takes too long to come, or its answer too long to be read.
 
     A request has `client_timeout_s` seconds from its first byte to the last of its body, a connection as long until
     the first byte. A client that has left more unread than the system's buffers and the transport's own 64 KiB hold
-    gets as long to make room. Then its request is aborted, as with a client that goes away.
+    has as long to make room. Then its request is aborted, as if the client had gone away.
     """
 
     client_timeout_s: ClassVar[float] = DEFAULT_CLIENT_TIMEOUT_S
@@ -39,13 +43,13 @@ class ClientProtocol(HttpToolsProtocol):
     _header_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
-        # uvloop's transports are no subclasses of asyncio's.
+        """Called by the loop at the beginning."""
+        # uvloop's transports are not subclasses of asyncio's.
         super().connection_made(cast("asyncio.Transport", transport))
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop."""
+        """Called by the loop at the end."""
         self._arrived()
         self._was_read()
         super().connection_lost(exc)
@@ -56,7 +60,7 @@ class ClientProtocol(HttpToolsProtocol):
             return
         super().data_received(data)
         if self._is_in_header:
-            # The parser hands a field over when it is complete: one that never ends is seen here only.
+            # The parser calls `on_header` when a field is complete: one that never ends is counted here only.
             self._count_header(len(data))
 
     def on_message_begin(self) -> None:
@@ -90,18 +94,18 @@ class ClientProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Called when an answer has been written; its last bytes may still wait for the client."""
+        """Called by uvicorn when an answer has been written; its last bytes may still wait for the client."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._await_reader()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Called when a connection was idle for long."""
+        """Called by uvicorn when a connection was idle for long."""
         super().timeout_keep_alive_handler()
         self._await_reader()
 
     def pause_writing(self) -> None:
-        """Called by the transport when more is unread than it wants to keep."""
+        """Called by the transport when more is unread than its limit."""
         super().pause_writing()
         self._await_reader()
 
@@ -122,7 +126,7 @@ class ClientProtocol(HttpToolsProtocol):
     def _give_up_request(self) -> None:
         self._arriving = None
         if self.flow.read_paused:
-            # Not the client's fault: the server does not read, as it has another answer to give before.
+            # The client is not at fault: the server does not read on before it has given another answer.
             self._await_request()
             return
         log.info("client cut off", cause="its request took too long to come", seconds=self.client_timeout_s)
@@ -140,7 +144,7 @@ class ClientProtocol(HttpToolsProtocol):
             self._refuse(431, HEADER_TOO_LARGE)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers without the application, and hears no more of this client."""
+        """Answers in place of the application, and ignores what this client still sends."""
         self._is_refused = True
         self._arrived()
         body = encode(status_body(status, message))
@@ -165,9 +169,18 @@ class ClientProtocol(HttpToolsProtocol):
 
 
 def client_protocol(timeout_s: float) -> type[ClientProtocol]:
-    """The class for uvicorn's configuration, with this many seconds for slow clients."""
+    """The protocol class for uvicorn's configuration, with this many seconds for slow clients."""
 
     class ConfiguredProtocol(ClientProtocol):
         client_timeout_s = timeout_s
 
     return ConfiguredProtocol
+
+
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that leaves signals alone: `serve` handles them, as it has an engine to end before it exits."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing in place of uvicorn's own, which would install handlers."""
+        yield

@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""The route POST /v1/completions."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,11 +14,11 @@ from api.client.token_source import TokenSource
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.choices import build_choices, sampling_params
-from api.openai.completion_stream import Answer, CompletionText, Pieces
+from api.openai.completion_stream import ChunkStream, CompletionStream, CompletionText
 from api.openai.prompts import Prompt, read_prompts, refuse_other_model
 from api.openai.protocol import CompletionRequest, parse_completion_request
 from api.openai.responses import Completion, encode, refusal
-from api.server.admission import Admission
+from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
 from api.server.request import (
     REQUEST_ID_HEADER,
@@ -34,8 +34,8 @@ from stages.step import SamplingParams
 from weights.errors import GalaxylineError
 
 
-class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that fits the model: its fields, its prompts as tokens, and how its tokens shall be chosen."""
+class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that fits the model: its fields, its prompts as tokens, and how its tokens are to be drawn."""
 
     request: CompletionRequest
     prompts: list[Prompt]
@@ -51,10 +51,10 @@ class Completions:
         engine: TokenSource,
         tokenizer_threads: Executor,
         draw_seed: Callable[[], int],
-        admission: Admission,
+        admission: AdmissionControl,
         timeout_s: float | None = None,
     ) -> None:
-        """`draw_seed` gives the seed of a prompt whose request has none. A request has `timeout_s` seconds at most."""
+        """`draw_seed` draws a seed for a prompt whose request has none. A request has `timeout_s` seconds at most."""
         self._model = model
         self._engine = engine
         self._tokenizer_threads = tokenizer_threads
@@ -65,7 +65,7 @@ class Completions:
     async def create(self, http_request: Request) -> Response:
         """The route's handler. The answer's id is that of the header, else of the request's own field, else a new one.
 
-        Whatever is logged from here on in this task says the request's id.
+        All that is logged from here on in this task has the request's id.
         """
         given = given_request_id(http_request.headers.get(REQUEST_ID_HEADER))
         request_id = given or new_request_id()
@@ -74,66 +74,67 @@ class Completions:
             self._refuse_unless_ready()
             self._admission.refuse_if_full()
             deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
-            reading = await read_and_parse(http_request, self._parse, self._tokenizer_threads)
-            request_id = given or given_request_id(reading.request.request_id) or request_id
+            parsed = await read_and_parse(http_request, self._parse, self._tokenizer_threads)
+            request_id = given or given_request_id(parsed.request.request_id) or request_id
             structlog.contextvars.bind_contextvars(request_id=request_id)
             deadline.check()
-            answer = await self._open(reading, request_id)
+            stream = await self._open(parsed, request_id)
             headers = {REQUEST_ID_HEADER: request_id}
-            if reading.request.stream:
-                return EventStream(answer.events(), answer, headers, deadline)
-            completion = await self._whole(answer, http_request.receive, deadline)
+            if parsed.request.stream:
+                return EventStream(stream.events(), stream, headers, deadline)
+            completion = await self._whole(stream, http_request.receive, deadline)
         except ClientDisconnectedError:
-            return Response(status_code=499)  # nginx's number for it; nobody is there to see it
+            return Response(status_code=499)  # nginx's status for it, which no client sees
         except GalaxylineError as error:
             return refusal(error, {REQUEST_ID_HEADER: request_id})
         return Response(encode(completion), 200, headers, media_type="application/json")
 
     def _refuse_unless_ready(self) -> None:
         state = self._engine.state
-        # While a stage is replaced requests wait: all that a client shall see of it is a pause.
+        # While a stage is replaced requests wait, so that clients see no more of it than a pause.
         if not takes_requests(state):
             raise not_ready(state)
 
-    async def _whole(self, answer: Answer, receive: Receive, deadline: RequestDeadline) -> Completion:
-        async with aclosing(answer):
+    async def _whole(self, stream: CompletionStream, receive: Receive, deadline: RequestDeadline) -> Completion:
+        async with aclosing(stream):
             try:
-                return await run_while_connected(receive, answer.whole(), deadline)
+                return await run_while_connected(receive, stream.whole(), deadline)
             except DeadlineError as error:
-                answer.last_words(error)
+                stream.last_words(error)
                 raise
 
-    def _parse(self, body: bytes) -> Reading:
+    def _parse(self, body: bytes) -> ParsedRequest:
         request = parse_completion_request(body)
         refuse_other_model(request.model, self._model)
-        return Reading(
+        return ParsedRequest(
             request=request,
             prompts=read_prompts(request, self._model),
             sampling=sampling_params(request, self._model),
         )
 
-    async def _open(self, reading: Reading, request_id: str) -> Answer:
-        """Hands all choices to the engine, or none: a request that cannot be served fails before its answer begins."""
+    async def _open(self, parsed: ParsedRequest, request_id: str) -> CompletionStream:
+        """Sends all choices to the engine, or none: a request that cannot be served fails before its answer begins."""
         choices = build_choices(
-            reading.request,
-            reading.prompts,
-            reading.sampling,
+            parsed.request,
+            parsed.prompts,
+            parsed.sampling,
             self._model,
             self._engine.next_request_id,
             self._draw_seed,
         )
         prompt_tokens = {choice.index: len(choice.prompt.tokens) for choice in choices if choice.request is not None}
         ticket = self._admission.admit(prompt_tokens)
-        pieces = Pieces()
+        chunks = ChunkStream()
         try:
             for choice in choices:
-                text = CompletionText(choice, reading.request, self._model)
+                text = CompletionText(choice, parsed.request, self._model)
                 if choice.request is None:
-                    pieces.add_whole(text)
+                    chunks.add_empty_choice(text)
                 else:
-                    pieces.add(text, self._engine.generate(choice.request))
+                    chunks.add_choice(text, self._engine.generate(choice.request))
         except GalaxylineError:
-            await pieces.aclose()
+            await chunks.aclose()
             ticket.release()
             raise
-        return Answer(f"cmpl-{request_id}", self._model.name, reading.request, reading.prompts, choices, pieces, ticket)
+        name = f"cmpl-{request_id}"
+        return CompletionStream(name, self._model.name, parsed.request, parsed.prompts, choices, chunks, ticket)

@@ -1,4 +1,4 @@
-"""A response of server-sent events that ends its source when the client goes away."""
+"""The response of server-sent events, which ends its source when the client goes away."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping
@@ -13,23 +13,23 @@ from api.server.request import ClientDisconnectedError, RequestDeadline, run_whi
 from weights.errors import GalaxylineError
 
 EVENTS_AT_ONCE = 64
-"""After so many others get their turn: where a slow client has let events pile up, none of them waits by itself."""
+"""Events after which other tasks get their turn, as events that a slow client let pile up are sent without a wait."""
 
 
 class Source(Protocol):
-    """Where events come from: something to be told when no more are wanted."""
+    """The source of a response's events, which is closed when no more are wanted."""
 
     def aclose(self) -> Awaitable[None]:
-        """Ends the source; called once nobody iterates over the events."""
+        """Ends the source; called when the iteration over its events is over."""
 
     def last_words(self, error: GalaxylineError) -> bytes:
-        """What the stream ends with where it has to end before its source."""
+        """The last events of a stream that ends before its source, because of `error`."""
 
 
 class EventStream(Response):
-    """Sends every item of `events` at once, and closes `source` however the response ends.
+    """Sends every item of `events` as soon as it comes, and closes `source` however the response ends.
 
-    One whose `deadline` passes ends with the source's last words.
+    When its `deadline` passes, it ends with the source's last words.
     """
 
     media_type = "text/event-stream"
@@ -51,8 +51,8 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application of this response."""
-        # The source is closed here, not by the generator of events: one that never began has nothing to clean up.
+        """Sends the response: its ASGI application."""
+        # The source is closed here and not by the generator of events, whose `finally` does not run if it never began.
         async with aclosing(self._source):
             try:
                 await run_while_connected(receive, self._send_all(send), self._deadline)
@@ -62,7 +62,7 @@ class EventStream(Response):
                 words = self._source.last_words(error)
             else:
                 return
-        # By now the engine has been told: a client that does not read its last event holds nothing up.
+        # By now the requests are aborted, so a client that does not read its last event holds nothing up.
         await self._start(send)
         await send({"type": "http.response.body", "body": words, "more_body": False})
 

@@ -1,4 +1,4 @@
-"""The text that Prometheus reads: vLLM's metrics under vLLM's names, and our own of each stage; see docs/metrics.md."""
+"""The text of GET /metrics: vLLM's metrics under vLLM's names, and our own of each stage; see docs/metrics.md."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from api.messages.engine import EngineMetrics, StageMetrics
 from api.messages.histogram import Histogram
 
 ENGINE_PREFIX = "galaxyline_engine"
-"""Begins the names of the kernel's numbers of an engine's process; those of this process have the usual names."""
+"""The prefix of the kernel's numbers of an engine's process; those of this process have the usual names."""
 
 ENGINE = ("engine",)
 MODEL = ("model_name", "engine")
@@ -30,8 +30,10 @@ Value = TypeVar("Value")
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one engine and its requests: `metrics` is None where it does not answer, `pid` where there is
-    no process."""
+    """The measurements of one engine and its requests.
+
+    `metrics` is None where the engine does not answer, `pid` where it has no process.
+    """
 
     requests: RequestMetrics
     metrics: EngineMetrics | None
@@ -39,7 +41,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MetricsText:
-    """Puts together what the front end and the engines have measured, and what the kernel says of their processes.
+    """Makes the text from the measurements of the front end, the engines, and the kernel's of their processes.
 
     An engine's label is its number, "0" for the first.
     """
@@ -49,7 +51,7 @@ class MetricsText:
         self._model_name = model_name
 
     def families(self, engines: Sequence[Measured]) -> list[Metric]:
-        """What has been measured so far."""
+        """The measurements so far, as families of metrics."""
         requests: dict[Labels, RequestMetrics] = {
             (self._model_name, str(number)): engine.requests for number, engine in enumerate(engines)
         }
@@ -64,9 +66,9 @@ class MetricsText:
         return families
 
     def encode(self, families: Sequence[Metric], engines: Sequence[Measured]) -> bytes:
-        """The text, processes included.
+        """Encodes the families as text, and adds those of the processes.
 
-        It takes milliseconds, most of the time that a scrape does: call it from any thread.
+        That takes milliseconds, most of the time of a scrape: call it on any thread.
         """
         pids = {str(number): engine.pid for number, engine in enumerate(engines) if engine.pid is not None}
         registry = CollectorRegistry()
@@ -76,7 +78,7 @@ class MetricsText:
 
 
 class _Families(Collector):
-    """Families that are made already."""
+    """A collector of families that are already made."""
 
     def __init__(self, families: Sequence[Metric]) -> None:
         self._families = families
@@ -86,7 +88,7 @@ class _Families(Collector):
 
 
 def _process_families(pids: Mapping[str, int]) -> Iterable[Metric]:
-    """What the kernel says of each engine's process; nothing of one that has just ended."""
+    """The kernel's numbers of each engine's process, without those that have just ended."""
     families: dict[str, Metric] = {}
     for engine, pid in pids.items():
         collector = ProcessCollector(namespace=ENGINE_PREFIX, pid=functools.partial(int, pid), registry=None)
@@ -143,8 +145,8 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", usage, MODEL)
     text = "Requests that had to give way."
     yield _counter("vllm:num_preemptions", text, each(lambda one: one.preemptions), MODEL)
-    yield _counter("vllm:prefix_cache_queries", "0: there is no prefix cache.", none, MODEL)
-    yield _counter("vllm:prefix_cache_hits", "0: there is no prefix cache.", none, MODEL)
+    yield _counter("vllm:prefix_cache_queries", "0, as prefixes are not cached.", none, MODEL)
+    yield _counter("vllm:prefix_cache_hits", "0, as prefixes are not cached.", none, MODEL)
     text = "From a request's arrival in the engine to its slot."
     yield _histogram("vllm:request_queue_time_seconds", text, each(lambda one: one.queue_times), MODEL)
 

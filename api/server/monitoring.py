@@ -1,4 +1,4 @@
-"""GET /metrics and GET /pipeline: what operators look at, and their tools."""
+"""The routes GET /metrics and GET /pipeline, for operators and their tools."""
 
 import asyncio
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from api.server.openapi import object_answer, text_answer
 
 
 class MonitoredEngine(Protocol):
-    """What is asked of an engine: `EngineClient` is one."""
+    """The interface of an engine that the routes need: `EngineClient` has it."""
 
     requests: RequestMetrics
 
     @property
     def state(self) -> EngineState:
-        """Where it stands now."""
+        """The state now."""
 
     @property
     def pid(self) -> int:
-        """Its process id. Raises EngineError before it was started."""
+        """The process id. Raises EngineError before the process was started."""
 
     async def metrics(self) -> EngineMetrics:
-        """What it has measured. Raises EngineError where it is gone, or does not answer in time."""
+        """Queries its measurements. Raises EngineError where it is gone, or does not answer in time."""
 
     async def report(self) -> PipelineReport:
-        """What it and its stages do now. Raises EngineError where it is gone, or does not answer in time."""
+        """Queries its state and its stages'. Raises EngineError where it is gone, or does not answer in time."""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,16 +47,16 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_monitoring_routes(app: FastAPI, model_name: str, engines: Sequence[MonitoredEngine]) -> None:
-    """Both answer at any time, also while engines load and after they failed."""
+    """Adds the two routes, which answer at any time, also while engines load and after they failed."""
     text = MetricsText(model_name)
 
     @app.get("/metrics", response_model=None, response_class=Response, responses=text_answer())
     async def metrics() -> Response:
         measured = await asyncio.gather(*map(_measured, engines))
         families = text.families(measured)
-        # Not on the loop, where the tokens of open streams pass.
+        # This runs on a thread, as the tokens of open streams pass the loop.
         body = await asyncio.to_thread(text.encode, families, measured)
-        # Every scraper takes it, and the library's OpenMetrics would spell the colons in vLLM's names as underscores.
+        # Every scraper accepts this type; OpenMetrics would turn the colons in vLLM's names into underscores.
         return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
     @app.get("/pipeline", response_model=None, response_class=Response, responses=object_answer(503))
@@ -82,7 +82,7 @@ async def _look(engine: MonitoredEngine) -> Look:
 
 
 def _pid(engine: MonitoredEngine) -> int | None:
-    """None where there is no such process, or none any more."""
+    """The process id of an engine; None before its start and after its end."""
     try:
         return engine.pid if engine.state.phase != "failed" else None
     except EngineError:
@@ -90,7 +90,7 @@ def _pid(engine: MonitoredEngine) -> int | None:
 
 
 def _view(model_name: str, looks: Sequence[Look]) -> PipelineView:
-    """Raises EngineError where no engine answers, though not all of them have failed."""
+    """Makes the body of GET /pipeline. Raises EngineError where no engine answers, but not all have failed."""
     silent = [look.cause for look in looks if look.report is None and look.state.phase != "failed"]
     if silent and all(look.report is None for look in looks):
         raise EngineError.for_clients(silent[0])

@@ -1,4 +1,4 @@
-"""What GET /openapi.json says of the routes: bodies, answers and errors, from the types that read and write them."""
+"""The description of the routes in GET /openapi.json, made from the types that read bodies and write answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,14 @@ ANSWERS = (Completion, DetokenizedText, ErrorBody, ModelCard, ModelList, Status,
 
 ERRORS = {
     400: "A field is wrong, or does not fit the model.",
-    401: "The server wants an API key, and none of its keys came.",
+    401: "The request has no valid API key.",
     404: "This server has no such model.",
-    408: "The request took too long to come.",
+    408: "The request was not complete in time.",
     413: "The body is too large.",
     429: "Too many requests wait.",
     431: "The header is too large.",
-    500: "The server failed; its log says why.",
-    503: "The model loads, or no token can be made.",
+    500: "The server failed; its log has the cause.",
+    503: "The model is loading, or no token can be made.",
     504: "The request's time was over before its answer was complete.",
 }
 BODY_ERRORS = (400, 404, 408, 413, 431)
@@ -32,7 +32,7 @@ EVERYWHERE = (401, 500)
 
 EVENT = {
     "type": "object",
-    "description": "A server-sent event: a Completion or an ErrorBody as JSON, and [DONE] at last.",
+    "description": "A server-sent event: a Completion or an ErrorBody as JSON; the last one is [DONE].",
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
@@ -45,13 +45,13 @@ Description = dict[str, Any]
 
 
 class DescribedApp(FastAPI):
-    """A FastAPI whose document names the schemas that its routes refer to."""
+    """A FastAPI application whose OpenAPI document has the schemas that its routes refer to."""
 
     bodies: Sequence[type[BaseModel]] = ()
     answers: Sequence[type[msgspec.Struct]] = ANSWERS
 
     def openapi(self) -> Description:
-        """The document, made once."""
+        """The OpenAPI document, made once."""
         if self.openapi_schema is None:
             document = super().openapi()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -64,36 +64,36 @@ class DescribedApp(FastAPI):
 
 
 def body_of(kind: type[BaseModel]) -> Description:
-    """The request body of a route, for `openapi_extra`."""
+    """Describes the request body of a route, for `openapi_extra`."""
     return {"requestBody": {"required": True, "content": _json_of(kind)}}
 
 
 def timeout_header() -> Description:
-    """The header that bounds a request's time."""
+    """Describes the header that bounds a request's time."""
     schema = {"type": "number", "exclusiveMinimum": 0}
     return {"name": TIMEOUT_HEADER, "in": "header", "required": False, "schema": schema}
 
 
 def answers_of(kind: type[msgspec.Struct], *errors: int) -> dict[int | str, Description]:
-    """The answers of a route, for `responses`: 200 with `kind`, the errors named, and those of every route."""
+    """Describes the answers of a route, for `responses`: 200 with `kind`, these errors, and those of every route."""
     ok: Description = {"description": "OK", "content": _json_of(kind)}
     return {200: ok, **errors_of(*errors)}
 
 
 def object_answer(*errors: int) -> dict[int | str, Description]:
-    """The answers of a route that gives any JSON object."""
+    """Describes the answers of a route that gives any JSON object."""
     ok: Description = {"description": "OK", "content": {"application/json": {"schema": {"type": "object"}}}}
     return {200: ok, **errors_of(*errors)}
 
 
 def text_answer() -> dict[int | str, Description]:
-    """The answers of a route that gives plain text."""
+    """Describes the answers of a route that gives plain text."""
     ok: Description = {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}
     return {200: ok, **errors_of()}
 
 
 def errors_of(*errors: int) -> dict[int | str, Description]:
-    """The errors named and those of every route, for `responses`."""
+    """Describes these errors and those of every route, for `responses`."""
     described: dict[int | str, Description] = {}
     for status in sorted({*errors, *EVERYWHERE}):
         described[status] = {"description": ERRORS[status], "content": _json_of(ErrorBody)}
@@ -103,7 +103,7 @@ def errors_of(*errors: int) -> dict[int | str, Description]:
 
 
 def completion_answers() -> dict[int | str, Description]:
-    """The answers of /v1/completions: one object, or a stream of events."""
+    """Describes the answers of /v1/completions: one object, or a stream of events."""
     answers = answers_of(Completion, *BODY_ERRORS, 429, 503, 504)
     answers[200]["content"]["text/event-stream"] = {"schema": EVENT}
     answers[200]["headers"] = _REQUEST_ID

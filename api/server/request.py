@@ -1,4 +1,4 @@
-"""An HTTP request as the server treats it: its id, its deadline, its body, and the client that may go away."""
+"""What the server does with every HTTP request: its id, its deadline, its body, and the client that may go away."""
 
 import asyncio
 import math
@@ -16,38 +16,47 @@ from starlette.types import Receive
 from api.errors import DeadlineError, RequestError
 
 REQUEST_ID_HEADER = "x-request-id"
+TIMEOUT_HEADER = "x-request-timeout"
+"""The header with the seconds that a client gives its request, from its arrival to the end of the answer."""
+
+BODY_BYTES_MAX = 16 << 20
+"""The largest body that is accepted; a prompt of 128k tokens as a list of ids takes about 1 MiB."""
+
+DISCARDED_BYTES_MAX = 8 * BODY_BYTES_MAX
+"""How much of a larger body is read: a client gets the reason only when it has sent its body."""
+
+INLINE_BODY_BYTES_MAX = 4096
+"""The largest body that is read and tokenised on the loop, in about a millisecond; larger ones would delay streams."""
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
+Result = TypeVar("Result")
+Parsed = TypeVar("Parsed")
+
 
 def given_request_id(text: str | None) -> str | None:
-    """The id, or None where none was given that can stand in a header and a log."""
+    """Returns an id that is fit for a header and a log, None for any other and for none."""
     return text if text is not None and _REQUEST_ID.fullmatch(text) else None
 
 
 def new_request_id() -> str:
-    """An id for a request that brings none."""
+    """Makes an id for a request that has none."""
     return uuid.uuid4().hex
 
 
-TIMEOUT_HEADER = "x-request-timeout"
-
-"""Seconds that a client gives its request, from its arrival to the end of the answer."""
-
-
 class RequestDeadline:
-    """A moment of the event loop's clock, or none; made when the request arrives."""
+    """The deadline of a request, or none, by the event loop's clock; made when the request arrives."""
 
     def __init__(self, timeout_s: float | None) -> None:
-        """It passes in `timeout_s` seconds; None: never."""
+        """The deadline passes in `timeout_s` seconds, never where that is None."""
         self._timeout_s = timeout_s
         self._passes = math.inf if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
     @classmethod
     def of(cls, headers: Headers, server_timeout_s: float | None) -> "RequestDeadline":
-        """The smaller of what the client gives in its header and what the server gives.
+        """Makes the deadline from the client's header and the server's limit, whichever is sooner.
 
-        Raises RequestError where the header is no positive number of seconds.
+        Raises RequestError where the header is not a positive number of seconds.
         """
         given = headers.get(TIMEOUT_HEADER)
         timeouts = [timeout for timeout in (server_timeout_s, _seconds(given)) if timeout is not None]
@@ -55,13 +64,13 @@ class RequestDeadline:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until it passes, 0 from then on; None where it never does."""
+        """The seconds until the deadline, 0 from then on; None where there is none."""
         if self._timeout_s is None:
             return None
         return max(self._passes - asyncio.get_running_loop().time(), 0.0)
 
     def error(self) -> DeadlineError:
-        """For a request whose time is up."""
+        """The error for a request whose deadline has passed."""
         return DeadlineError(f"The request's {self._timeout_s:g} s are over: it was ended before it was complete.")
 
     def check(self) -> None:
@@ -82,17 +91,14 @@ def _seconds(given: str | None) -> float | None:
     return seconds
 
 
-Result = TypeVar("Result")
-
-
 class ClientDisconnectedError(Exception):
     """The client closed its connection before the answer was complete."""
 
 
 async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, Result], deadline: RequestDeadline) -> Result:
-    """The result of `work`, which is cancelled, and has ended on return, if the client goes away or time is up first.
+    """Runs `work`, and cancels it and waits for its end if the client goes away or the deadline passes before.
 
-    The request's body must have been read. Raises ClientDisconnectedError, DeadlineError, or what `work` raises.
+    The request's body must have been read. Raises ClientDisconnectedError, DeadlineError, or like `work`.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
@@ -114,25 +120,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-BODY_BYTES_MAX = 16 << 20
-
-"""A prompt of 128k tokens as a list of ids takes about 1 MiB."""
-
-INLINE_BODY_BYTES_MAX = 4096
-
-"""Larger bodies are read and tokenised on a thread, so as not to delay streams: this many take about a millisecond."""
-
-DISCARDED_BYTES_MAX = 8 * BODY_BYTES_MAX
-
-"""A client that sends too much is still read to here: it hears why only when it has sent its body."""
-
-Parsed = TypeVar("Parsed")
-
-
 async def read_and_parse(request: Request, parse: Callable[[bytes], Parsed], threads: Executor) -> Parsed:
-    """What `parse` makes of the body; it runs on a thread where the body is large.
+    """Reads the body and parses it with `parse`, which runs on a thread where the body is large.
 
-    Raises what `read_body` and `parse` raise.
+    Raises like `read_body` and `parse`.
     """
     body = await read_body(request)
     if len(body) <= INLINE_BODY_BYTES_MAX:
@@ -141,7 +132,7 @@ async def read_and_parse(request: Request, parse: Callable[[bytes], Parsed], thr
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, at most BODY_BYTES_MAX bytes.
+    """Reads the body, of at most BODY_BYTES_MAX bytes.
 
     Raises HTTPException with status 413 for a longer one, ClientDisconnectedError if the client goes away first.
     """
@@ -157,7 +148,7 @@ async def read_body(request: Request) -> bytes:
     except ClientDisconnect:
         raise ClientDisconnectedError from None
     if size > BODY_BYTES_MAX:
-        # The rest of a body that was not read to its end would be taken for the connection's next request.
+        # The connection is closed, as the rest of a body that was not read would pass for the next request.
         raise HTTPException(
             413, f"The body is larger than {BODY_BYTES_MAX} bytes: send less at once.", {"connection": "close"}
         )

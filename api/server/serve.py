@@ -1,4 +1,4 @@
-"""`galaxyline serve`: the engine, and the HTTP server in front of it."""
+"""`galaxyline serve`: the HTTP server, its engines, and the drain at its end."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,6 @@ import errno
 import gc
 import json
 import socket
-from collections.abc import Iterator
 from http import HTTPStatus
 
 import click
@@ -22,10 +21,10 @@ from api.engine.options import EngineOptions
 from api.engine.signals import on_stop_signal
 from api.errors import OptionError
 from api.openai.responses import error_response, status_body
-from api.server.admission import Admission
+from api.server.admission import AdmissionControl
 from api.server.api_keys import Authentication
 from api.server.app import create_app
-from api.server.client_protocol import client_protocol
+from api.server.client_protocol import HttpServer, client_protocol
 from api.server.monitoring import add_monitoring_routes
 from api.settings.engine import ENGINE_MARGIN_S, EngineSettings
 from api.settings.replicas import replica_options
@@ -36,17 +35,26 @@ from api.text.served_model import DEFAULT_MAX_LOGPROBS, ServedModel
 from weights.model_config import ModelConfig
 
 BACKLOG = 2048
+CLOSE_MARGIN_S = 5
+"""The seconds that responses get to end after the engine was closed."""
+
+REFUSED = frozenset({"/health", "/ready", "/v1/completions"})
+"""The paths that are answered with 503 while draining: those that make tokens, and those that tell whether it can."""
+
+DRAINING = "The server is draining: it completes the requests that it has, and accepts no new ones."
+
+log = structlog.get_logger()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket on `host` and `port`; port 0 takes any free one.
+    """Opens a listening socket on `host` and `port`; port 0 takes any free one.
 
-    Raises OptionError where the port is in use, or the address is none of this host's.
+    Raises OptionError where the port is in use, or the address does not belong to this host.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise OptionError(f"--host {host!r} is no address: {error.strerror}.") from error
+        raise OptionError(f"--host {host!r} is not an address: {error.strerror}.") from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,23 +71,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url(listener: socket.socket) -> str:
-    """Where a client on this host reaches the listener."""
+    """The URL under which a client on this host reaches the listener."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 # nosec B104 # not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-REFUSED = frozenset({"/health", "/ready", "/v1/completions"})
-
-"""Paths that are answered with 503 while draining: those that make tokens, and those that say whether they can."""
-
-DRAINING = "The server is draining: it ends the requests it has, and takes no new ones."
-
-log = structlog.get_logger()
-
-
 class Drain:
-    """An application in front of another: it counts the open requests and, once begun, refuses new ones."""
+    """An application in front of another that counts the open requests and, once begun, refuses new ones."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -89,7 +88,7 @@ class Drain:
         self._empty.set()
 
     def begin(self) -> None:
-        """From now on a new request gets 503 with Retry-After, so that its client goes elsewhere."""
+        """Answers new requests from now on with 503 and Retry-After, so that their clients go elsewhere."""
         self._begun = True
         if self._open:
             log.info("draining", open_requests=self._open)
@@ -116,15 +115,12 @@ class Drain:
                 self._empty.set()
 
 
-CLOSE_MARGIN_S = 5
-
-"""What responses get to end in after the engine has been closed under them."""
-
-
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `serve`; port 0 takes any free one. With the engine's seed, requests that bring none get the same
-    ones in every run. Each of the `replicas` is an engine with a pipeline of its own. `max_logprobs` and
-    `generation_config` are ServedModel's."""
+    """The options of `serve`; port 0 takes any free one.
+
+    With the engine's seed, requests that have none get the same ones in every run. Each of the `replicas` is an engine
+    with a pipeline of its own. `max_logprobs` and `generation_config` are those of ServedModel.
+    """
 
     engine: EngineSettings
     source: ModelSource
@@ -173,7 +169,7 @@ async def _serve(
             model,
             replicas,
             settings.engine.seed,
-            admission=Admission(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
+            admission=AdmissionControl(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
             request_timeout_s=front.request_timeout_s,
             probe=replicas.probe,
         )
@@ -181,7 +177,7 @@ async def _serve(
         if front.api_keys is not None:
             app.add_middleware(Authentication, keys=front.api_keys)
         drain = Drain(app)
-        server = _Server(
+        server = HttpServer(
             uvicorn.Config(
                 drain,
                 http=client_protocol(front.client_timeout_s),
@@ -201,11 +197,11 @@ async def _serve(
             with progress.showing():
                 ready = asyncio.create_task(replicas.start(settings.engine.start_timeout_s + ENGINE_MARGIN_S))
                 await _wait_for(stop, ready)
-            # A signal may have reached the engine's processes too: how they took it says nothing.
+            # A signal may have reached the engine's processes too, so after one their result means nothing.
             if ready.done() and not stop.is_set():
                 ready.result()
-                # What is there by now stays to the end, so the cycle collector need not look at it with every request:
-                # that took a tenth of the front end's time.
+                # The objects that exist by now stay to the end, so the cycle collector need not look at them with
+                # every request, which took a tenth of the front end's time.
                 gc.collect()
                 gc.freeze()
                 click.echo(_welcome(_address(listener, front), model, options))
@@ -217,12 +213,12 @@ async def _serve(
             stop.clear()
             drain.begin()
             await _wait_for(stop, asyncio.create_task(drain.wait()), timeout_s=settings.shutdown_timeout_s)
-            # Requests that are still open end with the engine's error, not in silence.
+            # Requests that are still open end with the engine's error rather than without a word.
             await replicas.close()
             server.should_exit = True
             await serving
         if failing is not None and not failing.cancelled():
-            # Nobody can be served any more: whoever watches over this process shall start it anew.
+            # No request can be served any more: the error ends this process, so that its supervisor starts a new one.
             failing.result()
 
 
@@ -231,14 +227,6 @@ async def _wait_for(stop: asyncio.Event, *tasks: asyncio.Task[None], timeout_s: 
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *tasks}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to `serve`, which has an engine to end before the process may go."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def _address(listener: socket.socket, front: FrontSettings) -> str:

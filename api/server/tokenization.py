@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info."""
+"""The routes POST /tokenize and /detokenize, and GET /tokenizer_info."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from api.server.request import ClientDisconnectedError, read_and_parse
 from api.text.served_model import ServedModel
 
 DEFAULT_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-"""What transformers takes a tokenizer.json for that says no class."""
+"""The class that transformers takes for a tokenizer whose config names none."""
 
 
 def _required_token_ids(value: object) -> list[int]:
@@ -30,7 +30,7 @@ def _required_token_ids(value: object) -> list[int]:
 
 
 class TokenizeRequest(BaseModel):
-    """POST /tokenize."""
+    """The body of POST /tokenize."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -41,7 +41,7 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    """POST /detokenize."""
+    """The body of POST /detokenize."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -50,10 +50,10 @@ class DetokenizeRequest(BaseModel):
 
 
 class Tokenization:
-    """Answers what concerns the model's tokenizer alone; the engine need not be ready."""
+    """The routes that need the model's tokenizer alone: the engine need not be ready."""
 
     def __init__(self, model: ServedModel, threads: Executor) -> None:
-        """Large texts are handled on `threads`."""
+        """Large bodies are handled on `threads`."""
         self._model = model
         self._threads = threads
         self._info = json.dumps(_info(model), ensure_ascii=False).encode()
@@ -83,22 +83,22 @@ class Tokenization:
         )
 
     async def tokenize(self, request: Request) -> Response:
-        """The tokens of a text. Raises RequestError."""
+        """Answers with the tokens of a text. Raises RequestError."""
         return await self._answer(request, self._tokenized)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of tokens, special ones included. Raises RequestError."""
+        """Answers with the text of tokens, special ones included. Raises RequestError."""
         return await self._answer(request, self._detokenized)
 
     async def tokenizer_info(self) -> Response:
-        """What tokenizer_config.json holds, each special token as its text."""
+        """Answers with the contents of tokenizer_config.json, each special token as its text."""
         return Response(self._info, media_type="application/json")
 
     async def _answer(self, request: Request, answered: Callable[[bytes], msgspec.Struct]) -> Response:
         try:
             answer = await read_and_parse(request, answered, self._threads)
         except ClientDisconnectedError:
-            return Response(status_code=499)  # nobody is there to see it
+            return Response(status_code=499)  # which no client sees
         return Response(encode(answer), media_type="application/json")
 
     def _tokenized(self, body: bytes) -> Tokens:
@@ -126,7 +126,7 @@ def _info(model: ServedModel) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """The value with every token's description, an object that has its "content", replaced by that."""
+    """Replaces every description of a token, an object with its "content", by that text."""
     if isinstance(value, list):
         return [_plain(part) for part in value]
     if isinstance(value, dict):

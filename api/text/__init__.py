@@ -1,1 +1,1 @@
-"""Between text and tokens: where a model is found, its tokenizer, chat template and advice."""
+"""The model as the front end needs it: where it is found, its tokenizer, chat template and generation config."""

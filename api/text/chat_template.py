@@ -1,4 +1,4 @@
-"""A model's chat template: messages as the one text that the model was trained to read."""
+"""A model's chat template, which turns messages into the text that the model was trained to read."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from api.text.tokenizer import TextTokenizer
 from weights.errors import CheckpointError
 
 DEFAULT_NAME = "default"
-"""Of several templates, the one for plain conversations."""
+"""The name of the template for plain conversations, where there are several."""
 
 
 class ChatTemplate:
-    """A template in the terms of transformers' `apply_chat_template`; what it can reach is sandboxed."""
+    """A template with the variables and functions of transformers' `apply_chat_template`, in a sandbox."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` are texts by name, such as `bos_token`. Raises CheckpointError for what is no template."""
+        """`special_tokens` are texts by name, such as `bos_token`. Raises CheckpointError if it is not a template."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -28,12 +28,12 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise CheckpointError(f"The tokenizer's chat template is no Jinja template: {error}.") from error
+            raise CheckpointError(f"The tokenizer's chat template is not a Jinja template: {error}.") from error
         self._special_tokens = special_tokens
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> "ChatTemplate":
-        """The template that comes with a tokenizer. Raises CheckpointError where there is none."""
+        """Finds the template that comes with a tokenizer. Raises CheckpointError where there is none."""
         source = tokenizer.config.get("chat_template")
         if isinstance(source, list):
             source = {entry["name"]: entry["template"] for entry in source}.get(DEFAULT_NAME)
@@ -42,9 +42,9 @@ class ChatTemplate:
         return cls(source, tokenizer.special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """`messages`, each with its `role` and `content`, up to where the answer begins; BOS is part of the text.
+        """Renders messages, each with its `role` and `content`, up to where the answer begins. BOS is part of the text.
 
-        Raises RequestError where the template has no place for them.
+        Raises RequestError where the template does not accept them.
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
@@ -53,7 +53,7 @@ class ChatTemplate:
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
-    """Jinja's own filter escapes for HTML, which no model was trained on."""
+    """Encodes as JSON without escaping for HTML, as Jinja's own filter does: no model was trained on that."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

@@ -1,4 +1,4 @@
-"""generation_config.json: what a model's makers advise where a request does not say."""
+"""generation_config.json: the sampling that a model's makers advise where a request gives none."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ GENERATION_CONFIG_BYTES_MAX = 1 << 20
 
 MODELS_OWN = "auto"
 NO_ADVICE = "vllm"
-"""Words for --generation-config that are no directory: the file beside the model, or none, hence vLLM's defaults."""
+"""The values of --generation-config that are not directories: the model's own file, or none and vLLM's defaults."""
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys that change what is generated, under their names in the file; None where it does not say."""
+    """The keys that change what is generated, under their names in the file; None where the file has none."""
 
     eos_token_id: int | list[int] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -39,23 +39,23 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def named(cls, name: str, model: Path) -> "GenerationConfig":
-        """What --generation-config `name` stands for, with a model in the directory `model`.
+        """Loads what --generation-config `name` stands for, with a model in the directory `model`.
 
-        Raises CheckpointError where a directory that is named has no such file, or as `load` does.
+        Raises CheckpointError where a directory has no such file, and like `load`.
         """
         if name == NO_ADVICE:
             return cls()
         if name == MODELS_OWN:
             return cls.load(model)
         if not (Path(name) / GENERATION_CONFIG_FILE).is_file():
-            raise CheckpointError(f"--generation-config: there is no {GENERATION_CONFIG_FILE} in {name}.")
+            raise CheckpointError(f"--generation-config: {name} has no {GENERATION_CONFIG_FILE}.")
         return cls.load(Path(name))
 
     @classmethod
     def load(cls, directory: Path) -> "GenerationConfig":
         """Reads the file in a model's directory; without one, nothing is advised.
 
-        Raises CheckpointError where the file cannot be read, is no JSON, or a key has the wrong type or range.
+        Raises CheckpointError where the file cannot be read, is not JSON, or a key has the wrong type or range.
         """
         path = directory / GENERATION_CONFIG_FILE
         content = read_bounded(path, GENERATION_CONFIG_BYTES_MAX)
@@ -64,4 +64,4 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.convert(json.loads(content), cls)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no generation config: {error}.") from error
+            raise CheckpointError(f"{path} is not a generation config: {error}.") from error

@@ -1,4 +1,4 @@
-"""Where the model is: a directory, a hub id that is resolved offline, or the sample that comes with the program."""
+"""The place of a model: a directory, a hub id that is resolved offline, or the sample that comes with the program."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     """A model directory, in the layout of a Hugging Face snapshot, and the name it is served under.
 
-    `root` is what the user called it: a hub id or a path. `tokenizer` is the directory of the tokenizer, None where it
+    `root` is the user's name for it: a hub id or a path. `tokenizer` is the directory of the tokenizer, None where that
     is the model's.
     """
 
@@ -37,9 +37,9 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve_timed_model(model: str | None, environment: Mapping[str, str]) -> ModelSource:
-    """As `resolve_model`; but a published model needs no directory, as its configuration comes with the program.
+    """Finds a model like `resolve_model`, or a published one whose configuration comes with the program.
 
-    Its prompts are read with the sample's tokenizer then.
+    The latter needs no directory; its prompts are tokenised with the sample's tokenizer.
     """
     preset = None if model is None or Path(model).is_dir() else preset_directory(model)
     try:
@@ -51,9 +51,9 @@ def resolve_timed_model(model: str | None, environment: Mapping[str, str]) -> Mo
 
 
 def resolve_model(model: str | None, environment: Mapping[str, str]) -> ModelSource:
-    """The model that a command line (`model`, a path or hub id) and the environment ask for, else the sample.
+    """Finds the model that the command line (`model`, a path or hub id) or the environment names, else the sample.
 
-    Raises OptionError where it names no directory, with what to set. Nothing is downloaded.
+    Nothing is downloaded. Raises OptionError, with what to set, where the model is not found.
     """
     asked = model or environment.get(MODEL_VARIABLE)
     directory = environment.get(MODEL_DIRECTORY_VARIABLE)
@@ -67,7 +67,7 @@ def resolve_model(model: str | None, environment: Mapping[str, str]) -> ModelSou
 
 
 def check_model_files(source: ModelSource, *, needs_weights: bool) -> None:
-    """Looks for config.json and, unless weights are random, for safetensors. Raises CheckpointError."""
+    """Raises CheckpointError unless config.json exists and, where weights are needed, safetensors do."""
     if not (source.path / "config.json").is_file():
         raise CheckpointError(f"config.json not found in the model directory. Checked: '{source.path}'.")
     if needs_weights and not any(source.path.glob("*.safetensors")):
@@ -75,7 +75,7 @@ def check_model_files(source: ModelSource, *, needs_weights: bool) -> None:
 
 
 def existing_directory(path: str) -> Path:
-    """`path` as a directory. Raises OptionError where there is none."""
+    """Returns `path` as an absolute directory. Raises OptionError where there is none."""
     directory = Path(path).expanduser()
     if not directory.exists():
         raise OptionError(f"Model path does not exist: '{path}'.")
@@ -108,14 +108,14 @@ def _hub_directory(hub_id: str, environment: Mapping[str, str]) -> Path:
     snapshot = _snapshot(_hub_cache(environment) / f"models--{hub_id.replace('/', '--')}")
     if snapshot is None:
         raise OptionError(
-            f"'{hub_id}' is no directory, and the local Hugging Face cache does not hold it: set "
+            f"'{hub_id}' is not a directory, and the local Hugging Face cache does not have it: set "
             f"{MODEL_DIRECTORY_VARIABLE} to the model's directory, or HF_HOME to a cache with the model."
         )
     return snapshot
 
 
 def _hub_cache(environment: Mapping[str, str]) -> Path:
-    """As huggingface_hub finds it: HF_HUB_CACHE, HF_HOME/hub, XDG_CACHE_HOME/huggingface/hub, ~/.cache."""
+    """Finds the cache like huggingface_hub: HF_HUB_CACHE, HF_HOME/hub, XDG_CACHE_HOME/huggingface/hub, ~/.cache."""
     if cache := environment.get("HF_HUB_CACHE"):
         return Path(cache).expanduser()
     if home := environment.get("HF_HOME"):

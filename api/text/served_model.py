@@ -1,4 +1,4 @@
-"""The model as clients see it: its name, its limits and its text."""
+"""The model that the server serves: its name, its limits, its tokenizer and its generation config."""
 
 import time
 
@@ -11,13 +11,13 @@ from weights.model_config import ModelConfig
 
 DEFAULT_MAX_LOGPROBS = 20
 WHOLE_VOCABULARY = -1
-"""As a number of log-probabilities: those of all tokens."""
+"""The number of log-probabilities that stands for those of all tokens."""
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What the front end knows of the model.
+    """The model as the front end needs it.
 
-    `name` is what requests call it, `root` where it came from. A prompt and its completion have at most
+    `name` is its name in requests, and `root` where it came from. A prompt and its completion have at most
     `max_model_len` tokens, and log-probabilities of at most `max_logprobs` tokens at each position, or of all with
     WHOLE_VOCABULARY. `eos_token_ids` end a completion. `created` is in seconds since 1970.
     """
@@ -43,7 +43,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     ) -> "ServedModel":
         """Reads the tokenizer and the generation config, which `GenerationConfig.named` finds.
 
-        A token that any of the model's files calls EOS ends a completion. Raises CheckpointError.
+        A token that is EOS in any of the model's files ends a completion. Raises CheckpointError.
         """
         text = TextTokenizer.load(source.tokenizer or source.path)
         generation = GenerationConfig.named(generation_config, source.path)

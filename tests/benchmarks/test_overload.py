@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.server.admission import Admission
+from api.server.admission import AdmissionControl
 from api.server.app import create_app
 from api.settings.server import QueueLimits
 from benchmarks.overload.figures import Capacity, Turn, row_of
@@ -64,7 +64,7 @@ def test_a_capacity_is_of_requests() -> None:
 
 def test_visitors_come_whatever_becomes_of_those_before() -> None:
     """Half of the requests stay open until the end, and the others are refused."""
-    admission = Admission(QueueLimits(slots=1, requests=1, tokens=1000))
+    admission = AdmissionControl(QueueLimits(slots=1, requests=1, tokens=1000))
     engine = FakeEngine(lambda request: endless_text(request)[:2])
     server = AppServer(create_app(MODEL, engine, admission=admission))
     server.start()

@@ -31,7 +31,7 @@ async def complete(engine: FakeEngine, served: ServedModel = MODEL, /, **fields:
 
 
 async def stream(engine: FakeEngine, served: ServedModel = MODEL, /, **fields: Any) -> Events:
-    """The events of a stream, which must be framed as the standard says and end in [DONE]."""
+    """Returns the events of a stream, which must be framed as in the standard and end with [DONE]."""
     response = await post(engine, served, stream=True, **fields)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")

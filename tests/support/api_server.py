@@ -1,4 +1,4 @@
-"""The front end on a real socket, and what it serves in tests."""
+"""The front end on a real socket, and the model that it serves in tests."""
 
 import asyncio
 import threading

@@ -26,12 +26,12 @@ VOCABULARY = 16
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """The model: the token after `tokens`, in [0, VOCABULARY). Depends on every token and its position."""
+    """The fake model: returns the token after `tokens`, in [0, VOCABULARY), which depends on all of them."""
     return zlib.crc32(array("I", tokens).tobytes()) % VOCABULARY
 
 
 def reference_answer(prompt: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]) -> tuple[list[int], str]:
-    """What a request gets when nothing else runs: its tokens and why it ended."""
+    """Returns a request's tokens, and why it ends, when nothing else runs."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
         tokens.append(next_token(tokens))
@@ -51,7 +51,7 @@ def demand(condition: bool, message: str) -> None:
 
 
 def scores(tokens: Sequence[int], start: int, end: int) -> list[TokenLogprobs]:
-    """What the model says of the tokens at positions start + 1 to end, as far as there are so many."""
+    """Returns the fake model's scores of the tokens at positions start + 1 to end, or to the last one."""
     return [
         TokenLogprobs(logprob=-float(token), rank=1 + position, top_tokens=[], top_logprobs=[])
         for position, token in enumerate(tokens[start + 1 : end + 1], start + 1)
@@ -59,12 +59,12 @@ def scores(tokens: Sequence[int], start: int, end: int) -> list[TokenLogprobs]:
 
 
 def step_seconds(step: Step) -> float:
-    """How long the fake stage takes: a decode step as long as 20 prompt tokens, and each step a little by itself."""
+    """Returns the time of a step in the fake stage: 1 s, plus 20 s for a decode step or 1 s for each prompt token."""
     return 1.0 + 20.0 if step.mode == "decode" else 1.0 + step.token_count
 
 
 class FakeStage:
-    """All stages of a pipeline in one: they see the same steps in the same order."""
+    """A stand-in for all stages of a pipeline, which run the same steps in the same order."""
 
     def __init__(self, cache: CacheOptions, prefill_chunk: int) -> None:
         self._cache = cache
@@ -80,7 +80,7 @@ class FakeStage:
 
     @property
     def live_slots(self) -> set[int]:
-        """Slots that were admitted and have not ended."""
+        """The slots that were admitted and have not ended."""
         return set(self._tables)
 
     def run(self, step: Step) -> StepResult:
@@ -168,7 +168,7 @@ class FakeStage:
 
 
 class PoisonedStepError(Exception):
-    """What a stage fails with where a request is in a step that it cannot stand."""
+    """The failure of a stage at a poisoned step."""
 
 
 class PoisonedStage(FakeStage):
@@ -190,7 +190,7 @@ class PoisonedStage(FakeStage):
 
 
 HOP_NS, QUEUE_NS, STEP_NS = 10, 20, 50
-"""What every stage of a FakePipeline says that it took: so little that all of it is over when the result comes."""
+"""The times of every stage of a FakePipeline: so short that all of them are over when the result comes."""
 
 
 class FakePipeline:
@@ -236,23 +236,23 @@ class FakePipeline:
         return await self._results.get()
 
     async def health(self) -> list[StageHealth]:
-        """What the test wants."""
+        """Returns what the test has set."""
         return self.healths
 
     async def recover(self) -> None:
-        """Stages that know nothing."""
+        """Begins anew with empty stages."""
         self.epoch += 1
         self.recoveries += 1
         self._stage = FakeStage(self._cache, prefill_chunk=1 << 20)
         self._results = asyncio.Queue()
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Notes that it is closed."""
         self.is_closed = True
 
 
 def fake_timings(submitted_ns: int, stages: int) -> list[StageTiming]:
-    """What the stages say of a step that is submitted now."""
+    """Returns the stages' timings of a step that is submitted now."""
     timings: list[StageTiming] = []
     for stage in range(stages):
         received_ns = submitted_ns + stage * (HOP_NS + QUEUE_NS + STEP_NS) + HOP_NS
@@ -262,7 +262,7 @@ def fake_timings(submitted_ns: int, stages: int) -> list[StageTiming]:
 
 
 def fake_health(stage: int) -> StageHealth:
-    """A stage between two steps."""
+    """The health of a stage between two steps."""
     return StageHealth(
         stage=stage,
         host="fake-host",
@@ -283,8 +283,8 @@ def fake_health(stage: int) -> StageHealth:
 OnProgress = Callable[[StageProgress], None]
 
 
-def tell_progress(options: PipelineOptions, on_progress: OnProgress) -> None:
-    """Every stage loads its first layer."""
+def report_progress(options: PipelineOptions, on_progress: OnProgress) -> None:
+    """Reports that every stage has loaded its first layer."""
     for spec in options.specs:
         on_progress(
             StageProgress(
@@ -299,38 +299,38 @@ def tell_progress(options: PipelineOptions, on_progress: OnProgress) -> None:
 
 
 async def start_sound(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
-    """A pipeline that works."""
-    tell_progress(options, on_progress)
+    """Starts a pipeline that works."""
+    report_progress(options, on_progress)
     return FakePipeline(options)
 
 
 async def start_breaking(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
-    """A pipeline that fails at step 5."""
-    tell_progress(options, on_progress)
+    """Starts a pipeline that fails at step 5."""
+    report_progress(options, on_progress)
     return FakePipeline(options, break_at=5)
 
 
 async def start_stalling(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
-    """A pipeline that gives nothing from step 5 on."""
-    tell_progress(options, on_progress)
+    """Starts a pipeline that gives no results from step 5 on."""
+    report_progress(options, on_progress)
     return FakePipeline(options, stall_at=5)
 
 
 async def start_refused(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
-    """A pipeline that cannot be placed."""
-    tell_progress(options, on_progress)
+    """Fails, as the pipeline cannot be placed."""
+    report_progress(options, on_progress)
     raise PlacementError("2 stages need 2 rows, the cluster has 1.")
 
 
 async def start_never(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
-    """A pipeline that loads for ever."""
-    tell_progress(options, on_progress)
+    """Starts a pipeline that loads for ever."""
+    report_progress(options, on_progress)
     await asyncio.Event().wait()
     return FakePipeline(options)
 
 
 def engine_options(start: str = "start_sound", *, slots: int = 12, blocks: int = 48) -> EngineOptions:
-    """Two stages of two layers; `start` is one of the functions above."""
+    """Options for two stages of two layers; `start` is one of the functions above."""
     specs = [
         StageSpec(index=0, stages=2, first_layer=0, end_layer=2),
         StageSpec(index=1, stages=2, first_layer=2, end_layer=4),

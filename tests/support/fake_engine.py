@@ -20,11 +20,11 @@ Script = Callable[[AddRequest], Sequence[int]]
 
 VOCABULARY_SIZE = 300
 PROMPT_CHUNK = 3
-"""Positions of a prompt that are scored at once."""
+"""The positions of a prompt that are scored at once."""
 
 
 def log_softmax_after(tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of the whole vocabulary after `tokens`, drawn from them; the least one is minus infinity."""
+    """Returns log-probabilities of the whole vocabulary, seeded by `tokens`; the least one is minus infinity."""
     logits = np.random.default_rng([len(tokens), *tokens]).normal(size=VOCABULARY_SIZE)
     logprobs: list[float] = (logits - np.log(np.exp(logits).sum())).tolist()
     logprobs[logprobs.index(min(logprobs))] = -math.inf
@@ -32,7 +32,7 @@ def log_softmax_after(tokens: Sequence[int]) -> list[float]:
 
 
 def scored(before: Sequence[int], token: int, count: int) -> TokenLogprobs:
-    """What a last stage says of `token` after the tokens `before`, with `count` best ones."""
+    """Returns a last stage's scores of `token` after the tokens `before`, with the `count` best ones."""
     logprobs = log_softmax_after(before)
     best = sorted(range(len(logprobs)), key=lambda one: (-logprobs[one], one))
     top = best if count == VOCABULARY else best[:count]
@@ -45,7 +45,7 @@ def scored(before: Sequence[int], token: int, count: int) -> TokenLogprobs:
 
 
 class FakeStream:
-    """One request: its script's tokens, one per output, until `max_tokens` or one of its stop tokens.
+    """The stream of one request: its script's tokens, one per output, until `max_tokens` or a stop token.
 
     A prompt is scored in chunks before the first token, the last of them together with it.
     """
@@ -121,7 +121,7 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Answers each request from `script`; a script shorter than its `max_tokens` leaves the request waiting."""
+    """An engine that answers each request from `script`; one shorter than `max_tokens` leaves the request waiting."""
 
     def __init__(self, script: Script, fail_after: int | None = None) -> None:
         self.state = EngineState(phase="ready", detail="")
@@ -170,11 +170,11 @@ class FakeEngineClient(FakeEngine):
         self.state = EngineState(phase="ready", detail="")
 
     async def wait_failed(self) -> None:
-        """It does not."""
+        """Waits for ever, as it does not fail."""
         await asyncio.Event().wait()
 
     async def counts(self, timeout_s: float) -> None:
-        """It answers at once."""
+        """Answers at once."""
 
     async def close(self) -> None:
         self.closed = True

@@ -1,4 +1,4 @@
-"""Which engine gets a request, and that it is in one engine and ends once, whatever engines and clients do."""
+"""The choice of an engine for a request, which is in one engine and ends once, whatever engines and clients do."""
 
 import asyncio
 from collections.abc import Callable
@@ -192,7 +192,7 @@ class ReplicasMachine(RuleBasedStateMachine):
         return request_id
 
     def burden(self, line: FakeFraming) -> tuple[int, int]:
-        """By the engine's own books."""
+        """Returns the load of an engine by the engine's own count."""
         requests = line.requests.values()
         return len(requests), sum(len(each.tokens) + each.max_tokens for each in requests)
 
@@ -249,7 +249,7 @@ class ReplicasMachine(RuleBasedStateMachine):
 
 
 async def read(stream: RequestStream) -> tuple[list[int], FinishReason | None]:
-    """The tokens of a stream that has ended, and why it ended."""
+    """Returns the tokens of a stream that has ended, and why it ended."""
     tokens: list[int] = []
     reason: FinishReason | None = None
     try:

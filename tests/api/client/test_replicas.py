@@ -1,4 +1,4 @@
-"""Replicas around engine processes whose pipelines have no model."""
+"""Replicas of engine processes whose pipelines have no model."""
 
 import asyncio
 import os
@@ -46,7 +46,7 @@ def request(request_id: int, prompt: int = 40, max_tokens: int = 20) -> AddReque
 
 
 async def answer(stream: RequestStream) -> tuple[list[int], str | None]:
-    """All tokens of a request and why it ended."""
+    """Returns all tokens of a request and why it ended."""
     tokens: list[int] = []
     reason = None
     async for output in stream:
@@ -57,7 +57,7 @@ async def answer(stream: RequestStream) -> tuple[list[int], str | None]:
 
 @asynccontextmanager
 async def opened(*starts: str) -> AsyncIterator[Replicas]:
-    """A replica for each function of tests/support/engine_fakes.py, not started yet."""
+    """Replicas, not started yet, of pipelines that these functions of tests/support/engine_fakes.py start."""
     async with Replicas.open([engine_options(start) for start in starts], lambda *_: None) as replicas:
         yield replicas
 
@@ -80,7 +80,7 @@ async def test_a_killed_engine_leaves_the_other_serving_and_gives_it_what_it_had
         await replicas.start(SECONDS)
         requests = [request(replicas.next_request_id(), prompt=60, max_tokens=20) for _ in range(40)]
         streams = [replicas.generate(added) for added in requests]
-        # In its five steps the first engine begins the answers of five requests at most.
+        # In its five steps the first engine gives outputs to five requests at most.
         first = await asyncio.wait_for(anext(streams[0]), SECONDS)
         counts = await replicas.engines[0].counts()
         assert counts.running + counts.waiting == 20

@@ -1,4 +1,4 @@
-"""What the front end measures of requests, by a clock that the test turns."""
+"""The front end's metrics of requests, by a clock that the test sets."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The engine, in this process and as a process of its own, around a pipeline without a model."""
+"""The engine, in this process and as a process of its own, with a pipeline that has no model."""
 
 import asyncio
 import os
@@ -67,7 +67,7 @@ def open_files() -> set[Path]:
 
 
 async def answer(stream: RequestStream) -> tuple[list[int], str | None]:
-    """All tokens of a request and why it ended."""
+    """Returns all tokens of a request and why it ended."""
     tokens: list[int] = []
     reason = None
     async for output in stream:
@@ -77,7 +77,7 @@ async def answer(stream: RequestStream) -> tuple[list[int], str | None]:
 
 
 class Harness:
-    """An Engine in this process, with what it says."""
+    """An Engine in this process, and the messages that it sends."""
 
     def __init__(self, pipeline: FakePipeline, options: EngineOptions) -> None:
         self.pipeline = pipeline
@@ -91,7 +91,7 @@ class Harness:
         return await asyncio.wait_for(self.said.get(), SECONDS)
 
     async def hear_answers(self, count: int) -> dict[int, list[RequestOutput]]:
-        """Listens until so many requests have ended."""
+        """Takes messages until so many requests have ended."""
         heard: dict[int, list[RequestOutput]] = {}
         while sum(outputs[-1].finish_reason is not None for outputs in heard.values()) < count:
             message = await self.hear()
@@ -238,7 +238,7 @@ def test_a_frame_longer_than_any_message_is_refused() -> None:
 @pytest.mark.parametrize("kind", [PlacementError, EngineError, PipelineError, OptionError])
 def test_an_error_keeps_its_class_on_its_way_to_the_front_end(kind: type[PlacementError]) -> None:
     class Detailed(kind):  # type: ignore[valid-type, misc]
-        """More special than the table of exit codes."""
+        """A class that is not in the table of exit codes."""
 
     error = error_of(failed_state(Detailed("What happened.")))
     assert type(error) is kind
@@ -415,7 +415,7 @@ def test_the_process_ends_when_the_front_end_was_killed(start: str) -> None:
         engine = psutil.Process(int(front_end.stdout.readline()))
         front_end.kill()
     deadline = time.monotonic() + SECONDS
-    # Nobody may be there to reap an orphan: a zombie has ended all the same.
+    # An orphan may have no parent to reap it: a zombie has ended all the same.
     while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -432,7 +432,7 @@ async def test_stages_that_really_run_answer_and_end_with_the_engine(monkeypatch
         close_timeout_s=30,
         pipeline_start=PIPELINE_START,
     )
-    # Short, for Ray's unix sockets.
+    # The path is short, for Ray's unix sockets.
     with tempfile.TemporaryDirectory(prefix="ray-") as directory:
         monkeypatch.setenv("RAY_TMPDIR", directory)
         async with EngineClient.start(options) as engine:
@@ -440,7 +440,7 @@ async def test_stages_that_really_run_answer_and_end_with_the_engine(monkeypatch
             requests = [request(engine.next_request_id(), prompt=70, max_tokens=30) for _ in range(20)]
             answers = await asyncio.gather(*(answer(engine.generate(added)) for added in requests))
             for added, (tokens, reason) in zip(requests, answers, strict=True):
-                # Each of the two stages adds one.
+                # Each of the two stages adds a process.
                 assert tokens == [(added.tokens[-1] + 2 * step) % 256 for step in range(1, 31)]
                 assert reason == "length"
             processes = psutil.Process(engine.pid).children(recursive=True)

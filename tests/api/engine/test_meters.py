@@ -24,7 +24,7 @@ def measured(meters: EngineMeters) -> EngineMetrics:
 
 
 def run(flow: Flow, meters: EngineMeters, until: float = math.inf) -> int:
-    """Tells the meters what happens before `until`, as the engine would; returns how many steps are in flight then."""
+    """Reports what happens before `until` to the meters; returns the number of steps in flight then."""
     in_flight = 0
     for time_ns, place, returns in flow.events:
         if time_ns >= until:
@@ -93,7 +93,7 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
 
 
 def shifted(timing: StageTiming, by_ns: int) -> StageTiming:
-    """What a stage says whose clock goes so far ahead."""
+    """The times of a stage whose clock is so far ahead."""
     return StageTiming(
         received_ns=timing.received_ns + by_ns, began_ns=timing.began_ns + by_ns, ended_ns=timing.ended_ns + by_ns
     )

@@ -1,4 +1,4 @@
-"""What the log says of requests and steps at its debug level, and that it costs nothing above it."""
+"""The log of requests and steps at the debug level, and that it costs nothing above that level."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ Logs = list[MutableMapping[str, Any]]
 
 @pytest.fixture
 def debugging() -> Iterator[None]:
-    """The level at which steps are logged."""
+    """Sets the level at which steps are logged."""
     logger = logging.getLogger("api.engine.step_watch")
     logger.setLevel(logging.DEBUG)
     yield
@@ -39,7 +39,7 @@ def request(request_id: int, prompt: int = 20, max_tokens: int = 3) -> AddReques
 
 
 async def serve(*messages: AddRequest | AbortRequest, break_at: float = math.inf) -> tuple[FakePipeline, Logs]:
-    """An engine that gets these messages first, until it has no more to do."""
+    """Runs an engine on these messages until it has no more to do."""
     options = engine_options()
     pipeline = FakePipeline(options.pipeline, break_at=break_at)
 

@@ -32,7 +32,7 @@ SECONDS = 20.0
 
 
 def names(events: list[Event], kind: str) -> dict[tuple[int, int], str]:
-    """What processes or threads are called."""
+    """The names of processes or threads."""
     return {
         (event["pid"], event["tid"]): event["args"]["name"]
         for event in events
@@ -41,7 +41,7 @@ def names(events: list[Event], kind: str) -> dict[tuple[int, int], str]:
 
 
 def moved(passage_ns: int, by_ns: int) -> int:
-    """Nanoseconds of a flow, after the timeline's beginning, each as a tenth of a millisecond."""
+    """Returns the times of a step in nanoseconds after the timeline's beginning, given in tenths of a millisecond."""
     return by_ns + passage_ns * 100_000
 
 
@@ -202,7 +202,7 @@ async def test_an_engine_leaves_a_timeline_however_it_ends(
         track = tracks[STAGE_PID + stage, STAGE_PID + stage]
         assert [event["args"]["step_id"] for event in track] == list(range(steps))
         assert {each for event in track for each in event["args"]["request_ids"]} == set(range(15))
-        # A token comes of each request's last prefill step, and of each of its decode steps.
+        # Each request gets a token from its last prefill step, and from each of its decode steps.
         decoded = sum(event["args"]["tokens"] for event in track if event["name"] == "decode")
         assert decoded == 15 * 11
     assert len(events) < 4 * steps + 20

@@ -60,7 +60,7 @@ async def test_each_token_comes_with_itself_and_the_best(count: int) -> None:
 
 
 async def test_the_best_token_is_the_one_whose_value_equals_the_greatest() -> None:
-    """As lm-eval judges whether an answer is greedy: by equality of floats."""
+    """lm-eval judges by equality of floats whether an answer is greedy."""
     best = max(range(300), key=log_softmax_after(PROMPT).__getitem__)
     worse = sorted(range(300), key=log_softmax_after(PROMPT).__getitem__)[200]
     for token, is_greedy in ((best, True), (worse, False)):
@@ -69,7 +69,7 @@ async def test_the_best_token_is_the_one_whose_value_equals_the_greatest() -> No
 
 
 async def test_of_tokens_with_one_text_the_best_is_shown() -> None:
-    """Half of the small vocabulary are halves of characters, which have no text by themselves."""
+    """Half of the small vocabulary is halves of characters, which have no text by themselves."""
     choice = await only_choice(FakeEngine(script(HELLO)), ALL_MODEL, logprobs=-1, max_tokens=1)
     [top] = choice["logprobs"]["top_logprobs"]
     nameless = [token for token in range(300) if name(token) == ""]
@@ -88,7 +88,7 @@ async def test_minus_infinity_is_vllms_number() -> None:
 
 
 async def test_an_echo_begins_with_the_prompts_own_log_probabilities() -> None:
-    """lm-eval's request: one token after the prompt, and nothing known of the prompt's first token."""
+    """lm-eval's request has one token after the prompt, and no log-probability of the prompt's first token."""
     prompt = [BOS_ID, *TEXT_TOKENS]
     engine = FakeEngine(script(HELLO))
     choice = await only_choice(engine, prompt=[prompt], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234)
@@ -203,7 +203,7 @@ def test_the_texts_of_tokens_add_up_to_the_text(text: str, data: st.DataObject) 
     texts = TokenTexts(TOKENIZER)
     joined = ""
     for token in TOKENIZER.encode(text, add_special_tokens=False):
-        other, own = texts.here([data.draw(st.integers(0, 299)), token])
+        other, own = texts.texts_here([data.draw(st.integers(0, 299)), token])
         assert not other.endswith("\N{REPLACEMENT CHARACTER}")
         joined += own
         texts.advance(token)
@@ -213,11 +213,11 @@ def test_the_texts_of_tokens_add_up_to_the_text(text: str, data: st.DataObject) 
 def test_a_character_is_ended_only_once() -> None:
     begin, end = TOKENIZER.encode("€", add_special_tokens=False)
     texts = TokenTexts(TOKENIZER)
-    assert texts.here([begin, end]) == ["", ""]
+    assert texts.texts_here([begin, end]) == ["", ""]
     texts.advance(begin)
-    assert texts.here([begin, end, HELLO]) == ["", "€", "hello"]
+    assert texts.texts_here([begin, end, HELLO]) == ["", "€", "hello"]
     texts.advance(end)
-    assert texts.here([begin, end, HELLO]) == ["", "", "hello"]
+    assert texts.texts_here([begin, end, HELLO]) == ["", "", "hello"]
 
 
 @settings(deadline=None, max_examples=50)

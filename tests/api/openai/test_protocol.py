@@ -1,4 +1,4 @@
-"""What of a request's body is accepted, and what the client is told of the rest."""
+"""The bodies of requests that are accepted, and the messages for those that are refused."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the engine is told of each field of a request that says how tokens shall be chosen."""
+"""The sampling parameters that the engine gets for each field of a request."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ ALL_MODEL = msgspec.structs.replace(MODEL, max_logprobs=-1)
 
 
 async def told(model: Any = MODEL, **fields: Any) -> list[AddRequest]:
-    """The requests that the engine gets."""
+    """Returns the requests that the engine gets."""
     engine = FakeEngine(endless_text)
     await complete(engine, model, **fields)
     return [made.request for made in engine.streams]
@@ -93,7 +93,7 @@ async def test_the_models_advice_stands_where_the_request_is_silent() -> None:
 
 
 async def test_bad_words_are_given_alone_and_after_a_space_where_that_is_one_token_too() -> None:
-    """Against vLLM's rule, applied to another reader of the same vocabulary."""
+    """The sequences follow vLLM's rule, applied to another reader of the same vocabulary."""
     words = ["the", " sea", "San Francisco", "the", "7", "é"]
     model = msgspec.structs.replace(MODEL, vocab_size=1024, tokenizer=TextTokenizer.load(SAMPLE_DIR))
     [request] = await told(model, bad_words=words)

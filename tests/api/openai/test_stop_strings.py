@@ -12,7 +12,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
 
 
 def expected(text: str, stops: list[str], include_stop: bool, unchecked: int = 0) -> tuple[str, str | None]:
-    """Reads character by character: the first moment at which the text ends in a stop string decides.
+    """Reads character by character; the first moment at which the text ends with a stop string decides.
 
     Nothing is decided within the first `unchecked` characters.
     """
@@ -34,7 +34,7 @@ def test_any_cut_of_a_text_stops_at_the_same_place(
     checker = StopStrings(stops, include_stop)
     released = ""
     for begin, end in itertools.pairwise(cuts):
-        released += checker.add(text[begin:end], may_stop=end > unchecked)
+        released += checker.add_text(text[begin:end], may_stop=end > unchecked)
         if checker.matched is not None:
             break
     else:
@@ -48,7 +48,7 @@ def test_just_what_may_become_a_stop_string_is_held_back(text: str, stops: list[
     checker = StopStrings(stops)
     released = ""
     for count, character in enumerate(text, start=1):
-        released += checker.add(character)
+        released += checker.add_text(character)
         if checker.matched is not None:
             return
         held = text[len(released) : count]

@@ -64,6 +64,6 @@ def test_chunks_come_to_take_as_long_as_allowed_and_no_longer(
     tokens = measured.tokens
     allowed = wait * decode + 1e3  # Times are whole nanoseconds.
     assert tokens == BLOCK or overhead + tokens * token <= allowed * (1 + 1e-6) + token
-    # Nor much shorter: two blocks more, at the time a token that it takes now, would be too long.
+    # It is not much shorter either: with two blocks more, at the present time a token, it would take too long.
     longer = (tokens + 2 * BLOCK) / tokens
     assert tokens == CHUNK_MAX or (overhead + tokens * token) * longer >= wait * decode

@@ -22,7 +22,7 @@ MODES: list[Mode] = ["prefill", "decode"]
 
 @dataclass
 class Company:
-    """A scheduler whose pipeline comes back after each failure, as the engine sees to it."""
+    """A scheduler whose pipeline is brought back after each failure, as the engine does it."""
 
     mode: Mode
     slots: int
@@ -50,7 +50,7 @@ class Company:
                 self.endings[output.request_id] = output.finish_reason, output.error
 
     def fail(self, step_id: int | None) -> None:
-        """The stage fails: some of what was on its way to the engine still arrives there."""
+        """Fails the stage: some of the results on their way to the engine still arrive."""
         for _ in range(self.lost_results.draw(st.integers(0, len(self.results)), label="results that arrive")):
             self.take(self.scheduler.on_result(self.results.popleft()))
         self.results.clear()
@@ -60,7 +60,7 @@ class Company:
         self.stage = self.new_stage()
 
     def run(self, results: float = math.inf) -> None:
-        """Until nothing is left to do, or so many results have come."""
+        """Runs until nothing is left to do, or so many results have come."""
         while results > 0:
             self.fill()
             if not self.results:
@@ -112,7 +112,7 @@ def test_poisoned_requests_end_with_the_reason_and_their_neighbours_with_their_a
     assert {request_id for request_id, (reason, _) in company.endings.items() if reason == "error"} == condemned
     assert all(company.endings[request_id] == ("error", SENTENCE) for request_id in condemned)
     assert all(has_its_answer(company, added) for added in asked if added.request_id not in condemned)
-    # Twice together, then half of them each time, then once more alone.
+    # It fails twice with all others, then with half of them each time, then once more alone.
     assert company.failures <= len(condemned) * (REPEATED + math.ceil(math.log2(len(asked))) + REPEATED)
     assert company.scheduler.counts() == nothing_in_use(company.options)
 

@@ -1,4 +1,4 @@
-"""The scheduler against a stage that knows nothing but its steps, and against each request running alone."""
+"""The scheduler against a stage that has only the steps it gets, and against each request running alone."""
 
 from collections import deque
 
@@ -43,7 +43,7 @@ class FakeLine:
         return self.scheduler.on_result(self.results.popleft())
 
     def drain(self) -> dict[int, tuple[list[int], str]]:
-        """Runs until nothing is in flight; every finished request's tokens and reason."""
+        """Runs until nothing is in flight; returns every finished request's tokens and reason."""
         tokens: dict[int, list[int]] = {}
         ended: dict[int, tuple[list[int], str]] = {}
         while True:
@@ -185,7 +185,7 @@ def test_max_tokens_ends_with_length_and_a_stop_token_is_the_last() -> None:
 
 
 def test_forced_tokens_take_the_place_of_sampled_ones_which_are_handed_out() -> None:
-    """Also over preemptions: four sequences of four blocks share nine."""
+    """Scores come once over preemptions too: four sequences of four blocks share nine."""
     line = FakeLine(scheduler_options(stages=1, slots=4, blocks=9))
     prompts = [request(request_id, 20, 1).tokens for request_id in range(4)]
     forced = [[(5 * place + number) % VOCABULARY for place in range(90)] for number in range(4)]
@@ -288,7 +288,7 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
     line = FakeLine(scheduler_options())
-    with pytest.raises(ProtocolError, match=r"sent 0 tokens for step 3; awaited was no step\."):
+    with pytest.raises(ProtocolError, match=r"sent 0 tokens for step 3; awaited was none\."):
         line.scheduler.on_result(StepResult(epoch=0, step_id=3, tokens=[]))
     line.scheduler.add_request(request(0, 5, 5))
     line.submit()
@@ -460,7 +460,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert {run.slot for run in self.scheduler.snapshot().running} == self.line.stage.live_slots
 
     def check_order(self, step: Step) -> None:
-        """Nobody who came earlier waits while another is admitted."""
+        """Checks that no request which came earlier waits while another is admitted."""
         admitted = {admission.slot for admission in step.admissions}
         snapshot = self.scheduler.snapshot()
         arrivals = [run.arrival for run in snapshot.running if run.slot in admitted]
@@ -491,7 +491,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(results=st.integers(1, 60))
     def run(self, results: int) -> None:
-        """Some of the pipeline's everyday life at once, so that requests get to their ends."""
+        """Runs the pipeline for many results at once, so that requests reach their ends."""
         for _ in range(results):
             self.fill()
             if not self.line.results:

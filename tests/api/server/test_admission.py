@@ -1,16 +1,16 @@
-"""The books of what waits, against a count of their own."""
+"""The numbers of open and waiting completions, against a count kept by the test."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from api.errors import OverloadedError, RequestError
-from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, Admission, Ticket
+from api.server.admission import RETRY_AFTER_S, RETRY_AFTER_S_MAX, AdmissionControl, Ticket
 from api.settings.server import QueueLimits
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock in seconds that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -30,7 +30,7 @@ def test_defaults_follow_slots_and_the_models_length() -> None:
 
 
 def test_more_than_slots_and_queue_hold_is_refused_until_one_ends() -> None:
-    admission = Admission(limits())
+    admission = AdmissionControl(limits())
     places = [admission.admit({0: 1}) for _ in range(5)]
     with pytest.raises(OverloadedError, match="3 completions wait already, with 5 tokens"):
         admission.admit({0: 1})
@@ -42,7 +42,7 @@ def test_more_than_slots_and_queue_hold_is_refused_until_one_ends() -> None:
 
 
 def test_without_a_queue_only_free_slots_are_given() -> None:
-    admission = Admission(limits(requests=0))
+    admission = AdmissionControl(limits(requests=0))
     admission.admit({0: 1})
     admission.admit({0: 1})
     with pytest.raises(OverloadedError):
@@ -50,7 +50,7 @@ def test_without_a_queue_only_free_slots_are_given() -> None:
 
 
 def test_a_large_request_is_taken_where_a_slot_is_free_and_nowhere_else() -> None:
-    admission = Admission(limits())
+    admission = AdmissionControl(limits())
     admission.admit({0: 1})
     large = admission.admit(dict.fromkeys(range(20), 1))
     with pytest.raises(OverloadedError):
@@ -63,7 +63,7 @@ def test_a_large_request_is_taken_where_a_slot_is_free_and_nowhere_else() -> Non
 
 
 def test_tokens_count_until_their_completion_has_begun() -> None:
-    admission = Admission(limits(slots=1))
+    admission = AdmissionControl(limits(slots=1))
     first = admission.admit({0: 90})
     with pytest.raises(OverloadedError, match="90 tokens"):
         admission.admit({0: 11})
@@ -73,15 +73,15 @@ def test_tokens_count_until_their_completion_has_begun() -> None:
 
 
 def test_more_tokens_than_may_ever_wait_are_the_clients_mistake() -> None:
-    admission = Admission(limits())
+    admission = AdmissionControl(limits())
     with pytest.raises(RequestError, match="2 completions have 102 tokens of prompts together, more than the 100"):
         admission.admit({0: 51, 1: 51})
-    # One alone is bounded by the model's length.
+    # A request with one completion is bounded by the model's length alone.
     admission.admit({0: 102})
 
 
 def test_what_generates_nothing_is_always_taken() -> None:
-    admission = Admission(limits(slots=1, requests=0))
+    admission = AdmissionControl(limits(slots=1, requests=0))
     admission.admit({0: 1})
     admission.admit({}).ended(0)
     assert admission.open == 1
@@ -89,13 +89,13 @@ def test_what_generates_nothing_is_always_taken() -> None:
 
 def test_a_client_is_told_to_wait_as_long_as_the_queue_will_take() -> None:
     clock = Clock()
-    admission = Admission(limits(slots=1, requests=10), clock)
+    admission = AdmissionControl(limits(slots=1, requests=10), clock)
     places = [admission.admit({0: 1}) for _ in range(11)]
     assert admission.retry_after_s() == RETRY_AFTER_S
     for place in places[:4]:
         clock.now += 2
         place.ended(0)
-    # 7 are open and 6 of them wait; 4 ended in the 6 s since the first of these.
+    # 7 completions are open and 6 of them wait; 4 ended in the 6 s since the first of these ends.
     assert admission.retry_after_s() == 9
     clock.now += 1e6
     assert admission.retry_after_s() == RETRY_AFTER_S_MAX
@@ -109,9 +109,9 @@ requests = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 
 @given(st.lists(st.one_of(requests, st.integers(0, 9)), max_size=40))
 def test_the_books_agree_with_a_count(events: list[list[int] | int]) -> None:
-    """A list is a request's prompts; a number ends a completion of, or releases, one that is open."""
+    """In the events, a list is a request's prompts; a number ends a completion of an open request, or releases it."""
     bounds = limits()
-    admission = Admission(bounds)
+    admission = AdmissionControl(bounds)
     held: list[tuple[Ticket, dict[int, int]]] = []
     for event in events:
         unbegun = sum(sum(tokens.values()) for _, tokens in held)

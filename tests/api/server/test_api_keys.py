@@ -1,4 +1,4 @@
-"""Keys: where they come from, what they open, and that nothing shows them."""
+"""API keys: where they come from, which paths need them, and that they are never shown."""
 
 import os
 from pathlib import Path

@@ -135,7 +135,7 @@ def test_a_client_that_leaves_within_its_body_leaves_nothing() -> None:
 
 
 def test_every_event_of_a_stream_comes_when_its_token_does() -> None:
-    """The engine waits for ever after two tokens: their text must have come before."""
+    """The engine waits for ever after two tokens, so their text must have come before."""
     engine = FakeEngine(never_ending)
     with (
         serving_app(engine) as url,
@@ -200,7 +200,7 @@ async def test_many_streams_at_once_do_not_mix() -> None:
 
 
 def test_the_front_end_needs_neither_torch_nor_transformers_nor_ray() -> None:
-    """Each would cost it seconds at the start, and hundreds of megabytes."""
+    """Each of them would take seconds at the start, and hundreds of megabytes."""
     code = (
         "import sys, api.cli, api.server.app;"
         "print([name for name in ('torch', 'transformers', 'ray', 'huggingface_hub') if name in sys.modules])"

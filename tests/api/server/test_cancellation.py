@@ -1,4 +1,4 @@
-"""Clients that go away: their requests are in no step issued once the scheduler knows, and give everything back."""
+"""Clients that go away: no step issued after the abort has their requests, which give everything back."""
 
 import asyncio
 import json
@@ -24,19 +24,19 @@ def body(client: int) -> dict[str, Any]:
 
 
 async def stay(client: httpx.AsyncClient, server: Server, number: int) -> int:
-    """Waits for the whole answer; how many tokens it has."""
+    """Waits for the whole answer, and returns its number of tokens."""
     response = await client.post(server.completions, json=body(number))
     return int(response.json()["usage"]["completion_tokens"])
 
 
 async def leave_a_stream(client: httpx.AsyncClient, server: Server, number: int) -> None:
-    """Goes away after the first piece of text."""
+    """Goes away after the first chunk of text."""
     async with client.stream("POST", server.completions, json={**body(number), "stream": True}) as response:
         await anext(response.aiter_lines())
 
 
 async def leave_an_answer(client: httpx.AsyncClient, server: Server, number: int, begun: asyncio.Event) -> None:
-    """Goes away while the answer is being made, and before anything of it has come."""
+    """Goes away while the answer is being made, before any of it has come."""
     asking = asyncio.create_task(client.post(server.completions, json=body(number)))
     await begun.wait()
     asking.cancel()
@@ -45,7 +45,7 @@ async def leave_an_answer(client: httpx.AsyncClient, server: Server, number: int
 
 
 async def running(client: httpx.AsyncClient, server: Server, count: int) -> dict[str, Any]:
-    """Waits until so many requests run; what the engine says then."""
+    """Waits until so many requests run, and returns the engine's counts then."""
 
     async def seen() -> dict[str, Any]:
         while True:
@@ -57,7 +57,7 @@ async def running(client: httpx.AsyncClient, server: Server, count: int) -> dict
 
 
 def events(server: Server) -> list[dict[str, Any]]:
-    """What the processes logged, in order."""
+    """Returns the lines that the processes logged, in order."""
     lines = server.log.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
 

@@ -1,4 +1,4 @@
-"""The application with an engine whose tokens are known: what goes to the engine and what comes to the client."""
+"""The application with an engine whose tokens are known: the engine's requests and the client's answers."""
 
 import asyncio
 from collections.abc import MutableMapping
@@ -121,7 +121,7 @@ async def test_a_stop_string_ends_the_completion_and_the_work_on_it() -> None:
 
 
 async def test_what_a_completion_stopped_at_is_said() -> None:
-    """EOS is no reason of its own, as in vLLM; any other stop token is named, and shown only on request."""
+    """EOS is not a reason of its own, as in vLLM; any other stop token is named, and shown only on request."""
     tokens = [*TEXT_TOKENS[:3], EOS_ID]
 
     async def stopped(**fields: Any) -> tuple[str, str, object]:
@@ -148,7 +148,7 @@ async def test_what_a_completion_stopped_at_is_said() -> None:
 
 
 async def test_a_stop_string_counts_only_after_the_least_number_of_tokens() -> None:
-    """One that begins before it and ends after it counts, as in vLLM."""
+    """A stop string that begins before `min_tokens` and ends after it counts, as in vLLM."""
 
     async def text(least: int) -> str:
         answer = await complete(FakeEngine(endless_text), stop=["hello", "o w"], min_tokens=least, max_tokens=40)

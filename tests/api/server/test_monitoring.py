@@ -34,7 +34,7 @@ def tests_in_the_engine_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Monitored:
-    """An engine, and a client of the routes around it."""
+    """An engine, and a client of the routes that monitor it."""
 
     def __init__(self, engine: EngineClient, client: httpx.AsyncClient) -> None:
         self.engine = engine
@@ -63,7 +63,7 @@ async def monitored(start: str = "start_sound") -> AsyncIterator[Monitored]:
 
 
 async def until(look: Callable[[], Awaitable[Seen]], is_so: Callable[[Seen], bool]) -> Seen:
-    """Looks again and again; fails at the deadline."""
+    """Repeats `look` until `is_so`, and returns what it saw; fails at the deadline."""
     deadline = asyncio.get_running_loop().time() + SECONDS
     while not is_so(seen := await look()):
         assert asyncio.get_running_loop().time() < deadline
@@ -81,7 +81,7 @@ def request(engine: EngineClient, prompt: int = 40, max_tokens: int = 20, stop: 
 
 
 async def answer(engine: EngineClient, added: AddRequest) -> int:
-    """How many tokens a request gets."""
+    """Returns the number of tokens that a request gets."""
     return sum([len(output.tokens) async for output in engine.generate(added)])
 
 
@@ -91,7 +91,7 @@ async def test_a_scrape_tells_what_was_served() -> None:
         await engine.wait_ready(SECONDS)
         ended = [request(engine, prompt=10 + i, max_tokens=5) for i in range(20)]
         lengths = await asyncio.gather(*(answer(engine, added) for added in ended))
-        # The fake model knows 16 tokens, and each of them stops this one.
+        # The fake model has 16 tokens, and each of them stops this request.
         stopped = await answer(engine, request(engine, prompt=3, stop=tuple(range(16))))
         assert (lengths, stopped) == ([5] * 20, 1)
         scrape = await around.scrape()
@@ -121,7 +121,7 @@ async def test_a_scrape_tells_what_every_stage_did() -> None:
         await around.engine.wait_ready(SECONDS)
         await answer(around.engine, request(around.engine, prompt=40, max_tokens=4))
         scrape = await around.scrape()
-    # One chunk of the prompt's 40 tokens, and three more tokens.
+    # A chunk of the prompt's 40 tokens, and three more tokens.
     steps = {"prefill": 1, "decode": 3}
     for stage in ("0", "1"):
         place = {"engine": "0", "stage": stage, "host": "fake-host"}

@@ -1,4 +1,4 @@
-"""Requests that are too many, or take too long, are told so; and what is let through is unharmed by them."""
+"""Requests beyond the queue's limits or their deadline are refused, and the others are not affected."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from api.server.admission import RETRY_AFTER_S, Admission
+from api.server.admission import RETRY_AFTER_S, AdmissionControl
 from api.server.app import create_app
 from api.settings.server import QueueLimits
 from tests.support.api_client import error_of
@@ -19,7 +19,7 @@ HOUR = 3600.0
 
 
 def client(engine: FakeEngine, limits: QueueLimits | None = None, timeout_s: float | None = None) -> httpx.AsyncClient:
-    admission = None if limits is None else Admission(limits)
+    admission = None if limits is None else AdmissionControl(limits)
     app = create_app(MODEL, engine, admission=admission, request_timeout_s=timeout_s)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
@@ -46,7 +46,7 @@ async def test_what_finds_no_place_is_refused_before_its_stream_begins(stream: b
         refused = await post(opened, stream=stream)
         assert error_of(refused, 429)["type"] == "RateLimitError"
         assert refused.headers["retry-after"] == str(RETRY_AFTER_S)
-        # Before the body is even read: what is wrong with it makes no difference.
+        # The refusal comes before the body is read, so what is wrong with the body makes no difference.
         error_of(await opened.post("/v1/completions", content=b"{"), 429)
         assert len(engine.streams) == 2
         engine.streams[0].fail()

@@ -1,4 +1,4 @@
-"""From the command to a server and back, with an engine that needs no model."""
+"""`serve` from its start to its end, with an engine that needs no model."""
 
 import asyncio
 import contextlib
@@ -107,7 +107,7 @@ def one_token(request: AddRequest) -> Sequence[int]:
 
 @contextlib.asynccontextmanager
 async def an_open_stream(server: Server) -> AsyncIterator[AsyncIterator[str]]:
-    """The lines of a completion, after its first one."""
+    """Opens a completion, and gives its lines after the first one."""
     async with server.client.stream("POST", "/v1/completions", json=BODY) as response:
         lines = response.aiter_lines()
         assert '"text":' in await anext(lines)

@@ -1,4 +1,4 @@
-"""The routes that turn text to tokens and back."""
+"""The routes that turn text into tokens and back."""
 
 from pathlib import Path
 

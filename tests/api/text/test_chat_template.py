@@ -40,7 +40,7 @@ BLOCKS = """
 {% endfor %}
 {% if add_generation_prompt %}<assistant>{% endif %}
 """
-"""With what transformers adds to plain Jinja: trimmed blocks, loop controls, a filter that leaves characters alone."""
+"""A template with what transformers adds to Jinja: trimmed blocks, loop controls, a filter that keeps characters."""
 
 
 def rendered_alike(directory: Path, messages: list[dict[str, str]]) -> bool:

@@ -1,4 +1,4 @@
-"""Which model a command line and an environment ask for."""
+"""The model that a command line and an environment name."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ HUB_ID = "deepseek-ai/DeepSeek-R1-0528"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model directory, as far as its path goes."""
+    """A model directory that has a path and nothing else."""
     directory = tmp_path / "r1"
     directory.mkdir()
     return directory
@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    """HF_HOME with one snapshot of HUB_ID."""
+    """Makes an HF_HOME with one snapshot of HUB_ID."""
     repository = tmp_path / "hf" / "hub" / "models--deepseek-ai--DeepSeek-R1-0528"
     (repository / "snapshots" / "abc").mkdir(parents=True)
     (repository / "refs").mkdir()
