@@ -104,7 +104,7 @@ def _bad_words(words: list[str], model: ServedModel) -> list[list[int]]:
 
 
 def _prompt_logprobs(request: CompletionRequest, model: ServedModel) -> int | None:
-    """The larger of what `prompt_logprobs` asks for and what `logprobs` asks for of an echo."""
+    """The larger number of `prompt_logprobs` and, for an echo, `logprobs`; None where neither is given."""
     asked = [_logprobs(request.prompt_logprobs, "prompt_logprobs", model)]
     if request.echo:
         asked.append(_logprobs(request.logprobs, "logprobs", model))

@@ -27,7 +27,7 @@ class PrefillBudget:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a prefill step: whole blocks, at least one; as many as allowed while nothing is measured."""
+        """The tokens that a prefill step may hold: whole blocks, at least one; all while nothing is measured."""
         if self._decode_step_ns is None or self._prompt_token_ns is None:
             return self._chunk_max
         within = int(self._wait * self._decode_step_ns / self._prompt_token_ns)

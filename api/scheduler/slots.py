@@ -13,7 +13,7 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """How many blocks are free."""
+        """The number of free blocks."""
         return len(self._free)
 
     @property
@@ -54,7 +54,7 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many slots are free."""
+        """The number of free slots."""
         return self._free_slots
 
     def microbatch_of(self, slot: int) -> int:

@@ -34,7 +34,7 @@ class MonitoredEngine(Protocol):
         """Queries its measurements. Raises EngineError where it is gone, or does not answer in time."""
 
     async def report(self) -> PipelineReport:
-        """Queries its state and its stages'. Raises EngineError where it is gone, or does not answer in time."""
+        """Queries what it and its stages do now. Raises EngineError where it is gone, or does not answer in time."""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):

@@ -108,7 +108,7 @@ def _hub_directory(hub_id: str, environment: Mapping[str, str]) -> Path:
     snapshot = _snapshot(_hub_cache(environment) / f"models--{hub_id.replace('/', '--')}")
     if snapshot is None:
         raise OptionError(
-            f"'{hub_id}' is not a directory, and the local Hugging Face cache does not have it: set "
+            f"'{hub_id}' is not a directory, and the local Hugging Face cache does not hold it: set "
             f"{MODEL_DIRECTORY_VARIABLE} to the model's directory, or HF_HOME to a cache with the model."
         )
     return snapshot

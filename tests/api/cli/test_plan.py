@@ -136,7 +136,7 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         (["r1", "--context", "5000"], "--context 5000 is more than the 4096 tokens of --max-model-len."),
         (["r1", "--layers-per-stage", "30,31", "--stages", "3"], "leave one of them out"),
         (["r1", "--rows", "8", "--stages", "3"], "8 rows cannot be shared evenly with 3 stages."),
-        (["deepseek-ai/DeepSeek-R2"], "'deepseek-ai/DeepSeek-R2' is no directory"),
+        (["deepseek-ai/DeepSeek-R2"], "'deepseek-ai/DeepSeek-R2' is not a directory"),
         (["/nowhere/r1"], "Model path does not exist: '/nowhere/r1'."),
         (
             ["r1", "--json", "/nowhere/plan.json"],
