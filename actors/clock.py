@@ -1,4 +1,4 @@
-"""The clock that all processes of a pipeline stamp their times with."""
+"""The clock that all processes of a pipeline read their time stamps from."""
 
 import time
 
@@ -6,7 +6,7 @@ READINGS = 16
 
 
 def _offset_ns() -> int:
-    """What the wall clock is ahead of the monotonic one, by the reading that took least: others were interrupted."""
+    """How far the wall clock is ahead of the monotonic one, by the shortest reading: longer ones were interrupted."""
     readings = []
     for _ in range(READINGS):
         before = time.monotonic_ns()
@@ -20,9 +20,9 @@ _OFFSET_NS = _offset_ns()
 
 
 def now_ns() -> int:
-    """Nanoseconds since 1970 that never jump within a process.
+    """Returns nanoseconds since 1970 that never jump within a process.
 
-    Stamps of two processes on one host compare to a few microseconds, as long as nobody sets its clock between their
-    starts; those of two hosts as far as their clocks agree.
+    Stamps of two processes on one host agree to a few microseconds, as long as nobody sets its clock between their
+    starts; those of two hosts agree as far as their clocks do.
     """
     return time.monotonic_ns() + _OFFSET_NS

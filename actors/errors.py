@@ -1,6 +1,11 @@
 """Errors of placing, starting and running a pipeline."""
 
+from typing import Literal
+
 from weights.errors import GalaxylineError, PublicError
+
+LinkErrorKind = Literal["not_joined", "lost", "refused", "closed"]
+"""Why a connection is missing: it was never made, it ended by itself, the peer broke the protocol, or we closed it."""
 
 
 class ClusterError(GalaxylineError):
@@ -8,11 +13,11 @@ class ClusterError(GalaxylineError):
 
 
 class PlacementError(PublicError):
-    """The cluster cannot hold the stages; the sentence says what is there and what is missing."""
+    """The cluster cannot hold the stages; the sentence names what is there and what is missing."""
 
 
 class ReleaseError(GalaxylineError):
-    """A host runs another release than the engine; the sentence says which, what it has and what is wanted."""
+    """A host runs another release than the engine; the sentence names the host, its release and the one needed."""
 
 
 class StartError(GalaxylineError):
@@ -20,17 +25,22 @@ class StartError(GalaxylineError):
 
 
 class ProtocolError(GalaxylineError):
-    """A peer sent bytes that are no frame of this pipeline: wrong magic, version, secret, epoch or length."""
+    """A peer sent bytes that are not a frame of this pipeline: wrong magic, version, secret, epoch or length."""
 
 
 class LinkError(GalaxylineError):
-    """A connection between two stages was lost or did not answer within its deadline."""
+    """A connection between two stages was lost, or was not made within its deadline."""
+
+    def __init__(self, message: str, kind: LinkErrorKind = "not_joined") -> None:
+        super().__init__(message)
+        self.kind: LinkErrorKind = kind
 
 
 class PipelineError(GalaxylineError):
     """A running pipeline lost a stage; the sentence names stage, host, step and cause.
 
-    `stage` is the one to blame and `step_id` the step that it worked on, None where that is not known or there is none.
+    `stage` is the one that failed and `step_id` the step that it worked on; either is None where it is not known, or
+    where there is none.
     """
 
     def __init__(

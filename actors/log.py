@@ -1,4 +1,4 @@
-"""Logging of all processes: one JSON object a line, or coloured lines where a person watches."""
+"""Logging of all processes: one JSON object a line, or coloured lines on a terminal."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ LEVELS = ("debug", "info", "warning", "error")
 def configure_logging() -> None:
     """Sends structlog's and the standard library's records to stderr, in one format.
 
-    The level is that of GALAXYLINE_LOG_LEVEL, "info" by default; raises GalaxylineError if it is none. Fields bound
+    The level is that of GALAXYLINE_LOG_LEVEL, "info" by default; raises GalaxylineError for any other. Fields bound
     with `structlog.contextvars` or `logger.bind` (stage, step_id, request_id) are part of every record.
     """
     level = os.environ.get(LEVEL_VARIABLE, "info").lower()
@@ -53,10 +53,10 @@ def configure_logging() -> None:
 
 
 def keep_logs_off_stdout() -> None:
-    """Sends structlog's records to stderr where nobody has said where they go, and leaves all else as it is.
+    """Sends structlog's records to stderr unless structlog is configured already, and changes nothing else.
 
-    For functions that programs of others call: structlog would print to stdout, between what they print there.
+    It is for functions that other programs call: structlog would print to stdout, between their own output.
     """
     if not structlog.is_configured():
-        # Asked anew for each record, as whoever replaces sys.stderr means it.
+        # Looked up anew for each record, so that a replaced sys.stderr is used.
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))

@@ -1,4 +1,4 @@
-"""What a pipeline is told at its start."""
+"""The options of a pipeline."""
 
 from typing import Literal
 
@@ -15,25 +15,25 @@ Transport = Literal["host", "mesh"]
 STAGE_RUNNER = "stages.stage:Stage.load"
 TIMED_RUNNER = "stages.timed.stage:TimedStage.load"
 COMPILING_SECONDS = 60.0
-"""How long a process on chips may say nothing: while ttnn compiles kernels, no other of its threads runs."""
+"""How long a process on chips may be silent: while ttnn compiles kernels, none of its other threads runs."""
 FIFO_BYTES = 1 << 14
-"""Of each chip's L1 that a mesh socket takes: room for eight bfloat16 tiles."""
+"""Bytes of each chip's L1 that a mesh socket takes: room for eight bfloat16 tiles."""
 
 
 class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `Pipeline.start` needs.
 
     `hidden_size` is the model's: hidden states are [tokens, hidden_size] in `stage.dtype`. Each stage owns
-    `rows_per_stage` Galaxy rows of one host. `ray_address` is that of a running cluster; with None the environment's
-    RAY_ADDRESS counts, and without it a cluster on this host alone is started. Rows that others use are waited for
-    `placement_timeout_s`. `runner` is the import path
-    "module:attribute" of what makes a stage's runner (a `RunnerFactory`).
+    `rows_per_stage` Galaxy rows of one host. `ray_address` is that of a running cluster; with None it is RAY_ADDRESS of
+    the environment, and without that a cluster on this host alone is started. Rows that others use are waited for
+    `placement_timeout_s`. `runner` is the import path "module:attribute" of what makes a stage's runner (a
+    `RunnerFactory`).
 
-    By the transport "host" hidden states travel beside steps, through host sockets; by "mesh", which needs the device
-    "ttnn" and links between the stages' chips, they go from mesh to mesh, `fifo_bytes` of them at a time to each chip.
-    `environments` is what is added to each stage's environment, nothing where it is empty. The cluster is to hold
-    `pipelines` of this size, this one and others like it: it is refused at once where it could not. With `spare` a
-    process on each host waits to take the place of a stage that is lost.
+    With the transport "host" hidden states are sent with the steps, through host sockets; with "mesh", which needs the
+    device "ttnn" and links between the stages' chips, they go from mesh to mesh, `fifo_bytes` of them at a time to each
+    chip. `environments` has what is added to the environment of each stage; where it is empty, nothing is. A start is
+    refused at once where the cluster could not hold `pipelines` of this size, this one and others like it. With `spare`
+    a process on each host waits to take the place of a stage that is lost.
     """
 
     hidden_size: int
@@ -59,12 +59,12 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise PlanError(f"{len(self.environments)} environments were given for {len(self.specs)} stages.")
 
     def environment(self, stage: int) -> dict[str, str]:
-        """What is added to a stage's environment."""
+        """Returns what is added to a stage's environment."""
         return self.environments[stage] if self.environments else {}
 
     @property
     def silence_s(self) -> float:
-        """Seconds without a sign of life after which a stage is taken for dead."""
+        """Seconds without a heartbeat after which a stage is considered dead."""
         return COMPILING_SECONDS if self.device == "ttnn" else SILENCE_SECONDS
 
     @property

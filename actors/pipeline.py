@@ -10,53 +10,86 @@ from typing import Protocol
 import structlog
 
 from actors.cluster.environment import prepare_environment
-from actors.engine_end import EngineEnd
+from actors.diagnosis import Diagnosis, FailureReport, ReportKind, diagnose
 from actors.errors import LinkError, PipelineError
 from actors.options import PipelineOptions
-from actors.sockets.link import Arrival, Link
+from actors.sockets.link import Arrival, EngineLinks, EpochEvents, Link
 from actors.stage.health import StageHealth, StageProgress
-from actors.step_deadline import StepDeadline
-from actors.verdict import Symptom, Verdict, verdict
 from stages.step import StageFailure, Step, StepResult
 from weights.errors import GalaxylineError
+
+RECENT_STEPS = 32
+DEADLINE_FACTOR = 50.0
+"""A step of prompt tokens alone takes some twenty times as long as a step of one token for each user."""
+DEADLINE_LEAST_S = 5.0
 
 _epochs = itertools.count(1)
 _log = structlog.get_logger()
 
 
-class Running(Protocol):
-    """What stands behind a pipeline: its stages, wherever they run."""
+class StepDeadline:
+    """How long a step may take before a stage is considered stuck.
+
+    It is DEADLINE_FACTOR times the longest of the last RECENT_STEPS steps, but at least DEADLINE_LEAST_S and at most
+    `most_s` seconds. Until so many steps are known it is `most_s`: the first ones may compile, or capture a trace.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._took_s: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def note(self, took_s: float) -> None:
+        """Records the seconds from a step's submission to its result."""
+        self._took_s.append(took_s)
+
+    def forget(self) -> None:
+        """Drops all records, as the next steps may be slower: a stage is new."""
+        self._took_s.clear()
+
+    @property
+    def allowed_s(self) -> float:
+        """Seconds from a step's submission to its result."""
+        if len(self._took_s) < RECENT_STEPS:
+            return self._most_s
+        return min(self._most_s, max(DEADLINE_LEAST_S, DEADLINE_FACTOR * max(self._took_s)))
+
+
+class PipelineStages(Protocol):
+    """The stages of a pipeline, wherever they run."""
 
     async def health(self) -> list[StageHealth]:
-        """What every stage says of itself, in order; returns within about a second."""
+        """Returns the health of every stage, in order, within about a second."""
 
-    async def mend(self, engine: EngineEnd, given_up: Collection[int]) -> Link:
-        """Joins the stages anew for another epoch, those `given_up` and others that are lost in new processes."""
+    async def rejoin(self, links: EngineLinks, kill: Collection[int]) -> Link:
+        """Joins the stages for another epoch; those to `kill`, and others that are lost, get new processes.
+
+        Returns the link to the first stage.
+        """
 
     async def close(self) -> None:
         """Ends everything."""
 
 
 class Pipeline:
-    """A running pipeline. Made by `start`; usable until `close`.
+    """A running pipeline, made by `start` and usable until `close`.
 
-    After a PipelineError it is of no use until `recover` has brought it back, as another `epoch`.
+    After a PipelineError it cannot be used until `recover` has brought it back, as another `epoch`.
     """
 
     def __init__(self, epoch: int, step_timeout_s: float) -> None:
-        """Not joined to any stages yet: `attach` does that."""
+        """Makes a pipeline without stages: `attach` adds them."""
         self.epoch = epoch
         self._deadline = StepDeadline(step_timeout_s)
         self._loop = asyncio.get_running_loop()
-        self._running: Running | None = None
-        self._inlet: Link | None = None
+        self._stages: PipelineStages | None = None
+        self._downstream: Link | None = None
         # When each step was submitted, by the loop's clock.
         self._outstanding: dict[int, float] = {}
         self._results: deque[Arrival] = deque()
         self._changed = asyncio.Event()
         self._failed: asyncio.Future[GalaxylineError] = self._loop.create_future()
-        self._verdict: Verdict | None = None
-        self._blamed_before: int | None = None
+        self._diagnosis: Diagnosis | None = None
+        self._failed_before: int | None = None
         self._diagnosing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -64,33 +97,33 @@ class Pipeline:
     async def start(cls, options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> "Pipeline":
         """Places, starts, loads and joins all stages.
 
-        `on_progress` is called on the caller's loop whenever a stage gets on. Raises ClusterError, PlacementError,
-        or StartError naming stage, host and cause; a CheckpointError, CacheError, PlanError or DeviceError of a stage
-        is raised as itself. Whatever was started is ended before it raises.
+        `on_progress` is called on the caller's loop whenever a stage has come further. Raises ClusterError,
+        PlacementError, or StartError naming stage, host and cause; a CheckpointError, CacheError, PlanError or
+        DeviceError of a stage is raised as it is. Whatever was started is ended before it raises.
         """
         prepare_environment(options.ray_address)
         # Importing Ray takes most of a second; the caller's loop has other work.
         await asyncio.to_thread(_import_ray)
-        from actors.launch import Launch  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
+        from actors.deployment import Deployment  # noqa: PLC0415 - imports Ray, which reads the environment
 
         pipeline = cls(next(_epochs), options.step_timeout_s)
-        launch = Launch(options, pipeline.engine_end(), on_progress)
-        try:
-            pipeline.attach(launch, await launch.run())
-        except BaseException:
-            await asyncio.shield(launch.close())
-            raise
+        deployment = await Deployment.start(options, pipeline.engine_links(), on_progress)
+        pipeline.attach(deployment, deployment.downstream)
         return pipeline
 
-    def attach(self, running: Running, inlet: Link) -> None:
-        """Takes over stages that are ready; `inlet` leads to the first, and the last one reports to `outlet`."""
-        self._running = running
-        self._inlet = inlet
+    def attach(self, stages: PipelineStages, downstream: Link) -> None:
+        """Takes over stages that are ready; `downstream` is the link to the first one."""
+        self._stages = stages
+        self._downstream = downstream
 
-    def engine_end(self) -> EngineEnd:
-        """This side of the links of the present epoch, with a secret of its own."""
-        secret = secrets.token_bytes(32)
-        return EngineEnd(epoch=self.epoch, secret=secret, inlet=_Inlet(self), outlet=_Outlet(self))
+    def engine_links(self) -> EngineLinks:
+        """Returns this side of the links of the present epoch, with a secret of its own."""
+        return EngineLinks(
+            epoch=self.epoch,
+            secret=secrets.token_bytes(32),
+            downstream=EpochEvents(self._current_epoch, self.handle_lost_link),
+            upstream=EpochEvents(self._current_epoch, self.handle_lost_link, self.handle_arrival),
+        )
 
     async def submit(self, step: Step) -> None:
         """Sends a step to the first stage; waits while the pipeline is full.
@@ -99,13 +132,13 @@ class Pipeline:
         """
         if self._failed.done():
             raise self._failed.result()
-        if self._inlet is None:
+        if self._downstream is None:
             raise PipelineError("The pipeline was not started.")
         submitted_at = self._loop.time()
         try:
-            await self._inlet.send(step)
+            await self._downstream.send(step)
         except LinkError as error:
-            self.lose(error)
+            self.handle_lost_link(error)
             raise await asyncio.shield(self._failed) from error
         # Not before: a step that never got into the pipeline has no part in its failures.
         self._outstanding[step.step_id] = submitted_at
@@ -113,7 +146,7 @@ class Pipeline:
             self._timer = self._loop.call_at(submitted_at + self._deadline.allowed_s, self._check_deadline)
 
     async def receive(self) -> StepResult:
-        """The next result, in the order of submission; waits for it, for ever if no step is outstanding.
+        """Returns the next result, in the order of submission; waits for it, for ever if no step is outstanding.
 
         Raises PipelineError naming stage, host, step and cause when a stage fails, dies or loses its link, or when
         the oldest outstanding step has passed its deadline; and the same error on every call until `recover`.
@@ -131,25 +164,25 @@ class Pipeline:
         return result
 
     async def recover(self) -> None:
-        """Brings a pipeline that has failed back, as another epoch: what was outstanding is forgotten.
+        """Brings a pipeline that has failed back, as another epoch; steps that were outstanding are forgotten.
 
-        A stage whose process is gone or stuck, or that was to blame twice with no result between, gets another one;
-        the others keep theirs, and their weights. Raises PlacementError or StartError, or what loading has to object;
-        it may be called again then.
+        A stage whose process is gone or stuck, or that failed twice with no result between, gets another one; the
+        others keep theirs, and their weights. Raises PlacementError or StartError, or what loading raises; it may be
+        called again then.
         """
-        if self._running is None:
+        if self._stages is None:
             raise PipelineError("The pipeline was not started.")
-        given_up = self._given_up()
+        kill = self._stages_to_kill()
         self._begin_epoch()
         try:
-            self._inlet = await self._running.mend(self.engine_end(), given_up)
+            self._downstream = await self._stages.rejoin(self.engine_links(), kill)
         except GalaxylineError as error:
             self._fail(error)
             raise
 
     async def health(self) -> list[StageHealth]:
-        """What every stage says of itself, in order; one that does not answer is "silent", or "dead"."""
-        return [] if self._running is None else await self._running.health()
+        """Returns the health of every stage, in order; one that does not answer is "silent", or "dead"."""
+        return [] if self._stages is None else await self._stages.health()
 
     async def close(self) -> None:
         """Ends all stages and removes every socket; ends the Ray cluster if `start` started it. May be repeated."""
@@ -158,52 +191,56 @@ class Pipeline:
             self._diagnosing.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        if self._running is not None:
-            await self._running.close()
+        if self._stages is not None:
+            await self._stages.close()
 
-    def take(self, arrival: Arrival) -> None:
-        """A message came from the last stage."""
+    def handle_arrival(self, arrival: Arrival) -> None:
+        """Takes a message from the last stage."""
         message = arrival.message
         if isinstance(message, StepResult):
             submitted_at = self._outstanding.pop(message.step_id, None)
             if submitted_at is None:
                 arrival.release()
-                self._diagnose(f"the last stage gave a result for step {message.step_id}, which is not outstanding")
+                cause = f"the last stage gave a result for step {message.step_id}, which is not outstanding"
+                self._begin_diagnosis("stray_result", cause)
                 return
             self._deadline.note(self._loop.time() - submitted_at)
-            self._blamed_before = None
+            self._failed_before = None
             self._results.append(arrival)
             self._changed.set()
             return
         arrival.release()
         if isinstance(message, StageFailure):
-            self._diagnose(message.cause, message)
+            self._begin_diagnosis("stage_failure", message.cause, message)
 
-    def lose(self, error: LinkError) -> None:
-        """One of the engine's own links is lost."""
-        self._diagnose(str(error))
+    def handle_lost_link(self, error: LinkError) -> None:
+        """Fails the pipeline because one of the engine's own links is lost."""
+        self._begin_diagnosis("lost_link", str(error))
 
-    def _diagnose(self, cause: str, failure: StageFailure | None = None, *, is_late: bool = False) -> None:
-        """Something is wrong: finds out what, once, and fails the pipeline."""
+    def _current_epoch(self) -> int:
+        return self.epoch
+
+    def _begin_diagnosis(self, kind: ReportKind, cause: str, failure: StageFailure | None = None) -> None:
+        """Finds out what failed, once, and fails the pipeline with it."""
         if self._diagnosing is None and not self._failed.done():
-            symptom = Symptom(outstanding=list(self._outstanding), cause=cause, failure=failure, is_late=is_late)
-            self._diagnosing = asyncio.ensure_future(self._judge(symptom))
+            report = FailureReport(kind=kind, outstanding=list(self._outstanding), cause=cause, failure=failure)
+            self._diagnosing = asyncio.ensure_future(self._diagnose(report))
 
-    async def _judge(self, symptom: Symptom) -> None:
-        found = self._verdict = verdict(symptom, await self.health())
+    async def _diagnose(self, report: FailureReport) -> None:
+        found = self._diagnosis = diagnose(report, await self.health())
         self._fail(PipelineError(found.sentence, found.stage, found.step_id))
 
-    def _given_up(self) -> set[int]:
+    def _stages_to_kill(self) -> set[int]:
         """The stages that need another process."""
-        found, self._verdict = self._verdict, None
+        found, self._diagnosis = self._diagnosis, None
         if found is None or found.stage is None:
             return set()
-        was_blamed, self._blamed_before = self._blamed_before == found.stage, found.stage
-        return {found.stage} if found.is_lost or was_blamed else set()
+        has_failed_before, self._failed_before = self._failed_before == found.stage, found.stage
+        return {found.stage} if found.is_lost or has_failed_before else set()
 
     def _begin_epoch(self) -> None:
         self.epoch = next(_epochs)
-        self._inlet = None
+        self._downstream = None
         self._outstanding.clear()
         for arrival in self._results:
             arrival.release()
@@ -230,40 +267,7 @@ class Pipeline:
         if deadline > self._loop.time():
             self._timer = self._loop.call_at(deadline, self._check_deadline)
             return
-        self._diagnose(f"it did not come out within {allowed_s:.3g} s", is_late=True)
-
-
-class _Inlet:
-    """What the link to the first stage calls: nothing but credits comes back by it."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._epoch = pipeline.epoch
-
-    def arrived(self, arrival: Arrival) -> None:
-        arrival.release()
-
-    def lost(self, error: LinkError) -> None:
-        if self._epoch == self._pipeline.epoch:
-            self._pipeline.lose(error)
-
-
-class _Outlet:
-    """What the link from the last stage calls. Of a former epoch nobody hears any more."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._epoch = pipeline.epoch
-
-    def arrived(self, arrival: Arrival) -> None:
-        if self._epoch == self._pipeline.epoch:
-            self._pipeline.take(arrival)
-        else:
-            arrival.release()
-
-    def lost(self, error: LinkError) -> None:
-        if self._epoch == self._pipeline.epoch:
-            self._pipeline.lose(error)
+        self._begin_diagnosis("late_step", f"it did not come out within {allowed_s:.3g} s")
 
 
 def _import_ray() -> None:

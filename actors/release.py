@@ -1,4 +1,4 @@
-"""What all hosts of a pipeline have to have in common."""
+"""The release that all hosts of a pipeline have to run."""
 
 import sys
 
@@ -8,9 +8,9 @@ from weights.release import VERSION
 
 
 def own_release() -> str:
-    """What this process runs, as a person reads it; two processes fit together where it is the same.
+    """Returns the release that this process runs, as text; two processes fit together where it is the same.
 
-    Patch releases of Python do not matter, as what passes between processes is the same in all of them.
+    Patch releases of Python are left out, as what passes between processes is the same in all of them.
     """
     return (
         f"galaxyline {VERSION} with protocol {PROTOCOL_VERSION} on Python {sys.version_info[0]}.{sys.version_info[1]}"
@@ -18,11 +18,11 @@ def own_release() -> str:
 
 
 def refuse_other_release(wanted: str, host: str) -> None:
-    """Raises ReleaseError unless this process, on `host`, runs what is `wanted`."""
+    """Raises ReleaseError unless this process, on `host`, runs the release `wanted`."""
     if own_release() != wanted:
         raise ReleaseError(release_sentence(host, f"runs {own_release()}", wanted))
 
 
 def release_sentence(host: str, what: str, wanted: str) -> str:
-    """Says what a host has instead of what is wanted of all."""
+    """Returns a sentence on `what` a host has instead of the release that is `wanted` on all."""
     return f"{host} {what}, and the pipeline needs {wanted}: install the same on every host of the cluster."

@@ -11,9 +11,12 @@ import msgspec
 
 from stages.mesh_spec import HiddenShard
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 Mode = Literal["prefill", "decode"]
+
+FailureKind = Literal["error", "lost_link"]
+"""Whether a stage failed by an error of its own, or only because the link to a neighbour was lost."""
 
 
 class Message(
@@ -186,6 +189,7 @@ class StageFailure(Message, frozen=True, kw_only=True):
     stage: int
     host: str
     step_id: int
+    kind: FailureKind
     cause: str
 
 

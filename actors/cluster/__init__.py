@@ -1,1 +1,1 @@
-"""The Ray cluster: hosts, rows, placement, the ends of processes."""
+"""The Ray cluster: its hosts and rows, the placement of stages, and how processes are ended."""

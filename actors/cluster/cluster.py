@@ -24,15 +24,15 @@ Result = TypeVar("Result")
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
-"""Hardly anything passes through Ray's object store; this is near the least it accepts (75 MiB)."""
+"""Size of Ray's object store, through which hardly anything passes; it accepts no less than 75 MiB."""
 REACH_SECONDS = 5.0
 
 
 class Cluster:
     """A connection to Ray, made by `join`.
 
-    All of Ray's blocking calls run in one thread that lives as long as the connection: Ray's processes ask the kernel
-    to be killed when the thread that started them ends. Off the main thread Ray installs no SIGTERM handler either,
+    All of Ray's blocking calls run in one thread that lives as long as the connection, because the kernel kills Ray's
+    processes when the thread that started them ends. Off the main thread Ray installs no SIGTERM handler either,
     so the process keeps its own.
     """
 
@@ -67,11 +67,11 @@ class Cluster:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def topology(self) -> Topology:
-        """The hosts that are alive, and all rows they have, in use or not."""
+        """Returns the hosts that are alive, and all rows they have, in use or not."""
         return await self.call(_topology)
 
     async def node_id(self) -> str:
-        """The node that this process is on."""
+        """Returns the id of the node that this process is on."""
         return await self.call(_node_id)
 
     async def leave(self) -> None:
@@ -82,7 +82,7 @@ class Cluster:
 
 
 async def _reach(address: str) -> None:
-    """Ray tries for a minute before it says that nobody is there; look first. Raises ClusterError."""
+    """Raises ClusterError unless something listens at the address; Ray itself tries for a minute before it gives up."""
     if address == "auto":
         return
     host, _, port = address.rpartition("://")[2].rpartition(":")
@@ -96,7 +96,7 @@ async def _reach(address: str) -> None:
 
 
 def _connect(address: str | None, rows: int) -> bool:
-    """Returns whether the connection is ours to end, and was not there before."""
+    """Connects to Ray, or starts it; returns whether that was done here, and is to be undone here."""
     if ray.is_initialized():
         return False
     try:
@@ -113,7 +113,7 @@ def _connect(address: str | None, rows: int) -> bool:
 
 
 def _take_signals_back() -> None:
-    """Puts back the process's own handlers: Ray's core calls them after its own, which aborts three seconds later."""
+    """Puts back the process's own signal handlers: Ray calls them after its own, which aborts three seconds later."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.getsignal(number))
@@ -121,8 +121,11 @@ def _take_signals_back() -> None:
 
 
 def _start_despite_load(rows: int) -> None:
-    """Once more if Ray's processes are not up in time: a raylet ends after 15 s without word of its agents, which on a
-    busy host have just been read from disk then (ray-project/ray, issue 65983)."""
+    """Starts Ray, and once more if its processes are not up in time.
+
+    A raylet ends if its agents do not report for 15 s, which on a busy host they may need to be read from disk
+    (ray-project/ray, issue 65983).
+    """
     try:
         _start(rows)
     except ClusterError:

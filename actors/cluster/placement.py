@@ -1,4 +1,4 @@
-"""Stages to hosts and rows: who sits where, and a refusal that says what is missing. Nothing here asks Ray."""
+"""The placement of stages on hosts and rows, and refusals that name what is missing. Nothing here uses Ray."""
 
 import itertools
 from collections import Counter
@@ -10,13 +10,13 @@ from actors.errors import PlacementError
 from stages.step import Host, Topology
 
 ROWS = "galaxy_rows"
-"""The custom resource by which a node says how many Galaxy rows it has."""
+"""The custom resource by which a node offers its Galaxy rows."""
 
 Rows = list[int]
 
 
 class StagePlacement(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one stage goes: a bundle of the placement group, thereby a host, and the rows it owns there.
+    """The place of one stage: a bundle of the placement group, and thereby a host, and the rows it owns there.
 
     It is the `neighbour`-th of the pipeline's `neighbours` stages on its host. A host's rows are numbered from 0;
     those of a stage follow each other, as a mesh has to be of chips that are linked.
@@ -40,12 +40,12 @@ def refuse_impossible(topology: Topology, stages: int, rows_per_stage: int) -> N
 
 
 def needed_rows(stages: int, rows_per_stage: int) -> str:
-    """The beginning of a refusal."""
+    """Returns the beginning of a refusal."""
     return f"{stages} stages of {rows_per_stage} rows need {stages * rows_per_stage} Galaxy rows"
 
 
 def hosts_sentence(topology: Topology, taken: Mapping[str, set[int]] | None = None) -> str:
-    """What there is, and how much of it is `taken`: row numbers by node."""
+    """Returns a sentence on the rows there are, and how many are `taken`, which has row numbers by node."""
     rows = ", ".join(_host_words(host, (taken or {}).get(host.node_id, set())) for host in topology.hosts if host.rows)
     total = sum(host.rows for host in topology.hosts)
     return f"the cluster has {total}: {rows}" if rows else f"no host of the cluster offers {ROWS}"
@@ -58,11 +58,11 @@ def _host_words(host: Host, taken: set[int]) -> str:
 def plan_placements(
     topology: Topology, taken: Mapping[str, set[int]], first: str, stages: int, rows_per_stage: int
 ) -> list[StagePlacement] | None:
-    """Seats for all stages on rows that are not `taken` (row numbers by node); None where they do not suffice.
+    """Returns placements for all stages on rows that are not `taken`; None where there are not enough such rows.
 
-    On as few hosts as can hold them, that of the engine (`first`) among these if it makes no more of them. Each host
-    holds a run of neighbours, the engine's the first ones, so the chain crosses from host to host as seldom as there
-    are hosts. Stage i has bundle i.
+    `taken` has row numbers by node. The stages go on as few hosts as can hold them, the engine's host (`first`) among
+    these if that needs no more of them. Each host holds a run of neighbours, the engine's host the first ones, so the
+    chain crosses from host to host once for each host but the first. Stage i has bundle i.
     """
     runs = {host.node_id: _free_runs(host, taken.get(host.node_id, set()), rows_per_stage) for host in topology.hosts}
     room = {node: sum(map(len, of_node)) for node, of_node in runs.items() if of_node}
@@ -80,7 +80,7 @@ def plan_placements(
 
 
 def placements_beside(kept: Sequence[StagePlacement], moved: Sequence[StagePlacement]) -> list[StagePlacement]:
-    """The placements `moved` to hosts where others may have been `kept`: they share its cores with these."""
+    """Returns the placements `moved` to hosts where others were `kept`, numbered so that they share the cores."""
     filled = Counter(placed.host.node_id for placed in kept)
     sizes = filled + Counter(placed.host.node_id for placed in moved)
     return [
@@ -92,7 +92,7 @@ def placements_beside(kept: Sequence[StagePlacement], moved: Sequence[StagePlace
 
 
 def _free_runs(host: Host, taken: set[int], rows_per_stage: int) -> list[list[Rows]]:
-    """The free rows in runs of adjacent ones, each cut into what stages can own; none that is too short for one."""
+    """The runs of adjacent free rows, each cut into parts of `rows_per_stage`; shorter runs are left out."""
     free = [row for row in range(host.rows) if row not in taken]
     numbered = itertools.groupby(enumerate(free), key=lambda place: place[1] - place[0])
     runs = ([row for _, row in run] for _, run in numbered)
@@ -102,14 +102,14 @@ def _free_runs(host: Host, taken: set[int], rows_per_stage: int) -> list[list[Ro
 
 
 def _choose_rows(runs: Sequence[list[Rows]], count: int) -> list[Rows]:
-    """Rows for `count` neighbours: of the shortest run that holds all, so that they are linked, else of several."""
+    """Rows for `count` neighbours: from the shortest run that holds all, so that they are linked, else from several."""
     fitting = [run for run in runs if len(run) >= count]
     chosen = min(fitting, key=len) if fitting else list(itertools.chain.from_iterable(runs))
     return chosen[:count]
 
 
 def _share_out(room: Mapping[str, int], first: str, stages: int) -> Counter[str]:
-    """How many stages each node gets, of the `room` it has; fewest nodes, all of them full but the last."""
+    """How many stages each node gets of the `room` it has: as few nodes as possible, all of them full but the last."""
     largest = sorted(room, key=lambda node: -room[node])
     fewest = next(count for count in range(1, len(largest) + 1) if _sum(room, largest[:count]) >= stages)
     chosen = largest[:fewest]
@@ -119,7 +119,7 @@ def _share_out(room: Mapping[str, int], first: str, stages: int) -> Counter[str]
     *full, last = chosen
     rest = stages - _sum(room, full)
     if last != first:
-        # The least that suffices: what is left elsewhere stays together for others.
+        # The node with the least room that suffices, so that free rows elsewhere stay together for others.
         last = min((node for node in largest if node not in full and room[node] >= rest), key=room.__getitem__)
     return Counter({**{node: room[node] for node in full}, last: rest})
 

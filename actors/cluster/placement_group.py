@@ -1,4 +1,4 @@
-"""Rows reserved for all stages of a pipeline together, within a deadline."""
+"""The reservation of rows for all stages of a pipeline together, within a deadline. The module imports Ray."""
 
 import asyncio
 import random
@@ -27,17 +27,22 @@ from actors.cluster.ray_private import actor_holders
 from actors.errors import PlacementError
 
 PREFIX = "galaxyline rows "
+NODE_LABEL = "ray.io/node-id"
+"""The label by which Ray names every node."""
+RETRY_SECONDS = 0.3
+GRANT_SECONDS = 5.0
+"""Rows that nobody claims are granted within this time; otherwise the hosts are looked at again."""
 
 
 class RowClaim(msgspec.Struct, frozen=True):
-    """Row numbers by node id; `token` tells claims to the same rows apart."""
+    """A claim to rows, by their numbers for each node id; `token` distinguishes claims to the same rows."""
 
     token: str
     rows: dict[str, list[int]]
 
     @classmethod
     def of(cls, placements: Sequence[StagePlacement]) -> "RowClaim":
-        """A new claim to the rows of all placements."""
+        """Makes a new claim to the rows of all placements."""
         rows: dict[str, list[int]] = {}
         for placed in placements:
             rows.setdefault(placed.host.node_id, []).extend(placed.rows)
@@ -45,18 +50,18 @@ class RowClaim(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """The placement group's."""
+        """The name of the placement group, which other pipelines read the claim from."""
         return PREFIX + msgspec.json.encode(self).decode()
 
 
 def read_claims(names: Iterable[str]) -> list[RowClaim]:
-    """The claims among the names of placement groups."""
+    """Returns the claims among the names of placement groups."""
     written = (name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
     return [msgspec.json.decode(claim, type=RowClaim) for claim in written]
 
 
 def taken_rows(claims: Iterable[RowClaim]) -> dict[str, set[int]]:
-    """Row numbers that are claimed, by node id."""
+    """Returns the row numbers that are claimed, by node id."""
     taken: dict[str, set[int]] = {}
     for claim in claims:
         for node, rows in claim.rows.items():
@@ -65,24 +70,16 @@ def taken_rows(claims: Iterable[RowClaim]) -> dict[str, set[int]]:
 
 
 def has_rival(claim: RowClaim, claims: Iterable[RowClaim]) -> bool:
-    """Whether another claim has one of the same rows."""
+    """Returns whether another claim has one of the same rows."""
     others = taken_rows(other for other in claims if other.token != claim.token)
     return any(others.get(node, set()).intersection(rows) for node, rows in claim.rows.items())
 
 
-NODE_LABEL = "ray.io/node-id"
-
-"""Ray gives it to every node."""
-
-RETRY_SECONDS = 0.3
-
-GRANT_SECONDS = 5.0
-
-"""In which rows that nobody claims are granted, else the hosts are looked at again."""
-
-
 class Placement:
-    """Rows for all stages, in one placement group, and in others for stages that had to move; made by `place`."""
+    """The rows of all stages, in one placement group, and in others for stages that had to move; made by `place`.
+
+    `stages` has the placement of each stage, in order.
+    """
 
     def __init__(
         self, cluster: Cluster, group: PlacementGroup, placements: list[StagePlacement], actor_class: str
@@ -95,13 +92,13 @@ class Placement:
         self.stages = placements
 
     def group_of(self, stage: int) -> PlacementGroup:
-        """The group that has the bundle of the stage."""
+        """Returns the group that has the bundle of the stage."""
         return self._groups[stage]
 
     async def settle(self, seconds: float) -> None:
-        """Finds other rows for the stages of hosts that are gone, on as few hosts as can hold them.
+        """Reserves other rows for the stages of hosts that are gone, on as few hosts as can hold them.
 
-        Raises PlacementError where there are none within `seconds`.
+        Raises PlacementError where none are free within `seconds`.
         """
         alive = {host.node_id for host in (await self._cluster.topology()).hosts}
         lost = [stage for stage, placed in enumerate(self.stages) if placed.host.node_id not in alive]
@@ -118,8 +115,9 @@ class Placement:
         self._groups = [group if stage in replaced else old for stage, old in enumerate(self._groups)]
 
     async def remove(self) -> None:
-        """Gives the rows back; actors that are still on them end."""
-        for group in self._all_groups:
+        """Gives the rows back; actors that are still on them end. May be repeated."""
+        groups, self._all_groups = self._all_groups, []
+        for group in groups:
             await _remove(self._cluster, group)
 
 
@@ -139,7 +137,7 @@ async def place(
 async def _reserve(
     cluster: Cluster, stages: int, rows_per_stage: int, first: str, seconds: float, actor_class: str
 ) -> tuple[PlacementGroup, list[StagePlacement]]:
-    """A placement group with a bundle for each stage, those of node `first` ahead; retries until `seconds` are over."""
+    """Makes a placement group with a bundle for each stage, those of node `first` ahead; retries for `seconds`."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + max(1.0, seconds)
     while True:
@@ -150,7 +148,7 @@ async def _reserve(
             group = await _try_placements(cluster, placements, min(deadline - loop.time(), GRANT_SECONDS))
             if group is not None:
                 return group, placements
-        # Two that gave way to each other must not meet again and again.
+        # Two pipelines that gave way to each other must not meet again and again.
         pause = RETRY_SECONDS * (0.5 + random.random())  # noqa: S311 - no secret
         if loop.time() + pause > deadline:
             holders = await cluster.call(actor_holders, actor_class)
@@ -163,7 +161,7 @@ async def _reserve(
 
 
 async def _try_placements(cluster: Cluster, placements: list[StagePlacement], seconds: float) -> PlacementGroup | None:
-    """Reserves the placements' rows, unless somebody else claims one of them or they are not granted in time."""
+    """Reserves the rows of all placements; None where another pipeline claims one, or they are not granted in time."""
     claim = RowClaim.of(placements)
     group = await cluster.call(_make_group, placements, claim.name)
     is_ours = False
@@ -177,7 +175,7 @@ async def _try_placements(cluster: Cluster, placements: list[StagePlacement], se
 
 
 def _make_group(placements: Sequence[StagePlacement], name: str) -> PlacementGroup:
-    """PACK alone keeps neither neighbours together nor to the fewest hosts, so each bundle names its host."""
+    """Makes a group whose bundles name their hosts: PACK alone keeps neither neighbours together nor to few hosts."""
     group: PlacementGroup = placement_group(
         [{ROWS: len(placed.rows)} for placed in placements],
         strategy="PACK",
@@ -188,7 +186,7 @@ def _make_group(placements: Sequence[StagePlacement], name: str) -> PlacementGro
 
 
 def _claims() -> list[RowClaim]:
-    """Those of all placement groups that have or await rows."""
+    """The claims of all placement groups that have or await rows."""
     groups = placement_group_table().values()
     return read_claims(group["name"] for group in groups if group["state"] != "REMOVED")
 

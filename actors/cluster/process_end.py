@@ -1,4 +1,4 @@
-"""Ends of actors and of their processes. The module imports Ray; see `cluster`."""
+"""How actors and their processes are ended. The module imports Ray; see `cluster`."""
 
 import asyncio
 import contextlib
@@ -16,22 +16,22 @@ from actors.errors import PipelineError
 
 GONE_SECONDS = 5.0
 PATIENT_SECONDS = 2.0
-"""For the end that Ray brings about; one that is stopped it would give five seconds."""
+"""How long processes may take to end by Ray, which gives one that is stopped five seconds; then this kills them."""
 GONE_POLL_SECONDS = 0.02
 
 
-async def kill(cluster: Cluster, actor: "ActorHandle[Any]", pid: int | None) -> None:
+async def kill_actor(cluster: Cluster, actor: "ActorHandle[Any]", pid: int | None) -> None:
     """Kills an actor, whose process is `pid` if it is on this host.
 
-    Ray gives one that is stopped five seconds before it kills it; on this host that can be had at once.
+    On this host the process is killed at once; Ray gives one that is stopped five seconds before it kills it.
     """
     if pid is not None:
         _kill_process(pid)
     await cluster.call(_kill, actor)
 
 
-async def until_gone(pids: Collection[int]) -> None:
-    """Waits until these processes of this host, which were killed, are gone. Raises PipelineError if they do not go."""
+async def wait_until_gone(pids: Collection[int]) -> None:
+    """Waits until these processes of this host, which were killed, are gone. Raises PipelineError if they stay."""
     began = asyncio.get_running_loop().time()
     while left := [pid for pid in pids if _exists(pid)]:
         waited_s = asyncio.get_running_loop().time() - began

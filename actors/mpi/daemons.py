@@ -26,20 +26,20 @@ _log = structlog.get_logger()
 
 
 class DaemonRequest(msgspec.Struct, frozen=True):
-    """What the agent asks for."""
+    """What an agent sends: a command of mpirun's, and the host to run it on."""
 
     host: str
     command: str
 
 
 class DaemonActor:
-    """Runs one command of mpirun's on its node."""
+    """An actor that runs one command of mpirun's on its node."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self, command: str) -> int:
-        """Waits for the command's end; returns its exit status."""
+        """Runs the command, waits for its end, and returns its exit status."""
         # A session of its own, so that all that it starts can be ended with it.
         self._process = await asyncio.create_subprocess_shell(command, stdin=subprocess.DEVNULL, start_new_session=True)
         return await self._process.wait()
@@ -55,7 +55,7 @@ class Daemons:
     """Serves the agents of one mpirun at a unix socket."""
 
     def __init__(self, cluster: Cluster, hosts: Mapping[str, Host], path: str) -> None:
-        """`hosts` by the name that mpirun calls them by."""
+        """`hosts` are the pipeline's, by the names that mpirun uses; the socket is made at `path`."""
         self._cluster = cluster
         self._hosts = hosts
         self._path = path
@@ -63,11 +63,11 @@ class Daemons:
         self._actors: list[ActorHandle[DaemonActor]] = []
 
     async def listen(self) -> None:
-        """Waits for agents from now on."""
+        """Opens the socket for agents."""
         self._server = await asyncio.start_unix_server(self._serve, self._path)
 
     async def close(self) -> None:
-        """Ends the daemons that are left."""
+        """Closes the socket, and ends the daemons that are left."""
         if self._server is not None:
             self._server.close()
         actors, self._actors = self._actors, []
@@ -81,7 +81,7 @@ class Daemons:
         status = NOBODY
         host = self._hosts.get(request.host)
         if host is None:
-            _log.error("mpirun asks for an unknown host", host=request.host)
+            _log.error("mpirun names an unknown host", host=request.host)
         else:
             try:
                 status = await self._run(host, request.command)

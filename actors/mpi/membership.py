@@ -1,4 +1,4 @@
-"""What one stage's process is told of its world, and how it takes that up before ttnn is imported."""
+"""A stage's place in an MPI world, and how its process enters it before ttnn is imported."""
 
 import os
 from collections.abc import MutableMapping
@@ -9,39 +9,39 @@ import msgspec
 from actors.errors import StartError
 from actors.mpi.placeholder import RANK_VARIABLE
 
-WORLD_DIRECTORY = "PMIX_SERVER_TMPDIR"
-"""Names mpirun's own directory on a rank's host, which goes when the world does."""
+MPI_DIRECTORY = "PMIX_SERVER_TMPDIR"
+"""Names mpirun's own directory on a rank's host, which is removed when the MPI world ends."""
 IDENTITY_PREFIXES = ("PMIX_", "OMPI_", "PRTE_")
-"""Of the variables by which MPI knows a rank."""
+"""Beginnings of the names of the variables by which MPI identifies a rank."""
 
 
 class Membership(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage's place in the world.
+    """A stage's place in the MPI world.
 
-    `rank` is the stage's, and that of its mesh in the `mesh_graph` (the descriptor's text). `placeholder` is the pid of
-    the process that holds the rank, on the stage's host.
+    `rank` is the index of the stage, and of its mesh in the `mesh_graph` (the descriptor's text). `placeholder` is the
+    pid of the process that holds the rank, on the stage's host.
     """
 
     rank: int
     mesh_graph: str
     placeholder: int
 
-    def take_up(self, environment: MutableMapping[str, str]) -> None:
+    def apply(self, environment: MutableMapping[str, str]) -> None:
         """Sets the variables that tt-metal and MPI read when they are loaded. Raises StartError.
 
-        tt-metal wants the descriptor as a file. It goes where it is removed even if this process is killed.
+        tt-metal reads the descriptor from a file. It is written where it is removed even if this process is killed.
         """
         identity = self._identity()
-        descriptor = Path(identity[WORLD_DIRECTORY]) / f"mesh_graph_{self.rank}.textproto"
+        descriptor = Path(identity[MPI_DIRECTORY]) / f"mesh_graph_{self.rank}.textproto"
         descriptor.write_text(self.mesh_graph, encoding="utf-8")
         environment.update(identity)
         environment["TT_MESH_ID"] = str(self.rank)
-        # Which of the processes of this mesh: each has but one.
+        # The number of this process among those of its mesh: each mesh has one process.
         environment["TT_MESH_HOST_RANK"] = "0"
         environment["TT_MESH_GRAPH_DESC_PATH"] = str(descriptor)
 
     def _identity(self) -> dict[str, str]:
-        """The variables that mpirun gave the placeholder."""
+        """Returns the variables that mpirun gave the placeholder."""
         try:
             given = Path(f"/proc/{self.placeholder}/environ").read_bytes()
         except OSError as error:

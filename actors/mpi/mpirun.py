@@ -1,4 +1,4 @@
-"""An MPI world without programs: mpirun holds a placeholder for each rank, whose identity a stage takes over.
+"""An mpirun without programs: it holds a placeholder for each rank, whose identity a stage takes over.
 
 ttnn's sockets between processes need MPI, and MPI a launcher; the stages are Ray's to start. mpirun and the stages'
 processes have to be of the same Open MPI release series as ttnn's own library (5.0).
@@ -23,14 +23,14 @@ from stages.step import Host
 
 END_SECONDS = 5.0
 COMPLAINTS_MAX = 20
-"""Lines of mpirun's own that are kept for the error that tells of its end."""
+"""Lines of mpirun's own output that are kept for the error that reports its end."""
 LOOPBACK_INTERFACE = "lo"
 _RANK_LINE = re.compile(r"RANK (?P<rank>\d+) (?P<pid>\d+)")
-"""What a placeholder prints."""
+"""The line that a placeholder prints."""
 
 
 def mpirun_command(hosts: Sequence[Host], here: str, agent: str) -> list[str]:
-    """The command line: one rank a stage, in the order of `hosts`, whose equal members stand together.
+    """Returns the command line: one rank a stage, in the order of `hosts`, whose equal members stand together.
 
     `here` is the node of this process. Where all ranks are on it, nothing but its loopback interface is used.
     """
@@ -51,7 +51,7 @@ def mpirun_command(hosts: Sequence[Host], here: str, agent: str) -> list[str]:
 
 
 def mpirun_environment(directory: Path) -> dict[str, str]:
-    """mpirun keeps its files in `directory`, and asks no questions where it is root's, as in a container."""
+    """Returns mpirun's environment: its files go to `directory`, and it may be run by root, as in a container."""
     environment = {**os.environ, "TMPDIR": str(directory)}
     if os.getuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -59,16 +59,16 @@ def mpirun_environment(directory: Path) -> dict[str, str]:
 
 
 def write_agent(path: Path, socket_path: str) -> None:
-    """The program that mpirun starts its daemons with, a line that calls `daemon_agent`."""
+    """Writes the program that mpirun starts its daemons with, a line that calls `daemon_agent`."""
     command = shlex.join([sys.executable, "-I", daemon_agent.__file__, socket_path])
     path.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     path.chmod(0o700)
 
 
-class MpiWorld:
-    """A running mpirun. `close` ends every process of it.
+class Mpirun:
+    """A running mpirun; `close` ends all its processes.
 
-    `ranks` has each rank's placeholder, a process of the rank's host, by pid; all are there once `start` has returned.
+    `ranks` has the pid of each rank's placeholder, a process of the rank's host; it is complete when `start` returns.
     """
 
     def __init__(self, process: "subprocess.Popen[str]", size: int, lost: Callable[[LinkError], None]) -> None:
@@ -86,38 +86,40 @@ class MpiWorld:
     @classmethod
     async def start(
         cls, command: Sequence[str], directory: Path, size: int, deadline: float, lost: Callable[[LinkError], None]
-    ) -> "MpiWorld":
-        """Starts mpirun and waits until all placeholders have told who they are, or the loop's clock shows `deadline`.
+    ) -> "Mpirun":
+        """Starts mpirun and waits until all placeholders have reported, or the loop's clock shows `deadline`.
 
-        `lost` is called on this loop should mpirun end by itself after that. Raises StartError, with what mpirun said.
+        `lost` is called on this loop should mpirun end by itself after that. Raises StartError, with mpirun's output.
         """
         try:
             process = await asyncio.to_thread(_popen, command, directory)
         except FileNotFoundError as error:
             raise StartError(
-                f"There is no {command[0]}, which sockets between chips need: install galaxyline[galaxy], or choose "
+                f"{command[0]} was not found, which sockets between chips need: install galaxyline[galaxy], or choose "
                 "the transport 'host'."
             ) from error
-        world = cls(process, size, lost)
+        mpirun = cls(process, size, lost)
         try:
             seconds = max(0.0, deadline - asyncio.get_running_loop().time())
-            await asyncio.wait_for(asyncio.shield(world._complete), seconds)
+            await asyncio.wait_for(asyncio.shield(mpirun._complete), seconds)
         except asyncio.TimeoutError:
-            missing = sorted(set(range(size)) - set(world.ranks))
-            await world.close()
-            raise StartError(f"mpirun did not bring up ranks {missing} of {size} in time: {world._said()}") from None
+            missing = sorted(set(range(size)) - set(mpirun.ranks))
+            await mpirun.close()
+            raise StartError(
+                f"mpirun did not bring up ranks {missing} of {size} in time: {mpirun._complaint()}"
+            ) from None
         except BaseException:
-            await asyncio.shield(world.close())
+            await asyncio.shield(mpirun.close())
             raise
-        return world
+        return mpirun
 
     @property
     def pids(self) -> list[int]:
-        """mpirun's own, then the placeholders', by rank."""
+        """The pid of mpirun itself, then those of the placeholders, by rank."""
         return [self._process.pid, *(pid for _, pid in sorted(self.ranks.items()))]
 
     async def close(self) -> None:
-        """Ends mpirun, and thereby daemons and placeholders. Raises PipelineError if they do not go."""
+        """Ends mpirun, and thereby daemons and placeholders. Raises PipelineError if they stay."""
         self._is_closed = True
         await asyncio.to_thread(self._end)
 
@@ -138,17 +140,17 @@ class MpiWorld:
     # The reading thread
 
     def _read(self) -> None:
-        """Until the pipe ends, which mpirun and all its children hold the other end of."""
+        """Reads until the pipe ends, whose other end mpirun and all its children hold."""
         pipe = self._process.stdout
         for line in pipe or ():
             if rank := _RANK_LINE.fullmatch(line.strip()):
-                self._loop.call_soon_threadsafe(self._add, int(rank["rank"]), int(rank["pid"]))
+                self._loop.call_soon_threadsafe(self._note_rank, int(rank["rank"]), int(rank["pid"]))
             elif line.strip(" -\n"):
                 self._complaints.append(line.strip())
         if not self._is_closed:
             self._loop.call_soon_threadsafe(self._ended)
 
-    def _add(self, rank: int, pid: int) -> None:
+    def _note_rank(self, rank: int, pid: int) -> None:
         self.ranks[rank] = pid
         if len(self.ranks) == self._size and not self._complete.done():
             self._complete.set_result(None)
@@ -157,11 +159,11 @@ class MpiWorld:
         if self._is_closed:
             return
         if self._complete.done():
-            self._lost(LinkError(f"lost the MPI world: mpirun ended: {self._said()}"))
+            self._lost(LinkError(f"lost the MPI world: mpirun ended: {self._complaint()}", "lost"))
         else:
-            self._complete.set_exception(StartError(f"mpirun ended before its ranks were up: {self._said()}"))
+            self._complete.set_exception(StartError(f"mpirun ended before its ranks were up: {self._complaint()}"))
 
-    def _said(self) -> str:
+    def _complaint(self) -> str:
         return " ".join(self._complaints) or "it gave no reason"
 
 

@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    """Never returns 0: mpirun takes that for the end of one rank only, and anything else for that of all."""
+    """Never returns 0, as mpirun takes that for the end of one rank only, and anything else for the end of all."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     rank = int(os.environ[RANK_VARIABLE])
     # In one piece: the ranks' lines share a pipe.

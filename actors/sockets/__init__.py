@@ -1,1 +1,1 @@
-"""How steps and hidden states get from stage to stage."""
+"""The sockets by which steps and hidden states pass from stage to stage."""

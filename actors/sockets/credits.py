@@ -1,4 +1,4 @@
-"""How many messages may be sent before the receiver has done with some of them."""
+"""Credits: how many messages may be sent before the receiver has released some of them."""
 
 import asyncio
 import threading
@@ -6,15 +6,15 @@ from collections import deque
 from collections.abc import Callable
 
 from actors.errors import LinkError, ProtocolError
-from actors.sockets.frames import Message
+from actors.sockets.frames import LinkMessage
 from stages.step import StageFailure
 
 
 class Credits:
     """A counting semaphore that a thread or a coroutine can wait on, and that ends with its link.
 
-    `grant`, `end` and `take_soon` belong to the loop's thread; `take` to another one. Only one side is used by a
-    link, so neither can starve the other.
+    `grant`, `end` and `take_in_task` belong to the loop's thread, `take_in_thread` to another one. A link uses only one
+    of the two, so neither can starve the other.
     """
 
     def __init__(self) -> None:
@@ -37,15 +37,15 @@ class Credits:
             self._changed.notify_all()
         self._wake(len(self._waiters))
 
-    def take(self) -> None:
-        """Takes one, waiting in this thread; the link's end ends the wait. Raises LinkError."""
+    def take_in_thread(self) -> None:
+        """Takes one credit, waiting in this thread; the link's end ends the wait. Raises LinkError."""
         with self._changed:
-            while not self._taken():
+            while not self._try_take():
                 self._changed.wait()
 
-    async def take_soon(self) -> None:
-        """Takes one, waiting in this task; the link's end ends the wait. Raises LinkError."""
-        while not self._taken():
+    async def take_in_task(self) -> None:
+        """Takes one credit, waiting in this task; the link's end ends the wait. Raises LinkError."""
+        while not self._try_take():
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:
@@ -55,9 +55,9 @@ class Credits:
                     self._wake(1)
                 raise
 
-    def _taken(self) -> bool:
+    def _try_take(self) -> bool:
         if self._end is not None:
-            raise LinkError(str(self._end)) from self._end
+            raise LinkError(str(self._end), self._end.kind) from self._end
         if self._count == 0:
             return False
         self._count -= 1
@@ -72,7 +72,7 @@ class Credits:
 
 
 class CreditReturns:
-    """Gives credits back, half a window at a time: less traffic, and the sender never runs dry for it."""
+    """Gives credits back, half a window at a time: this saves traffic, and the sender never runs out of them."""
 
     def __init__(self, window: int, give: Callable[[int], None]) -> None:
         self._window = window
@@ -81,7 +81,7 @@ class CreditReturns:
         self._held = 0
         self._owed = 0
 
-    def arrived(self, message: Message) -> None:
+    def arrived(self, message: LinkMessage) -> None:
         """Counts a message. Raises ProtocolError if the sender had no credit for it."""
         if isinstance(message, StageFailure):
             return
@@ -90,8 +90,8 @@ class CreditReturns:
             if self._held > self._window:
                 raise ProtocolError(f"The peer sent more than the {self._window} messages it has credits for.")
 
-    def released(self, message: Message) -> None:
-        """Counts a message that is done with."""
+    def released(self, message: LinkMessage) -> None:
+        """Counts a message that was released."""
         if isinstance(message, StageFailure):
             return
         with self._lock:

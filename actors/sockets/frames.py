@@ -1,9 +1,9 @@
-"""Frames: how messages and hidden states lie on a byte stream. No I/O here.
+"""Frames: how messages and hidden states are written to a byte stream. Nothing here does I/O.
 
     magic 4s | version u16 | kind u16 | epoch u64 | control length u32 | payload length u64 | control | payload
 
 Little-endian. Control is msgpack; the payload is the hidden states' bytes, beside a `Step` only, and exactly as long
-as its tokens call for. Every length is checked before memory is set aside for it.
+as its tokens need. Every length is checked before memory is set aside for it.
 """
 
 import mmap
@@ -19,7 +19,7 @@ from stages.step import PROTOCOL_VERSION, StageFailure, Step, StepResult
 
 
 class Lease:
-    """A buffer in use. `release` gives it back, once; nobody may touch `view` after that."""
+    """A buffer in use. `release` gives it back, once; `view` may not be used after that."""
 
     __slots__ = ("_buffer", "_give_back", "view")
 
@@ -36,7 +36,7 @@ class Lease:
 
 
 class BufferPool:
-    """Page-aligned buffers of one link; as many come to exist as are ever leased at once, which credits bound.
+    """Page-aligned buffers of one link; there are as many as were ever leased at once, a number that credits bound.
 
     A buffer is replaced by a larger one only when a payload is larger than it, so a running pipeline allocates
     nothing. Leases are made by one thread and may be released by another: a list's append and pop are atomic.
@@ -47,7 +47,7 @@ class BufferPool:
         self._largest = 0
 
     def lease(self, length: int) -> Lease:
-        """A writable view of `length` bytes; nothing is set aside for an empty one."""
+        """Returns a writable view of `length` bytes; nothing is set aside for an empty one."""
         if length == 0:
             return Lease(memoryview(bytearray()), None, self._free.append)
         self._largest = max(self._largest, length)
@@ -58,25 +58,18 @@ class BufferPool:
 
 
 MAGIC = b"GXLN"
-
 HEADER = struct.Struct("<4sHHQIQ")
-
 HELLO_BYTES_MAX = 1 << 10
-
 CONTROL_BYTES_MAX = 1 << 24
-
 PAYLOAD_BYTES_MAX = 1 << 30
-
 STAGING_BYTES = 1 << 15
-
-"""Reads land here unless a large payload is awaited: a small frame then costs one read and a copy of its payload
-(0.4 us for 14 KB, less than a second read), and no more than this much of a large payload is ever copied."""
-
+"""Size of the buffer that reads go to unless a large payload is awaited: a small frame then takes one read and a copy
+of its payload (0.4 us for 14 KB, less than a second read), and no more than this of a large payload is ever copied."""
 DIRECT_BYTES_MIN = 1 << 12
 
 
 class Kind(IntEnum):
-    """What a frame's control is."""
+    """The types of frames, by what their control is."""
 
     HELLO = 1
     CREDIT = 2
@@ -90,7 +83,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_u
     """The first frame of each side. Both must agree on everything but their names and `credits`.
 
     `credits` is how many messages the other side may send before it gets some back; `bytes_per_token` is the length
-    of one token's hidden state, 0 where none travel. `mesh` is the socket that carries them instead, if one does.
+    of one token's hidden state, 0 where none are sent. `mesh` is the socket that carries them instead, if one does.
     """
 
     secret: bytes
@@ -103,16 +96,16 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_u
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_unknown_fields=True):
-    """The receiver has done with `count` messages: as many more may be sent."""
+    """The receiver has released `count` messages: as many more may be sent."""
 
     count: int
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, kw_only=True, forbid_unknown_fields=True):
-    """The sender lives, and has had nothing else to say for a while."""
+    """The sender is alive, and has had nothing else to send for a while."""
 
 
-Message = Step | StepResult | StageFailure
+LinkMessage = Step | StepResult | StageFailure
 
 Control = Hello | Credit | Heartbeat | Step | StepResult | StageFailure
 
@@ -125,7 +118,7 @@ _KINDS: dict[type[Control], Kind] = {
     StageFailure: Kind.FAILURE,
 }
 
-# By number: what an enumeration costs to look up is a good part of what reading a frame costs.
+# By number: to look up an enumeration takes a good part of the time of reading a frame.
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Control]] = {
     kind.value: msgspec.msgpack.Decoder(control) for control, kind in _KINDS.items()
 }
@@ -136,7 +129,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 def encode(control: Control, epoch: int, payload_length: int = 0) -> bytes:
-    """Header and control of a frame; `payload_length` bytes have to follow it."""
+    """Returns the header and control of a frame; `payload_length` bytes have to follow it."""
     body = _ENCODER.encode(control)
     if len(body) > CONTROL_BYTES_MAX or payload_length > PAYLOAD_BYTES_MAX:
         raise ProtocolError(
@@ -148,7 +141,7 @@ def encode(control: Control, epoch: int, payload_length: int = 0) -> bytes:
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """A frame that has arrived whole. Whoever takes it releases the lease."""
+    """A frame that has arrived whole; its receiver releases the lease."""
 
     epoch: int
     control: Control
@@ -156,15 +149,14 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 Header = tuple[int, int, int, int]
-
-"""What a frame begins with, checked: kind, epoch, control length and payload length."""
+"""The beginning of a frame, checked: kind, epoch, control length and payload length."""
 
 
 class FrameReader:
-    """Takes a byte stream in pieces of any size and gives frames.
+    """Reads a byte stream that comes in chunks of any size, and returns frames.
 
-    Offer `buffer()` to a read, then call `received(count)`. Until `established` is called only a small `Hello` is let
-    through, and after it none. `bytes_per_token` says how long the payload of a `Step` has to be.
+    Read into `buffer()`, then call `received(count)`. Until `established` is called only a small `Hello` is let
+    through, and after it none. A `Step` has to have a payload of `bytes_per_token` for each of its tokens.
     """
 
     def __init__(self, bytes_per_token: int, pool: BufferPool) -> None:
@@ -174,7 +166,7 @@ class FrameReader:
         self._staging = memoryview(bytearray(STAGING_BYTES))
         self._begin = 0
         self._end = 0
-        # Of the frame that has begun: what is known of it, and where its next bytes belong if not in the staging.
+        # The frame that has begun: what has been read of it, and where its next bytes belong if not in the staging.
         self._header: Header | None = None
         self._control: Control | None = None
         self._lease: Lease | None = None
@@ -182,19 +174,19 @@ class FrameReader:
         self._filled = 0
 
     def established(self) -> None:
-        """The handshake is done: from here on everything but a `Hello` may come."""
+        """Ends the handshake: from here on everything but a `Hello` may come."""
         self._is_established = True
 
     def buffer(self) -> memoryview:
-        """Where the next bytes of the stream belong; never empty."""
+        """Returns the memory that the next bytes of the stream belong to; it is never empty."""
         if self._large is not None and len(self._large) - self._filled >= DIRECT_BYTES_MIN:
             return self._large[self._filled :]
         return self._staging[self._end :]
 
     def received(self, count: int) -> list[Frame]:
-        """Takes note of `count` bytes written to `buffer()`; returns the frames that are now complete.
+        """Takes `count` bytes that were written to `buffer()`; returns the frames that are now complete.
 
-        Raises ProtocolError where the bytes are no frame; the stream is of no use after that.
+        Raises ProtocolError where the bytes are not a frame; the stream cannot be used after that.
         """
         if self._large is not None and len(self._large) - self._filled >= DIRECT_BYTES_MIN:
             self._filled += count
@@ -210,7 +202,7 @@ class FrameReader:
         return frames
 
     def _next(self) -> Frame | None:
-        """The next frame, if all of it is there; else takes what there is of it."""
+        """Returns the next frame, if all of it is there; else takes what there is of it."""
         header = self._header
         if header is None:
             if self._end - self._begin < HEADER.size:
@@ -261,7 +253,7 @@ class FrameReader:
             )
 
     def _part(self, length: int) -> memoryview | None:
-        """The next `length` bytes, once they are there: where they lie if they fit the staging, else in one piece."""
+        """Returns the next `length` bytes, once they are there: in the staging if they fit, else in other memory."""
         if length <= STAGING_BYTES:
             if self._end - self._begin < length:
                 return None
@@ -271,7 +263,7 @@ class FrameReader:
         return part if self._fill(part) else None
 
     def _fill(self, target: memoryview) -> bool:
-        """Moves what is staged to `target`; whether that is full now. Else its next bytes may come to it directly."""
+        """Moves what is staged to `target`; returns whether it is full. If not, its next bytes are read into it."""
         count = min(len(target) - self._filled, self._end - self._begin)
         target[self._filled : self._filled + count] = self._staging[self._begin : self._begin + count]
         self._begin += count

@@ -1,14 +1,14 @@
-"""Whether the other end of a link still lives: a sign of life from each side, and a limit to silence."""
+"""Heartbeats: each end of a link sends some, and considers the other end lost when none come."""
 
 import asyncio
 from collections.abc import Callable
 
 BEATS = 6
-"""Signs of life within the time after which silence is a loss."""
+"""Heartbeats within the time after which silence is a loss."""
 
 
 class HeartbeatMonitor:
-    """Sends a sign of life at a steady rate, and tells when none has come for `silence_s` seconds.
+    """Calls `beat` at a steady rate, and `fell_silent` when nothing has come from the peer for `silence_s` seconds.
 
     Silence is counted in turns of this side's own loop: where this process, or the whole machine, stood still, the
     peer gets as many turns to be heard as ever. Belongs to the loop.
@@ -29,15 +29,15 @@ class HeartbeatMonitor:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begins to send, and to listen."""
+        """Begins to send heartbeats, and to count silent turns."""
         self._timer = self._loop.call_later(self._interval_s, self._turn)
 
     def heard(self) -> None:
-        """Something has come from the peer."""
+        """Called when something has come from the peer."""
         self._missed = 0
 
     def stop(self) -> None:
-        """Ends both."""
+        """Ends what `start` began."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,9 +1,9 @@
 """Links over host sockets: unix within a host, TCP between hosts; the same code for both.
 
-The side that connects sends, the side that listens receives and gives credits. Both say hello first: version, secret,
-epoch, names and the size of hidden states have to agree, or the connection is refused and nothing else changes. The
-secret keeps out strangers and leftovers of other pipelines; it travels in the clear, so the network between the hosts
-of a cluster has to be trusted, as Ray's own is.
+The side that connects sends; the side that listens receives and gives credits. Both send a hello first: version,
+secret, epoch, names and the size of hidden states have to agree, or the connection is refused and nothing else changes.
+The secret keeps out untrusted peers and leftovers of other pipelines; it travels in the clear, so the network between
+the hosts of a cluster has to be trusted, as Ray's own is.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ import structlog
 
 from actors.errors import LinkError, ProtocolError
 from actors.sockets.credits import CreditReturns, Credits
-from actors.sockets.frames import BufferPool, Credit, Frame, FrameReader, Heartbeat, Hello, Message, encode
+from actors.sockets.frames import BufferPool, Credit, Frame, FrameReader, Heartbeat, Hello, LinkMessage, encode
 from actors.sockets.heartbeat import HeartbeatMonitor
-from actors.sockets.link import Arrival, LinkEvents
+from actors.sockets.link import Arrival, LinkEvents, free_nothing
 from actors.sockets.writer import FrameWriter
 from stages.mesh_spec import MeshSocketSpec
 
@@ -33,7 +33,7 @@ _log = structlog.get_logger()
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """What both ends of a link must agree on: `name` is this end, `peer` the other one.
 
-    Each end for itself gives up a peer that says nothing for `silence_s` seconds.
+    Each end considers a peer that sends nothing for `silence_s` seconds lost.
     """
 
     epoch: int
@@ -47,7 +47,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostLink(asyncio.BufferedProtocol):
-    """One end of a connection; made by `connect` and `HostListener`. It is a `Link`."""
+    """One end of a connection, made by `connect` or a `HostListener`. It is a `Link`."""
 
     def __init__(self, terms: Terms, events: LinkEvents, connected: socket.socket, *, credits_given: int) -> None:
         self.peer = terms.peer
@@ -67,18 +67,18 @@ class HostLink(asyncio.BufferedProtocol):
 
     @property
     def sent_bytes(self) -> int:
-        """What the socket has taken, of frames whole or in part; `received_bytes` is what came from it."""
+        """Bytes that the socket has taken, of frames whole or in part; `received_bytes` are those that came from it."""
         return self._writer.sent_bytes
 
     async def joined(self) -> None:
-        """Waits until both sides have said hello. Raises LinkError or ProtocolError."""
+        """Waits until both sides have sent their hello. Raises LinkError or ProtocolError."""
         try:
             await asyncio.wait_for(asyncio.shield(self._joined), HANDSHAKE_SECONDS)
         except asyncio.TimeoutError:
             self.close()
             raise LinkError(f"{self.peer} did not say hello within {HANDSHAKE_SECONDS:g} s.") from None
 
-    def say_hello(self) -> None:
+    def send_hello(self) -> None:
         """Sends this side's hello: at once from the side that connects, as an answer from the other."""
         terms = self._terms
         hello = Hello(
@@ -90,14 +90,14 @@ class HostLink(asyncio.BufferedProtocol):
             credits=self._credits_given,
             mesh=terms.mesh,
         )
-        self._writer.write([memoryview(encode(hello, terms.epoch))], _nothing)
+        self._writer.write([memoryview(encode(hello, terms.epoch))], free_nothing)
 
     # Link
 
-    def send_from_thread(self, message: Message, payload: memoryview, sent: Callable[[], None]) -> None:
+    def send_from_thread(self, message: LinkMessage, payload: memoryview, sent: Callable[[], None]) -> None:
         """See `Link`."""
         try:
-            self._credits.take()
+            self._credits.take_in_thread()
         except LinkError:
             sent()
             raise
@@ -105,24 +105,24 @@ class HostLink(asyncio.BufferedProtocol):
         head = memoryview(encode(message, message.epoch, body.nbytes))
         self._check_written(self._writer.write([head, body], sent))
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: LinkMessage) -> None:
         """See `Link`."""
-        await self._credits.take_soon()
-        self._check_written(self._writer.write([memoryview(encode(message, message.epoch))], _nothing))
+        await self._credits.take_in_task()
+        self._check_written(self._writer.write([memoryview(encode(message, message.epoch))], free_nothing))
 
-    def post(self, message: Message) -> None:
+    def post(self, message: LinkMessage) -> None:
         """See `Link`."""
-        self._writer.write([memoryview(encode(message, message.epoch))], _nothing)
+        self._writer.write([memoryview(encode(message, message.epoch))], free_nothing)
 
     def close(self) -> None:
         """See `Link`."""
-        self._end(LinkError(f"The link with {self.peer} is closed."))
+        self._end(LinkError(f"The link with {self.peer} is closed.", "closed"))
 
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
-        # uvloop's transports are no subclasses of asyncio's.
+        # uvloop's transports are not subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -135,7 +135,7 @@ class HostLink(asyncio.BufferedProtocol):
         self.received_bytes += nbytes
         try:
             for frame in self._reader.received(nbytes):
-                self._take(frame)
+                self._handle_frame(frame)
         except ProtocolError as error:
             _log.warning("link refused", link=self._terms.name, peer=self.peer, cause=str(error))
             self._lose(error)
@@ -152,15 +152,15 @@ class HostLink(asyncio.BufferedProtocol):
             raise self._loss("it takes no more")
 
     def _loss(self, cause: str) -> LinkError:
-        return LinkError(f"lost the link {'from' if self._credits_given else 'to'} {self.peer}: {cause}")
+        return LinkError(f"lost the link {'from' if self._credits_given else 'to'} {self.peer}: {cause}", "lost")
 
-    def _take(self, frame: Frame) -> None:
+    def _handle_frame(self, frame: Frame) -> None:
         control = frame.control
         if isinstance(control, Hello):
             self._check_hello(control, frame.epoch)
             if self._credits_given:
-                self.say_hello()
-            # After our own hello: both ends shall be able to tell what they do not agree on.
+                self.send_hello()
+            # After our own hello, so that both ends can report what they do not agree on.
             self._check_mesh(control)
             self._reader.established()
             self._credits.grant(control.credits)
@@ -178,7 +178,7 @@ class HostLink(asyncio.BufferedProtocol):
             self._returns.arrived(control)
             self._events.arrived(self._arrival(control, frame))
 
-    def _arrival(self, message: Message, frame: Frame) -> Arrival:
+    def _arrival(self, message: LinkMessage, frame: Frame) -> Arrival:
         def release() -> None:
             frame.lease.release()
             self._returns.released(message)
@@ -189,11 +189,11 @@ class HostLink(asyncio.BufferedProtocol):
         terms = self._terms
         if not hmac.compare_digest(hello.secret, terms.secret):
             raise ProtocolError("The peer does not know this pipeline's secret.")
-        told = (epoch, hello.sender, hello.receiver, hello.dtype, hello.bytes_per_token)
+        given = (epoch, hello.sender, hello.receiver, hello.dtype, hello.bytes_per_token)
         expected = (terms.epoch, terms.peer, terms.name, terms.dtype, terms.bytes_per_token)
-        if told != expected:
+        if given != expected:
             raise ProtocolError(
-                f"The hello (epoch, sender, receiver, dtype, bytes per token) was {told} where {expected} belongs."
+                f"The hello (epoch, sender, receiver, dtype, bytes per token) was {given} where {expected} belongs."
             )
 
     def _check_mesh(self, hello: Hello) -> None:
@@ -205,19 +205,21 @@ class HostLink(asyncio.BufferedProtocol):
             )
 
     def _beat(self) -> None:
-        self._writer.write([memoryview(encode(Heartbeat(), self._terms.epoch))], _nothing)
+        self._writer.write([memoryview(encode(Heartbeat(), self._terms.epoch))], free_nothing)
 
     def _fall_silent(self) -> None:
         self._lose(self._loss(f"it has been silent for {self._terms.silence_s:g} s"))
 
     def _return_credits(self, count: int) -> None:
-        self._writer.write([memoryview(encode(Credit(count=count), self._terms.epoch))], _nothing)
+        self._writer.write([memoryview(encode(Credit(count=count), self._terms.epoch))], free_nothing)
 
     def _lose(self, error: LinkError | ProtocolError) -> None:
         if self._is_closed:
             return
         had_joined = self._joined.done()
-        lost = error if isinstance(error, LinkError) else LinkError(f"ended the link with {self.peer}: {error}")
+        lost = (
+            error if isinstance(error, LinkError) else LinkError(f"ended the link with {self.peer}: {error}", "refused")
+        )
         if not had_joined:
             self._joined.set_exception(error)
             self._joined.exception()
@@ -237,7 +239,3 @@ class HostLink(asyncio.BufferedProtocol):
         self._writer.close()
         if self._transport is not None:
             self._transport.close()
-
-
-def _nothing() -> None:
-    """For frames whose memory nobody waits for."""

@@ -1,4 +1,4 @@
-"""Making links: the listening and the connecting end."""
+"""How links are made: the listening and the connecting end, and their addresses."""
 
 import asyncio
 import contextlib
@@ -37,24 +37,19 @@ class TcpAddress(msgspec.Struct, frozen=True, tag="tcp"):
 Address = UnixAddress | TcpAddress
 
 CREDITS = 8
-
 """Messages that may be on their way to or waiting at a stage. Two would keep it busy; as credits go back half a window
 at a time, more of them means fewer wake-ups of the sender for it. They bound memory: a buffer exists for each message
 that ever waited at the same time as others."""
-
 CONNECT_SECONDS = 5.0
-
 SOCKET_BUFFER_BYTES = 4 << 20
-
 GREETINGS_MAX = 16
-
 SILENT_HOST_SECONDS = 5
 
 _log = structlog.get_logger()
 
 
 class HostListener:
-    """Waits for the one peer that the terms name, at `address`. Everybody else is refused, and logged."""
+    """Waits at `address` for the one peer that the terms name. All other peers are refused, and logged."""
 
     def __init__(self, listening: socket.socket, address: Address, terms: Terms, events: LinkEvents) -> None:
         self.address = address
@@ -67,20 +62,23 @@ class HostListener:
 
     @classmethod
     def open(cls, address: Address, terms: Terms, events: LinkEvents) -> "HostListener":
-        """Listens; call it on the loop that the link shall live on.
+        """Begins to listen; call it on the loop that the link is to run on.
 
-        The directory of a unix socket is made, for this user alone, if it is not there. Raises LinkError where the
-        address cannot be had.
+        The directory of a unix socket is made, for this user alone, if it does not exist. Raises LinkError where the
+        address cannot be used.
         """
         listening, bound = _listening_socket(address)
         return cls(listening, bound, terms, events)
 
     async def accepted(self) -> HostLink:
-        """Waits for the peer; the listener is closed and its socket file gone by then. The caller sets a deadline."""
+        """Waits for the peer and returns the link; the listener is closed and its socket file removed by then.
+
+        The caller sets a deadline.
+        """
         return await asyncio.shield(self._link)
 
     def close(self) -> None:
-        """Stops waiting; a link that was accepted stays."""
+        """Stops listening; a link that was accepted stays."""
         self._accepting.cancel()
         for greeting in self._greetings:
             greeting.cancel()
@@ -132,7 +130,7 @@ async def connect(address: Address, terms: Terms, events: LinkEvents) -> HostLin
         connecting.close()
         raise LinkError(f"{terms.peer} cannot be reached at {target}: {error.strerror}.") from error
     link = await _linked(connecting, terms, events, 0)
-    link.say_hello()
+    link.send_hello()
     await link.joined()
     return link
 
@@ -157,7 +155,7 @@ def _socket(address: Address) -> socket.socket:
 def _tune(connected: socket.socket) -> None:
     connected.setblocking(False)
     if connected.family == socket.AF_UNIX:
-        # TCP tunes its own buffers; unix sockets are stuck with what they are told (the kernel caps it).
+        # TCP tunes its own buffers; those of unix sockets keep the size that is set (the kernel caps it).
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         return
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -192,9 +190,9 @@ def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
 
 
 def private_directory(path: Path) -> None:
-    """Makes the directory, or checks that it is ours and nobody else can enter. Raises LinkError."""
+    """Makes the directory, or checks that it is this user's and nobody else can enter. Raises LinkError."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-        raise LinkError(f"{path} is no private directory of this user: remove it.")
+        raise LinkError(f"{path} is not a private directory of this user: remove it.")

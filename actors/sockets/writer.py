@@ -10,7 +10,7 @@ Sent = Callable[[], None]
 
 
 class _Pending:
-    """What is left of a frame that did not fit into the socket's buffer."""
+    """The rest of a frame that did not fit into the socket's buffer."""
 
     __slots__ = ("parts", "sent")
 
@@ -24,7 +24,7 @@ class FrameWriter:
 
     A frame of a few tokens fits the socket's buffer, so it leaves in one system call with no hand-over to the loop's
     thread, which would cost a wake-up (about 20 us). The socket has to be non-blocking; the writer works on a
-    duplicate of it and owns that, so that a close by the loop cannot hand a stranger's descriptor to another thread.
+    duplicate of it and owns that, so that after a close by the loop no thread writes to a descriptor that was reused.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FrameWriter:
     def write(self, parts: list[memoryview], sent: Sent) -> bool:
         """Writes one frame; `sent` is called when its memory is no longer needed, even if the connection is lost.
 
-        Whether the connection is still there, as far as that is known: the frame may yet not come through.
+        Returns whether the connection is still there, as far as that is known: the frame may still not come through.
         """
         error: OSError | None = None
         with self._lock:
@@ -65,7 +65,7 @@ class FrameWriter:
         return is_written
 
     def close(self) -> None:
-        """Drops what is not yet written; belongs to the loop's thread."""
+        """Drops what is not written yet; belongs to the loop's thread."""
         with self._lock:
             if self._is_closed:
                 return
@@ -78,7 +78,7 @@ class FrameWriter:
             frame.sent()
 
     def _send(self, parts: list[memoryview]) -> list[memoryview]:
-        """Writes what the socket takes; returns the rest."""
+        """Writes as much as the socket takes; returns the rest."""
         while parts:
             try:
                 count = self._socket.sendmsg(parts, (), socket.MSG_NOSIGNAL)
@@ -116,7 +116,7 @@ class FrameWriter:
 
 
 def _without(parts: list[memoryview], count: int) -> list[memoryview]:
-    """The parts without their first `count` bytes."""
+    """Returns the parts without their first `count` bytes."""
     for index, part in enumerate(parts):
         if count < len(part):
             return [part[count:], *parts[index + 1 :]]

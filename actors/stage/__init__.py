@@ -1,1 +1,1 @@
-"""One stage's process: the actor, its threads, and what the engine asks of it."""
+"""One stage's process: the actor, its threads, and what the engine calls in it."""

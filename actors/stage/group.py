@@ -1,4 +1,4 @@
-"""The actors of one pipeline: made, asked and ended together. The module imports Ray; see `cluster`."""
+"""The actors of one pipeline, which are made, called and ended together. The module imports Ray; see `cluster`."""
 
 import asyncio
 import math
@@ -15,13 +15,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.cluster.cluster import Cluster
 from actors.cluster.placement import ROWS
 from actors.cluster.placement_group import Placement
-from actors.cluster.process_end import kill, until_gone
+from actors.cluster.process_end import kill_actor, wait_until_gone
 from actors.release import own_release
 from actors.sockets.listener import Address
-from actors.stage.actor import StageActor, StageSetup
+from actors.stage.actor import StageActor
 from actors.stage.health import Phase, StageHealth, StageProgress, State
 from actors.stage.mesh_hop import Transfer
-from actors.stage.replies import StageAnswers, answer, death
+from actors.stage.replies import StageReplies, death_cause, reply
+from actors.stage.setup import StageSetup
 from actors.stage.spares import Spares
 
 OnStageProgress = Callable[[StageProgress], None]
@@ -30,22 +31,22 @@ HEALTH_SECONDS = 1.0
 RESET_SECONDS = 10.0
 """A step that is under way when another stage fails has to end first; long prompts take seconds."""
 ABSENT_SECONDS = 10.0
-"""How long a stage that was asked for something may not even say how it does: it is stopped, or stuck in a start."""
+"""How long a stage that was called may not even report its health: then it is stopped, or stuck in a start."""
 STARTING_SECONDS = 30.0
-"""The same for one that is only starting: imports take it 2 s, and much longer where all stages start at once.
+"""The same for a stage that is only starting: its imports take 2 s, and much longer where all stages start at once.
 
-So it is while a pipeline loads for the first time: nobody is served yet, and stages that run at Ray's default niceness
-of 15, as under a Ray that somebody else started, get little of a busy host.
+It also applies while a pipeline loads for the first time: nobody is served yet, and stages that run at Ray's default
+niceness of 15, as under a Ray that somebody else started, get little of a busy host.
 """
 PROGRESS_SECONDS = 0.2
 CLOSE_SECONDS = 5.0
-"""A little more than a stage server allows itself for its own close."""
+"""A little more than a stage server takes for its own close."""
 
 _log = structlog.get_logger()
 
 
 class StageGroup:
-    """Handles of all stages, in order. Every call has a deadline, and a stage that misses it is named."""
+    """The handles of all stages, in order. Every call has a deadline, and a stage that misses it is named."""
 
     def __init__(self, cluster: Cluster, placement: Placement, setups: Sequence[StageSetup], here: str) -> None:
         """`here` is the node of this process."""
@@ -54,10 +55,10 @@ class StageGroup:
         self._setups = list(setups)
         self._here = here
         self._pids: dict[int, int] = {}
-        self._answers = StageAnswers(self._host, self._health)
-        # In a world stages wait for each other inside of MPI, where Python's other threads may stand still.
-        is_world = any(setup.membership is not None for setup in setups)
-        self._silence_s = math.inf if is_world else max(ABSENT_SECONDS, setups[0].identity.silence_s)
+        self._replies = StageReplies(self._host, self._health)
+        # Stages of an MPI world wait for each other inside of MPI, where Python's other threads may stand still.
+        uses_mpi = any(setup.membership is not None for setup in setups)
+        self._silence_s = math.inf if uses_mpi else max(ABSENT_SECONDS, setups[0].identity.silence_s)
         self._remote: ActorClass[StageActor] = ray.remote(StageActor)
         self._actors = [
             self._make(setup, placed.bundle) for setup, placed in zip(setups, placement.stages, strict=True)
@@ -75,33 +76,34 @@ class StageGroup:
     async def load(self, deadline: float, on_progress: OnStageProgress) -> None:
         """Loads all stages side by side until the loop's clock shows `deadline`.
 
-        Raises StartError naming stage and host, or what the weights, the plan or the device had to object.
+        Raises StartError naming stage and host, or the error of the weights, the plan or the device.
         """
         silence_s = max(STARTING_SECONDS, self._silence_s)
         await self._load(range(len(self._actors)), deadline, on_progress, silence_s=silence_s, starting_s=math.inf)
 
-    async def reset(self, epoch: int, secret: bytes, given_up: Collection[int]) -> list[int]:
-        """Takes all stages out of the chain, to be joined anew; returns those that cannot be, `given_up` among them.
+    async def reset(self, epoch: int, secret: bytes, kill: Collection[int]) -> list[int]:
+        """Takes all stages but those to `kill` out of the chain, to be joined anew.
 
-        A stage may have to end a step first; one that does not within RESET_SECONDS counts as lost.
+        Returns those that cannot be joined, those to `kill` among them. A stage may have to end a step first; one that
+        does not within RESET_SECONDS counts as lost.
         """
         self._setups = [
             msgspec.structs.replace(setup, identity=msgspec.structs.replace(setup.identity, epoch=epoch, secret=secret))
             for setup in self._setups
         ]
-        kept = [index for index in range(len(self._actors)) if index not in given_up]
+        kept = [index for index in range(len(self._actors)) if index not in kill]
         resets = {
-            index: asyncio.ensure_future(answer(self._actors[index].reset.remote(epoch, secret))) for index in kept
+            index: asyncio.ensure_future(reply(self._actors[index].reset.remote(epoch, secret))) for index in kept
         }
         if resets:
             await self._wait_for_resets(resets)
         lost = [index for index, reset in resets.items() if not reset.done() or reset.exception() is not None]
         for reset in resets.values():
             reset.cancel()
-        return sorted([*given_up, *lost])
+        return sorted([*kill, *lost])
 
     async def _wait_for_resets(self, resets: "Mapping[int, asyncio.Future[None]]") -> None:
-        """Until all are done, or no more of them can be hoped for: one that is stopped has no step to end."""
+        """Waits until all are done, or those that are not are silent: a stage that is stopped does not end its step."""
         silence_s = min(RESET_SECONDS, self._setups[0].identity.silence_s)
         _, pending = await asyncio.wait(resets.values(), timeout=silence_s)
         waiting = [index for index, reset in resets.items() if reset in pending]
@@ -109,23 +111,23 @@ class StageGroup:
         if busy := [resets[health.stage] for health in healths if health.state != "silent"]:
             await asyncio.wait(busy, timeout=RESET_SECONDS - silence_s)
 
-    async def give_up(self, indexes: Sequence[int]) -> None:
+    async def kill(self, indexes: Sequence[int]) -> None:
         """Ends the processes of these stages."""
         for index in indexes:
-            await kill(self._cluster, self._actors[index], self._pids.pop(index, None))
+            await kill_actor(self._cluster, self._actors[index], self._pids.pop(index, None))
 
     async def replace(
         self, setups: Mapping[int, StageSetup], spares: Spares, deadline: float, on_progress: OnStageProgress
     ) -> None:
-        """Loads other processes, spare or new, in the place of those given up.
+        """Loads other processes, spare or new, in the place of those that were killed.
 
-        Raises StartError, or what loading has to object.
+        Raises StartError, or what loading raises.
         """
         were_spare = []
         for index, setup in setups.items():
             self._setups[index] = setup
             placed = self._placement.stages[index]
-            spare = await spares.take(placed.host, setup)
+            spare = await spares.assign(placed.host, setup)
             if spare is None:
                 self._actors[index] = self._make(setup, placed.bundle)
                 continue
@@ -152,13 +154,13 @@ class StageGroup:
         starting_s: float,
         heard: Collection[int] = (),
     ) -> None:
-        """Those `heard` have said something already: they may not be silent for `starting_s`."""
+        """Loads these stages. Those `heard` have replied before, so they may not be silent for `starting_s`."""
         for index in indexes:
             on_progress(self._progress(index, "starting", 0, len(self._setups[index].spec.layers)))
         watching = asyncio.create_task(self._watch(indexes, on_progress))
         try:
             refs = {i: self._actors[i].load.remote() for i in indexes}
-            await self._answers.all("load its weights", refs, deadline, silence_s, max(starting_s, silence_s), heard)
+            await self._replies.all("load its weights", refs, deadline, silence_s, max(starting_s, silence_s), heard)
         finally:
             watching.cancel()
         for index in range(len(self._actors)):
@@ -170,26 +172,26 @@ class StageGroup:
     async def listen(self, addresses: Sequence[Address], deadline: float) -> list[Address]:
         """Opens one address a stage; returns those they were bound to. Raises StartError."""
         refs = {i: self._actors[i].listen.remote(address) for i, address in enumerate(addresses)}
-        return await self._answers.all("open its socket", refs, deadline, self._silence_s)
+        return await self._replies.all("open its socket", refs, deadline, self._silence_s)
 
     async def connect(self, addresses: Sequence[Address], deadline: float) -> None:
         """Joins every stage to the address beside it. Raises StartError."""
         refs = {i: self._actors[i].connect.remote(address) for i, address in enumerate(addresses)}
-        await self._answers.all("join the next stage", refs, deadline, self._silence_s)
+        await self._replies.all("join the next stage", refs, deadline, self._silence_s)
 
     async def join_meshes(self, deadline: float) -> None:
         """Makes all sockets between meshes, then waits until every stage has its own. Raises StartError."""
         opened = {i: actor.open_mesh_sockets.remote() for i, actor in enumerate(self._actors)}
-        await self._answers.all("open its mesh sockets", opened, deadline, self._silence_s)
+        await self._replies.all("open its mesh sockets", opened, deadline, self._silence_s)
         passed = {i: actor.pass_barrier.remote() for i, actor in enumerate(self._actors)}
-        await self._answers.all("pass the barrier", passed, deadline, self._silence_s)
+        await self._replies.all("pass the barrier", passed, deadline, self._silence_s)
 
     async def transfers(self) -> list[list[Transfer]]:
-        """What has gone through each stage's mesh sockets lately."""
-        return list(await asyncio.gather(*(answer(actor.transfers.remote()) for actor in self._actors)))
+        """Returns what has gone through each stage's mesh sockets lately."""
+        return list(await asyncio.gather(*(reply(actor.transfers.remote()) for actor in self._actors)))
 
     async def health(self) -> list[StageHealth]:
-        """What every stage says of itself within a second."""
+        """Returns the health of every stage, in order, within about a second."""
         return list(await asyncio.gather(*(self._health(index) for index in range(len(self._actors)))))
 
     async def close(self) -> None:
@@ -197,20 +199,20 @@ class StageGroup:
 
         Raises PipelineError if they do not go.
         """
-        closing = [asyncio.ensure_future(_settled(answer(actor.close.remote()))) for actor in self._actors]
+        closing = [asyncio.ensure_future(_settled(reply(actor.close.remote()))) for actor in self._actors]
         await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         for actor in self._actors:
-            await kill(self._cluster, actor, None)
+            await kill_actor(self._cluster, actor, None)
         await self._placement.remove()
-        await until_gone(self._pids.values())
+        await wait_until_gone(self._pids.values())
 
     async def _health(self, index: int) -> StageHealth:
         try:
-            health: StageHealth = await asyncio.wait_for(answer(self._actors[index].health.remote()), HEALTH_SECONDS)
+            health: StageHealth = await asyncio.wait_for(reply(self._actors[index].health.remote()), HEALTH_SECONDS)
         except asyncio.TimeoutError:
             return self._absent(index, "silent", f"no answer within {HEALTH_SECONDS:g} s")
         except RayActorError as error:
-            return self._absent(index, "dead", death(error))
+            return self._absent(index, "dead", death_cause(error))
         return health
 
     def _absent(self, index: int, state: State, detail: str) -> StageHealth:
@@ -234,19 +236,19 @@ class StageGroup:
         await asyncio.gather(*(self._watch_one(index, on_progress) for index in indexes))
 
     async def _watch_one(self, index: int, on_progress: OnStageProgress) -> None:
-        """Tells how a stage gets on. It is asked again only once it has answered: until its process is up, which takes
-        long where many start at once, calls would pile up."""
-        told: int | None = None
+        """Reports a stage's progress. Its health is asked for again only once it has replied: calls would pile up until
+        its process is up, which takes long where many start at once."""
+        reported: int | None = None
         while True:
             try:
-                health = await answer(self._actors[index].health.remote())
+                health = await reply(self._actors[index].health.remote())
             except RayActorError:
-                return  # Whoever waits for its weights is told why.
+                return  # The call that loads its weights raises why.
             if health.state == "loading":
                 self._note_pid(index, health.pid)
-                if told != health.layers_done:
-                    told = health.layers_done
-                    on_progress(self._progress(index, "loading", told, len(self._setups[index].spec.layers)))
+                if reported != health.layers_done:
+                    reported = health.layers_done
+                    on_progress(self._progress(index, "loading", reported, len(self._setups[index].spec.layers)))
             await asyncio.sleep(PROGRESS_SECONDS)
 
     def _note_pid(self, index: int, pid: int) -> None:
@@ -267,10 +269,10 @@ class StageGroup:
         return self._setups[index].identity.host
 
 
-async def _settled(answer: Coroutine[Any, Any, None]) -> None:
-    """A stage that is dead already needs no close, and one that cannot close itself is killed."""
+async def _settled(closing: Coroutine[Any, Any, None]) -> None:
+    """Awaits a stage's own close. One that is dead already needs none, and one that cannot close itself is killed."""
     try:
-        await answer
+        await closing
     except RayActorError:
         return
     except RayTaskError as error:

@@ -1,20 +1,10 @@
-"""What a stage says of itself: while it loads, and while it runs."""
+"""What a stage reports of itself: while it loads, and while it runs."""
 
-import os
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-_STATM = Path("/proc/self/statm")
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-def resident_bytes() -> int:
-    """What of it lies in physical memory, shared pages such as mapped weight files included."""
-    return int(_STATM.read_bytes().split()[1]) * _PAGE_BYTES
-
+from stages.step import FailureKind
 
 Phase = Literal["starting", "loading", "connecting", "ready"]
 
@@ -22,9 +12,9 @@ State = Literal["loading", "ready", "running", "blocked", "failed", "closed", "s
 
 
 class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a stage has come in starting; `layers_done` of `layers` have their weights.
+    """How far a stage has come in starting: `layers_done` of its `layers` have their weights.
 
-    It has `rows` of its host's Galaxy rows.
+    `rows` are the numbers of its Galaxy rows on its host.
     """
 
     stage: int
@@ -36,17 +26,19 @@ class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """How a stage fares.
+    """The health of a stage at one moment.
 
     "running" is within a step, `step_id`, since `step_seconds`; "blocked" has done it and waits for the next stage to
-    take it; else `step_id` is None. "silent" did not answer in time and "dead" has lost its process: only `stage`,
-    `host`, `pid` and `detail` mean something then. `received_step` is the last step that came in and `passed_step` the
-    last that was handed on to the next stage, or to the engine; None before the first since the stage was joined to
-    its neighbours. `busy_seconds` of all steps done, together with the time between
-    two reports, give the share of time that the stage computes. `resident_bytes` is its process's memory.
-    `received_bytes` have come by the link from the stage before, or from the engine, and `sent_bytes` gone to the next
-    one, which listens at `sent_to`, a socket's path or HOST:PORT: frames with all that is in them, of the links there
-    are now.
+    take it; in all other states `step_id` is None. "silent" did not answer in time and "dead" has lost its process:
+    only `stage`, `host`, `pid` and `detail` mean something then. `failure` is the kind of failure where the state is
+    "failed", and `detail` its cause.
+
+    `received_step` is the last step that came in and `passed_step` the last that was handed on to the next stage, or to
+    the engine; None before the first since the stage was joined to its neighbours. `busy_seconds` of all `steps_done`,
+    together with the time between two reports, give the share of time that the stage computes. `resident_bytes` is its
+    process's memory. `received_bytes` have come by the link from the stage before, or from the engine, and `sent_bytes`
+    gone to the next one, which listens at `sent_to`, a socket's path or HOST:PORT: whole frames with all that is in
+    them, on the links that exist now.
     """
 
     stage: int
@@ -66,3 +58,4 @@ class StageHealth(msgspec.Struct, frozen=True, kw_only=True):
     sent_bytes: int = 0
     sent_to: str = ""
     passed_step: int | None = None
+    failure: FailureKind | None = None

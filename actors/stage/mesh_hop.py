@@ -1,7 +1,7 @@
-"""Hidden states from mesh to mesh: a stage's runner between a socket from the mesh before and one to the mesh after.
+"""Hidden states from mesh to mesh: a runner between the socket from the mesh before and the one to the mesh after.
 
-Steps, results and failures stay on the host sockets. A step's tensor is sent before its frame, so whoever has the
-frame may wait for the tensor.
+Steps, results and failures stay on the host sockets. A step's tensor is sent before its frame, so a stage that
+has the frame may wait for the tensor.
 """
 
 from collections import deque
@@ -11,21 +11,20 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from actors.errors import ProtocolError
-from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.runner import MeshRunner
+from actors.stage.setup import StageIdentity, stage_name
 from stages.errors import StepError
 from stages.mesh_spec import HiddenShard, MeshSocketSpec
 from stages.step import SentHidden, Step, StepResult
 
 KEPT = 1024
-
-"""Transfers that a stage remembers."""
+"""Transfers that a stage remembers of each socket."""
 
 Direction = Literal["send", "receive"]
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """One tensor through one socket: whom it went to or came from, and the `sequence`-th of that socket."""
+    """One tensor through one socket: which peer it went to or came from, and its number on that socket."""
 
     socket: str
     direction: Direction
@@ -34,7 +33,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class TransferLog:
-    """What one end of one socket has carried. Used by one thread; others may read `latest`."""
+    """The tensors that one end of one socket has carried. Used by one thread; others may read `latest`."""
 
     def __init__(self, socket: str, direction: Direction, peer: str) -> None:
         self._socket = socket
@@ -44,37 +43,37 @@ class TransferLog:
         self.latest: deque[Transfer] = deque(maxlen=KEPT)
 
     def note(self, step_id: int, tensor: HiddenShard) -> SentHidden:
-        """Counts a tensor."""
+        """Counts a tensor, and records it."""
         self._count += 1
         sent = SentHidden(sequence=self._count, step_id=step_id, tensor=tensor)
         self.latest.append(Transfer(self._socket, self._direction, self._peer, sent))
         return sent
 
     def check(self, step: Step, expected: HiddenShard) -> None:
-        """Raises ProtocolError unless the step's sender has sent just what comes next here."""
+        """Raises ProtocolError unless the step's sender has sent exactly the tensor that comes next here."""
         wanted = SentHidden(sequence=self._count + 1, step_id=step.step_id, tensor=expected)
         if step.sent == wanted:
             return
-        told = "nothing" if step.sent is None else str(step.sent)
-        raise ProtocolError(f"{self._peer} sent {told} through {self._socket} where {wanted} belongs.")
+        sent = "nothing" if step.sent is None else str(step.sent)
+        raise ProtocolError(f"{self._peer} sent {sent} through {self._socket} where {wanted} belongs.")
 
 
 class Sender(Protocol):
     """The sending end of a mesh socket."""
 
     def send(self, tensor: Any) -> HiddenShard:
-        """Sends a tensor on and says what it was."""
+        """Sends a tensor on and returns its shape and dtype."""
 
 
 class Receiver(Protocol):
     """The receiving end of a mesh socket."""
 
     def receive(self, what: HiddenShard) -> Any:
-        """The next tensor."""
+        """Waits for the next tensor, of this shape and dtype."""
 
 
 class Sockets(msgspec.Struct, frozen=True):
-    """How mesh sockets are made: `stages.backend.mesh_sockets`, or a test's own."""
+    """How mesh sockets are made: by `stages.backend.mesh_sockets`, or by a test."""
 
     sender: Callable[[Any, MeshSocketSpec, int, int], Sender]
     receiver: Callable[[Any, MeshSocketSpec, int, int], Receiver]
@@ -82,7 +81,7 @@ class Sockets(msgspec.Struct, frozen=True):
 
 
 class MeshHop:
-    """A `StageRunner` that takes hidden states from the mesh before, and gives them to the one after.
+    """A `StageRunner` that receives hidden states from the mesh before, and sends them to the one after.
 
     All its methods but `transfers` belong to the thread that computes. Mesh ids are the stages' indices.
     """
@@ -101,7 +100,7 @@ class MeshHop:
         self._sent = TransferLog(f"{here} -> {after}", "send", after)
 
     def open_sockets(self) -> None:
-        """Makes both sockets, each of which waits for its other end: the first stage's outlet comes first."""
+        """Makes both sockets, each of which waits for its other end; the first stage's is made first."""
         device, index = self._runner.mesh_device, self._index
         if index:
             self._receiver = self._sockets.receiver(device, self.spec, index - 1, index)
@@ -113,26 +112,26 @@ class MeshHop:
         self._sockets.barrier()
 
     def step(self, step: Step, hidden: memoryview) -> SentHidden | memoryview | StepResult:
-        """Runs one step; see `StageRunner`. Returns what it has sent on, an empty view where that was nothing.
+        """Runs one step; see `StageRunner`. Returns what was sent on, an empty view where that was nothing.
 
-        Raises ProtocolError where the stage before has not sent what the step calls for.
+        Raises ProtocolError where the stage before has not sent what the step needs.
         """
         expected = self._runner.step_hidden_spec(step)
-        output = self._runner.step_on_mesh(step, self._take(step, expected))
+        output = self._runner.step_on_mesh(step, self._receive(step, expected))
         if isinstance(output, StepResult):
             return output
-        return memoryview(b"") if expected is None else self._give(step, expected, output)
+        return memoryview(b"") if expected is None else self._send(step, expected, output)
 
     def transfers(self) -> list[Transfer]:
-        """The latest that were received, then the latest that were sent."""
+        """Returns the latest that were received, then the latest that were sent."""
         return [*self._received.latest, *self._sent.latest]
 
     def close(self) -> None:
-        """Gives up the sockets, then devices and memory."""
+        """Releases the sockets, then devices and memory."""
         self._receiver = self._sender = None
         self._runner.close()
 
-    def _take(self, step: Step, expected: HiddenShard | None) -> Any:
+    def _receive(self, step: Step, expected: HiddenShard | None) -> Any:
         if self._receiver is None or expected is None:
             return None
         self._received.check(step, expected)
@@ -140,7 +139,7 @@ class MeshHop:
         self._received.note(step.step_id, expected)
         return tensor
 
-    def _give(self, step: Step, expected: HiddenShard, tensor: Any) -> SentHidden:
+    def _send(self, step: Step, expected: HiddenShard, tensor: Any) -> SentHidden:
         if self._sender is None:
             raise StepError(f"Step {step.step_id} came to {stage_name(self._index)} before its sockets were made.")
         sent = self._sender.send(tensor)

@@ -1,4 +1,4 @@
-"""What several stages were asked at once, awaited with patience that ends. The module imports Ray; see `cluster`."""
+"""The replies of several stages to one call, awaited until a deadline. The module imports Ray; see `cluster`."""
 
 import asyncio
 from collections import Counter
@@ -16,12 +16,11 @@ from weights.errors import GalaxylineError
 Result = TypeVar("Result")
 
 POLL_SECONDS = 1.0
+"""Seconds between two polls of the stages that have not replied; a poll takes as long again where one is silent."""
 
-"""Between two looks at the stages that have not answered; a look takes as long again where one says nothing."""
 
-
-class StageAnswers:
-    """Awaits the answers of stages; whoever does not give one is named."""
+class StageReplies:
+    """Awaits the replies of stages, and names those that do not reply."""
 
     def __init__(self, host: Callable[[int], str], health: Callable[[int], Awaitable[StageHealth]]) -> None:
         """`host` and `health` are those of a stage, by its index."""
@@ -37,50 +36,52 @@ class StageAnswers:
         starting_s: float | None = None,
         heard: Collection[int] = (),
     ) -> list[Result]:
-        """The answers of these stages. `task` says what was asked.
+        """Returns the replies of these stages. `task` is the call in words, for errors.
 
-        The first failure raises, and so does the loop's clock when it shows `deadline`, or a stage that does not even
-        say how it does for `silence_s` seconds; it may take `starting_s` until it says so for the first time, which
-        those `heard` have done.
+        The first failure raises. StartError is raised when the loop's clock shows `deadline`, and when a stage does not
+        even report its health for `silence_s` seconds. Until its first report it may take `starting_s`; those `heard`
+        have reported already.
         """
-        asked = {index: asyncio.ensure_future(answer(ref)) for index, ref in refs.items()}
-        answering = asyncio.ensure_future(self._within(task, asked, deadline))
-        missing = asyncio.ensure_future(self._first_absent(task, asked, silence_s, starting_s or silence_s, heard))
+        pending = {index: asyncio.ensure_future(reply(ref)) for index, ref in refs.items()}
+        replying = asyncio.ensure_future(self._within(task, pending, deadline))
+        missing = asyncio.ensure_future(self._first_absent(task, pending, silence_s, starting_s or silence_s, heard))
         try:
-            await asyncio.wait({answering, missing}, return_when=asyncio.FIRST_COMPLETED)
-            return answering.result() if answering.done() else missing.result()
+            await asyncio.wait({replying, missing}, return_when=asyncio.FIRST_COMPLETED)
+            return replying.result() if replying.done() else missing.result()
         finally:
-            for waiting in (answering, missing, *asked.values()):
+            for waiting in (replying, missing, *pending.values()):
                 waiting.cancel()
 
-    async def _within(self, task: str, asked: "Mapping[int, asyncio.Future[Result]]", deadline: float) -> list[Result]:
+    async def _within(
+        self, task: str, replies: "Mapping[int, asyncio.Future[Result]]", deadline: float
+    ) -> list[Result]:
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
-        done, pending = await asyncio.wait(asked.values(), timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-        for index, given in asked.items():
+        done, pending = await asyncio.wait(replies.values(), timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+        for index, given in replies.items():
             error = given.exception() if given in done else None
             if error is not None:
                 raise self._start_error(index, task, error) from error
         if pending:
-            raise StartError(await self._late([i for i, given in asked.items() if given in pending], task))
-        return [given.result() for given in asked.values()]
+            raise StartError(await self._late([i for i, given in replies.items() if given in pending], task))
+        return [given.result() for given in replies.values()]
 
     async def _first_absent(
         self,
         task: str,
-        asked: "Mapping[int, asyncio.Future[Result]]",
+        replies: "Mapping[int, asyncio.Future[Result]]",
         silence_s: float,
         starting_s: float,
         heard: Collection[int],
     ) -> NoReturn:
-        """Raises StartError for the first stage that is stopped, or worse: no answer of its can be hoped for.
+        """Raises StartError for the first stage that is stopped, or worse: it will not reply.
 
-        Silence is counted in looks, so that a machine that stood still does not look like a stage that did.
+        Silence is counted in polls, so that a machine that stood still does not look like a stage that did.
         """
         missed: Counter[int] = Counter()
         known = set(heard)
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            late = [index for index, given in asked.items() if not given.done()]
+            late = [index for index, given in replies.items() if not given.done()]
             for health in await asyncio.gather(*(self._health(index) for index in late)):
                 index = health.stage
                 if health.state != "silent":
@@ -100,15 +101,16 @@ class StageAnswers:
             return cause
         if isinstance(cause, RayActorError) and cause.actor_init_failed:
             return setup_error(index, self._host(index), str(cause))
-        told = death(cause) if isinstance(cause, RayActorError) else f"{type(cause).__name__}: {cause}"
-        if isinstance(cause, GalaxylineError):
-            told = str(cause)
-        return StartError(f"Stage {index} on {self._host(index)} could not {task}: {told}")
+        if isinstance(cause, RayActorError):
+            why = death_cause(cause)
+        else:
+            why = str(cause) if isinstance(cause, GalaxylineError) else f"{type(cause).__name__}: {cause}"
+        return StartError(f"Stage {index} on {self._host(index)} could not {task}: {why}")
 
     async def _late(self, late: Sequence[int], task: str) -> str:
         healths = dict(zip(late, await asyncio.gather(*(self._health(index) for index in late)), strict=True))
         names = []
-        # Where stages wait for each other, one that says nothing at all is the one that all others wait for.
+        # Where stages wait for each other, one that does not even report its health is what the others wait for.
         absent = [index for index in late if healths[index].state in {"silent", "dead"}]
         for index in sorted(absent or late):
             health = healths[index]
@@ -117,13 +119,13 @@ class StageAnswers:
         return f"{'; '.join(names)}: did not {task} in time. Look at its log, or allow more time for the start."
 
 
-async def answer(ref: "ObjectRef[Result]") -> Result:
-    """What an actor returns. Raises what it raised, or RayActorError where it is gone."""
+async def reply(ref: "ObjectRef[Result]") -> Result:
+    """Returns what an actor returns. Raises what it raised, or RayActorError where it is gone."""
     return await ref
 
 
-def death(error: RayActorError) -> str:
-    """Why an actor is gone, as one sentence: Ray tells whole stories."""
+def death_cause(error: RayActorError) -> str:
+    """Returns why an actor is gone, as one sentence in place of Ray's several."""
     if error.actor_init_failed:
         return f"its process could not be set up: {last_line(str(error))}"
     return "its process died"

@@ -1,4 +1,4 @@
-"""What a stage server needs of a stage: few enough methods for tests to run without a model."""
+"""What a stage server needs of a stage: so few methods that tests can run without a model."""
 
 import importlib
 from collections.abc import Callable
@@ -23,11 +23,11 @@ class StageRunner(Protocol):
         `hidden` holds the bytes of [step.token_count, hidden_size], empty for the first stage; it may be written to
         and is valid during the call and while what is returned is sent. Returns the bytes to send on, which the
         runner must not write to again (`hidden` itself will do), or on the last stage the sampled tokens. A runner
-        that has passed hidden states on itself says what it has sent.
+        that has sent hidden states on itself returns what it has sent.
         """
 
     def close(self) -> None:
-        """Gives up devices and memory."""
+        """Releases devices and memory."""
 
 
 class MeshRunner(Protocol):
@@ -37,27 +37,27 @@ class MeshRunner(Protocol):
     """The open mesh."""
 
     def hidden_spec(self) -> MeshHidden:
-        """The mesh's shape and the hidden states on it, the same on all stages of a pipeline."""
+        """Returns the mesh's shape and the hidden states on it, the same on all stages of a pipeline."""
 
     def step_hidden_spec(self, step: Step) -> HiddenShard | None:
-        """What the step brings and leaves on each chip; None for a step without tokens."""
+        """Returns what the step finds and leaves on each chip; None for a step without tokens."""
 
     def step_on_mesh(self, step: Step, hidden: Any) -> Any:
         """Runs one step on device tensors.
 
-        `hidden` is as `step_hidden_spec` says, None on the first stage or without tokens. Returns the same for the next
-        stage, or on the last stage a StepResult.
+        `hidden` has the spec of `step_hidden_spec`; it is None on the first stage or without tokens. Returns a tensor
+        of the same spec for the next stage, or on the last stage a StepResult.
         """
 
     def close(self) -> None:
-        """Gives up devices and memory."""
+        """Releases devices and memory."""
 
 
 RunnerFactory = Callable[[StageSpec, StageOptions, OnProgress], StageRunner]
 
 
 def runner_factory(path: str) -> RunnerFactory:
-    """Imports "module:attribute", where the attribute may be dotted. Raises StartError if there is no such thing."""
+    """Imports "module:attribute", where the attribute may be dotted. Raises StartError if it does not exist."""
     module_name, _, attributes = path.partition(":")
     try:
         found: object = importlib.import_module(module_name)

@@ -17,7 +17,7 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from actors.stage.cores import apply_share
+from actors.stage.process import apply_share
 from benchmarks.hop.bare_link import BareLink, bare_link
 from benchmarks.hop.event_loop import EventLoop, event_loop
 from benchmarks.hop.ping_pong import PingPong, ping_pong

@@ -13,7 +13,7 @@ from actors.errors import LinkError
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
 from actors.sockets.listener import HostListener, UnixAddress, connect
-from actors.stage.cores import CoreShare
+from actors.stage.process import CoreShare
 from benchmarks.hop.steps import BYTES_PER_TOKEN, Secret, step_of
 from benchmarks.support.peer import START_SECONDS, Pipe, answer, running_peer
 from stages.step import Step

@@ -14,7 +14,7 @@ from typing import cast
 
 import uvloop
 
-from actors.stage.cores import CoreShare
+from actors.stage.process import CoreShare
 from benchmarks.support.peer import Pipe, answer, running_peer
 
 TURN_SECONDS = 120.0

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from actors.stage.cores import CoreShare
+from actors.stage.process import CoreShare
 from benchmarks.support.peer import Pipe, answer, running_peer
 
 TURN = struct.Struct("<QQ")

@@ -13,9 +13,9 @@ from actors.errors import LinkError
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
 from actors.sockets.listener import Address, HostListener, UnixAddress, connect
-from actors.stage.cores import CoreShare
-from actors.stage.identity import ENGINE, StageIdentity
+from actors.stage.process import CoreShare
 from actors.stage.server import StageServer
+from actors.stage.setup import ENGINE, StageIdentity
 from benchmarks.hop.steps import BYTES_PER_TOKEN, DTYPE, EPOCH, Secret, step_of
 from benchmarks.support.null_stage import NullStage
 from benchmarks.support.peer import START_SECONDS, Pipe, answer, running_peer, wait_for_end

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 from rich.table import Table
 
-from actors.stage.cores import apply_share, share_cores
+from actors.stage.process import apply_share, share_cores
 from benchmarks.checkpoint import write_checkpoint
 from benchmarks.loading.stage_weights import Load, load_once
 from benchmarks.support.machine import Machine

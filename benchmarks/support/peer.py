@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec
 
-from actors.stage.cores import CoreShare, apply_share, share_cores
+from actors.stage.process import CoreShare, apply_share, share_cores
 
 Parameters = ParamSpec("Parameters")
 Pipe = multiprocessing.connection.Connection

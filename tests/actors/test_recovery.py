@@ -22,7 +22,7 @@ from tests.support.ray_cluster import ray_of_this_process
 
 if TYPE_CHECKING:
     from actors.cluster.cluster import Cluster
-    from actors.launch import Launch
+    from actors.deployment import Deployment
 
 STAGES = 3
 SECONDS = 120
@@ -38,7 +38,7 @@ def cluster() -> "Iterator[Cluster]":
 
 
 async def pass_steps(pipeline: Pipeline, first: int, count: int = 40) -> None:
-    """Steps that all come back, in order, with what the stages made of them."""
+    """Passes steps through the pipeline, which all come back in order, with what the stages made of them."""
     for step_id in range(first, first + count):
         await pipeline.submit(step(pipeline, step_id))
         result = await receive(pipeline)
@@ -46,7 +46,7 @@ async def pass_steps(pipeline: Pipeline, first: int, count: int = 40) -> None:
 
 
 async def receive_all(pipeline: Pipeline) -> NoReturn:
-    """Takes results until the pipeline fails."""
+    """Receives results until the pipeline fails."""
     while True:
         await receive(pipeline)
 
@@ -186,11 +186,11 @@ def with_spares(runner: str = "echo") -> PipelineOptions:
 
 
 async def spare_pids(pipeline: Pipeline) -> list[int]:
-    return await cast("Launch", pipeline._running).spare_pids()
+    return await cast("Deployment", pipeline._stages).spare_pids()
 
 
 async def lose(pipeline: Pipeline, victims: Sequence[int]) -> None:
-    """Kills stages, and waits until that is noticed."""
+    """Kills stages, and waits until the pipeline has failed."""
     before = await pids(pipeline)
     for victim in victims:
         kill(before[victim])
@@ -277,7 +277,7 @@ async def test_a_spare_that_is_only_starting_ends_with_the_pipeline(cluster: "Cl
 
 
 def stage_processes() -> list[psutil.Process]:
-    """Those of spares as well, as Ray calls them."""
+    """Returns the processes of stages and of spares, by the title that Ray gives them."""
     children = psutil.Process().children(recursive=True)
     found = []
     for child in children:

@@ -1,4 +1,4 @@
-"""Hosts that run something else than the engine: what is said of them."""
+"""Hosts that run another release than the engine are refused with one sentence."""
 
 import os
 import re

@@ -36,7 +36,7 @@ FITTING = {
 """A small model whose attention has the sizes of DeepSeek-R1's, for which the ops of a row are made."""
 
 if TYPE_CHECKING:
-    from actors.launch import Launch
+    from actors.deployment import Deployment
 
 SECONDS = 120
 GALAXIES = 2
@@ -101,7 +101,7 @@ async def running(how: PipelineOptions) -> AsyncIterator[Pipeline]:
     """A pipeline that must leave neither a process nor a file."""
     pipeline = await Pipeline.start(how, lambda _: None)
     try:
-        pids = [health.pid for health in await pipeline.health()] + launched(pipeline).world_pids
+        pids = [health.pid for health in await pipeline.health()] + deployment(pipeline).mpi_pids
         processes = [psutil.Process(pid) for pid in pids]
         assert len(set(pids)) == 2 * len(how.specs) + 1
         yield pipeline
@@ -119,8 +119,8 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def launched(pipeline: Pipeline) -> "Launch":
-    return cast("Launch", pipeline._running)
+def deployment(pipeline: Pipeline) -> "Deployment":
+    return cast("Deployment", pipeline._stages)
 
 
 def leftovers() -> list[str]:
@@ -161,7 +161,7 @@ def check_pairs(folder: Path, stages: int, count: int) -> None:
 
 async def check_transfers(pipeline: Pipeline, stages: int, count: int) -> None:
     """Checks that the pipeline's own record is the same for both ends of each socket."""
-    transfers = await launched(pipeline).transfers()
+    transfers = await deployment(pipeline).transfers()
     for before, after in itertools.pairwise(transfers):
         sent = [transfer for transfer in before if transfer.direction == "send"]
         received = [transfer for transfer in after if transfer.direction == "receive"]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from actors.errors import PipelineError, StartError
-from actors.mpi.galaxy_chips import VISIBLE_DEVICES
+from actors.mpi.galaxy import VISIBLE_DEVICES
 from actors.options import STAGE_RUNNER
 from actors.pipeline import Pipeline
 from stages.step import Admission, Segment, Step
@@ -24,8 +24,8 @@ from tests.galaxy.mesh_pipelines import (
     SECONDS,
     check_pairs,
     check_transfers,
+    deployment,
     galaxy_environments,
-    launched,
     leftovers,
     options,
     run_steps,
@@ -125,7 +125,7 @@ async def test_real_stages_are_joined_from_mesh_to_mesh(
             )
             result = await asyncio.wait_for(pipeline.receive(), SECONDS)
             assert (result.step_id, len(result.tokens)) == (step_id, 1)
-        sent, received = await launched(pipeline).transfers()
+        sent, received = await deployment(pipeline).transfers()
     assert [transfer.sent for transfer in sent] == [transfer.sent for transfer in received]
     assert [transfer.sent.tensor.shape for transfer in sent] == 3 * [(1, 1, 32, FITTING["hidden_size"] // COLUMNS)]
 
@@ -202,12 +202,12 @@ async def test_a_rank_killed_in_a_step_is_named_and_the_pipeline_comes_back_in_a
 
 async def pids(pipeline: Pipeline) -> set[int]:
     """Returns the processes of the stages and of what holds their world together."""
-    return {health.pid for health in await pipeline.health()} | set(launched(pipeline).world_pids)
+    return {health.pid for health in await pipeline.health()} | set(deployment(pipeline).mpi_pids)
 
 
 @within(2 * SECONDS)
 async def test_a_world_that_ends_is_named(cluster: "Cluster", rows: list[dict[str, str]], tmp_path: Path) -> None:
     async with running(options("plain", rows[:2], tmp_path)) as pipeline:
-        os.kill(launched(pipeline).world_pids[0], signal.SIGKILL)
+        os.kill(deployment(pipeline).mpi_pids[0], signal.SIGKILL)
         with pytest.raises(PipelineError, match="lost the MPI world: mpirun ended"):
             await asyncio.wait_for(pipeline.receive(), SECONDS)

@@ -150,7 +150,7 @@ def counted(hosts: Hosts, server: Server) -> tuple[list[StageView], dict[str, in
     return before, kernel, after
 
 
-def test_strangers_find_no_stage_that_listens(hosts: Hosts, server: Server, of_one_host: Answers) -> None:
+def test_untrusted_peers_find_no_stage_that_listens(hosts: Hosts, server: Server, of_one_host: Answers) -> None:
     addresses = [str(stage.sent_to) for stage in stages(server)]
     assert [is_unix(address) for address in addresses] == [False, True, False, False]
 

@@ -16,7 +16,7 @@ from tests.hosts.moving import SAID
 from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
 from tests.support.gated_serve import PROGRAM, SHUT, environment
-from tests.support.greetings import STRANGERS
+from tests.support.greetings import UNTRUSTED
 from tests.support.servers import Server, complete, sample_prompts, serving
 from tests.support.untrusted_peers import besiege, heard_anew, is_unix, nobody_listens, overheard, refusals
 
@@ -72,7 +72,7 @@ async def ask_all(client: httpx.AsyncClient, server: Server) -> list[str]:
 async def lose_raylet(hosts: Hosts, server: Server, gate: Path) -> None:
     """Two of three stages are on one host; the third one's host loses what makes it one of the cluster's.
 
-    While the stages wait to be joined anew, strangers come to their sockets from the host that is new among them.
+    While the stages wait to be joined anew, peers come to their sockets from the host that is new among them.
     """
     async with httpx.AsyncClient(timeout=4 * SECONDS) as client:
         expected = await ask_all(client, server)
@@ -103,7 +103,7 @@ async def lose_raylet(hosts: Hosts, server: Server, gate: Path) -> None:
     for visitor in silent:
         assert visitor.recv(1) == b""
         visitor.close()
-    assert all(refusals(stage["pid"]) >= len(STRANGERS) for stage in after)
+    assert all(refusals(stage["pid"]) >= len(UNTRUSTED) for stage in after)
     gone.wait(SECONDS)
     # Whether its process died or does not answer is more than anybody can know before Ray does.
     assert f'"error": "Stage 2 on {lost} failed ' in server.log.read_text()

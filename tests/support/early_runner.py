@@ -1,4 +1,4 @@
-"""A runner that notes what its process was like when this module was imported."""
+"""A runner that records the state of its process when this module was imported."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from weights.errors import CheckpointError  # noqa: E402
 
 
 def load(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Refuses unless all that torch reads was set before."""
+    """Makes an echo; raises unless everything that torch reads was set before it was imported."""
     if HAD_TORCH or None in SEEN.values():
         raise CheckpointError(f"torch was imported too early: {SEEN}")
     if torch.get_num_threads() != int(os.environ["OMP_NUM_THREADS"]):

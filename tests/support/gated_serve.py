@@ -1,7 +1,7 @@
-"""A server that holds its stages' sockets open as long as it is told: `python -m tests.support.gated_serve serve ...`.
+"""A server whose stages' sockets stay open while a gate is shut: `python -m tests.support.gated_serve serve ...`.
 
-GATE in the environment is a directory. While it has the file SHUT, stages that listen are not joined; what they listen
-at for an epoch, and what somebody who reads along learns by then, is in the file `EPOCH.json`.
+GATE in the environment is a directory. While it has the file SHUT, stages that listen are not joined; the addresses
+they listen at in an epoch, and the hellos that could be overheard by then, are in the file `EPOCH.json`.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Overheard(msgspec.Struct, frozen=True):
 
 
 def environment(gate: Path) -> dict[str, str]:
-    """Returns the variables of a server behind that gate, whose engine has to find this package."""
+    """Returns the environment of a server behind that gate, whose engine has to find this package."""
     return {VARIABLE: str(gate), "PYTHONPATH": str(ROOT)}
 
 
@@ -50,7 +50,7 @@ def until_open(gate: Path) -> None:
 
 
 async def start(options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> Pipeline:
-    """Starts a pipeline like any other, behind the gate; runs in the engine's process."""
+    """Starts a pipeline like any other, behind the gate; called in the engine's process."""
     prepare_environment(options.ray_address)
     from actors.stage.group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
@@ -84,7 +84,7 @@ async def start(options: PipelineOptions, on_progress: Callable[[StageProgress],
 
 
 def main() -> None:
-    """The command line, but for how the engine starts its pipeline."""
+    """Runs the command line, with an engine that starts its pipeline by `start`."""
     engine_options = EngineSettings.engine_options
 
     def behind_the_gate(

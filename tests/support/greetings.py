@@ -28,7 +28,7 @@ def frame_of(kind: Kind, control_length: int, payload_length: int) -> bytes:
 
 GOOD = encode(hello_of(NEXT), NEXT.epoch)
 REPLAYED = encode(hello_of(UP), UP.epoch)
-STRANGERS = {
+UNTRUSTED = {
     "another program": b"GET / HTTP/1.1\r\nHost: stage\r\n\r\n",
     "a pickle": b"\x80\x04\x95\x1b\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
     "the hello of a former epoch": REPLAYED,

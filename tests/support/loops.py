@@ -1,9 +1,9 @@
-"""Tests on uvloop, which the sockets run on in earnest."""
+"""Event loops for tests: uvloop, on which the sockets run in operation, and one whose time the test moves on."""
 
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
 import uvloop
 
@@ -32,3 +32,36 @@ def within(seconds: float) -> Callable[[AsyncTest[Parameters]], Test[Parameters]
 def on_uvloop(test: AsyncTest[Parameters]) -> Test[Parameters]:
     """Runs an async test on a uvloop loop of its own, for a minute at most."""
     return within(SECONDS_MAX)(test)
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock `skip` moves on: timers that are due by then run without a wait."""
+
+    def __init__(self) -> None:
+        self._skipped_s = 0.0
+        super().__init__()
+
+    def time(self) -> float:
+        return super().time() + self._skipped_s
+
+    def skip(self, seconds: float) -> None:
+        self._skipped_s += seconds
+
+
+def on_skipping_loop(test: AsyncTest[Parameters]) -> Test[Parameters]:
+    """Runs an async test on a `SkippingLoop` of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        loop = SkippingLoop()
+        try:
+            loop.run_until_complete(test(*args, **kwargs))
+        finally:
+            loop.close()
+
+    return run
+
+
+def skip_time(seconds: float) -> None:
+    """Moves the clock of the running `SkippingLoop` on."""
+    cast("SkippingLoop", asyncio.get_running_loop()).skip(seconds)

@@ -1,4 +1,4 @@
-"""Pipelines of real processes with runners that need no model."""
+"""Pipelines of real processes with runners that need no model, and what their stages report."""
 
 import asyncio
 import tempfile
@@ -8,13 +8,18 @@ from pathlib import Path
 
 from actors.options import PipelineOptions
 from actors.pipeline import Pipeline
+from actors.stage.health import StageHealth, State
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
-from stages.step import Segment, Step, StepResult
+from stages.step import FailureKind, Segment, StageFailure, Step, StepResult
 from tests.support.runners import HIDDEN_SIZE
 
 SECONDS = 30
 LAYERS = 2
+LOST_LINK = StageFailure(
+    epoch=1, stage=2, host="host-a", step_id=-1, kind="lost_link", cause="lost the link from stage 1: reset"
+)
+RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, kind="error", cause="ValueError: x")
 
 
 def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1) -> PipelineOptions:
@@ -58,3 +63,24 @@ async def receive(pipeline: Pipeline) -> StepResult:
 
 def leftovers() -> list[str]:
     return [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
+
+
+def health(
+    stage: int, state: State, detail: str = "", seconds: float = 0.0, failure: FailureKind | None = None
+) -> StageHealth:
+    return StageHealth(
+        stage=stage,
+        host="host-a",
+        pid=1,
+        state=state,
+        step_id=9 if state == "running" else None,
+        step_seconds=seconds,
+        steps_done=0,
+        busy_seconds=0.0,
+        layers_done=0,
+        layers=0,
+        resident_bytes=0,
+        received_step=None,
+        detail=detail,
+        failure=failure,
+    )

@@ -1,4 +1,4 @@
-"""A network of the test's own, with nothing but loopback in it: what binds an outward address finds none."""
+"""A network of the test's own, with nothing but loopback in it, where no outward address can be bound."""
 
 import contextlib
 import ctypes
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
-"""linux/sched.h."""
+"""From linux/sched.h."""
 
 
 @contextlib.contextmanager
 def private_network() -> Iterator[None]:
-    """This thread, and all threads and processes that it starts, are in the network. Needs to be root."""
+    """Puts this thread, and all threads and processes that it starts, into the network. Only root may."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/proc/thread-self/ns/net").open("rb") as former:
         _check(libc.unshare(CLONE_NEWNET))

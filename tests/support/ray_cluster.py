@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from actors.cluster.cluster import Cluster
 
 JOINING = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-"""Variables of the process that starts a cluster which those that join it need too."""
+"""Variables of the process that starts a cluster which processes that join it need too."""
 EXIT_DEADLINE = 30.0
 
 
 @contextlib.contextmanager
 def running_ray(rows: int) -> Iterator[Mapping[str, str]]:
-    """The environment with which a process joins a cluster of one host with `rows` galaxy rows."""
+    """Starts a cluster of one host with `rows` galaxy rows; yields the environment with which a process joins it."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     # Its workers run what tests and benchmarks name as their stages' runners.
     environment["PYTHONPATH"] = str(ROOT)
@@ -50,7 +50,7 @@ def running_ray(rows: int) -> Iterator[Mapping[str, str]]:
 
 @contextlib.contextmanager
 def ray_of_this_process(rows: int) -> "Iterator[Cluster]":
-    """One Ray for all pipelines that this process starts within the block: they find it and leave it running.
+    """Starts one Ray for all pipelines that this process starts within the block: they find it and leave it running.
 
     Their temporary files lie in a directory of their own, so that what is left there is theirs.
     """
@@ -68,7 +68,7 @@ def ray_of_this_process(rows: int) -> "Iterator[Cluster]":
 
 
 async def hold(rows: int) -> None:
-    """Starts the cluster and ends it when nobody wants it any more."""
+    """Starts the cluster, prints how to join it, and ends it when standard input ends."""
     prepare_environment(None)
     import ray  # noqa: PLC0415 - reads what `prepare_environment` has set
 

@@ -25,7 +25,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class Cluster:
-    """A head on loopback."""
+    """A Ray head on loopback, with its environment."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -41,7 +41,7 @@ class Cluster:
         self.environment: Mapping[str, str] = {**own, **once, "RAY_ADDRESS": self._address}
 
     def start(self, rows: int) -> None:
-        """Starts GCS and a node with so many rows; returns when they are up."""
+        """Starts the GCS and a node with so many rows; returns when they are up."""
         for _ in range(ATTEMPTS):
             port = self._address.rpartition(":")[2]
             options = ["--head", "--port", port, "--include-dashboard", "false", "--disable-usage-stats"]
@@ -61,12 +61,12 @@ class Cluster:
         raise AssertionError(done.stdout + done.stderr)
 
     def process(self, program: str) -> psutil.Process:
-        """The GCS ("gcs_server") or the raylet ("raylet")."""
+        """Returns the GCS ("gcs_server") or the raylet ("raylet")."""
         [found] = [each for each in self._processes() if Path(each.cmdline()[0]).name == program]
         return found
 
     def end(self) -> None:
-        """Kills all that is left."""
+        """Kills the processes that are left."""
         left = self._processes()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -74,7 +74,7 @@ class Cluster:
         psutil.wait_procs(left, timeout=SECONDS)
 
     def _processes(self) -> list[psutil.Process]:
-        """Ray's daemons, which all know the directory."""
+        """Ray's daemons, which all have the directory among their arguments."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -85,7 +85,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def head_of_a_cluster(rows: int) -> Iterator[Cluster]:
-    """A cluster of one node with so many rows; all of it ends with the block."""
+    """Starts a cluster of one node with so many rows; all of it ends with the block."""
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         cluster = Cluster(directory)
         try:

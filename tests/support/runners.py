@@ -1,4 +1,4 @@
-"""Stage runners without a model: they do what a pipeline has to cope with."""
+"""Stage runners without a model that act out what a pipeline has to cope with."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ INCREMENT = bytes((value + 1) % 256 for value in range(256))
 
 
 def sampled(step: Step, hidden: bytes) -> list[int]:
-    """The last hidden byte of every segment with `sample`."""
+    """Returns the last hidden byte of every segment with `sample`."""
     tokens = []
     end = 0
     for segment in step.segments:
@@ -70,20 +70,20 @@ class ActingRunner(EchoRunner):
 
 
 def echo(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Loads one layer after the other."""
+    """Makes an echo that loads one layer after the other."""
     for done in range(len(spec.layers) + 1):
         on_progress(done, len(spec.layers))
     return EchoRunner(spec)
 
 
 def acting(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """`options.model_path` says what happens: "raise", "sleep" or "kill", then the stage and the step."""
+    """Makes an `ActingRunner`; `options.model_path` is "raise", "sleep" or "kill", then the stage and the step."""
     acts = {"raise": _raise, "sleep": lambda: time.sleep(30), "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}
     return ActingRunner(spec, options, acts[options.model_path.partition(":")[0]])
 
 
 def unloadable(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """Stage 1 cannot load: `options.model_path` says whether its files, the code, the process or the clock fail."""
+    """Fails to load stage 1, by its "files", the "code", the "process" or the "clock": `options.model_path`."""
     if spec.index == 1:
         if options.model_path == "files":
             raise CheckpointError("model.safetensors has no tensor model.layers.1.mlp.gate.weight.")
@@ -111,12 +111,12 @@ class CuttingRunner(EchoRunner):
 
 
 def shut_down(descriptor: int) -> None:
-    """Ends a connection for both sides; the descriptor stays its owner's."""
+    """Ends a connection for both sides; the descriptor stays open."""
     connected = socket.socket(fileno=os.dup(descriptor))
     with connected:
         connected.shutdown(socket.SHUT_RDWR)
 
 
 def cutting(spec: StageSpec, options: StageOptions, on_progress: OnProgress) -> StageRunner:
-    """See CuttingRunner."""
+    """Makes a `CuttingRunner`."""
     return CuttingRunner(spec)

@@ -12,9 +12,9 @@ from actors.clock import now_ns
 from actors.sockets.host import HostLink
 from actors.sockets.listener import HostListener, UnixAddress, connect
 from actors.stage.health import StageHealth
-from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.runner import StageRunner
 from actors.stage.server import StageServer
+from actors.stage.setup import StageIdentity, stage_name
 from stages.plan import StageSpec
 from stages.step import Segment, StageFailure, Step, StepResult
 from tests.support.links import Ear
@@ -27,7 +27,7 @@ IDENTITY = StageIdentity(
 
 
 class Raising(EchoRunner):
-    """Fails at step 2."""
+    """A runner that fails at step 2."""
 
     def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
         if step.step_id == 2:
@@ -36,7 +36,7 @@ class Raising(EchoRunner):
 
 
 class Waiting(EchoRunner):
-    """Computes until it is told to stop."""
+    """A runner that computes until `go_on` is set."""
 
     def __init__(self, spec: StageSpec) -> None:
         super().__init__(spec)
@@ -51,22 +51,24 @@ class Waiting(EchoRunner):
 
 
 class Bench:
-    """A server with the test before and after it."""
+    """A stage server with the test at both ends: `upstream` sends it steps, `downstream` receives its output."""
 
-    def __init__(self, server: StageServer, inlet: HostLink, inlet_ear: Ear, outlet: HostLink, outlet_ear: Ear) -> None:
+    def __init__(
+        self, server: StageServer, upstream: HostLink, upstream_ear: Ear, downstream: HostLink, downstream_ear: Ear
+    ) -> None:
         self.server = server
-        self.inlet = inlet
-        self.inlet_ear = inlet_ear
-        self.outlet = outlet
-        self.outlet_ear = outlet_ear
+        self.upstream = upstream
+        self.upstream_ear = upstream_ear
+        self.downstream = downstream
+        self.downstream_ear = downstream_ear
 
     async def send(self, step_id: int, tokens: int = 1, *, epoch: int = 4, fill: int = 7) -> None:
         payload = memoryview(bytes([fill]) * (tokens * BYTES_PER_TOKEN))
-        sending = asyncio.to_thread(self.inlet.send_from_thread, step(step_id, tokens, epoch), payload, lambda: None)
+        sending = asyncio.to_thread(self.upstream.send_from_thread, step(step_id, tokens, epoch), payload, lambda: None)
         await asyncio.wait_for(sending, SECONDS)
 
     async def failure(self) -> StageFailure:
-        message = (await self.outlet_ear.next()).message
+        message = (await self.downstream_ear.next()).message
         assert isinstance(message, StageFailure)
         return message
 
@@ -89,18 +91,18 @@ async def bench(identity: StageIdentity, runner: StageRunner) -> AsyncIterator[B
     )
     server = StageServer(identity)
     with tempfile.TemporaryDirectory(prefix="stage-") as parent:
-        listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, outlet_ear := Ear())
+        listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
         await asyncio.wrap_future(server.load(lambda _: runner))
         address = await asyncio.wrap_future(server.listen(UnixAddress(f"{parent}/b/up.sock")))
-        inlet = await connect(address, up, inlet_ear := Ear())
+        upstream = await connect(address, up, upstream_ear := Ear())
         await asyncio.wrap_future(server.connect(listener.address))
-        outlet = await asyncio.wait_for(listener.accepted(), SECONDS)
+        downstream = await asyncio.wait_for(listener.accepted(), SECONDS)
         try:
-            yield Bench(server, inlet, inlet_ear, outlet, outlet_ear)
+            yield Bench(server, upstream, upstream_ear, downstream, downstream_ear)
         finally:
             await asyncio.to_thread(server.close)
-            inlet.close()
-            outlet.close()
+            upstream.close()
+            downstream.close()
 
 
 def step(step_id: int, tokens: int = 1, epoch: int = 4) -> Step:
@@ -109,7 +111,7 @@ def step(step_id: int, tokens: int = 1, epoch: int = 4) -> Step:
 
 
 def untimed(message: object) -> Step | StepResult:
-    """The message without the timing that the server added, which has to make sense."""
+    """Returns the message without the timing that the server added, which has to be plausible."""
     assert isinstance(message, Step | StepResult)
     (timing,) = message.timings
     assert 0 < timing.received_ns <= timing.began_ns <= timing.ended_ns <= now_ns()

@@ -1,4 +1,4 @@
-"""Whoever comes to the sockets of a server behind a gate (tests/support/gated_serve.py) and has no business there."""
+"""Untrusted peers that connect to the stages of a server behind a gate (tests/support/gated_serve.py)."""
 
 import asyncio
 import contextlib
@@ -12,21 +12,21 @@ import pytest
 
 from actors.sockets.frames import HEADER
 from tests.support.gated_serve import Overheard
-from tests.support.greetings import STRANGERS
+from tests.support.greetings import UNTRUSTED
 
 SECONDS = 120
 SECRET = slice(HEADER.size + 3, HEADER.size + 35)
-"""Where a hello has it: after the marks of a msgpack array and of its first entry, 32 bytes."""
+"""The bytes of a hello that are its secret: 32, after the marks of a msgpack array and of its first entry."""
 
 
 def overheard(gate: Path) -> list[Overheard]:
-    """What has been heard of each epoch."""
+    """Returns what was overheard of each epoch, in order."""
     told = [json.loads(file.read_text(encoding="utf-8")) for file in gate.glob("*.json")]
     return sorted((Overheard(**fields) for fields in told), key=lambda one: one.epoch)
 
 
 async def heard_anew(gate: Path, epoch: int) -> Overheard:
-    """What is heard of a later epoch than that one."""
+    """Waits for what is overheard of a later epoch than that one."""
     deadline = asyncio.get_running_loop().time() + SECONDS
     while (latest := overheard(gate)[-1]).epoch <= epoch:
         assert asyncio.get_running_loop().time() < deadline
@@ -35,7 +35,7 @@ async def heard_anew(gate: Path, epoch: int) -> Overheard:
 
 
 def besiege(before: Overheard, now: Overheard) -> list[socket.socket]:
-    """Sends all strangers to all stages that listen; returns those that say nothing, and stay."""
+    """Connects all untrusted peers to all stages that listen; returns those that send nothing, and stay."""
     silent = []
     for stage, address in enumerate(now.addresses):
         if is_unix(address):
@@ -48,10 +48,10 @@ def besiege(before: Overheard, now: Overheard) -> list[socket.socket]:
 
 
 def visitors(before: Overheard, now: Overheard, stage: int) -> dict[str, bytes]:
-    """What strangers say, by who they are: all of it is almost right, or not at all."""
+    """Returns what untrusted peers send, by name: greetings that are almost right, and rubbish."""
     replayed, awaited = bytes.fromhex(before.hellos[stage]), bytes.fromhex(now.hellos[stage])
     return {
-        **STRANGERS,
+        **UNTRUSTED,
         "the hello of the epoch before": replayed,
         "that hello under this epoch": awaited[: HEADER.size] + replayed[HEADER.size :],
         "another secret": awaited.replace(awaited[SECRET], bytes(32)),
@@ -60,14 +60,14 @@ def visitors(before: Overheard, now: Overheard, stage: int) -> dict[str, bytes]:
 
 
 def nobody_listens(addresses: Sequence[str]) -> None:
-    """Fails if somebody does, at one of them."""
+    """Fails if something listens at one of the addresses."""
     for address in addresses:
         with pytest.raises(FileNotFoundError if is_unix(address) else ConnectionRefusedError):
             connect(address)
 
 
 def refusals(pid: int) -> int:
-    """How many strangers a stage has refused by its log, which Ray writes to a file."""
+    """Returns how many peers a stage has refused by its log, which Ray writes to a file."""
     return Path(f"/proc/{pid}/fd/2").read_text(encoding="utf-8").count("connection refused")
 
 
@@ -86,7 +86,7 @@ def connect(address: str) -> socket.socket:
 
 
 def is_refused(address: str, said: bytes) -> bool:
-    """Whether the connection is closed without a word."""
+    """Returns whether the connection is closed without a reply."""
     with connect(address) as visitor:
         try:
             visitor.sendall(said)
@@ -96,12 +96,12 @@ def is_refused(address: str, said: bytes) -> bool:
 
 
 def leave_early(address: str, hello: bytes) -> None:
-    """Frames that break off, after nothing, in the header, at its end and before the last byte."""
+    """Sends frames that break off: after nothing, in the header, at its end and before the last byte."""
     for length in (0, HEADER.size // 2, HEADER.size, len(hello) - 1):
         with connect(address) as visitor:
             visitor.sendall(hello[:length])
 
 
 def modes(path: Path) -> tuple[int, int]:
-    """Returns the mode of a socket's directory, and that of the socket."""
+    """Returns the modes of a socket's directory, and of the socket."""
     return stat.S_IMODE(path.parent.stat().st_mode), stat.S_IMODE(path.stat().st_mode)

@@ -1,4 +1,4 @@
-"""Who sits where: placements, refusals, core shares."""
+"""The placement of stages on hosts and rows, refusals, claims to rows, and shares of cores."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from actors.cluster.placement import hosts_sentence, placements_beside, plan_placements, refuse_impossible
 from actors.cluster.placement_group import RowClaim, has_rival, read_claims, taken_rows
 from actors.errors import PlacementError
-from actors.stage.cores import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
+from actors.stage.process import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
 from stages.step import Host, Topology
 
 
@@ -24,14 +24,14 @@ def topology(*rows: int) -> Topology:
 
 @st.composite
 def clusters(draw: st.DrawFn) -> tuple[Topology, dict[str, set[int]]]:
-    """Hosts with different numbers of rows, some of which are taken."""
+    """Draws hosts with different numbers of rows, and the rows of each that are taken."""
     rows = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5))
     taken = {f"n{i}": draw(st.sets(st.integers(0, 7), max_size=count)) for i, count in enumerate(rows)}
     return topology(*rows), taken
 
 
 def stages_that_fit(free: set[int], rows_per_stage: int) -> int:
-    """As many as find adjacent rows: from the lowest one on, each takes the first that it can."""
+    """How many stages find adjacent rows, when from the lowest row on each takes the first it can."""
     count, row = 0, 0
     while row < 8:
         if free >= set(range(row, row + rows_per_stage)):

@@ -1,4 +1,4 @@
-"""A cluster that we start lets in those who know its token alone, and leaves no token in any file."""
+"""A cluster that the project starts is joined with its token alone, which is left in no file."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""An MPI world whose mpirun is a program of the test's, and the agent that mpirun starts its daemons with."""
+"""An mpirun that is a program of the test, and the agent that mpirun starts its daemons with."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ import pytest
 
 from actors.errors import LinkError, StartError
 from actors.mpi import placeholder
-from actors.mpi.mpirun import MpiWorld, mpirun_command, write_agent
+from actors.mpi.mpirun import Mpirun, mpirun_command, write_agent
 from stages.step import Host
 from tests.support.loops import on_uvloop
 
@@ -48,7 +48,7 @@ def test_a_world_of_this_host_stays_on_loopback() -> None:
 
 
 def fake_mpirun(ranks: list[int], then: str) -> list[str]:
-    """Starts real placeholders for some ranks, whose parent it is, then does something."""
+    """The command of a program that starts real placeholders for some ranks, as their parent, then does something."""
     program = f"""
 import os, subprocess, sys
 for rank in {ranks}:
@@ -63,9 +63,9 @@ WAIT = "sys.exit(os.wait()[1] and 1)"
 COMPLAIN = "print('No such host.'); sys.exit(1)"
 
 
-async def started(command: list[str], directory: Path, size: int, lost: list[LinkError], seconds: float) -> MpiWorld:
+async def started(command: list[str], directory: Path, size: int, lost: list[LinkError], seconds: float) -> Mpirun:
     deadline = asyncio.get_running_loop().time() + seconds
-    return await MpiWorld.start(command, directory, size, deadline, lost.append)
+    return await Mpirun.start(command, directory, size, deadline, lost.append)
 
 
 @on_uvloop
@@ -99,7 +99,7 @@ async def test_ranks_that_do_not_come_are_named_at_the_deadline(tmp_path: Path) 
 
 @on_uvloop
 async def test_no_mpirun_is_said_with_what_to_install(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match=r"There is no /nowhere/mpirun, .* install galaxyline\[galaxy\]"):
+    with pytest.raises(StartError, match=r"^/nowhere/mpirun was not found, .* install galaxyline\[galaxy\]"):
         await started(["/nowhere/mpirun"], tmp_path, 2, [], SECONDS)
 
 
@@ -107,7 +107,7 @@ async def test_no_mpirun_is_said_with_what_to_install(tmp_path: Path) -> None:
 async def test_an_mpirun_that_ends_later_is_told_once_and_takes_its_ranks_along(tmp_path: Path) -> None:
     told: asyncio.Queue[LinkError] = asyncio.Queue()
     deadline = asyncio.get_running_loop().time() + SECONDS
-    world = await MpiWorld.start(fake_mpirun([0, 1], WAIT), tmp_path, 2, deadline, told.put_nowait)
+    world = await Mpirun.start(fake_mpirun([0, 1], WAIT), tmp_path, 2, deadline, told.put_nowait)
     processes = [psutil.Process(pid) for pid in world.pids[1:]]
     psutil.Process(world.pids[0]).kill()
 

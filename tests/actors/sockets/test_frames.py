@@ -60,6 +60,7 @@ failures = st.builds(
     stage=st.integers(0, 9),
     host=st.text(max_size=20),
     step_id=st.integers(-1, 99),
+    kind=st.sampled_from(["error", "lost_link"]),
     cause=st.text(max_size=200),
 )
 credit = st.builds(Credit, count=st.integers(1, 100))
@@ -203,7 +204,7 @@ def test_before_the_handshake_only_a_hello_is_let_through(control: Control) -> N
     assert feed(FrameReader(4, BufferPool()), on_the_wire(HELLO), [3])[0].control == HELLO
 
 
-def test_a_stranger_cannot_claim_a_large_hello() -> None:
+def test_an_untrusted_peer_cannot_claim_a_large_hello() -> None:
     header = HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.HELLO, 1, HELLO_BYTES_MAX + 1, 0)
     with pytest.raises(ProtocolError, match="at most"):
         feed(FrameReader(4, BufferPool()), header, [HEADER.size])

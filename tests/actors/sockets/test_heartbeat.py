@@ -1,4 +1,4 @@
-"""Whether a silent peer is noticed, and one that merely has nothing to say is left alone."""
+"""A silent peer is lost, and one that merely has nothing to send is not."""
 
 import asyncio
 import socket
@@ -12,14 +12,14 @@ from actors.sockets.frames import HEADER, Hello, Kind, encode
 from actors.sockets.heartbeat import BEATS, HeartbeatMonitor
 from actors.sockets.listener import HostListener, UnixAddress, connect
 from tests.support.links import DOWN, UP, Ear
-from tests.support.loops import on_uvloop
+from tests.support.loops import on_skipping_loop, on_uvloop, skip_time
 
 SECONDS = 20
 SILENCE_S = 0.3
 
 
 class Clock:
-    """A loop whose timers the test turns."""
+    """A heartbeat monitor whose turns are made by the test."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -59,7 +59,7 @@ def test_every_word_starts_the_count_anew(clock: Clock) -> None:
     clock.close()
 
 
-@on_uvloop
+@on_skipping_loop
 async def test_an_idle_link_lives_on_and_beats() -> None:
     with tempfile.TemporaryDirectory(prefix="link-") as parent:
         quick = {"silence_s": SILENCE_S}
@@ -69,7 +69,11 @@ async def test_an_idle_link_lives_on_and_beats() -> None:
         sender = await connect(listener.address, msgspec.structs.replace(DOWN, **quick), sender_ear := Ear())
         receiver = await asyncio.wait_for(listener.accepted(), SECONDS)
         # Longer than either end would wait for a silent one.
-        await asyncio.sleep(3 * SILENCE_S)
+        for _ in range(3 * BEATS):
+            heard = sender.received_bytes, receiver.received_bytes
+            skip_time(SILENCE_S / BEATS)
+            while sender.received_bytes == heard[0] or receiver.received_bytes == heard[1]:  # noqa: ASYNC110 - sockets
+                await asyncio.sleep(0)
         assert not ear.loss.done()
         assert not sender_ear.loss.done()
         sender.close()
@@ -91,7 +95,7 @@ async def test_a_peer_that_says_nothing_any_more_is_lost() -> None:
 
 
 def say_hello(path: Path) -> socket.socket:
-    """A stage 0 that joins, and then is silent."""
+    """Returns the connection of a stage 0 that joins, and then is silent."""
     peer = socket.socket(socket.AF_UNIX)
     peer.settimeout(SECONDS)
     peer.connect(str(path))
@@ -113,7 +117,7 @@ def read_all(peer: socket.socket) -> bytes:
 
 
 def kinds(frames: bytes) -> list[int]:
-    """What kinds of frames these are; none has a payload."""
+    """Returns the kinds of these frames; none has a payload."""
     found = []
     while frames:
         _, _, kind, _, length, _ = HEADER.unpack_from(frames)

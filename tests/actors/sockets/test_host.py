@@ -1,4 +1,4 @@
-"""Links over real sockets, unix and TCP: order, credits, strangers, and peers that die."""
+"""Links over real sockets, unix and TCP: order, credits, untrusted peers, and peers that die."""
 
 import asyncio
 import multiprocessing
@@ -118,7 +118,7 @@ async def test_failures_need_no_credit(address: Address) -> None:
     async with paired(address) as pair:
         for index in range(CREDITS):
             await pair.send(step(index), hidden(index, 1))
-        failure = StageFailure(epoch=7, stage=0, host="h", step_id=1, cause="broken")
+        failure = StageFailure(epoch=7, stage=0, host="h", step_id=1, kind="error", cause="broken")
         pair.sender.post(failure)
         for _ in range(CREDITS):
             await pair.ear.next()
@@ -266,7 +266,7 @@ async def test_a_unix_socket_is_private_and_gone_once_joined() -> None:
 async def test_a_directory_that_others_can_enter_is_not_used() -> None:
     with tempfile.TemporaryDirectory(prefix="link-") as parent:
         os.chmod(parent, 0o755)  # noqa: PTH101 - pathlib blocks as much
-        with pytest.raises(LinkError, match="no private directory"):
+        with pytest.raises(LinkError, match="not a private directory"):
             HostListener.open(UnixAddress(f"{parent}/1.sock"), UP, Ear())
 
 

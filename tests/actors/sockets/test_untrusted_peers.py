@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from actors.sockets.frames import HEADER
 from actors.sockets.listener import GREETINGS_MAX, Address, HostListener, TcpAddress, UnixAddress, connect
-from tests.support.greetings import GOOD, NEXT, REPLAYED, STRANGERS
+from tests.support.greetings import GOOD, NEXT, REPLAYED, UNTRUSTED
 from tests.support.links import DOWN, SECONDS, UP, Ear, Pair, hidden, open_socket, paired, step
 from tests.support.loops import on_uvloop
 
@@ -47,12 +47,12 @@ def _target(address: Address) -> str | tuple[str, int]:
     return address.path if isinstance(address, UnixAddress) else (address.host, address.port)
 
 
-async def refused(stranger: socket.socket) -> None:
+async def refused(peer: socket.socket) -> None:
     """Returns when the listener has closed the connection."""
 
     def read() -> None:
         try:
-            assert stranger.recv(1) == b""
+            assert peer.recv(1) == b""
         except ConnectionResetError:
             return
 
@@ -67,16 +67,16 @@ async def the_right_one_joins(listener: HostListener) -> None:
     receiver.close()
 
 
-@pytest.mark.parametrize("said", list(STRANGERS))
+@pytest.mark.parametrize("said", list(UNTRUSTED))
 @on_uvloop
-async def test_a_stranger_is_refused_by_what_it_says(address: Address, said: str) -> None:
+async def test_an_untrusted_peer_is_refused_by_what_it_says(address: Address, said: str) -> None:
     with capture_logs() as logs:
         async with working_pair():
             listener = HostListener.open(address, NEXT, Ear())
-            stranger = open_socket(listener.address)
-            stranger.sendall(STRANGERS[said])
-            await refused(stranger)
-            stranger.close()
+            peer = open_socket(listener.address)
+            peer.sendall(UNTRUSTED[said])
+            await refused(peer)
+            peer.close()
             await the_right_one_joins(listener)
     [line] = [line for line in logs if line["event"] == "connection refused"]
     assert (line["log_level"], line["link"], line["peer"]) == ("warning", NEXT.name, NEXT.peer)
@@ -86,13 +86,13 @@ async def test_a_stranger_is_refused_by_what_it_says(address: Address, said: str
 
 @pytest.mark.parametrize("said", list(TRUNCATED))
 @on_uvloop
-async def test_a_stranger_that_leaves_in_the_middle_is_logged(address: Address, said: str) -> None:
+async def test_an_untrusted_peer_that_leaves_in_the_middle_is_logged(address: Address, said: str) -> None:
     with capture_logs() as logs:
         async with working_pair():
             listener = HostListener.open(address, NEXT, Ear())
-            stranger = open_socket(listener.address)
-            stranger.sendall(TRUNCATED[said])
-            stranger.close()
+            peer = open_socket(listener.address)
+            peer.sendall(TRUNCATED[said])
+            peer.close()
             await the_right_one_joins(listener)
     assert "connection refused" in [line["event"] for line in logs]
 
@@ -109,16 +109,16 @@ async def test_a_hello_works_once(address: Address) -> None:
 
 
 @on_uvloop
-async def test_as_many_strangers_as_there_are_do_not_keep_the_right_one_out_for_longer_than_a_greeting(
+async def test_as_many_untrusted_peers_as_there_are_do_not_keep_the_right_one_out_for_longer_than_a_greeting(
     address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.sockets.host.HANDSHAKE_SECONDS", 0.2)
     async with working_pair():
         listener = HostListener.open(address, NEXT, Ear())
-        strangers = [await asyncio.to_thread(open_socket, listener.address) for _ in range(2 * GREETINGS_MAX)]
-        for stranger in strangers:
-            await refused(stranger)
-            stranger.close()
+        peers = [await asyncio.to_thread(open_socket, listener.address) for _ in range(2 * GREETINGS_MAX)]
+        for peer in peers:
+            await refused(peer)
+            peer.close()
         await the_right_one_joins(listener)
 
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from actors.errors import ProtocolError
-from actors.stage.identity import StageIdentity
 from actors.stage.mesh_hop import KEPT, MeshHop, Sockets, TransferLog
+from actors.stage.setup import StageIdentity
 from stages.errors import StepError
 from stages.mesh_spec import HiddenShard, MeshHidden, MeshSocketSpec
 from stages.step import Mode, Segment, SentHidden, Step, StepResult
@@ -22,7 +22,7 @@ HIDDEN = MeshHidden((2, 8), PREFILL, DECODE)
 
 
 class Wires:
-    """Sockets within this process: a queue for each pair of meshes."""
+    """The sockets of this process: a queue for each pair of meshes."""
 
     def __init__(self) -> None:
         self.queues: dict[tuple[int, int], deque[HiddenShard]] = {}
@@ -41,7 +41,7 @@ class Wires:
 
 
 class Wire:
-    """Either end."""
+    """Either end of a socket."""
 
     def __init__(self, queue: deque[HiddenShard]) -> None:
         self._queue = queue
@@ -56,7 +56,7 @@ class Wire:
 
 
 class Runner:
-    """Its tensors are what it says of them."""
+    """A runner whose tensors are their specs."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -99,7 +99,7 @@ def step(step_id: int, mode: Mode = "decode", segments: int = 1) -> Step:
 
 
 def through(hop: MeshHop, step: Step) -> Step:
-    """The step as the stage server passes it on."""
+    """Returns the step as the stage server passes it on."""
     output = hop.step(step, memoryview(b""))
     assert not isinstance(output, StepResult)
     return msgspec.structs.replace(step, sent=None if isinstance(output, memoryview) else output)

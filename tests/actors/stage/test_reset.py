@@ -10,8 +10,8 @@ import pytest
 
 from actors.errors import LinkError
 from actors.sockets.listener import HostListener, UnixAddress, connect
-from actors.stage.identity import StageIdentity, stage_name
 from actors.stage.server import StageServer
+from actors.stage.setup import StageIdentity, stage_name
 from tests.support.links import Ear
 from tests.support.loops import on_uvloop
 from tests.support.runners import EchoRunner
@@ -25,24 +25,24 @@ async def reset(server: StageServer, identity: StageIdentity) -> None:
 
 
 async def join(around: Bench, identity: StageIdentity, parent: str) -> Bench:
-    """The same server between two new links."""
+    """Joins the same server between two new links."""
     up = msgspec.structs.replace(identity.upstream_terms(), name=stage_name(0), peer=stage_name(1))
     down = msgspec.structs.replace(identity.downstream_terms(), name=stage_name(2), peer=stage_name(1))
-    listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, outlet_ear := Ear())
+    listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
     address = await asyncio.wrap_future(around.server.listen(UnixAddress(f"{parent}/b/up.sock")))
-    inlet = await connect(address, up, inlet_ear := Ear())
+    upstream = await connect(address, up, upstream_ear := Ear())
     await asyncio.wrap_future(around.server.connect(listener.address))
-    outlet = await asyncio.wait_for(listener.accepted(), SECONDS)
-    return Bench(around.server, inlet, inlet_ear, outlet, outlet_ear)
+    downstream = await asyncio.wait_for(listener.accepted(), SECONDS)
+    return Bench(around.server, upstream, upstream_ear, downstream, downstream_ear)
 
 
 async def serves(around: Bench, first: int) -> None:
-    """Whether the steps of the new epoch, and they alone, come through."""
+    """Fails unless the steps of the new epoch, and they alone, come through."""
     for step_id in (first, first + 1):
         await around.send(step_id, epoch=5)
-        assert untimed((await around.outlet_ear.next()).message) == step(step_id, epoch=5)
-    around.inlet.close()
-    around.outlet.close()
+        assert untimed((await around.downstream_ear.next()).message) == step(step_id, epoch=5)
+    around.upstream.close()
+    around.downstream.close()
 
 
 @on_uvloop
@@ -69,13 +69,13 @@ async def test_a_stage_at_work_ends_its_step_first_and_nobody_gets_it() -> None:
                 await around.send(step_id)
             assert await asyncio.to_thread(waiting.began.wait, SECONDS)
             resetting = asyncio.ensure_future(reset(around.server, AGAIN))
-            assert "closed the connection" in await around.inlet_ear.cause()
+            assert "closed the connection" in await around.upstream_ear.cause()
             assert not resetting.done()
             waiting.go_on.set()
             await resetting
             again = await join(around, AGAIN, parent)
             await serves(again, 10)
-            assert around.outlet_ear.arrivals.empty()
+            assert around.downstream_ear.arrivals.empty()
             assert around.server.health().steps_done == 3
 
 
@@ -85,10 +85,10 @@ async def test_a_loss_of_a_former_link_harms_nobody() -> None:
         async with bench(IDENTITY, Waiting(spec(IDENTITY))) as around:
             await reset(around.server, AGAIN)
             again = await join(around, AGAIN, parent)
-            around.inlet.close()
-            around.outlet.close()
+            around.upstream.close()
+            around.downstream.close()
             assert around.server.health().state == "ready"
-            again.inlet.close()
+            again.upstream.close()
             assert "lost the link from stage 0" in (await again.failure()).cause
 
 

@@ -12,9 +12,10 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from actors.sockets.listener import CREDITS
-from actors.stage.identity import ENGINE
 from actors.stage.runner import StageRunner
-from actors.stage.server import FAILED_BETWEEN_STEPS, StageServer
+from actors.stage.server import StageServer
+from actors.stage.setup import ENGINE
+from actors.stage.state import FAILED_BETWEEN_STEPS
 from stages.step import StageFailure, StageTiming, Step, StepResult
 from tests.support.loops import on_uvloop
 from tests.support.runners import BYTES_PER_TOKEN, EchoRunner
@@ -50,7 +51,7 @@ async def test_hidden_states_pass_through_in_order() -> None:
     async with bench(IDENTITY, EchoRunner(spec(IDENTITY))) as around:
         for step_id in range(3 * CREDITS):
             await around.send(step_id, tokens=1 + step_id % 5, fill=step_id)
-            arrival = await around.outlet_ear.next()
+            arrival = await around.downstream_ear.next()
             assert untimed(arrival.message) == step(step_id, 1 + step_id % 5)
             assert set(arrival.payload) == {step_id + 1}
             arrival.release()
@@ -64,7 +65,7 @@ async def test_a_runner_may_send_on_the_memory_it_was_given() -> None:
         for step_id in range(4):
             await around.send(step_id, tokens, fill=step_id)
         for step_id in range(4):
-            arrival = await around.outlet_ear.next()
+            arrival = await around.downstream_ear.next()
             assert arrival.payload == bytes([step_id]) * (tokens * BYTES_PER_TOKEN)
             arrival.release()
 
@@ -73,8 +74,8 @@ async def test_a_runner_may_send_on_the_memory_it_was_given() -> None:
 async def test_the_last_stage_gives_results() -> None:
     async with bench(LAST, EchoRunner(spec(LAST))) as around:
         await around.send(5, tokens=3, fill=41)
-        assert untimed((await around.outlet_ear.next()).message) == StepResult(epoch=4, step_id=5, tokens=[42])
-        assert around.outlet.peer == "stage 2"
+        assert untimed((await around.downstream_ear.next()).message) == StepResult(epoch=4, step_id=5, tokens=[42])
+        assert around.downstream.peer == "stage 2"
         assert LAST.downstream_terms().peer == ENGINE
 
 
@@ -83,8 +84,10 @@ async def test_every_stage_adds_its_own_timing() -> None:
     earlier = StageTiming(received_ns=1, began_ns=2, ended_ns=3)
     async with bench(IDENTITY, EchoRunner(spec(IDENTITY))) as around:
         timed = msgspec.structs.replace(step(1), timings=[earlier])
-        await asyncio.to_thread(around.inlet.send_from_thread, timed, memoryview(bytes(BYTES_PER_TOKEN)), lambda: None)
-        message = (await around.outlet_ear.next()).message
+        await asyncio.to_thread(
+            around.upstream.send_from_thread, timed, memoryview(bytes(BYTES_PER_TOKEN)), lambda: None
+        )
+        message = (await around.downstream_ear.next()).message
         assert isinstance(message, Step)
         assert message.timings[0] == earlier
         assert len(message.timings) == 2
@@ -95,15 +98,15 @@ async def test_a_runner_that_raises_is_told_downstream_and_takes_no_further_step
     async with bench(IDENTITY, Raising(spec(IDENTITY))) as around:
         for step_id in (1, 2, 3):
             await around.send(step_id)
-        assert untimed((await around.outlet_ear.next()).message) == step(1)
+        assert untimed((await around.downstream_ear.next()).message) == step(1)
         assert await around.failure() == StageFailure(
-            epoch=4, stage=1, host="host-a", step_id=2, cause="ZeroDivisionError: one by nought"
+            epoch=4, stage=1, host="host-a", step_id=2, kind="error", cause="ZeroDivisionError: one by nought"
         )
         for step_id in range(4, 4 + 2 * CREDITS):
             await around.send(step_id)  # Dropped, and their credits given back.
         health = await around.health_when(lambda health: health.state == "failed")
         assert (health.steps_done, health.detail) == (1, "ZeroDivisionError: one by nought")
-        assert around.outlet_ear.arrivals.empty()
+        assert around.downstream_ear.arrivals.empty()
 
 
 @on_uvloop
@@ -117,7 +120,7 @@ async def test_what_a_runner_logs_names_stage_and_step() -> None:
         async with bench(IDENTITY, Logging(spec(IDENTITY))) as around:
             for step_id in (5, 6):
                 await around.send(step_id)
-                (await around.outlet_ear.next()).release()
+                (await around.downstream_ear.next()).release()
     said = [(log["stage"], log["step_id"]) for log in logs if log["event"] == "computing"]
     assert said == [(1, 5), (1, 6)]
 
@@ -155,42 +158,43 @@ async def test_a_stage_whose_neighbour_takes_nothing_is_blocked_not_busy() -> No
         health = await around.health_when(lambda health: health.state == "blocked" and health.steps_done > CREDITS)
         assert (health.step_id, health.steps_done) == (CREDITS, CREDITS + 1)
         for _ in range(CREDITS):
-            (await around.outlet_ear.next()).release()
-        assert untimed((await around.outlet_ear.next()).message) == step(CREDITS)
+            (await around.downstream_ear.next()).release()
+        assert untimed((await around.downstream_ear.next()).message) == step(CREDITS)
 
 
 async def test_a_lost_upstream_is_told_downstream(waiting: Waiting) -> None:
     async with bench(IDENTITY, waiting) as around:
         await around.send(3)
         assert await asyncio.to_thread(waiting.began.wait, SECONDS)
-        around.inlet.close()
+        around.upstream.close()
         failure = await around.failure()
         assert (failure.stage, failure.step_id) == (1, 3)
-        assert failure.cause == "lost the link from stage 0: it closed the connection"
+        assert (failure.kind, failure.cause) == ("lost_link", "lost the link from stage 0: it closed the connection")
         waiting.go_on.set()
 
 
 @on_uvloop
 async def test_between_steps_a_loss_names_no_step() -> None:
     async with bench(IDENTITY, EchoRunner(spec(IDENTITY))) as around:
-        around.inlet.close()
+        around.upstream.close()
         assert (await around.failure()).step_id == FAILED_BETWEEN_STEPS
 
 
 @on_uvloop
 async def test_a_lost_downstream_closes_the_upstream() -> None:
     async with bench(IDENTITY, EchoRunner(spec(IDENTITY))) as around:
-        around.outlet.close()
-        assert await around.inlet_ear.cause() == "lost the link to stage 1: it closed the connection"
-        assert around.server.health().detail == "lost the link to stage 2: it closed the connection"
+        around.downstream.close()
+        assert await around.upstream_ear.cause() == "lost the link to stage 1: it closed the connection"
+        health = around.server.health()
+        assert (health.failure, health.detail) == ("lost_link", "lost the link to stage 2: it closed the connection")
 
 
 async def test_a_failure_from_upstream_overtakes_a_step_in_progress(waiting: Waiting) -> None:
     async with bench(IDENTITY, waiting) as around:
         await around.send(3)
         assert await asyncio.to_thread(waiting.began.wait, SECONDS)
-        failure = StageFailure(epoch=4, stage=0, host="host-b", step_id=4, cause="broken")
-        around.inlet.post(failure)
+        failure = StageFailure(epoch=4, stage=0, host="host-b", step_id=4, kind="error", cause="broken")
+        around.upstream.post(failure)
         assert await around.failure() == failure
         waiting.go_on.set()
 
@@ -201,7 +205,7 @@ async def test_steps_of_another_epoch_are_dropped() -> None:
         for step_id in range(2 * CREDITS):
             await around.send(step_id, epoch=3)
         await around.send(77)
-        assert untimed((await around.outlet_ear.next()).message) == step(77)
+        assert untimed((await around.downstream_ear.next()).message) == step(77)
         assert around.server.health().steps_done == 1
 
 

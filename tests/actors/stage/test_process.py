@@ -1,4 +1,4 @@
-"""What a process imports before it is told its stage, and how it takes that up: each in a process of its own."""
+"""What a process imports before it is assigned a stage, and what it does then; each test in a process of its own."""
 
 import json
 import os
@@ -9,10 +9,8 @@ import msgspec
 import pytest
 
 from actors.options import STAGE_RUNNER, TIMED_RUNNER
-from actors.stage.actor import StageSetup
-from actors.stage.cores import SPINS
-from actors.stage.identity import StageIdentity
-from actors.stage.preparation import Preparation
+from actors.stage.process import SPINS, Preparation
+from actors.stage.setup import StageIdentity, StageSetup
 from stages.device import Device
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
@@ -32,7 +30,7 @@ async def main():
     affinity = len(os.sched_getaffinity(0))
     told = {"imported": imported, "seen": early and early.SEEN, "affinity": affinity}
     if len(sys.argv) > 2:
-        await actor.take_up(bytes.fromhex(sys.argv[2]))
+        await actor.assign(bytes.fromhex(sys.argv[2]))
         await actor.load()
         threads = await asyncio.to_thread(sys.modules["torch"].get_num_threads)
         told |= {"threads": threads, "bound": len(os.sched_getaffinity(0)), "pid": (await actor.health()).pid}
@@ -44,7 +42,7 @@ asyncio.run(main())
 
 
 def run(*told: Preparation | StageSetup) -> dict[str, object]:
-    """What a spare says that is told these things."""
+    """Returns what a spare prints that is prepared with the first of these, and assigned the second."""
     packed = [msgspec.msgpack.encode(each).hex() for each in told]
     own = {name: value for name, value in os.environ.items() if name not in NAMES and name != "OMP_WAIT_POLICY"}
     done = subprocess.run(

@@ -1,0 +1,127 @@
+"""A pipeline that is deployed: its cluster, its stages and the chain they form with the engine.
+
+The module imports Ray; see `actors.cluster.cluster`.
+"""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable, Collection
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from actors.chain import Chain
+from actors.cluster.cluster import Cluster
+from actors.errors import StartError
+from actors.options import PipelineOptions
+from actors.sockets.host import HostLink
+from actors.sockets.link import EngineLinks
+from actors.stage.health import StageHealth, StageProgress
+from actors.stage.mesh_hop import Transfer
+from actors.stage.setup import stage_setups
+from actors.start import StageStarter, StartedStages
+
+TEMPORARY_PATH_MAX = 60
+"""A unix socket's path has at most 107 bytes; ours adds some 30 to the directory for temporary files."""
+
+
+class Deployment:
+    """A pipeline's stages while they run, through all its epochs. Made by `start`; `close` ends it."""
+
+    def __init__(self, starter: StageStarter, stages: StartedStages, chain: Chain, ending: AsyncExitStack) -> None:
+        """`ending` ends what the stages run in: the cluster, if it was started for them, and their directory."""
+        self._starter = starter
+        self._stages = stages
+        self._chain = chain
+        self._ending = ending
+        self._is_closed = False
+
+    @classmethod
+    async def start(
+        cls, options: PipelineOptions, links: EngineLinks, on_progress: Callable[[StageProgress], None]
+    ) -> "Deployment":
+        """Joins or starts the cluster, then starts and joins all stages. Raises what `Pipeline.start` raises.
+
+        Everything that was started is ended before it raises.
+        """
+        deadline = asyncio.get_running_loop().time() + options.start_timeout_s
+        ending = AsyncExitStack()
+        try:
+            directory = Path(_short_temporary_directory())
+            ending.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
+            cluster = await Cluster.join(options.ray_address, len(options.specs) * options.rows_per_stage)
+            ending.push_async_callback(cluster.leave)
+            starter = StageStarter(options, cluster, directory, on_progress)
+            stages, chain = await starter.start(links, deadline)
+        except BaseException:
+            await asyncio.shield(ending.aclose())
+            raise
+        return cls(starter, stages, chain, ending)
+
+    @property
+    def downstream(self) -> HostLink:
+        """The link to the first stage."""
+        return self._chain.downstream
+
+    async def rejoin(self, links: EngineLinks, kill: Collection[int]) -> HostLink:
+        """Joins all stages for another epoch; those to `kill`, and those that cannot be joined, are replaced.
+
+        Stages that are joined from mesh to mesh all start anew, in another MPI world. Returns the link to the first
+        stage. Raises PlacementError or StartError, and may be called again after that.
+        """
+        deadline = asyncio.get_running_loop().time() + self._starter.options.start_timeout_s
+        self._chain.close()
+        if self._is_closed:
+            raise StartError("The pipeline is closed.")
+        if self._stages.mpi is None:
+            self._chain = await self._rejoin_stages(links, kill, deadline)
+        else:
+            await self._stages.close()
+            self._stages, self._chain = await self._starter.start(links, deadline)
+        return self._chain.downstream
+
+    async def health(self) -> list[StageHealth]:
+        """Returns the health of every stage, in order; nothing where there are no stages any more."""
+        return await self._stages.health()
+
+    async def transfers(self) -> list[list[Transfer]]:
+        """Returns what has gone through each stage's mesh sockets lately."""
+        return await self._stages.transfers()
+
+    @property
+    def mpi_pids(self) -> list[int]:
+        """The processes that hold an MPI world together, mpirun's own first; none without one."""
+        return self._stages.mpi_pids
+
+    async def spare_pids(self) -> list[int]:
+        """Returns the processes that wait to become a stage, once they can."""
+        return await self._stages.spares.pids()
+
+    async def close(self) -> None:
+        """Ends and removes everything that was started. May be repeated, also after it failed half-way."""
+        self._is_closed = True
+        self._chain.close()
+        try:
+            await self._stages.close()
+        finally:
+            await self._ending.aclose()
+
+    async def _rejoin_stages(self, links: EngineLinks, kill: Collection[int], deadline: float) -> Chain:
+        starter, stages = self._starter, self._stages
+        lost = await stages.group.reset(links.epoch, links.secret, kill)
+        if lost:
+            await stages.group.kill(lost)
+            await stages.placement.settle(deadline - asyncio.get_running_loop().time())
+            setups = stage_setups(starter.options, stages.placement.stages, links)
+            replaced = {index: setups[index] for index in lost}
+            await stages.group.replace(replaced, stages.spares, deadline, starter.on_progress)
+        chain = await starter.join(stages.group, stages.placement, links, deadline)
+        starter.report_ready(stages.placement)
+        stages.spares.provide(stages.placement.stages)
+        return chain
+
+
+def _short_temporary_directory() -> str:
+    usual = tempfile.gettempdir()
+    parent = usual if len(usual) <= TEMPORARY_PATH_MAX else "/tmp"  # noqa: S108 # nosec B108 # a private one in it
+    return tempfile.mkdtemp(prefix="galaxyline-", dir=parent)
