@@ -18,7 +18,7 @@ TTNN_INSTALLED := $(TTNN_VENV)/installed
 TTNN_PYTHON ?= $(shell .ci/ttnn-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-ttnn serve demo test test-slow test-all test-ttnn lint audit format bench chaos sample clean
+.PHONY: help install install-ttnn serve demo test test-slow test-all test-ttnn lint audit format options-doc bench chaos sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,9 @@ audit: $(INSTALLED) ## bandit, and known vulnerabilities of the libraries, for w
 format: $(INSTALLED) ## Let ruff format the code and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+options-doc: $(INSTALLED) ## Write docs/options.md from the options' definitions
+	$(BIN)/python -m api.cli.document
 
 bench: $(INSTALLED) ## Hops, overhead, tokens a second, traces, loading and scaling; ARGS=--short only shows that it runs
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -44,12 +44,14 @@ class Deployment:
 
         Everything that was started is ended before it raises.
         """
-        deadline = asyncio.get_running_loop().time() + options.start_timeout_s
+        deadline = asyncio.get_running_loop().time() + options.cluster.start_timeout_s
         ending = AsyncExitStack()
         try:
             directory = Path(_short_temporary_directory())
             ending.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
-            cluster = await Cluster.join(options.ray_address, len(options.specs) * options.rows_per_stage)
+            cluster = await Cluster.join(
+                options.cluster.ray_address, len(options.specs) * options.cluster.rows_per_stage
+            )
             ending.push_async_callback(cluster.leave)
             starter = StageStarter(options, cluster, directory, on_progress)
             stages, chain = await starter.start(links, deadline)
@@ -69,7 +71,7 @@ class Deployment:
         Stages that are joined from mesh to mesh all start anew, in another MPI world. Returns the link to the first
         stage. Raises PlacementError or StartError, and may be called again after that.
         """
-        deadline = asyncio.get_running_loop().time() + self._starter.options.start_timeout_s
+        deadline = asyncio.get_running_loop().time() + self._starter.options.cluster.start_timeout_s
         self._chain.close()
         if self._is_closed:
             raise StartError("The pipeline is closed.")

@@ -1,60 +1,88 @@
-"""The options of a pipeline."""
+"""The options that `Pipeline.start` is given."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from actors.sockets.host import SILENCE_SECONDS
-from stages.device import Device
+from stages.device import PROFILES, Device, DeviceProfile
 from stages.errors import PlanError
 from stages.options import ITEM_BYTES, StageOptions
 from stages.plan import StageSpec
 
 Transport = Literal["host", "mesh"]
 
-STAGE_RUNNER = "stages.stage:Stage.load"
-TIMED_RUNNER = "stages.timed.stage:TimedStage.load"
-COMPILING_SECONDS = 60.0
-"""How long a process on chips may be silent: while ttnn compiles kernels, none of its other threads runs."""
 FIFO_BYTES = 1 << 14
-"""Bytes of each chip's L1 that a mesh socket takes: room for eight bfloat16 tiles."""
+"""What a mesh socket takes of each chip's L1: room for eight bfloat16 tiles."""
+
+
+class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the stages of a pipeline run, and how long they may take. Times are in seconds.
+
+    Without `ray_address` the environment's RAY_ADDRESS counts, and without that a cluster on this host alone is
+    started.
+    """
+
+    device: Annotated[
+        Device,
+        Meta(
+            description="What computes: this host's processor; the chips of Galaxies (needs galaxyline[galaxy] on "
+            "their hosts); or nothing, in the time that chips are predicted to take, or that --stage-time gives."
+        ),
+    ] = "embedded"
+    rows_per_stage: Annotated[int, Meta(ge=1, description="Galaxy rows of 8 chips that a stage owns.")] = 1
+    ray_address: Annotated[
+        str | None,
+        Meta(description="A running Ray cluster.", extra={"default": "$RAY_ADDRESS, else one of our own"}),
+    ] = None
+    start_timeout_s: Annotated[float, Meta(gt=0, description="Seconds until all stages are ready.")] = 600.0
+    placement_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds that Galaxy rows which others use are waited for.")
+    ] = 30.0
+    step_timeout_s: Annotated[float, Meta(gt=0, description="Seconds that one step may take.")] = 60.0
+    spare: Annotated[
+        bool,
+        Meta(
+            description="Keep a process on each host that has imported everything and takes the place of a stage that "
+            "is lost."
+        ),
+    ] = True
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """The facts about the device."""
+        return PROFILES[self.device]
 
 
 class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything `Pipeline.start` needs.
+    """Everything that `Pipeline.start` needs.
 
     `hidden_size` is the model's: hidden states are [tokens, hidden_size] in `stage.dtype`. Each stage owns
-    `rows_per_stage` Galaxy rows of one host. `ray_address` is that of a running cluster; with None it is RAY_ADDRESS of
-    the environment, and without that a cluster on this host alone is started. Rows that others use are waited for
-    `placement_timeout_s`. `runner` is the import path "module:attribute" of what makes a stage's runner (a
-    `RunnerFactory`).
+    `cluster.rows_per_stage` Galaxy rows of one host. `runner` is the import path "module:attribute" of what makes a
+    stage's runner (a `RunnerFactory`).
 
-    With the transport "host" hidden states are sent with the steps, through host sockets; with "mesh", which needs the
+    With the transport "host" hidden states travel beside steps, through host sockets; with "mesh", which needs the
     device "ttnn" and links between the stages' chips, they go from mesh to mesh, `fifo_bytes` of them at a time to each
-    chip. `environments` has what is added to the environment of each stage; where it is empty, nothing is. A start is
-    refused at once where the cluster could not hold `pipelines` of this size, this one and others like it. With `spare`
-    a process on each host waits to take the place of a stage that is lost.
+    chip. `environments` is what is added to each stage's environment, nothing where it is empty. The cluster has to
+    hold `pipelines` of this size, this one and others like it: it is refused at once where it cannot.
     """
 
     hidden_size: int
     specs: list[StageSpec]
     stage: StageOptions
-    device: Device
-    rows_per_stage: int
-    ray_address: str | None
-    start_timeout_s: float
-    step_timeout_s: float
-    placement_timeout_s: float = 30.0
-    runner: str = STAGE_RUNNER
+    cluster: ClusterOptions
+    runner: str = PROFILES["embedded"].runner
     transport: Transport = "host"
     fifo_bytes: int = FIFO_BYTES
     environments: list[dict[str, str]] = []
     pipelines: int = 1
-    spare: bool = True
 
     def __post_init__(self) -> None:
-        if self.transport == "mesh" and self.device != "ttnn":
-            raise PlanError(f"The transport 'mesh' joins chips, and the {self.device} device has none: choose 'host'.")
+        if self.transport == "mesh" and not self.cluster.profile.has_chips:
+            raise PlanError(
+                f"The transport 'mesh' joins chips, and the {self.cluster.device} device has none: choose 'host'."
+            )
         if self.environments and len(self.environments) != len(self.specs):
             raise PlanError(f"{len(self.environments)} environments were given for {len(self.specs)} stages.")
 
@@ -65,9 +93,9 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def silence_s(self) -> float:
         """Seconds without a heartbeat after which a stage is considered dead."""
-        return COMPILING_SECONDS if self.device == "ttnn" else SILENCE_SECONDS
+        return self.cluster.profile.silence_s or SILENCE_SECONDS
 
     @property
     def bytes_per_token(self) -> int:
-        """Length of one token's hidden state."""
+        """The length of one token's hidden state."""
         return self.hidden_size * ITEM_BYTES[self.stage.dtype]

@@ -101,12 +101,12 @@ class Pipeline:
         PlacementError, or StartError naming stage, host and cause; a CheckpointError, CacheError, PlanError or
         DeviceError of a stage is raised as it is. Whatever was started is ended before it raises.
         """
-        prepare_environment(options.ray_address)
+        prepare_environment(options.cluster.ray_address)
         # Importing Ray takes most of a second; the caller's loop has other work.
         await asyncio.to_thread(_import_ray)
         from actors.deployment import Deployment  # noqa: PLC0415 - imports Ray, which reads the environment
 
-        pipeline = cls(next(_epochs), options.step_timeout_s)
+        pipeline = cls(next(_epochs), options.cluster.step_timeout_s)
         deployment = await Deployment.start(options, pipeline.engine_links(), on_progress)
         pipeline.attach(deployment, deployment.downstream)
         return pipeline

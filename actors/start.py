@@ -147,9 +147,9 @@ class StageStarter:
         return await place(
             self._cluster,
             len(options.specs),
-            options.rows_per_stage,
+            options.cluster.rows_per_stage,
             options.pipelines,
-            seconds=min(left_s, options.placement_timeout_s),
+            seconds=min(left_s, options.cluster.placement_timeout_s),
             actor_class=StageActor.__name__,
         )
 

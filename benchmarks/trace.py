@@ -17,7 +17,7 @@ from benchmarks.support.options import benchmark_command, bind_process
 from benchmarks.support.report import Report, Target, publish, table_of
 from benchmarks.support.spread import Spread, ratios
 from stages.device import Device
-from stages.options import CacheOptions, StageOptions
+from stages.options import CacheOptions, ExecutionOptions, StageOptions
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step
@@ -57,10 +57,9 @@ class Decoding:
             model_path=str(SAMPLE_DIR),
             cache_dir=str(cache_dir),
             dtype="float32",
-            load_format="auto",
             seed=0,
             cache=cache,
-            enable_trace=enable_trace,
+            execution=ExecutionOptions(enable_trace=enable_trace),
         )
         [spec] = plan_stages(ModelConfig.from_file(SAMPLE_DIR / "config.json"), 1)
         self._stage = Stage.load(spec, options, lambda _done, _of: None)

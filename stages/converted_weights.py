@@ -12,7 +12,7 @@ from stages.backend import DEVICE, set_float_dtype, ttnn
 from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError
 from stages.models.registry import architecture_of
-from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype, LoadFormat
+from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype, WeightOptions
 from stages.plan import StageSpec
 from stages.run_config import StateDict, WeightConfig, load_weight_config, save_weight_config
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
@@ -143,10 +143,9 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     cache_dir: str
     dtype: Dtype
-    load_format: LoadFormat
     seed: int
+    weights: WeightOptions = WeightOptions()
     mesh_shape: tuple[int, int] = (1, 1)
-    weight_dtypes: WeightDtypes = DEFAULT_DTYPES
 
 
 class Conversion:
@@ -184,7 +183,7 @@ def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
     """
     if min(options.mesh_shape) < 1:
         raise PlanError(f"{options.mesh_shape} is not a shape of a mesh: give rows and columns.")
-    source = open_weights(Path(options.model_path), load_format=options.load_format, seed=options.seed)
+    source = open_weights(Path(options.model_path), load_format=options.weights.load_format, seed=options.seed)
     set_float_dtype(TORCH_DTYPES[options.dtype])
     whole = StageSpec(index=0, stages=1, first_layer=0, end_layer=source.config.num_hidden_layers)
     parts = stage_parts(source.config, whole)
@@ -192,7 +191,7 @@ def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
     mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*options.mesh_shape))
     try:
         weights = ConvertedWeights(
-            source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weight_dtypes
+            source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weights.weight_dtypes
         )
         yield Conversion(weights, parts)
     finally:

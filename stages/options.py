@@ -1,8 +1,9 @@
-"""Options of a stage beside its layers: where the weights are, in which dtype, and the size of the KV cache."""
+"""The options that all stages of a pipeline have in common: weights, dtypes, and the size of the KV cache."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from stages.errors import PlanError
 from stages.tensor_dtypes import TILE, WeightDtypes
@@ -58,22 +59,37 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         return slot % self.pools
 
 
+class WeightOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How weights are read and kept; `weight_dtypes` are those of weights and of the KV cache on chips."""
+
+    load_format: Annotated[
+        LoadFormat, Meta(description="dummy: random weights; only config.json and the tokenizer are read.")
+    ] = "auto"
+    weight_dtypes: WeightDtypes = WeightDtypes()
+
+
+class ExecutionOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How stages run their steps."""
+
+    enable_trace: Annotated[bool, Meta(description="Capture the decode step of each stage once, and replay it.")] = (
+        False
+    )
+
+
 class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that all stages of a pipeline have in common.
 
-    `model_path` is a checkpoint directory; with `load_format` "dummy" only its config.json is read and the weights
-    are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in. Only
-    the layers that `changes` leave are the model. With `enable_trace` decode steps are captured once and replayed.
-    `weight_dtypes` are those of weights and of the KV cache on chips. `timed` is for the timed device alone.
+    `model_path` is a checkpoint directory; with `weights.load_format` "dummy" only its config.json is read and the
+    weights are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
+    Only the layers that `changes` leave are the model. `timed` is for the timed device alone.
     """
 
     model_path: str
     cache_dir: str
     dtype: Dtype
-    load_format: LoadFormat
     seed: int
     cache: CacheOptions
+    weights: WeightOptions = WeightOptions()
+    execution: ExecutionOptions = ExecutionOptions()
     changes: ConfigChanges = UNCHANGED
-    enable_trace: bool = False
-    weight_dtypes: WeightDtypes = WeightDtypes()
     timed: TimedOptions | None = None

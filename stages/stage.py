@@ -65,8 +65,8 @@ class Stage:
         self._tables = PageTables(cache)
         rope_tables = architecture_of(config).load_modules().rope_tables
         rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
-        self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.enable_trace)
-        self._traces = DecodeTraces(model, mesh_device) if options.enable_trace else None
+        self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.execution.enable_trace)
+        self._traces = DecodeTraces(model, mesh_device) if options.execution.enable_trace else None
         self._head = OutputHead(config, mesh_device, model, self._batches) if spec.is_last else None
         self._prepared: tuple[Step, Batch | None] | None = None
 
@@ -87,14 +87,17 @@ class Stage:
                 f"A mesh of {shape[0]} x {shape[1]} chips needs as many KV pools, not {options.cache.pools}."
             )
         source = open_weights(
-            Path(options.model_path), load_format=options.load_format, seed=options.seed, changes=options.changes
+            Path(options.model_path),
+            load_format=options.weights.load_format,
+            seed=options.seed,
+            changes=options.changes,
         )
         set_float_dtype(TORCH_DTYPES[options.dtype])
-        mesh_device = open_mesh(*shape, enable_trace=options.enable_trace)
+        mesh_device = open_mesh(*shape, enable_trace=options.execution.enable_trace)
         with ExitStack() as undo:
             undo.callback(close_mesh, mesh_device)
             weights = ConvertedWeights(
-                source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weight_dtypes
+                source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weights.weight_dtypes
             )
             model = ModelSlice.load(spec, weights, options.cache, on_progress)
             stage = cls(spec, options, model, mesh_device, source.config)

@@ -1,8 +1,9 @@
 """The dtypes of tensors on chips, what a tile of each takes, and which kind of weight is kept in which."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from stages.errors import PlanError
 
@@ -44,6 +45,13 @@ CHOICES: dict[Kind, tuple[TensorDtype, ...]] = {
 """The dtypes that each kind may have, widest first."""
 
 
+def _option(kind: Kind, meaning: str) -> Meta:
+    """The option `--<kind>-dtype` of a kind of weight."""
+    help_text = f"Dtype of the {meaning} on chips; the embedded device has --dtype."
+    extra: dict[str, Any] = {"parameter": f"{kind}_dtype", "values": CHOICES[kind]}
+    return Meta(description=help_text, extra=extra)
+
+
 class WeightDtypes(msgspec.Struct, frozen=True, kw_only=True):
     """The dtype of each kind of weight, and of the KV cache; the defaults are what the modules write.
 
@@ -52,12 +60,16 @@ class WeightDtypes(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     embedding: TensorDtype = "bfloat16"
-    attention: TensorDtype = "bfloat8_b"
-    gate_up: TensorDtype = "bfloat4_b"
-    down: TensorDtype = "bfloat8_b"
-    router: TensorDtype = "float32"
-    head: TensorDtype = "bfloat8_b"
-    kv_cache: TensorDtype = "bfloat8_b"
+    attention: Annotated[TensorDtype, _option("attention", "attention's projections")] = "bfloat8_b"
+    gate_up: Annotated[
+        TensorDtype, _option("gate_up", "gate and up projections of experts and other feed-forward networks")
+    ] = "bfloat4_b"
+    down: Annotated[TensorDtype, _option("down", "down projections of experts and other feed-forward networks")] = (
+        "bfloat8_b"
+    )
+    router: Annotated[TensorDtype, _option("router", "experts' router")] = "float32"
+    head: Annotated[TensorDtype, _option("head", "head")] = "bfloat8_b"
+    kv_cache: Annotated[TensorDtype, _option("kv_cache", "KV cache")] = "bfloat8_b"
 
     def __post_init__(self) -> None:
         for kind, allowed in CHOICES.items():

@@ -40,7 +40,7 @@ class MpiWorld:
 
         `lost` is called should the world end by itself after that. Raises StartError.
         """
-        graph = mesh_graph_descriptor(len(placements), options.rows_per_stage)
+        graph = mesh_graph_descriptor(len(placements), options.cluster.rows_per_stage)
         hosts = [placed.host for placed in placements]
         agent, path = directory / "daemon_agent", str(directory / "daemons.sock")
         write_agent(agent, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from actors.stage.runner import runner_factory
-from stages.device import DEVICE_VARIABLE, Device
+from stages.device import DEVICE_VARIABLE, PROFILES, Device
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -102,7 +102,7 @@ def prepare(preparation: Preparation) -> None:
     share = share_cores(sorted(os.sched_getaffinity(0)), preparation.neighbours)[0]
     set_thread_variables(share.threads, os.environ)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    if preparation.device == "ttnn":
+    if PROFILES[preparation.device].has_chips:
         importlib.import_module("torch")
     else:
         runner_factory(preparation.runner)

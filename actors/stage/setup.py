@@ -115,7 +115,7 @@ def stage_setups(
             ),
             spec=spec,
             options=options.stage,
-            device=options.device,
+            device=options.cluster.device,
             runner=options.runner,
             rows=placed.rows,
             neighbour=placed.neighbour,
@@ -131,6 +131,6 @@ def stage_setups(
 def _environment(options: PipelineOptions, stage: int, placed: StagePlacement) -> dict[str, str]:
     """A stage's own environment: on chips it sees those of its rows alone, unless the user names others."""
     own = options.environment(stage)
-    if options.device != "ttnn" or VISIBLE_DEVICES in own:
+    if not options.cluster.profile.has_chips or VISIBLE_DEVICES in own:
         return own
     return {VISIBLE_DEVICES: visible_devices(placed.rows), **own}

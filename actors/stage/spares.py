@@ -86,7 +86,7 @@ class Spares:
         for placed in placements:
             if placed.host.node_id not in self._spares:
                 preparation = Preparation(
-                    device=options.device,
+                    device=options.cluster.device,
                     runner=options.runner,
                     neighbours=placed.neighbours,
                     environment=options.environment(0),
@@ -97,7 +97,7 @@ class Spares:
     def _are_wanted(self) -> bool:
         options = self._options
         are_alike = all(environment == options.environment(0) for environment in options.environments)
-        return options.spare and options.transport == "host" and are_alike
+        return options.cluster.spare and options.transport == "host" and are_alike
 
     async def assign(self, host: Host, setup: StageSetup) -> Spare | None:
         """Makes the host's spare this stage and returns it, for the caller to end; None where none answers.

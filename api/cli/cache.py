@@ -1,32 +1,19 @@
-"""The command line of the weight cache: `galaxyline convert`, and `galaxyline cache list`, `verify` and `prune`."""
+"""`galaxyline cache list`, `verify` and `prune`: the command line of the weight cache."""
 
-import functools
-import os
 import sys
 import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from api.cli.convert import ConvertSettings, convert
-from api.cli.options import (
-    cache_dir_option,
-    dtype_option,
-    load_format_option,
-    rows_per_stage_option,
-    seed_option,
-    weights_device_option,
-)
-from api.cli.weight_dtype_options import take_weight_dtypes, weight_dtype_options
+from api.cli.options import options_of
+from api.cli.terminal import result_console
 from api.client.progress import LongWork
-from api.settings.environment import note_environment
-from api.settings.parameters import with_options
-from api.text.model_source import resolve_model
+from api.settings.engine import EngineSettings
 from stages.options import TRANSFORM_VERSION
 from weights.cache.inventory import CacheEntry, cache_entries, damage_of, remove_entries
 from weights.sizes import in_words
@@ -36,28 +23,11 @@ DAMAGED = 1
 
 DAY_S = 86400
 
+WIDE_COLUMNS = 160
+"""The width of the table of entries where it does not go to a terminal."""
 
-@click.command("convert")
-@click.argument("model", required=False)
-@click.option("--model-path", help="As MODEL.  [default: $DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample]")
-@cache_dir_option
-@dtype_option
-@load_format_option
-@seed_option
-@weights_device_option
-@rows_per_stage_option
-@functools.partial(with_options, options=weight_dtype_options)
-def convert_command(model: str | None, model_path: str | None, seed: int | None, **given: Any) -> None:
-    """Convert the weights of MODEL, a directory or a hub id, into the weight cache, for any split into stages.
 
-    Serving does the same on first use. What the cache has already is left as it is, so a conversion that was cut off
-    goes on where it stopped.
-    """
-    note_environment(os.environ)
-    source = resolve_model(model or model_path, os.environ)
-    dtypes = take_weight_dtypes(given)
-    settings = ConvertSettings(source=source, seed=seed or 0, weight_dtypes=dtypes, **given)
-    convert(settings, click.echo, LongWork(Console(stderr=True)))
+cache_dir_option = options_of(EngineSettings, only={"cache_dir"})
 
 
 @click.group("cache")
@@ -73,14 +43,14 @@ def list_command(cache_dir: Path) -> None:
     table = Table("part", "device", "dtype", "mesh", "transform", "fingerprint", "size", "last used", "state")
     for entry in entries:
         table.add_row(*_cells(entry))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    result_console(WIDE_COLUMNS).print(table)
     click.echo(f"{len(entries)} entries, {in_words(sum(entry.bytes for entry in entries))}, in {cache_dir}")
 
 
 @cache_group.command("verify")
 @cache_dir_option
 def verify_command(cache_dir: Path) -> None:
-    """Read every byte of the weight cache and name what is damaged; the exit code is then 1."""
+    """Read every byte of the weight cache and name what is damaged; the exit code is 1 if anything is."""
     entries = [entry for entry in cache_entries(cache_dir) if entry.key is not None]
     damaged = 0
     with LongWork(Console(stderr=True)).steps("Checking", len(entries)) as done:
@@ -103,7 +73,7 @@ def verify_command(cache_dir: Path) -> None:
 def prune_command(cache_dir: Path, older_than: float | None, everything: bool, dry_run: bool) -> None:
     """Remove entries that this version cannot use: damaged, or converted by another version.
 
-    Directories that are no cache entries are left alone. A running pipeline keeps the files that it has loaded.
+    Directories that are not cache entries are left alone. A running pipeline keeps the files that it has loaded.
     """
     used_since = None if older_than is None else time.time() - older_than * DAY_S
     chosen = [entry for entry in cache_entries(cache_dir) if _is_pruned(entry, used_since, everything)]

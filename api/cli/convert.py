@@ -2,19 +2,23 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import msgspec
+from msgspec import Meta
+from rich.console import Console
 
+from actors.options import ClusterOptions
+from api.cli.options import options_of
 from api.client.progress import LongWork
-from api.settings.chips import chip_dtype
-from api.settings.engine import resolve_dtype
-from api.text.model_source import ModelSource, check_model_files
-from stages.device import DEVICE_VARIABLE, Device
-from stages.options import Dtype, LoadFormat
-from stages.tensor_dtypes import WeightDtypes
-from stages.wormhole import GALAXY_COLUMNS
+from api.settings.engine import DEFAULT_CACHE_DIR, CacheDir, DtypeOption, Seed, resolve_dtype
+from api.settings.environment import note_environment
+from api.settings.model import ModelPathOption
+from api.settings.option import again, made, take
+from api.text.model_source import ModelSource, check_model_files, resolve_model
+from stages.device import DEVICE_VARIABLE, PROFILES
+from stages.options import WeightOptions
 from weights.errors import CacheError
 from weights.sizes import in_words
 
@@ -23,37 +27,55 @@ if TYPE_CHECKING:
 
 
 class ConvertSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `convert`; `seed` is that of dummy weights. On chips a stage has 8 columns of `rows_per_stage`."""
+    """The options of `convert`, those of `serve` that converted weights depend on."""
 
     source: ModelSource
-    cache_dir: Path
-    dtype: Dtype | Literal["auto"]
-    load_format: LoadFormat
-    seed: int
-    device: Device
-    rows_per_stage: int = 1
-    weight_dtypes: WeightDtypes = WeightDtypes()
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR
+    dtype: DtypeOption = "auto"
+    weights: WeightOptions = WeightOptions()
+    seed: Seed = None
+    device: Annotated[
+        Literal["embedded", "ttnn"],
+        Meta(description="What the weights are for: this host's processor, or the chips of Galaxies."),
+    ] = "embedded"
+    rows_per_stage: Annotated[int, again(ClusterOptions, "rows_per_stage")] = 1
+
+
+@click.command("convert")
+@click.argument("model", required=False)
+@options_of(ModelPathOption)
+@options_of(ConvertSettings)
+def convert_command(model: str | None, **given: Any) -> None:
+    """Convert the weights of MODEL, a directory or a hub id, into the weight cache, for any split into stages.
+
+    Serving does the same on first use. What the cache has already is left as it is, so a conversion that was cut off
+    goes on where it stopped.
+    """
+    note_environment(os.environ)
+    model_path = take(ModelPathOption, given).model_path
+    source = resolve_model(model or model_path, os.environ)
+    convert(made(ConvertSettings, {**given, "source": source}), click.echo, LongWork(Console(stderr=True)))
 
 
 def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWork) -> None:
-    """Converts all parts of a model that the cache does not have, and says what they take before it begins.
+    """Converts all parts of a model that the cache does not have; what they take is reported to `say` first.
 
-    Raises CheckpointError where the model will not do, CacheError where its parts do not fit the disk or cannot be
-    written. What was converted by then stays.
+    Raises CheckpointError where the checkpoint is not sound, CacheError where its parts do not fit the disk or cannot
+    be written. What was converted by then stays.
     """
     os.environ[DEVICE_VARIABLE] = settings.device
-    check_model_files(settings.source, needs_weights=settings.load_format == "auto")
+    check_model_files(settings.source, needs_weights=settings.weights.load_format == "auto")
     # Imports torch, which no other command of this process needs.
     from stages.converted_weights import ConvertOptions, open_conversion  # noqa: PLC0415
 
+    profile = PROFILES[settings.device]
     options = ConvertOptions(
         model_path=str(settings.source.path),
         cache_dir=str(settings.cache_dir.expanduser().absolute()),
-        dtype=_dtype(settings),
-        load_format=settings.load_format,
-        seed=settings.seed,
-        weight_dtypes=settings.weight_dtypes,
-        mesh_shape=(settings.rows_per_stage, GALAXY_COLUMNS) if settings.device == "ttnn" else (1, 1),
+        dtype=resolve_dtype(settings.dtype, settings.source, profile),
+        seed=settings.seed or 0,
+        weights=settings.weights,
+        mesh_shape=profile.mesh_shape(settings.rows_per_stage),
     )
     with open_conversion(options) as conversion:
         say(_plan(conversion, settings))
@@ -65,12 +87,6 @@ def convert(settings: ConvertSettings, say: Callable[[str], None], work: LongWor
         with work.steps("Converting", len(conversion.missing)) as done:
             conversion.run(lambda part: done(part.name))
     say(f"All {len(conversion.parts)} parts are in {settings.cache_dir}.")
-
-
-def _dtype(settings: ConvertSettings) -> Dtype:
-    if settings.device == "ttnn":
-        return chip_dtype(settings.dtype)
-    return resolve_dtype(settings.dtype, settings.source)
 
 
 def _plan(conversion: "Conversion", settings: ConvertSettings) -> str:

@@ -1,21 +1,23 @@
 """`galaxyline plan`: whether a deployment fits its chips, and how fast it is predicted to be."""
 
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from api.cli.options import PLAIN_COLUMNS
-from api.cli.plan_logic import (
+from api.cli.options import options_of
+from api.cli.terminal import result_console
+from api.settings.engine import LengthOptions
+from api.settings.model import ModelOptions
+from api.settings.option import again, made, take
+from api.settings.planning import (
     DEFAULT_MAX_MODEL_LEN,
-    DEFAULT_PROMPT_TOKENS,
     PREDICTED,
     Plan,
     PlanSettings,
@@ -23,13 +25,9 @@ from api.cli.plan_logic import (
     make_plan,
     write_plan,
 )
-from api.cli.weight_dtype_options import take_weight_dtypes, weight_dtype_options
-from api.errors import OptionError
-from api.settings.engine import DEFAULT_PREFILL_CHUNK
-from api.settings.parameters import COUNT, LayerSplit
+from api.settings.split import SplitOptions
 from stages.capacity.chip_memory import StageMemory
-from stages.options import TRACE_REGION_BYTES
-from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS, USERS_PER_ROW
+from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
 from weights.sizes import ceil_div, counted, in_words
 
 MS = 1e3
@@ -110,84 +108,28 @@ def _table(*columns: str) -> Table:
     return table
 
 
-_OPTIONS: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
-    click.argument("model_argument", metavar="[MODEL]", required=False),
-    click.option("--model", help="As MODEL.  [default: $DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample]"),
-    click.option("--rows", type=COUNT, help="Galaxy rows in all.  [default: the fewest whole Galaxies that fit]"),
-    click.option("--stages", "--pipeline-parallel-size", type=COUNT, help="Pipeline stages.  [default: the fastest]"),
-    click.option("--rows-per-stage", type=COUNT, help="Rows of each stage.  [default: the fastest]"),
-    click.option(
-        "--layers-per-stage", type=LayerSplit(), help="An explicit split, like 31,30.  [default: what evens out memory]"
-    ),
-    click.option(
-        "--users",
-        "--max-users-per-row",
-        type=COUNT,
-        default=USERS_PER_ROW,
-        show_default=True,
-        help="Users of a row in one microbatch, a multiple of 8.",
-    ),
-    click.option("--microbatches", type=COUNT, help="Steps in flight at once.  [default: one more than stages]"),
-    click.option(
-        "--max-model-len",
-        "--max-seq-len",
-        type=COUNT,
-        help=f"Tokens of prompt and completion.  [default: {DEFAULT_MAX_MODEL_LEN}, or the model's]",
-    ),
-    click.option("--block-size", type=COUNT, default=32, show_default=True, help="Tokens of a KV cache block."),
-    click.option(
-        "--prefill-chunk",
-        "--max-num-batched-tokens",
-        type=COUNT,
-        default=DEFAULT_PREFILL_CHUNK,
-        show_default=True,
-        help="Prompt tokens of one step at most.",
-    ),
-    click.option(
-        "--trace-region",
-        type=click.IntRange(min=0),
-        default=TRACE_REGION_BYTES,
-        show_default=True,
-        help="Bytes of each chip that are set aside for traces.",
-    ),
-    click.option(
-        "--context", type=COUNT, help="Tokens cached for each user that decodes.  [default: half the longest]"
-    ),
-    click.option(
-        "--prompt", type=COUNT, help=f"Tokens of a prompt.  [default: {DEFAULT_PROMPT_TOKENS}, or the longest]"
-    ),
-    click.option("--enable-trace", "traced", is_flag=True, help="Predict decode steps that are replayed from traces."),
-    click.option(
-        "--expert-kernel",
-        type=click.Choice(["all", "chosen"]),
-        default="all",
-        show_default=True,
-        help="all: a chip runs all its experts on every token, as the modules do; chosen: only those that were chosen.",
-    ),
-    click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="A file for the plan."),
-]
-
-
-def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed([*_OPTIONS, *weight_dtype_options]):
-        command = option(command)
-    return command
-
-
 @click.command("plan")
-@_plan_options
-def plan_command(model_argument: str | None, model: str | None, json_file: Path | None, **given: Any) -> None:
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@options_of(ModelOptions, only={"model"})
+@options_of(
+    PlanSettings,
+    instead={
+        "stages": again(SplitOptions, "stages", "Pipeline stages.", "the fastest"),
+        "layers_per_stage": again(
+            SplitOptions, "layers_per_stage", "An explicit split, like 31,30.", "what evens out memory"
+        ),
+        "max_model_len": again(LengthOptions, "max_model_len", default=f"{DEFAULT_MAX_MODEL_LEN}, or the model's"),
+    },
+)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="A file for the plan.")
+def plan_command(model_argument: str | None, json_file: Path | None, **given: Any) -> None:
     """Say whether MODEL fits some Galaxy rows, and predict its speed there.
 
     MODEL is a directory with a config.json, a hub id, or r1: published models need no checkpoint. One that does not fit
     is refused, with the smallest changes that would make it.
     """
-    if model is not None and model_argument not in {None, model}:
-        raise OptionError(f"Two models are given, {model_argument!r} and --model {model!r}: leave one out.")
-    dtypes = take_weight_dtypes(given)
-    name, config = known_config(model or model_argument, os.environ)
-    plan = make_plan(name, config, PlanSettings(dtypes=dtypes, **given))
+    name, config = known_config(take(ModelOptions, given).name(model_argument), os.environ)
+    plan = make_plan(name, config, made(PlanSettings, given))
     if json_file is not None:
         write_plan(json_file, plan)
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_COLUMNS)
-    console.print(render(plan))
+    result_console().print(render(plan))

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import click
 import msgspec
 from rich import box
 from rich.console import Console, Group
@@ -14,12 +15,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from api.cli.options import DEFAULT_IN_WORDS
+from api.cli.terminal import result_console
 from api.errors import EngineError, NoServerError, OptionError
 from api.messages.pipeline_view import EngineView, PipelineView, StageView
 from api.openai.responses import ErrorBody
+from api.settings.server import KEY_VARIABLES, KEYS_IN_WORDS
 
 ANSWER_TIMEOUT_S = 10.0
-"""The server gives its engine half as long."""
+"""How long the server may take to answer; it gives its engine half as long."""
 
 REFRESH_S = 1.0
 MIB = 1 << 20
@@ -27,28 +31,48 @@ MIB = 1 << 20
 STYLES = {"running": "green", "ready": "green", "blocked": "yellow", "silent": "red", "dead": "red", "failed": "red"}
 
 
-def read_view(url: str, api_key: str | None = None) -> PipelineView:
-    """Asks the server at `url`, with a key where it wants one.
+@click.command("status")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server's address.")
+@click.option(
+    "--api-key",
+    envvar=KEY_VARIABLES,
+    help=f"A key of the server, where it wants one.{DEFAULT_IN_WORDS.format(KEYS_IN_WORDS)}",
+)
+@click.option("--once", is_flag=True, help="Print one look and end; so it is where the output is not a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Print one look as JSON.")
+def status_command(url: str, api_key: str | None, once: bool, as_json: bool) -> None:
+    """Show what the stages of a running server do, until Ctrl-C."""
+    console = result_console()
+    if as_json:
+        click.echo(msgspec.json.encode(read_view(url, api_key)))
+    elif once or not console.is_terminal:
+        console.print(render(read_view(url, api_key)))
+    else:
+        follow(console, lambda: read_view(url, api_key))
 
-    Raises OptionError where `url` is no HTTP address, NoServerError where no galaxyline server answers there, and
+
+def read_view(url: str, api_key: str | None = None) -> PipelineView:
+    """Gets the state of the pipelines from the server at `url`, with a key where it wants one.
+
+    Raises OptionError where `url` is not an HTTP address, NoServerError where no galaxyline server answers there, and
     EngineError with the server's sentence where it answers with an error.
     """
     if not _is_http(url):
-        raise OptionError(f"--url {url!r} is no HTTP address: write it like http://127.0.0.1:8000.")
-    # A proxy for the web is none for a server that is named by its address.
+        raise OptionError(f"--url {url!r} is not an HTTP address: write it like http://127.0.0.1:8000.")
+    # A server that is named by its address is not to be reached through a proxy for the web.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(_question(url, api_key), timeout=ANSWER_TIMEOUT_S) as response:
+        with opener.open(_request(url, api_key), timeout=ANSWER_TIMEOUT_S) as response:
             return msgspec.json.decode(response.read(), type=PipelineView)
     except urllib.error.HTTPError as error:
         raise _refusal(url, error) from error
     except msgspec.DecodeError as error:
-        raise _stranger(url) from error
+        raise _other_server(url) from error
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise NoServerError(f"No server answers at {url}: start one, or give its address with --url.") from error
 
 
-def _question(url: str, api_key: str | None) -> urllib.request.Request:
+def _request(url: str, api_key: str | None) -> urllib.request.Request:
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     return urllib.request.Request(f"{url.rstrip('/')}/pipeline", headers=headers)  # noqa: S310  # _is_http has looked
 
@@ -65,16 +89,16 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> EngineError | NoServerE
     try:
         body = msgspec.json.decode(error.read(), type=ErrorBody)
     except msgspec.DecodeError:
-        return _stranger(url)
-    return EngineError(f"The server at {url} says: {body.error.message}")
+        return _other_server(url)
+    return EngineError(f"The server at {url} answers: {body.error.message}")
 
 
-def _stranger(url: str) -> NoServerError:
-    return NoServerError(f"What answers at {url} is no galaxyline server: give the address of one with --url.")
+def _other_server(url: str) -> NoServerError:
+    return NoServerError(f"What answers at {url} is not a galaxyline server: give the address of one with --url.")
 
 
 def follow(console: Console, read: Callable[[], PipelineView], sleep: Callable[[float], None] = time.sleep) -> None:
-    """Shows what `read` gives, again and again, until Ctrl-C. Raises what `read` raises."""
+    """Shows what `read` returns, every second, until Ctrl-C. Raises what `read` raises."""
     with Live(render(read()), console=console, auto_refresh=False) as live:
         try:
             while True:
@@ -85,7 +109,7 @@ def follow(console: Console, read: Callable[[], PipelineView], sleep: Callable[[
 
 
 def render(view: PipelineView) -> Group:
-    """What is shown of a view."""
+    """A view as it is shown."""
     parts: list[Text | Table]
     if len(view.replicas) == 1:
         parts = _engine_lines(view.model, view.phase, view.detail, view.engine)

@@ -45,7 +45,7 @@ class Replicas:
         self._cache = options[0].scheduler.cache
         # Ray's own start has a deadline of 30 s, which several at once miss on a busy host. In a cluster that is there
         # nothing of the kind is started, and weights load on all hosts at once.
-        self._is_in_turn = cluster_address(options[0].pipeline.ray_address) is None
+        self._is_in_turn = cluster_address(options[0].pipeline.cluster.ray_address) is None
         self._last = len(self.engines) - 1
         self._request_ids = itertools.count()
         self._is_closing = False

@@ -1,10 +1,10 @@
-"""What a demo is asked to do: the flags of the tt-metal demo, under their names."""
+"""The options of a demo: the flags of the tt-metal demo, under their names."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from api.errors import OptionError
 from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
@@ -13,9 +13,6 @@ DEFAULT_MAX_NEW_TOKENS = 32
 
 Generator = Literal["bp", "pp"]
 SingleLayer = Literal["mlp", "moe"]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-
-Options = TypeVar("Options", bound=msgspec.Struct)
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,25 +22,54 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     prompts: list[str] = []
-    prompts_file: Path | None = None
-    num_prompts: Count | None = None
-    output_path: Path | None = None
-    checkpoint_jsonl: Path | None = None
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    generator: Generator = "bp"
-    random_weights: bool = False
-    single_layer: SingleLayer | None = None
-    override_num_layers: Count | None = None
-    token_accuracy: bool = False
-    reference_files: list[Path] = []
-    tf_prompt_len: Count | None = None
-    sampling_temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
-    sampling_top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
-    sampling_top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    stop_at_eos: bool = True
-    repeat_batches: int = 1
-    chat_template: bool = False
-    max_users_per_row: int = USERS_PER_ROW
+    prompts_file: Annotated[Path | None, Meta(description="A JSON file of prompts, in place of PROMPTS.")] = None
+    num_prompts: Annotated[int, Meta(ge=1, description="So many prompts of --prompts-file.")] | None = None
+    output_path: Annotated[
+        Path | None,
+        Meta(
+            description="Where the results of --prompts-file go.",
+            extra={"path": "any", "default": "<prompts-file-stem>_output.json beside it"},
+        ),
+    ] = None
+    checkpoint_jsonl: Annotated[
+        Path | None, Meta(description="Append each prompt's result as it ends, and go on from what is there.")
+    ] = None
+    max_new_tokens: Annotated[int, Meta(ge=1, description="Tokens of each completion.")] = DEFAULT_MAX_NEW_TOKENS
+    generator: Annotated[
+        Generator, Meta(description="bp: one stage that owns all rows; pp: a pipeline of --stages.")
+    ] = "bp"
+    random_weights: Annotated[
+        bool, Meta(description="Random weights, of a single dense layer unless told otherwise.")
+    ] = False
+    single_layer: Annotated[SingleLayer | None, Meta(description="The kind of layer of --random-weights.")] = None
+    override_num_layers: Annotated[int, Meta(ge=1, description="Only the first layers of the model.")] | None = None
+    token_accuracy: Annotated[bool, Meta(description="Follow references and report top-1 and top-5 accuracy.")] = False
+    reference_files: Annotated[
+        list[Path],
+        Meta(description="A .pt/.refpt file; may be repeated.", extra={"flags": ("--reference-file",)}),
+    ] = []
+    tf_prompt_len: (
+        Annotated[
+            int,
+            Meta(ge=1, description="Tokens of a reference that are its prompt.", extra={"default": "T // 2 + 1"}),
+        ]
+        | None
+    ) = None
+    sampling_temperature: Annotated[float, Meta(ge=0, le=2, description="0 is greedy.")] = 0.0
+    sampling_top_k: Annotated[int, Meta(ge=0, description="0 is all.")] = 0
+    sampling_top_p: Annotated[float, Meta(gt=0, le=1, description="1 is all.")] = 1.0
+    stop_at_eos: Annotated[bool, Meta(description="End completions at EOS.")] = True
+    chat_template: Annotated[
+        bool,
+        Meta(
+            description="Put each prompt into the chat template of the model's tokenizer, as a user's message.",
+            extra={"off": True},
+        ),
+    ] = False
+    repeat_batches: Annotated[int, Meta(ge=1, description="Complete all prompts so often.")] = 1
+    max_users_per_row: Annotated[
+        int, Meta(ge=1, description="Users of a Galaxy row in one microbatch, a multiple of 8.")
+    ] = USERS_PER_ROW
 
     def __post_init__(self) -> None:
         self._check_prompts()
@@ -51,7 +77,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         self._check_random_weights()
         if self.max_users_per_row < 1 or self.max_users_per_row % GALAXY_COLUMNS:
             raise OptionError(
-                f"--max-users-per-row {self.max_users_per_row} is no multiple of {GALAXY_COLUMNS}: every chip of "
+                f"--max-users-per-row {self.max_users_per_row} is not a multiple of {GALAXY_COLUMNS}: every chip of "
                 "a row keeps the cache of as many users."
             )
         if self.checkpoint_jsonl is not None and self.repeat_batches > 1:
@@ -93,19 +119,3 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise OptionError("--single-layer goes with --random-weights: add it, or leave --single-layer out.")
         if self.single_layer is not None and self.override_num_layers not in {None, 1}:
             raise OptionError(f"--single-layer is one layer, and --override-num-layers {self.override_num_layers}.")
-
-
-def read_options(kind: type[Options], given: Mapping[str, object]) -> Options:
-    """Options of a `kind` from names and values of whatever types; paths may be strings.
-
-    Raises OptionError for a name or a value that is none of its options'.
-    """
-    try:
-        return msgspec.convert(given, kind, dec_hook=_read_path)
-    except msgspec.ValidationError as error:
-        raise OptionError(f"The demo has no such option: {error}.") from error
-
-
-def _read_path(kind: Callable[[object], object], value: object) -> object:
-    """The way msgspec reads the one type of an option that it does not know."""
-    return kind(value)

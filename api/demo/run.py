@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import msgspec
 import uvloop
 from rich.console import Console
 
@@ -17,11 +16,12 @@ from api.client.engine_client import EngineClient
 from api.client.progress import LongWork, StartProgress
 from api.demo.demands import Demands
 from api.demo.generation import Generation, Statistics, generate, statistics
-from api.demo.options import DemoOptions, read_options
+from api.demo.options import DemoOptions
 from api.demo.setup import DemoSetup
 from api.engine.signals import on_stop_signal
 from api.settings.engine import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
 from api.settings.environment import CACHE_VARIABLE
+from api.settings.option import made
 
 Results: TypeAlias = "dict[str, Any]"
 """`generations`, a list of dicts; `statistics`; `model_params`: what the tt-metal demo's run_demo returns."""
@@ -29,7 +29,7 @@ Results: TypeAlias = "dict[str, Any]"
 OnText = Callable[[str], None]
 
 ENGINE_FLAGS = {"enable_trace": "enable_trace", "max_seq_len": "max_model_len"}
-"""Flags of the tt-metal demo that are the engine's here, and the names of its settings."""
+"""Flags of the tt-metal demo that are the engine's here, and the names of the engine's options."""
 
 
 def run_demo(
@@ -51,12 +51,11 @@ def run_demo(
     """
     keep_logs_off_stdout()
     directory = cache_dir or (engine.cache_dir if engine else os.environ.get(CACHE_VARIABLE)) or DEFAULT_CACHE_DIR
-    known = {} if engine is None else msgspec.structs.asdict(engine)
     asked = {name: options.pop(flag) for flag, name in ENGINE_FLAGS.items() if flag in options}
-    settings = read_options(EngineSettings, {**known, **asked, "cache_dir": directory})
+    settings = (engine or EngineSettings()).but(**asked, cache_dir=directory)
     files = [reference_file] if isinstance(reference_file, str | Path) else reference_file or []
     texts = [prompts] if isinstance(prompts, str) else prompts or []
-    demo = read_options(DemoOptions, {"prompts": list(texts), "reference_files": list(files), **options})
+    demo = made(DemoOptions, {"prompts": list(texts), "reference_files": list(files), **options})
     setup = DemoSetup.of(demo, settings, None if model_path is None else str(model_path))
     return run(setup, _print_text if early_print_first_user else None)
 

@@ -12,8 +12,9 @@ from api.demo.options import DemoOptions
 from api.engine.options import EngineOptions
 from api.errors import OptionError
 from api.settings.engine import DEFAULT_STAGES, EngineSettings
+from api.settings.model import source_for
 from api.text.chat_template import ChatTemplate
-from api.text.model_source import ModelSource, check_model_files, resolve_model, resolve_timed_model
+from api.text.model_source import ModelSource, check_model_files
 from api.text.served_model import ServedModel
 from api.text.tokenizer import has_tokenizer
 from stages.plan import default_microbatches
@@ -60,7 +61,7 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
         environment: Mapping[str, str] = os.environ,
     ) -> "DemoSetup":
         """Reads config, tokenizer and prompts. Raises GalaxylineError where something is missing or does not fit."""
-        source = (resolve_timed_model if settings.device == "timed" else resolve_model)(model_path, environment)
+        source = source_for(settings.cluster.device, model_path, environment)
         check_model_files(source, needs_weights=settings.needs_weights and not options.random_weights)
         changes = _changes(options)
         config = ModelConfig.from_file(source.path / "config.json").changed(changes)
@@ -73,7 +74,7 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
             if options.prompts_file is None
             else read_prompts_file(options.prompts_file, options.num_prompts),
             engine=engine,
-            start_timeout_s=settings.start_timeout_s,
+            start_timeout_s=settings.cluster.start_timeout_s,
             model=model,
             chat_template=ChatTemplate.of(model.tokenizer) if options.chat_template and model is not None else None,
             vocab_size=config.vocab_size,
@@ -108,21 +109,21 @@ def _changes(options: DemoOptions) -> ConfigChanges:
 
 
 def _engine_settings(options: DemoOptions, settings: EngineSettings, config: ModelConfig) -> EngineSettings:
+    split, capacity = settings.split, settings.capacity
     if options.generator == "bp":
-        if settings.stages not in {None, 1} or settings.layers_per_stage is not None:
+        if split.stages not in {None, 1} or split.layers_per_stage is not None:
             raise OptionError("--generator bp is a single stage: add --generator pp for more.")
-        settings = msgspec.structs.replace(settings, stages=1)
-    elif settings.stages is None and settings.layers_per_stage is None:
-        settings = msgspec.structs.replace(settings, stages=min(DEFAULT_STAGES, config.num_hidden_layers))
-    if options.random_weights:
-        settings = msgspec.structs.replace(settings, load_format="dummy")
-    # A demo is over before the imports of a spare would be of use.
-    settings = msgspec.structs.replace(settings, spare=False)
-    if settings.max_num_seqs is None:
-        stages = settings.stages or len(settings.layers_per_stage or [])
-        microbatches = settings.microbatches or default_microbatches(stages)
-        settings = msgspec.structs.replace(settings, max_num_seqs=options.max_users_per_row * microbatches)
-    return settings
+        stages = 1
+    else:
+        stages = split.count or min(DEFAULT_STAGES, config.num_hidden_layers)
+    microbatches = settings.schedule.microbatches or default_microbatches(stages)
+    return settings.but(
+        stages=stages,
+        max_num_seqs=capacity.max_num_seqs or options.max_users_per_row * microbatches,
+        load_format="dummy" if options.random_weights else settings.weights.load_format,
+        # A demo is over before the imports of a spare would be of use.
+        spare=False,
+    )
 
 
 def _served_model(
@@ -146,7 +147,7 @@ def _model_params(
         "dense_layers": min(config.first_k_dense_replace, config.num_hidden_layers),
         "weights": "random" if options.random_weights else "checkpoint",
         "dtype": pipeline.stage.dtype,
-        "device": pipeline.device,
+        "device": pipeline.cluster.device,
         "generator": options.generator,
         "stages": len(pipeline.specs),
         "microbatches": engine.scheduler.steps_in_flight,

@@ -52,7 +52,9 @@ class Engine:
         self._meters = EngineMeters(len(options.pipeline.specs))
         self._watch = StepWatch(self._scheduler, self._meters)
         self._reports = PipelineReports(options, self._scheduler, self._meters, send)
-        self._recovery = Recovery(self._scheduler, self._watch, self._meters, RestartLimit(options.max_restarts), send)
+        self._recovery = Recovery(
+            self._scheduler, self._watch, self._meters, RestartLimit(options.recovery.max_restarts), send
+        )
         self._changed = asyncio.Event()
         self._pipeline: EnginePipeline | None = None
 

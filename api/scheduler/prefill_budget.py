@@ -21,7 +21,7 @@ class PrefillBudget:
     def __init__(self, options: SchedulerOptions) -> None:
         self._chunk_max = options.prefill_chunk
         self._block_size = options.cache.block_size
-        self._wait = options.prefill_wait
+        self._wait = options.schedule.prefill_wait
         self._decode_step_ns: float | None = None
         self._prompt_token_ns: float | None = None
 

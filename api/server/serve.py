@@ -9,7 +9,6 @@ import socket
 from http import HTTPStatus
 
 import click
-import msgspec
 import structlog
 import uvicorn
 from rich.console import Console
@@ -26,12 +25,11 @@ from api.server.api_keys import Authentication
 from api.server.app import create_app
 from api.server.client_protocol import HttpServer, client_protocol
 from api.server.monitoring import add_monitoring_routes
-from api.settings.engine import ENGINE_MARGIN_S, EngineSettings
+from api.settings.engine import ENGINE_MARGIN_S
 from api.settings.replicas import replica_options
-from api.settings.server import FrontSettings
-from api.text.generation_config import MODELS_OWN
-from api.text.model_source import ModelSource, check_model_files
-from api.text.served_model import DEFAULT_MAX_LOGPROBS, ServedModel
+from api.settings.server import FrontSettings, ServeSettings
+from api.text.model_source import check_model_files
+from api.text.served_model import ServedModel
 from weights.model_config import ModelConfig
 
 BACKLOG = 2048
@@ -115,24 +113,6 @@ class Drain:
                 self._empty.set()
 
 
-class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `serve`; port 0 takes any free one.
-
-    With the engine's seed, requests that have none get the same ones in every run. Each of the `replicas` is an engine
-    with a pipeline of its own. `max_logprobs` and `generation_config` are those of ServedModel.
-    """
-
-    engine: EngineSettings
-    source: ModelSource
-    host: str
-    port: int
-    shutdown_timeout_s: float
-    replicas: int = 1
-    front: FrontSettings = FrontSettings()
-    max_logprobs: int = DEFAULT_MAX_LOGPROBS
-    generation_config: str = MODELS_OWN
-
-
 async def serve(settings: ServeSettings) -> None:
     """Serves until SIGINT or SIGTERM; the open requests then have `shutdown_timeout_s` to end, or until a second one.
 
@@ -195,7 +175,7 @@ async def _serve(
         failing: asyncio.Task[None] | None = None
         try:
             with progress.showing():
-                ready = asyncio.create_task(replicas.start(settings.engine.start_timeout_s + ENGINE_MARGIN_S))
+                ready = asyncio.create_task(replicas.start(settings.engine.cluster.start_timeout_s + ENGINE_MARGIN_S))
                 await _wait_for(stop, ready)
             # A signal may have reached the engine's processes too, so after one their result means nothing.
             if ready.done() and not stop.is_set():

@@ -2,25 +2,35 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Meta
 
-from actors.options import STAGE_RUNNER, TIMED_RUNNER, PipelineOptions, Transport
-from api.engine.options import EngineOptions
-from api.engine.recovery import DEFAULT_MAX_RESTARTS
+from actors.options import ClusterOptions, PipelineOptions, Transport
+from api.engine.options import EngineOptions, RecoveryOptions
 from api.engine.timeline import open_timeline
 from api.errors import OptionError
-from api.scheduler.options import DEFAULT_PREFILL_WAIT
-from api.settings.chips import chip_dtype, chip_plan
-from api.settings.stage_count import stage_count
-from api.settings.timed import check_timed, timed_options
+from api.scheduler.options import ScheduleOptions
+from api.settings.chips import chip_plan, users_per_row
+from api.settings.environment import CACHE_VARIABLE
+from api.settings.option import changed, made
+from api.settings.split import SplitOptions
+from api.settings.timed import TimeOptions
 from api.text.model_source import ModelSource
-from stages.device import Device
-from stages.options import ITEM_BYTES, CacheOptions, Dtype, LoadFormat, StageOptions
+from stages.capacity.deployment import Deployment
+from stages.device import PROFILES, DeviceProfile
+from stages.options import (
+    ITEM_BYTES,
+    TRACE_REGION_BYTES,
+    CacheOptions,
+    Dtype,
+    ExecutionOptions,
+    StageOptions,
+    WeightOptions,
+)
 from stages.plan import StageSpec, default_microbatches, explicit_stages, plan_stages
-from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import USERS_PER_ROW
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 from weights.sizes import ceil_div, round_up
@@ -32,52 +42,124 @@ CACHE_MEMORY_SHARE = 0.25
 """Part of this host's memory that the KV caches of all stages may take unless --num-blocks says otherwise."""
 
 ENGINE_MARGIN_S = 30.0
-"""What the engine process gets beyond the stages' own deadline, to start and to say what went wrong."""
+"""What the engine process gets beyond the stages' own deadline, to start and to report what went wrong."""
+
+AskedDtype = Literal["auto", "float32", "bfloat16"]
+
+CacheDir = Annotated[
+    Path,
+    Meta(description="Where converted weights are kept.", extra={"variables": (CACHE_VARIABLE,), "path": "directory"}),
+]
+DtypeOption = Annotated[AskedDtype, Meta(description="auto: float32 for the sample model, else bfloat16.")]
+Seed = Annotated[
+    int | None,
+    Meta(description="Seed of dummy weights, and of the requests that bring none.", extra={"default": "random"}),
+]
 
 log = structlog.get_logger()
 
+Settings = TypeVar("Settings", bound="EngineSettings")
+
+
+class LengthOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Lengths in tokens, of requests and of blocks of the KV cache."""
+
+    max_model_len: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Tokens of prompt and completion.",
+                extra={"flags": ("--max-model-len", "--max-seq-len"), "default": "the model's"},
+            ),
+        ]
+        | None
+    ) = None
+    block_size: Annotated[int, Meta(ge=1, description="Tokens of a KV cache block.")] = 32
+
+
+class CapacityOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How many requests run at once, and the size of the KV cache; None where the program decides."""
+
+    max_num_seqs: (
+        Annotated[int, Meta(ge=1, description="Requests that run at once.", extra={"default": "32 per microbatch"})]
+        | None
+    ) = None
+    num_blocks: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="KV cache blocks.",
+                extra={"default": "enough for --max-num-seqs, bounded by memory"},
+            ),
+        ]
+        | None
+    ) = None
+
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's options, None where the model decides. Counts are positive; times are in seconds.
+    """The engine's options, None where the model decides. `EngineSettings.of` takes them by name.
 
-    `seed` is that of dummy weights, 0 by default. `max_model_len`, `block_size` and `prefill_chunk` are in tokens,
-    `num_blocks` in blocks of `block_size`, `prefill_wait` in decode steps. With `spare` a process on each host waits to
-    take the place of a lost stage. A trace of all steps is written to `timeline`. `stage_time` and `prompt_token_time`
-    are milliseconds, of the timed device.
+    What stages, actors and the scheduler take as it is given is in their own groups; the rest becomes something else
+    for a model, like `dtype` or `prefill_chunk`. `seed` is that of dummy weights, 0 by default.
     """
 
-    cache_dir: Path
-    stages: int | None = None
-    layers_per_stage: list[int] | None = None
-    microbatches: int | None = None
-    max_model_len: int | None = None
-    block_size: int = 32
-    max_num_seqs: int | None = None
-    prefill_chunk: int | None = None
-    prefill_wait: float = DEFAULT_PREFILL_WAIT
-    num_blocks: int | None = None
-    dtype: Dtype | Literal["auto"] = "auto"
-    load_format: LoadFormat = "auto"
-    seed: int | None = None
-    device: Device = "embedded"
-    rows_per_stage: int = 1
-    stage_time: list[float] | None = None
-    prompt_token_time: float | None = None
-    transport: Transport | None = None
-    enable_trace: bool = False
-    weight_dtypes: WeightDtypes = WeightDtypes()
-    ray_address: str | None = None
-    start_timeout_s: float = 600.0
-    placement_timeout_s: float = 30.0
-    step_timeout_s: float = 60.0
-    max_restarts: int = DEFAULT_MAX_RESTARTS
-    spare: bool = True
-    timeline: Path | None = None
+    split: SplitOptions = SplitOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    lengths: LengthOptions = LengthOptions()
+    capacity: CapacityOptions = CapacityOptions()
+    prefill_chunk: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Prompt tokens of one step at most, rounded up to whole blocks.",
+                extra={
+                    "flags": ("--max-num-batched-tokens", "--prefill-chunk"),
+                    "default": str(DEFAULT_PREFILL_CHUNK),
+                },
+            ),
+        ]
+        | None
+    ) = None
+    dtype: DtypeOption = "auto"
+    weights: WeightOptions = WeightOptions()
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR
+    seed: Seed = None
+    cluster: ClusterOptions = ClusterOptions()
+    times: TimeOptions = TimeOptions()
+    transport: Annotated[
+        Transport | None,
+        Meta(
+            description="How hidden states pass: mesh, from chip to chip, or host, which needs no links between "
+            "stages' chips.",
+            extra={"default": "mesh between stages on chips"},
+        ),
+    ] = None
+    execution: ExecutionOptions = ExecutionOptions()
+    recovery: RecoveryOptions = RecoveryOptions()
+    timeline: Annotated[
+        Path | None,
+        Meta(description="A file for a trace of all steps, one track a stage; Perfetto (ui.perfetto.dev) opens it."),
+    ] = None
+
+    @classmethod
+    def of(cls: type[Settings], **given: Any) -> Settings:
+        """Makes settings of options by name, like `stages=2`; groups may be given whole.
+
+        Raises OptionError for a value that an option cannot have, and for a name that is not an option's.
+        """
+        return made(cls, given)
+
+    def but(self: Settings, **changes: Any) -> Settings:
+        """The same settings with other options, by name. Raises as `of` does."""
+        return changed(self, **changes)
 
     def engine_options(
         self, source: ModelSource, config: ModelConfig, changes: ConfigChanges = UNCHANGED, *, sharers: int = 1
     ) -> EngineOptions:
-        """What the engine is told; `config` has the `changes` already. Logs every option not followed to the letter.
+        """What the engine is sent; `config` has the `changes` already. Logs every option not followed to the letter.
 
         So many `sharers`, engines with the same options, share this host's memory. Raises OptionError or PlanError
         where the options do not fit the model, each other, or this memory, and OptionError where `timeline` cannot be
@@ -85,14 +167,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.timeline is not None:
             open_timeline(self.timeline).close()
-        check_timed(self)
-        if self.device == "ttnn" or self._is_predicted:
-            dtype = chip_dtype(self.dtype)
-            specs, cache = chip_plan(self, config, self._prefill_chunk())
+        cluster, profile = self.cluster, self.cluster.profile
+        self.times.check(cluster.device)
+        if profile.has_chips or self._is_predicted:
+            dtype = resolve_dtype(self.dtype, source, PROFILES["ttnn"])
+            specs, cache = chip_plan(config, self._deployment(config), self.capacity.num_blocks)
         else:
-            dtype = resolve_dtype(self.dtype, source)
+            dtype = resolve_dtype(self.dtype, source, profile)
             specs = self._specs(config)
-            cache = self._cache(config, dtype, self.microbatches or default_microbatches(len(specs)), sharers)
+            cache = self._cache(config, dtype, self.schedule.microbatches or default_microbatches(len(specs)), sharers)
+        timed = None
+        if not profile.computes:
+            timed = self.times.timed_options(source, config, len(specs), cluster.rows_per_stage)
         return EngineOptions(
             pipeline=PipelineOptions(
                 hidden_size=config.hidden_size,
@@ -101,60 +187,70 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     model_path=str(source.path),
                     cache_dir=str(self.cache_dir.expanduser().absolute()),
                     dtype=dtype,
-                    load_format=self.load_format,
                     seed=self.seed or 0,
-                    changes=changes,
-                    enable_trace=self.enable_trace,
-                    weight_dtypes=self.weight_dtypes,
                     cache=cache,
-                    timed=timed_options(self, source, config, len(specs)) if self.device == "timed" else None,
+                    weights=self.weights,
+                    execution=self.execution,
+                    changes=changes,
+                    timed=timed,
                 ),
-                device=self.device,
-                runner=TIMED_RUNNER if self.device == "timed" else STAGE_RUNNER,
-                rows_per_stage=self.rows_per_stage,
-                transport=self.transport or ("mesh" if self.device == "ttnn" and len(specs) > 1 else "host"),
-                ray_address=self.ray_address,
-                start_timeout_s=self.start_timeout_s,
-                placement_timeout_s=self.placement_timeout_s,
-                step_timeout_s=self.step_timeout_s,
-                spare=self.spare,
+                cluster=cluster,
+                runner=profile.runner,
+                transport=self.transport or (profile.transport if len(specs) > 1 else "host"),
             ),
             prefill_chunk=self._prefill_chunk(),
-            microbatches=self.microbatches,
-            prefill_wait=self.prefill_wait,
-            max_restarts=self.max_restarts,
+            schedule=self.schedule,
+            recovery=self.recovery,
             timeline=None if self.timeline is None else str(self.timeline.absolute()),
         )
 
     @property
-    def _is_predicted(self) -> bool:
-        """Whether stages take the time of chips without being any."""
-        return self.device == "timed" and self.stage_time is None
-
-    @property
     def needs_weights(self) -> bool:
         """Whether the model's directory has to hold a checkpoint."""
-        return self.device != "timed" and self.load_format == "auto"
+        return self.cluster.profile.computes and self.weights.load_format == "auto"
+
+    @property
+    def _is_predicted(self) -> bool:
+        """Whether stages take the time of chips without being any."""
+        return not self.cluster.profile.computes and self.times.stage_time is None
+
+    def _deployment(self, config: ModelConfig) -> Deployment:
+        """What the chips are to hold. Raises OptionError where the options contradict each other."""
+        stages = self.split.count or 1
+        rows, layers = self.cluster.rows_per_stage, self.split.layers_per_stage
+        microbatches = self.schedule.microbatches or default_microbatches(stages)
+        return Deployment(
+            stages=stages,
+            rows_per_stage=rows,
+            users_per_row=users_per_row(self.capacity.max_num_seqs, rows, microbatches),
+            max_model_len=self.lengths.max_model_len or config.max_position_embeddings,
+            block_size=self.lengths.block_size,
+            prefill_chunk=self._prefill_chunk(),
+            microbatches=microbatches,
+            layers_per_stage=None if layers is None else tuple(layers),
+            trace_region_bytes=TRACE_REGION_BYTES if self.execution.enable_trace else 0,
+            dtypes=self.weights.weight_dtypes,
+        )
 
     def _specs(self, config: ModelConfig) -> list[StageSpec]:
-        stages = stage_count(self.stages, self.layers_per_stage)
-        if self.layers_per_stage is not None:
-            return explicit_stages(config, self.layers_per_stage)
+        stages = self.split.count
+        if self.split.layers_per_stage is not None:
+            return explicit_stages(config, self.split.layers_per_stage)
         return plan_stages(config, min(DEFAULT_STAGES, config.num_hidden_layers) if stages is None else stages)
 
     def _prefill_chunk(self) -> int:
         asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
-        chunk = round_up(asked, self.block_size)
+        chunk = round_up(asked, self.lengths.block_size)
         if self.prefill_chunk is not None and chunk != asked:
             log.info("--max-num-batched-tokens was rounded up to whole blocks", asked=asked, tokens=chunk)
         return chunk
 
     def _cache(self, config: ModelConfig, dtype: Dtype, microbatches: int, sharers: int) -> CacheOptions:
-        asked = self.max_num_seqs or USERS_PER_ROW * microbatches
+        asked = self.capacity.max_num_seqs or USERS_PER_ROW * microbatches
         slots = round_up(asked, microbatches)
         if slots != asked:
             log.info("--max-num-seqs was rounded up so that every microbatch has as many", asked=asked, slots=slots)
-        max_model_len = self.max_model_len or config.max_position_embeddings
+        max_model_len = self.lengths.max_model_len or config.max_position_embeddings
         if max_model_len > config.max_position_embeddings:
             raise OptionError(
                 f"--max-model-len {max_model_len} is more than the model's {config.max_position_embeddings} positions."
@@ -162,18 +258,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         return CacheOptions(
             slots=slots,
             pools=1,
-            blocks=self.num_blocks or self._blocks(config, dtype, slots, max_model_len, sharers),
-            block_size=self.block_size,
+            blocks=self.capacity.num_blocks or self._blocks(config, dtype, slots, max_model_len, sharers),
+            block_size=self.lengths.block_size,
             max_model_len=max_model_len,
         )
 
     def _blocks(self, config: ModelConfig, dtype: Dtype, slots: int, max_model_len: int, sharers: int) -> int:
         """Blocks for `slots` requests of the greatest length, or as many as memory allows."""
-        block_bytes = self.block_size * config.num_hidden_layers * config.kv_dim * ITEM_BYTES[dtype]
-        if self.device == "timed":
-            return slots * ceil_div(max_model_len, self.block_size)  # Which nothing is kept in.
+        needed = ceil_div(max_model_len, self.lengths.block_size)
+        if not self.cluster.profile.computes:
+            return slots * needed  # Nothing is kept in them.
+        block_bytes = self.lengths.block_size * config.num_hidden_layers * config.kv_dim * ITEM_BYTES[dtype]
         affordable = int(CACHE_MEMORY_SHARE * memory_bytes()) // sharers // block_bytes
-        needed = ceil_div(max_model_len, self.block_size)
         if affordable < needed:
             raise OptionError(
                 f"The KV cache of one request of {max_model_len} tokens takes {needed * block_bytes >> 20} MiB, more "
@@ -185,13 +281,23 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         return min(affordable, slots * needed)
 
 
-def resolve_dtype(asked: Dtype | Literal["auto"], source: ModelSource) -> Dtype:
-    """What --dtype means for a model: "auto" is float32 for the sample, whose text tests compare, else bfloat16."""
+def resolve_dtype(asked: AskedDtype, source: ModelSource, device: DeviceProfile) -> Dtype:
+    """What --dtype means for a model: "auto" is float32 for the sample, whose text tests compare, else bfloat16.
+
+    Raises OptionError for another dtype than that of the device, where it has only one.
+    """
+    if device.hidden_dtype is not None:
+        if asked not in {"auto", device.hidden_dtype}:
+            raise OptionError(
+                f"--dtype {asked} is not for chips, which pass {device.hidden_dtype} on: leave it out, and choose the "
+                "dtypes of weights, like --attention-dtype bfloat16."
+            )
+        return device.hidden_dtype
     if asked != "auto":
         return asked
     return "float32" if source.is_sample else "bfloat16"
 
 
 def memory_bytes() -> int:
-    """Physical memory of this host."""
+    """The physical memory of this host."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

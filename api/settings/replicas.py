@@ -1,4 +1,4 @@
-"""What every replica's engine is told: the same, but for what it may not share with the others."""
+"""The options of every replica's engine: the same, but for what it may not share with the others."""
 
 from pathlib import Path
 
@@ -16,15 +16,17 @@ from weights.model_config import ModelConfig
 def replica_options(
     settings: EngineSettings, source: ModelSource, config: ModelConfig, replicas: int
 ) -> list[EngineOptions]:
-    """The options of so many engines. In a given cluster it has to have room for all of them; else each has one of its
-    own on this host, whose memory they share.
+    """The options of so many engines.
+
+    A given cluster has to have room for all of them; without one, each has a cluster of its own on this host, whose
+    memory they share.
 
     Raises what `EngineSettings.engine_options` raises, and OptionError where replicas would share chips.
     """
     if replicas == 1:
         return [settings.engine_options(source, config)]
-    is_own = cluster_address(settings.ray_address) is None
-    if is_own and settings.device == "ttnn":
+    is_own = cluster_address(settings.cluster.ray_address) is None
+    if is_own and settings.cluster.profile.has_chips:
         raise OptionError(
             f"--replicas {replicas} on chips need a Ray cluster that says which rows its hosts have: start one, and "
             "name it with --ray-address."

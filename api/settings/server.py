@@ -1,26 +1,28 @@
-"""The options of the HTTP front end that protect it: queue limits, deadlines, API keys and TLS."""
+"""The options of the server: where it listens, and what protects it: queue limits, deadlines, API keys and TLS."""
 
-import functools
 import hashlib
 import hmac
-import os
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import click
 import msgspec
+from msgspec import Meta
 
 from api.errors import OptionError
-from api.settings.parameters import COUNT, SECONDS, with_options
+from api.settings.engine import EngineSettings
+from api.text.generation_config import MODELS_OWN, NO_ADVICE
+from api.text.model_source import ModelSource
+from api.text.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
 
 KEY_VARIABLES = ("GALAXYLINE_API_KEY", "VLLM_API_KEY")
+KEYS_IN_WORDS = f"${', then $'.join(KEY_VARIABLES)}"
 KEY_FILE_BYTES_MAX = 1 << 20
 
 
 class ApiKeys:
-    """A set of keys, known by their SHA-256 digests alone: nothing that prints or logs this object tells a key."""
+    """A set of keys, kept as SHA-256 digests alone, so that nothing that prints or logs this object shows a key."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
@@ -30,9 +32,10 @@ class ApiKeys:
 
     @classmethod
     def read(cls, given: Iterable[str], file: Path | None, environment: Mapping[str, str]) -> "ApiKeys | None":
-        """Those of the command line and of the file, one a line; without either, the environment's. None: no keys.
+        """The keys of the command line and of the file, one a line; without either, the environment's.
 
-        Raises OptionError where the file cannot be read or holds no key, or a key is none that a header can carry.
+        Returns None where there are no keys. Raises OptionError where the file cannot be read or holds no key, or where
+        a header cannot carry a key.
         """
         keys = [*given, *([] if file is None else _lines(file))]
         if not keys and file is None:
@@ -42,9 +45,9 @@ class ApiKeys:
         return cls(keys) if keys else None
 
     def accepts(self, key: bytes) -> bool:
-        """Whether it is one of the keys; takes as long for any key."""
+        """Whether `key` is one of the keys; takes as long for any key."""
         digest = _digest(key)
-        # All of them, whichever it is: the time must not tell how far the search went.
+        # Compared with all of them, whichever it is, so that the time does not show how far the search went.
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
@@ -60,7 +63,7 @@ def _lines(file: Path) -> list[str]:
     except OSError as error:
         raise OptionError(f"--api-key-file {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
-        raise OptionError(f"--api-key-file {file} is no text.") from None
+        raise OptionError(f"--api-key-file {file} is not a text file.") from None
     keys = [line.strip() for line in lines if line.strip()]
     if not keys or len(content) > KEY_FILE_BYTES_MAX:
         raise OptionError(
@@ -74,12 +77,14 @@ DEFAULT_CLIENT_TIMEOUT_S = 30.0
 DEFAULT_QUEUED_REQUESTS_MIN = 256
 DEFAULT_QUEUED_REQUESTS_PER_SLOT = 8
 DEFAULT_QUEUED_TOKENS = 1 << 20
-"""A list of so many token ids takes about 40 MB in the front end and as much in the engine."""
+"""How many tokens of prompts may wait: as a list of ids about 40 MB in the front end, and as much in the engine."""
 
 
 class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """`slots` completions run at once, `requests` more may wait, and those that have not begun to answer may have
-    `tokens` tokens of prompts together. The limits bind only while all slots are taken.
+    """How much may wait while all slots are taken.
+
+    `slots` completions run at once, `requests` more may wait, and the prompts of those that have not begun to answer
+    may have `tokens` tokens together.
     """
 
     slots: int
@@ -104,11 +109,8 @@ class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-FILE = click.Path(dir_okay=False, path_type=Path)
-
-
 class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """PEM files of the server's certificate and key; with `ca_certs` clients have to bring a certificate of theirs."""
+    """PEM files of the server's certificate and key; with `ca_certs` clients have to bring a certificate too."""
 
     certfile: Path
     keyfile: Path | None = None
@@ -116,7 +118,10 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, certfile: Path | None, keyfile: Path | None, ca_certs: Path | None) -> "TlsFiles | None":
-        """None without any. Raises OptionError where they do not make a server's identity."""
+        """The files that are given, checked; None without a certificate.
+
+        Raises OptionError where they do not make a server's identity.
+        """
         if certfile is None:
             if keyfile is not None or ca_certs is not None:
                 raise OptionError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile beside them.")
@@ -143,13 +148,52 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The front end's options. Counts are of completions and of tokens; times in seconds. None: see `QueueLimits.of`,
-    and no deadline of the server's own."""
+    """The options that protect the HTTP front end.
 
-    max_num_queued_reqs: int | None = None
-    max_num_queued_tokens: int | None = None
-    request_timeout_s: float | None = None
-    client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
+    Counts are of completions and of tokens, by default as `QueueLimits.of` has them; times are in seconds. Without
+    `request_timeout_s` the server sets no deadline of its own.
+    """
+
+    max_num_queued_reqs: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                description="Completions that may wait beside those that run; more get 429.",
+                extra={"default": "8 a slot, 256 at least"},
+            ),
+        ]
+        | None
+    ) = None
+    max_num_queued_tokens: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Prompt tokens of completions that have not begun; more get 429.",
+                extra={"default": str(DEFAULT_QUEUED_TOKENS)},
+            ),
+        ]
+        | None
+    ) = None
+    request_timeout_s: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                description="Seconds that a request may take in all; the header X-Request-Timeout may give less.",
+                extra={"default": "no limit"},
+            ),
+        ]
+        | None
+    ) = None
+    client_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds that a client may take to send its request, and to read on where its buffer is full.",
+        ),
+    ] = DEFAULT_CLIENT_TIMEOUT_S
     api_keys: ApiKeys | None = None
     tls: TlsFiles | None = None
 
@@ -158,62 +202,65 @@ class FrontSettings(msgspec.Struct, frozen=True, kw_only=True):
         return QueueLimits.of(slots, max_model_len, self.max_num_queued_reqs, self.max_num_queued_tokens)
 
 
-_OPTIONS = [
-    click.option(
-        "--max-num-queued-reqs",
-        type=click.IntRange(min=0),
-        help="Completions that may wait beside those that run; more get 429.  [default: 8 a slot, 256 at least]",
-    ),
-    click.option(
-        "--max-num-queued-tokens",
-        type=COUNT,
-        help="Prompt tokens of completions that have not begun; more get 429.  [default: 1048576]",
-    ),
-    click.option(
-        "--request-timeout",
-        "request_timeout_s",
-        type=SECONDS,
-        help="Seconds that a request may take in all; the header X-Request-Timeout may give less.  [default: no limit]",
-    ),
-    click.option(
-        "--client-timeout",
-        "client_timeout_s",
-        type=SECONDS,
-        default=DEFAULT_CLIENT_TIMEOUT_S,
-        show_default=True,
-        help="Seconds that a client may take to send its request, and to read on where its buffer is full.",
-    ),
-    click.option(
-        "--api-key",
-        multiple=True,
-        help="A key that clients have to bring; may be given several times. Others of this host see it: better in a "
-        f"file or the environment.  [default: ${', then $'.join(KEY_VARIABLES)}]",
-    ),
-    click.option("--api-key-file", type=FILE, help="A file with a key on each line."),
-    click.option("--ssl-certfile", type=FILE, help="The server's certificate, in PEM: serve HTTPS."),
-    click.option("--ssl-keyfile", type=FILE, help="Its key, where it is in a file of its own."),
-    click.option("--ssl-ca-certs", type=FILE, help="Clients have to bring a certificate that one of these has signed."),
-]
+class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The API keys that clients may bring; to be made into `ApiKeys` at once, as this object shows them."""
+
+    api_key: Annotated[
+        list[str],
+        Meta(
+            description="A key that clients have to bring; may be given several times. Others of this host see it: "
+            "better in a file or the environment.",
+            extra={"default": KEYS_IN_WORDS},
+        ),
+    ] = []
+    api_key_file: Annotated[Path | None, Meta(description="A file with a key on each line.")] = None
 
 
-def front_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the front end's options to a command, which gets them as `front`, a FrontSettings."""
+class TlsOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The files that HTTPS needs, in PEM."""
 
-    @functools.wraps(command)
-    def with_settings(
-        api_key: tuple[str, ...],
-        api_key_file: Path | None,
-        ssl_certfile: Path | None,
-        ssl_keyfile: Path | None,
-        ssl_ca_certs: Path | None,
-        **options: Any,
-    ) -> None:
-        keys = ApiKeys.read(api_key, api_key_file, os.environ)
-        for name in KEY_VARIABLES:
-            # The engine and the stages have no use for it.
-            os.environ.pop(name, None)
-        tls = TlsFiles.of(ssl_certfile, ssl_keyfile, ssl_ca_certs)
-        own = {name: options.pop(name) for name in FrontSettings.__struct_fields__ if name not in {"api_keys", "tls"}}
-        command(front=FrontSettings(api_keys=keys, tls=tls, **own), **options)
+    ssl_certfile: Annotated[Path | None, Meta(description="The server's certificate, in PEM: serve HTTPS.")] = None
+    ssl_keyfile: Annotated[
+        Path | None, Meta(description="The certificate's key, where it is in a file of its own.")
+    ] = None
+    ssl_ca_certs: Annotated[
+        Path | None, Meta(description="Clients have to bring a certificate that one of these has signed.")
+    ] = None
 
-    return with_options(with_settings, _OPTIONS)
+
+class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `serve`.
+
+    With the engine's seed, requests that bring none get the same one in every run.
+    """
+
+    source: ModelSource
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="0 takes any free one.")] = 8000
+    replicas: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Pipelines of this kind, independent of each other; a request goes to the one with the fewest.",
+        ),
+    ] = 1
+    shutdown_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds that open requests have to end after SIGINT or SIGTERM.")
+    ] = 5.0
+    max_logprobs: Annotated[
+        int,
+        Meta(
+            ge=WHOLE_VOCABULARY,
+            description="Log-probabilities that a request may ask for at each position; -1: as many as the vocabulary "
+            "has tokens.",
+        ),
+    ] = DEFAULT_MAX_LOGPROBS
+    generation_config: Annotated[
+        str,
+        Meta(
+            description=f"Where defaults of requests come from: {MODELS_OWN}: the model's generation_config.json; "
+            f"{NO_ADVICE}: vLLM's own; or a directory with such a file."
+        ),
+    ] = MODELS_OWN
+    front: FrontSettings = FrontSettings()
+    engine: EngineSettings

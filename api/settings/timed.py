@@ -1,46 +1,69 @@
-"""What the engine's options mean on the timed device."""
+"""The options of the timed device, and what they mean for a model."""
 
-from typing import TYPE_CHECKING
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from api.errors import OptionError
 from api.text.model_source import ModelSource
 from api.text.tokenizer import TextTokenizer, has_tokenizer
+from stages.device import PROFILES, Device
 from stages.timed.options import GivenTimes, PredictedTimes, TimedOptions
 from weights.model_config import ModelConfig
 
-if TYPE_CHECKING:
-    from api.settings.engine import EngineSettings
-
 MS = 1e-3
 PARTIAL = "\ufffd"
-"""Stands in texts for bytes that are no whole character."""
+"""Stands in texts for bytes that do not make up a whole character."""
 
 
-def check_timed(settings: "EngineSettings") -> None:
-    """Raises OptionError where options of the timed device are given for another, or without each other."""
-    for flag, given in (("--stage-time", settings.stage_time), ("--prompt-token-time", settings.prompt_token_time)):
-        if given is not None and settings.device != "timed":
-            raise OptionError(f"{flag} is for --device timed: the {settings.device} device takes its own time.")
-    if settings.prompt_token_time is not None and settings.stage_time is None:
-        raise OptionError("--prompt-token-time goes with --stage-time: without that, times are predicted.")
+class TimeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How long steps take on the timed device, in milliseconds; without `stage_time` as long as is predicted."""
 
+    stage_time: Annotated[
+        list[float] | None,
+        Meta(
+            description="Milliseconds of each step on the timed device, for all stages or, like 10,12, for each.",
+            extra={"default": "what is predicted"},
+        ),
+    ] = None
+    prompt_token_time: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                description="Milliseconds that a step on the timed device takes longer for each prompt token, with "
+                "--stage-time.",
+            ),
+        ]
+        | None
+    ) = None
 
-def timed_options(settings: "EngineSettings", source: ModelSource, config: ModelConfig, stages: int) -> TimedOptions:
-    """Times, and tokens that the model's tokenizer knows; those that end a text, and special ones, are never made.
+    def check(self, device: Device) -> None:
+        """Raises OptionError where the options are given for another device, or without each other."""
+        for flag, given in (("--stage-time", self.stage_time), ("--prompt-token-time", self.prompt_token_time)):
+            if given is not None and PROFILES[device].computes:
+                raise OptionError(f"{flag} is for --device timed: the {device} device takes its own time.")
+        if self.prompt_token_time is not None and self.stage_time is None:
+            raise OptionError("--prompt-token-time goes with --stage-time: without that, times are predicted.")
 
-    Raises PlanError where there are not as many times as stages, and CheckpointError for a file that is no tokenizer.
-    """
-    vocabulary, never = config.vocab_size, set(config.eos_token_ids)
-    directory = source.tokenizer or source.path
-    if has_tokenizer(directory):
-        text = TextTokenizer.load(directory)
-        vocabulary = min(vocabulary, text.size)
-        never |= set(text.special_ids)
-        # Clients get no event for a token whose character is not whole yet, and would count too few.
-        never |= {token for token in range(vocabulary) if PARTIAL in text.token_text(token)}
-    times: GivenTimes | PredictedTimes = PredictedTimes(rows=settings.rows_per_stage)
-    if settings.stage_time is not None:
-        token_s = (settings.prompt_token_time or 0.0) * MS
-        times = GivenTimes(step_s=[time * MS for time in settings.stage_time], prompt_token_s=token_s)
-        times.check(stages)
-    return TimedOptions(times=times, vocabulary=vocabulary, never=sorted(never))
+    def timed_options(self, source: ModelSource, config: ModelConfig, stages: int, rows: int) -> TimedOptions:
+        """Returns the times of so many stages of so many Galaxy rows, and the tokens that they may make.
+
+        Those are the tokens of the model's tokenizer but for special ones and those that end a text. Raises PlanError
+        where there are not as many times as stages, and CheckpointError for a file that is not a tokenizer.
+        """
+        vocabulary, never = config.vocab_size, set(config.eos_token_ids)
+        directory = source.tokenizer or source.path
+        if has_tokenizer(directory):
+            text = TextTokenizer.load(directory)
+            vocabulary = min(vocabulary, text.size)
+            never |= set(text.special_ids)
+            # Clients get no event for a token whose character is not whole yet, and would count too few.
+            never |= {token for token in range(vocabulary) if PARTIAL in text.token_text(token)}
+        times: GivenTimes | PredictedTimes = PredictedTimes(rows=rows)
+        if self.stage_time is not None:
+            token_s = (self.prompt_token_time or 0.0) * MS
+            times = GivenTimes(step_s=[time * MS for time in self.stage_time], prompt_token_s=token_s)
+            times.check(stages)
+        return TimedOptions(times=times, vocabulary=vocabulary, never=sorted(never))

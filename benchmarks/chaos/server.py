@@ -16,8 +16,9 @@ import uvloop
 
 from actors.log import LEVEL_VARIABLE, configure_logging
 from api.engine.options import EngineOptions
-from api.server.serve import ServeSettings, serve
+from api.server.serve import serve
 from api.settings.engine import EngineSettings
+from api.settings.server import ServeSettings
 from api.text.model_source import ModelSource, resolve_model
 from benchmarks.chaos.stage import DIRECTORY_VARIABLE, RUNNER
 from benchmarks.support.ports import free_port
@@ -150,7 +151,7 @@ def chaos_server(directory: Path, *, stages: int, clients: int) -> Iterator[Chao
 def main(directory: Path, stages: int, clients: int, port: int) -> None:
     """Serve the sample model until a signal ends it."""
     configure_logging()
-    engine = ChaosSettings(
+    engine = ChaosSettings.of(
         cache_dir=directory / "weights",
         stages=stages,
         max_num_seqs=2 * clients,

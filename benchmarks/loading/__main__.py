@@ -60,9 +60,7 @@ def measure(model: Path, turns: int) -> list[Turn]:
 
 def _turn(model: Path) -> Turn:
     with tempfile.TemporaryDirectory(prefix="loading-", dir=model.parent) as cache_dir:
-        options = StageOptions(
-            model_path=str(model), cache_dir=cache_dir, dtype="bfloat16", load_format="auto", seed=0, cache=KV_CACHE
-        )
+        options = StageOptions(model_path=str(model), cache_dir=cache_dir, dtype="bfloat16", seed=0, cache=KV_CACHE)
         return Turn(load_once(options), load_once(options))
 
 

@@ -44,7 +44,7 @@ def _load(pipe: Pipe, options: StageOptions) -> None:
     set_float_dtype(TORCH_DTYPES[options.dtype])
     mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(1, 1))
     read, began = _bytes_from_disk(), time.perf_counter()
-    source = open_weights(Path(options.model_path), load_format=options.load_format, seed=options.seed)
+    source = open_weights(Path(options.model_path), load_format=options.weights.load_format, seed=options.seed)
     weights = ConvertedWeights(source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device)
     [spec] = plan_stages(source.config, 1)
     ModelSlice.load(spec, weights, options.cache, lambda _done, _of: None)

@@ -119,7 +119,7 @@ async def measure(plan: Plan) -> Turns:
 @contextlib.asynccontextmanager
 async def contenders(plan: Plan) -> AsyncIterator[dict[str, Contender]]:
     """Starts the contenders that any case needs, by name."""
-    one = EngineSettings(
+    one = EngineSettings.of(
         cache_dir=plan.cache_dir,
         stages=1,
         max_num_seqs=MICROBATCH,
@@ -128,7 +128,7 @@ async def contenders(plan: Plan) -> AsyncIterator[dict[str, Contender]]:
         device=plan.device,
         spare=False,
     )
-    two = msgspec.structs.replace(one, stages=2, microbatches=2, max_num_seqs=2 * MICROBATCH)
+    two = one.but(stages=2, microbatches=2, max_num_seqs=2 * MICROBATCH)
     starts: dict[str, Callable[[], AbstractAsyncContextManager[Contender]]] = {
         ONE_STAGE: lambda: galaxyline_engine(plan.model, one),
         TWO_STAGES: lambda: galaxyline_engine(plan.model, two),

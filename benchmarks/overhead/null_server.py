@@ -11,8 +11,9 @@ import uvloop
 
 from actors.log import configure_logging
 from api.engine.options import EngineOptions
-from api.server.serve import ServeSettings, serve
+from api.server.serve import serve
 from api.settings.engine import EngineSettings
+from api.settings.server import ServeSettings
 from api.text.model_source import ModelSource
 from benchmarks.support.null_stage import RUNNER
 from benchmarks.support.ports import free_port
@@ -59,7 +60,7 @@ def null_server(model: Path, *, stages: int, streams: int, device: Device) -> It
 def main(model: Path, stages: int, streams: int, device: Device, port: int) -> None:
     """Serve MODEL until a signal ends it."""
     configure_logging()
-    engine = NullSettings(
+    engine = NullSettings.of(
         cache_dir=model,
         stages=stages,
         max_num_seqs=streams,

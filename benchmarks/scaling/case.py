@@ -106,7 +106,7 @@ def r1_case(stages: int) -> Case:
         raise KeyError("r1")
     config = ModelConfig.from_file(path / "config.json")
     microbatches = default_microbatches(stages)
-    settings = EngineSettings(
+    settings = EngineSettings.of(
         cache_dir=path,
         device="timed",
         stages=stages,

@@ -63,7 +63,7 @@ def durations(config: ModelConfig, spec: StageSpec, options: StageOptions) -> Du
         raise PlanError("The timed device was not told how long steps take.")
     if isinstance(timed.times, PredictedTimes):
         rows = timed.times.rows
-        times = StageTimes(config, spec, rows, options.weight_dtypes, traced=options.enable_trace)
+        times = StageTimes(config, spec, rows, options.weights.weight_dtypes, traced=options.execution.enable_trace)
         return PredictedDurations(times, rows)
     timed.times.check(spec.stages)
     return GivenDurations(timed.times, spec.index)

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-import msgspec
 import psutil
 import pytest
 
@@ -121,7 +120,7 @@ async def test_a_raising_stage_is_named_with_its_step_and_cause(cluster: "Cluste
 @pytest.mark.slow
 @on_uvloop
 async def test_a_late_step_names_the_stage_that_is_stuck_and_health_is_answered_meanwhile(cluster: "Cluster") -> None:
-    async with running(msgspec.structs.replace(options("acting", "sleep:1:0"), step_timeout_s=1.0)) as pipeline:
+    async with running(options("acting", "sleep:1:0", step_timeout_s=1.0)) as pipeline:
         await pipeline.submit(step(pipeline, 0))
         healths = await pipeline.health()
         while healths[1].state != "running":
@@ -154,7 +153,7 @@ async def test_a_stage_that_cannot_load_is_named(
 @pytest.mark.slow
 @on_uvloop
 async def test_a_start_that_takes_too_long_names_who_is_late(cluster: "Cluster") -> None:
-    how = msgspec.structs.replace(options("unloadable", "clock"), start_timeout_s=4.0)
+    how = options("unloadable", "clock", start_timeout_s=4.0)
     with pytest.raises(StartError, match=r"tage 1 on \S+ \(.*did not load its weights in time"):
         await Pipeline.start(how, lambda _: None)
 
@@ -175,7 +174,7 @@ async def test_stages_that_can_never_fit_are_refused_at_once(cluster: "Cluster")
 @pytest.mark.slow
 @on_uvloop
 async def test_rows_in_use_are_waited_for_until_the_deadline_and_free_after_close(cluster: "Cluster") -> None:
-    waiting = msgspec.structs.replace(options("echo", rows=1), placement_timeout_s=1.0)
+    waiting = options("echo", rows=1, placement_timeout_s=1.0)
     async with running(options("echo", stages=1, rows=2)):
         runs = rf"These processes of stages run: 1 on 127\.0\.0\.1 by process {os.getpid()} on 127"
         told = rf"were not free within 1 s.*\(3, 2 in use\).* {runs}"

@@ -120,7 +120,7 @@ async def test_a_stage_that_raises_keeps_its_process_the_first_time_and_gets_ano
 @pytest.mark.slow
 @on_uvloop
 async def test_a_stuck_stage_is_replaced_and_its_step_is_named(cluster: "Cluster") -> None:
-    how = msgspec.structs.replace(options("acting", "sleep:1:5", stages=STAGES), step_timeout_s=2.0)
+    how = options("acting", "sleep:1:5", stages=STAGES, step_timeout_s=2.0)
     pipeline = await Pipeline.start(how, lambda _: None)
     try:
         before = await pids(pipeline)
@@ -182,7 +182,7 @@ async def test_a_stage_that_dies_while_another_is_replaced_is_replaced_next(clus
 
 
 def with_spares(runner: str = "echo") -> PipelineOptions:
-    return msgspec.structs.replace(options(runner, stages=STAGES), spare=True, start_timeout_s=SECONDS)
+    return options(runner, stages=STAGES, spare=True, start_timeout_s=SECONDS)
 
 
 async def spare_pids(pipeline: Pipeline) -> list[int]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import psutil
 
-from actors.options import PipelineOptions
+from actors.options import ClusterOptions, PipelineOptions
 from actors.pipeline import Pipeline
-from stages.options import CacheOptions, StageOptions
+from stages.options import CacheOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec
 from stages.step import Mode, Segment, Step
 from tests.galaxy.mesh_runners import DECODE, HIDDEN_SIZE, PREFILL, Call, calls_of
@@ -64,6 +64,7 @@ def options(
     folder: Path,
     rows_per_stage: int = 1,
     ray_address: str | None = None,
+    start_timeout_s: float = SECONDS,
 ) -> PipelineOptions:
     stages = len(environments)
     pools = rows_per_stage * COLUMNS
@@ -74,13 +75,20 @@ def options(
             StageSpec(index=index, stages=stages, first_layer=index, end_layer=index + 1) for index in range(stages)
         ],
         stage=StageOptions(
-            model_path=str(folder), cache_dir="", dtype="bfloat16", load_format="dummy", seed=0, cache=cache
+            model_path=str(folder),
+            cache_dir="",
+            dtype="bfloat16",
+            weights=WeightOptions(load_format="dummy"),
+            seed=0,
+            cache=cache,
         ),
-        device="ttnn",
-        rows_per_stage=rows_per_stage,
-        ray_address=ray_address,
-        start_timeout_s=SECONDS,
-        step_timeout_s=SECONDS,
+        cluster=ClusterOptions(
+            device="ttnn",
+            rows_per_stage=rows_per_stage,
+            ray_address=ray_address,
+            start_timeout_s=start_timeout_s,
+            step_timeout_s=SECONDS,
+        ),
         runner=f"tests.galaxy.mesh_runners:{runner}",
         transport="mesh",
         environments=environments,

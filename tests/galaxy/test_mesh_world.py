@@ -14,8 +14,8 @@ import pytest
 
 from actors.errors import PipelineError, StartError
 from actors.mpi.galaxy import VISIBLE_DEVICES
-from actors.options import STAGE_RUNNER
 from actors.pipeline import Pipeline
+from stages.device import PROFILES
 from stages.step import Admission, Segment, Step
 from tests.galaxy.chips import ON_CHIPS
 from tests.galaxy.mesh_pipelines import (
@@ -105,7 +105,7 @@ async def test_real_stages_are_joined_from_mesh_to_mesh(
     (tmp_path / "config.json").write_text(json.dumps(config_keys(FITTING)), encoding="utf-8")
     how = options("", rows[:2], tmp_path)
     stage = msgspec.structs.replace(how.stage, cache_dir=str(tmp_path / "weights"))
-    how = msgspec.structs.replace(how, runner=STAGE_RUNNER, stage=stage, hidden_size=FITTING["hidden_size"])
+    how = msgspec.structs.replace(how, runner=PROFILES["ttnn"].runner, stage=stage, hidden_size=FITTING["hidden_size"])
     prompt = Segment(slot=0, start=0, tokens=[1, 2, 3], new_blocks=[0], sample=True)
     async with running(how) as pipeline:
         for step_id in range(3):
@@ -174,7 +174,7 @@ async def test_a_rank_killed_while_starting_is_named_and_a_new_world_starts(
 async def test_a_rank_that_stands_still_is_named_at_the_deadline(
     cluster: "Cluster", rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
-    how = msgspec.structs.replace(options("stopped_in_barrier", rows[:2], tmp_path), start_timeout_s=60.0)
+    how = options("stopped_in_barrier", rows[:2], tmp_path, start_timeout_s=60.0)
     with pytest.raises(StartError, match=r"^stage 1 on \S+ \(no answer within 1 s\): did not pass the barrier in time"):
         await Pipeline.start(how, lambda _: None)
     assert leftovers() == []

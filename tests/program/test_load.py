@@ -74,7 +74,7 @@ async def test_three_times_what_fits_is_answered_in_full_and_leaves_nothing(
     asked = [prompts[number % len(prompts)] for number in range(CLIENTS)]
     # A third of the clients fit the slots, and fewer the blocks when all are long: some are preempted.
     blocks = MAX_MODEL_LEN // 32 + SLOTS * 3
-    settings = EngineSettings(
+    settings = EngineSettings.of(
         cache_dir=tmp_path, stages=2, max_num_seqs=SLOTS, num_blocks=blocks, max_model_len=MAX_MODEL_LEN, spare=False
     )
     async with front_end_and_engine(settings) as (base, engine):

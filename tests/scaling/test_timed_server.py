@@ -81,8 +81,8 @@ def test_the_demo_runs_on_the_timed_device(tmp_path: Path, ray_cluster: Mapping[
         (("--stage-time", "10"), "--stage-time is for --device timed: the embedded device takes its own time."),
         ((*TIMED, "--prompt-token-time", "1"), "--prompt-token-time goes with --stage-time"),
         ((*TIMED, "--stages", "3", "--stage-time", "1,2"), "--stage-time gives 2 times for 3 stages"),
-        ((*TIMED, "--stage-time", "1,-2"), "'1,-2' is no list of times: write it like 10 or 10,12.5."),
-        ((*TIMED, "--stage-time", "inf"), "'inf' is no list of times"),
+        ((*TIMED, "--stage-time", "1,-2"), "'1,-2' is not a list of times: write it like 10 or 10,12.5."),
+        ((*TIMED, "--stage-time", "inf"), "'inf' is not a list of times"),
         ((*TIMED, "--stages", "2", "--transport", "mesh"), "joins chips, and the timed device has none"),
     ],
 )

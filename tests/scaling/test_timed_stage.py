@@ -37,7 +37,6 @@ def options(times: GivenTimes | PredictedTimes, model: Path = SAMPLE_DIR) -> Sta
         model_path=str(model),
         cache_dir="",
         dtype="bfloat16",
-        load_format="auto",
         seed=0,
         cache=CACHE,
         timed=timed,
@@ -192,7 +191,7 @@ from stages.timed.stage import TimedStage
 import actors.stage.actor
 cache = CacheOptions(slots=4, pools=1, blocks=64, block_size=32, max_model_len=512)
 timed = TimedOptions(times=PredictedTimes(rows=1), vocabulary=500, never=[])
-options = StageOptions(model_path={str(SAMPLE_DIR)!r}, cache_dir="", dtype="bfloat16", load_format="auto", seed=0,
+options = StageOptions(model_path={str(SAMPLE_DIR)!r}, cache_dir="", dtype="bfloat16", seed=0,
                        cache=cache, timed=timed)
 stage = TimedStage.load(StageSpec(index=0, stages=1, first_layer=0, end_layer=6), options, lambda _, __: None)
 sampling = SamplingParams(temperature=0, top_p=1, top_k=0, seed=0, choice=0)

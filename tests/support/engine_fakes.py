@@ -15,10 +15,10 @@ import msgspec
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError
-from actors.options import PipelineOptions
+from actors.options import ClusterOptions, PipelineOptions
 from actors.stage.health import StageHealth, StageProgress
 from api.engine.options import EngineOptions
-from stages.options import CacheOptions, StageOptions
+from stages.options import CacheOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec
 from stages.step import Admission, Mode, Segment, StageTiming, Step, StepResult, TokenLogprobs
 
@@ -337,18 +337,19 @@ def engine_options(start: str = "start_sound", *, slots: int = 12, blocks: int =
     ]
     cache = CacheOptions(slots=slots, pools=1, blocks=blocks, block_size=32, max_model_len=128)
     stage = StageOptions(
-        model_path="absent", cache_dir="absent", dtype="float32", load_format="dummy", seed=0, cache=cache
+        model_path="absent",
+        cache_dir="absent",
+        dtype="float32",
+        weights=WeightOptions(load_format="dummy"),
+        seed=0,
+        cache=cache,
     )
     return EngineOptions(
         pipeline=PipelineOptions(
             hidden_size=8,
             specs=specs,
             stage=stage,
-            device="embedded",
-            rows_per_stage=1,
-            ray_address=None,
-            start_timeout_s=10,
-            step_timeout_s=10,
+            cluster=ClusterOptions(start_timeout_s=10, step_timeout_s=10),
         ),
         prefill_chunk=64,
         close_timeout_s=10,

@@ -51,7 +51,7 @@ def until_open(gate: Path) -> None:
 
 async def start(options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> Pipeline:
     """Starts a pipeline like any other, behind the gate; called in the engine's process."""
-    prepare_environment(options.ray_address)
+    prepare_environment(options.cluster.ray_address)
     from actors.stage.group import StageGroup  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
     listen = StageGroup.listen

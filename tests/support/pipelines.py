@@ -5,11 +5,12 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-from actors.options import PipelineOptions
+from actors.options import ClusterOptions, PipelineOptions
 from actors.pipeline import Pipeline
 from actors.stage.health import StageHealth, State
-from stages.options import CacheOptions, StageOptions
+from stages.options import CacheOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec
 from stages.step import FailureKind, Segment, StageFailure, Step, StepResult
 from tests.support.runners import HIDDEN_SIZE
@@ -22,7 +23,8 @@ LOST_LINK = StageFailure(
 RAISED = StageFailure(epoch=1, stage=2, host="host-a", step_id=9, kind="error", cause="ValueError: x")
 
 
-def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1) -> PipelineOptions:
+def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1, **cluster: Any) -> PipelineOptions:
+    """So many stages of so many rows; `cluster` are others of ClusterOptions."""
     cache = CacheOptions(slots=1, pools=1, blocks=2, block_size=32, max_model_len=64)
     return PipelineOptions(
         hidden_size=HIDDEN_SIZE,
@@ -31,14 +33,16 @@ def options(runner: str, model_path: str = "", *, stages: int = 2, rows: int = 1
             for index in range(stages)
         ],
         stage=StageOptions(
-            model_path=model_path, cache_dir="", dtype="float32", load_format="dummy", seed=0, cache=cache
+            model_path=model_path,
+            cache_dir="",
+            dtype="float32",
+            weights=WeightOptions(load_format="dummy"),
+            seed=0,
+            cache=cache,
         ),
-        device="embedded",
-        rows_per_stage=rows,
-        ray_address=None,
-        start_timeout_s=SECONDS,
-        step_timeout_s=SECONDS,
-        spare=False,
+        cluster=ClusterOptions(
+            rows_per_stage=rows, **{"start_timeout_s": SECONDS, "step_timeout_s": SECONDS, "spare": False, **cluster}
+        ),
         runner=f"tests.support.runners:{runner}",
     )
 

@@ -1,7 +1,7 @@
 """Options of a scheduler, and requests for it."""
 
 from api.messages.engine import AddRequest, Counts
-from api.scheduler.options import DEFAULT_PREFILL_WAIT, SchedulerOptions
+from api.scheduler.options import DEFAULT_PREFILL_WAIT, ScheduleOptions, SchedulerOptions
 from stages.options import CacheOptions
 from stages.step import SamplingParams
 
@@ -25,8 +25,7 @@ def scheduler_options(
         stages=stages,
         cache=cache,
         prefill_chunk=prefill_chunk,
-        microbatches=microbatches,
-        prefill_wait=prefill_wait,
+        schedule=ScheduleOptions(microbatches=microbatches, prefill_wait=prefill_wait),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stages.options import CacheOptions, Dtype, StageOptions
+from stages.options import CacheOptions, Dtype, ExecutionOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
@@ -26,9 +26,16 @@ def stage_options(
     model: Path, cache_dir: Path, *, dtype: Dtype = "float32", cache: CacheOptions | None = None, **changes: Any
 ) -> StageOptions:
     """Options of a stage that serves the checkpoint `model`."""
-    options = {"load_format": "auto", "seed": 0, **changes}
+    weights = {name: changes.pop(name) for name in WeightOptions.__struct_fields__ if name in changes}
+    execution = {name: changes.pop(name) for name in ExecutionOptions.__struct_fields__ if name in changes}
     return StageOptions(
-        model_path=str(model), cache_dir=str(cache_dir), dtype=dtype, cache=cache or cache_options(), **options
+        model_path=str(model),
+        cache_dir=str(cache_dir),
+        dtype=dtype,
+        cache=cache or cache_options(),
+        weights=WeightOptions(**weights),
+        execution=ExecutionOptions(**execution),
+        **{"seed": 0, **changes},
     )
 
 

@@ -8,11 +8,10 @@ import sys
 import msgspec
 import pytest
 
-from actors.options import STAGE_RUNNER, TIMED_RUNNER
 from actors.stage.process import SPINS, Preparation
 from actors.stage.setup import StageIdentity, StageSetup
-from stages.device import Device
-from stages.options import CacheOptions, StageOptions
+from stages.device import PROFILES, Device
+from stages.options import CacheOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec
 from tests.support.early_runner import NAMES, VARIABLE
 
@@ -61,9 +60,9 @@ def preparation(device: Device, runner: str, neighbours: int = 1) -> Preparation
 @pytest.mark.parametrize(
     ("device", "runner", "imported"),
     [
-        ("embedded", STAGE_RUNNER, ["stages.backend", "stages.stage", "torch"]),
-        ("timed", TIMED_RUNNER, ["stages.timed.stage"]),
-        ("ttnn", STAGE_RUNNER, ["torch"]),
+        ("embedded", PROFILES["embedded"].runner, ["stages.backend", "stages.stage", "torch"]),
+        ("timed", PROFILES["timed"].runner, ["stages.timed.stage"]),
+        ("ttnn", PROFILES["ttnn"].runner, ["torch"]),
     ],
 )
 def test_a_spare_imports_what_its_device_needs_and_never_ttnn(device: Device, runner: str, imported: list[str]) -> None:
@@ -94,7 +93,14 @@ def setup(runner: str, neighbours: int) -> StageSetup:
             index=0, stages=1, host="host-1", epoch=1, secret=b"", dtype="float32", bytes_per_token=4
         ),
         spec=StageSpec(index=0, stages=1, first_layer=0, end_layer=1),
-        options=StageOptions(model_path="", cache_dir="", dtype="float32", load_format="dummy", seed=0, cache=cache),
+        options=StageOptions(
+            model_path="",
+            cache_dir="",
+            dtype="float32",
+            weights=WeightOptions(load_format="dummy"),
+            seed=0,
+            cache=cache,
+        ),
         device="embedded",
         runner=runner,
         rows=[0],

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from api import cli
 from api.errors import EngineError
-from api.server.serve import ServeSettings
 from api.settings.environment import parse_mesh_device
+from api.settings.server import ServeSettings
 from stages.tensor_dtypes import WeightDtypes
 from tests.support.command_line import refused, run
 from weights.errors import CheckpointError
@@ -25,7 +24,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
     async def record(given: ServeSettings) -> None:
         settings.append(given)
 
-    monkeypatch.setattr(cli, "serve", record)
+    monkeypatch.setattr("api.cli.serve.serve", record)
     return settings
 
 
@@ -34,15 +33,15 @@ def test_serve_without_options(served: list[ServeSettings]) -> None:
     [settings] = served
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.source.name == "galaxyline-sample"
-    assert settings.engine.stages is None
+    assert settings.engine.split.stages is None
     assert (settings.max_logprobs, settings.generation_config) == (20, "auto")
-    assert settings.engine.spare
+    assert settings.engine.cluster.spare
     assert settings.engine.cache_dir == Path("generated/deepseek_v3")
 
 
 def test_spares_can_be_left_out(served: list[ServeSettings]) -> None:
     assert run("serve", "--no-spare").exit_code == 0
-    assert not served[0].engine.spare
+    assert not served[0].engine.cluster.spare
 
 
 @pytest.mark.parametrize("separator", ["-", "_"])
@@ -69,15 +68,17 @@ def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSe
     assert result.exit_code == 0, result.output
     [settings] = served
     engine = settings.engine
-    assert (engine.max_model_len, engine.block_size, engine.max_num_seqs, engine.prefill_chunk) == (1024, 64, 8, 100)
-    assert (engine.layers_per_stage, engine.start_timeout_s, engine.placement_timeout_s) == ([2, 4], 7.5, 2.0)
-    assert (engine.load_format, engine.ray_address) == ("dummy", "10.0.0.1:6379")
+    lengths, cluster = engine.lengths, engine.cluster
+    assert (lengths.max_model_len, lengths.block_size, engine.capacity.max_num_seqs) == (1024, 64, 8)
+    assert (engine.prefill_chunk, engine.split.layers_per_stage) == (100, [2, 4])
+    assert (cluster.start_timeout_s, cluster.placement_timeout_s) == (7.5, 2.0)
+    assert (engine.weights.load_format, cluster.ray_address) == ("dummy", "10.0.0.1:6379")
     assert settings.source.name == "mine"
     assert (settings.max_logprobs, settings.generation_config) == (-1, "vllm")
     said = " ".join(log["event"] for log in logs)
     assert "--num-scheduler-steps has no effect" in said
     assert "these keys of --override-tt-config have no effect" in said
-    assert engine.enable_trace
+    assert engine.execution.enable_trace
 
 
 def test_the_commands_of_the_seed_are_followed(tmp_path: Path, served: list[ServeSettings]) -> None:
@@ -107,8 +108,8 @@ def test_the_commands_of_the_seed_are_followed(tmp_path: Path, served: list[Serv
     [settings] = served
     assert (settings.source.path, settings.source.name) == (tmp_path, hub_id)
     assert settings.engine.cache_dir == tmp_path / "cache"
-    assert (settings.engine.max_model_len, settings.engine.block_size) == (1024, 32)
-    assert not settings.engine.enable_trace
+    assert (settings.engine.lengths.max_model_len, settings.engine.lengths.block_size) == (1024, 32)
+    assert not settings.engine.execution.enable_trace
     [environment] = [log for log in logs if "environment variables" in log["event"]]
     assert set(environment["variables"]) >= in_vain.keys()
     assert "secret" not in str(logs)
@@ -119,7 +120,7 @@ def test_dtypes_of_chips_are_options(tmp_path: Path, served: list[ServeSettings]
     assert run("serve", str(tmp_path)).exit_code == 0
     arguments = ("--router-dtype", "bfloat16", "--kv-cache-dtype", "bfloat16", "--gate-up-dtype", "bfloat8_b")
     assert run("serve", str(tmp_path), *arguments).exit_code == 0
-    assert [settings.engine.weight_dtypes for settings in served] == [
+    assert [settings.engine.weights.weight_dtypes for settings in served] == [
         WeightDtypes(),
         WeightDtypes(router="bfloat16", kv_cache="bfloat16", gate_up="bfloat8_b"),
     ]
@@ -139,10 +140,10 @@ def test_the_model_may_come_first_or_as_an_option(tmp_path: Path, served: list[S
         (["--model", "/nowhere/r1"], "Error: Model path does not exist: '/nowhere/r1'."),
         (["--port", "70000"], "'--port'"),
         (["--stages", "0"], "'--stages'"),
-        (["--override-tt-config", "[1]"], "'[1]' is no JSON object."),
+        (["--override-tt-config", "[1]"], "'[1]' is not a JSON object."),
         (["--override-tt-config", "{"], "is not valid JSON"),
-        (["--layers-per-stage", "2,x"], "'2,x' is no list of layer counts: write it like 2,4."),
-        (["--layers-per-stage", "0,6"], "is no list of layer counts"),
+        (["--layers-per-stage", "2,x"], "'2,x' is not a list of layer counts: write it like 2,4."),
+        (["--layers-per-stage", "0,6"], "is not a list of layer counts"),
         (["--device", "tpu"], "'--device'"),
         (["--dtype", "int4"], "'--dtype'"),
         (["--no-such-option"], "--no-such-option"),
@@ -176,7 +177,7 @@ def test_an_engine_that_does_not_start_ends_with_its_sentence(
     async def fail(_: ServeSettings) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "serve", fail)
+    monkeypatch.setattr("api.cli.serve.serve", fail)
     assert refused("serve", code=code) == f"Error: {error}"
 
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from api.cli import main
 from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights, ConvertOptions, layer_part, open_conversion
-from stages.options import CacheOptions
+from stages.options import CacheOptions, WeightOptions
 from stages.run_config import StateDict, WeightConfig
 from stages.tensor_dtypes import WeightDtypes
 from tests import ROOT
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(model: Path, cache: Path) -> ConvertOptions:
-    return ConvertOptions(model_path=str(model), cache_dir=str(cache), dtype="bfloat16", load_format="auto", seed=0)
+    return ConvertOptions(model_path=str(model), cache_dir=str(cache), dtype="bfloat16", seed=0)
 
 
 def convert(model: Path, cache: Path) -> int:
@@ -108,7 +108,9 @@ def missing(model: Path, cache: Path, **changes: Any) -> list[str]:
         return [part.name for part in conversion.missing]
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"mesh_shape": (1, 2)}, {"load_format": "dummy"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float32"}, {"mesh_shape": (1, 2)}, {"weights": WeightOptions(load_format="dummy")}], ids=str
+)
 def test_what_was_converted_for_others_is_not_found(model: Path, whole: Path, changes: Mapping[str, Any]) -> None:
     assert missing(model, whole) == []
     assert missing(model, whole, **changes) == PARTS

@@ -133,7 +133,7 @@ def test_the_generator_is_one_stage_or_a_pipeline(demos: list[DemoSetup]) -> Non
     assert run("demo", "a", "--generator", "pp").exit_code == 0
     assert run("demo", "a", "--generator", "pp", "--stages", "3", "--enable-trace").exit_code == 0
     assert [len(setup.engine.pipeline.specs) for setup in demos] == [1, 2, 3]
-    assert [setup.engine.pipeline.stage.enable_trace for setup in demos] == [False, False, True]
+    assert [setup.engine.pipeline.stage.execution.enable_trace for setup in demos] == [False, False, True]
     assert "add --generator pp" in refused("demo", "a", "--stages", "3")
 
 

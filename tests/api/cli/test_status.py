@@ -189,7 +189,7 @@ def test_where_no_server_answers_it_says_so() -> None:
 @pytest.mark.parametrize("url", ["localhost:8000", "http://[", "http://127.0.0.1:port", "http://", "ftp://host"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     assert refused("--url", url, "--json", code=2) == (
-        f"Error: --url {url!r} is no HTTP address: write it like http://127.0.0.1:8000."
+        f"Error: --url {url!r} is not an HTTP address: write it like http://127.0.0.1:8000."
     )
 
 
@@ -200,7 +200,7 @@ def test_another_server_is_told_from_ours(route: object) -> None:
         app.add_api_route("/pipeline", lambda: route)
     with serving_any(app) as url:
         error = refused("--url", url, code=1)
-    assert error == f"Error: What answers at {url} is no galaxyline server: give the address of one with --url."
+    assert error == f"Error: What answers at {url} is not a galaxyline server: give the address of one with --url."
 
 
 def test_an_engine_that_does_not_answer_is_the_servers_own_sentence() -> None:
@@ -208,7 +208,8 @@ def test_an_engine_that_does_not_answer_is_the_servers_own_sentence() -> None:
     engine.failure = EngineError.for_clients("The engine did not answer within 5 s.")
     with serving(engine) as url:
         assert (
-            refused("--url", url, code=1) == f"Error: The server at {url} says: The engine did not answer within 5 s."
+            refused("--url", url, code=1)
+            == f"Error: The server at {url} answers: The engine did not answer within 5 s."
         )
 
 

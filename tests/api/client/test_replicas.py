@@ -115,7 +115,8 @@ async def test_replicas_that_join_a_cluster_start_at_once_and_the_first_to_fail_
 
 
 def at_cluster(options: EngineOptions) -> EngineOptions:
-    pipeline = msgspec.structs.replace(options.pipeline, ray_address="127.0.0.1:6379")
+    cluster = msgspec.structs.replace(options.pipeline.cluster, ray_address="127.0.0.1:6379")
+    pipeline = msgspec.structs.replace(options.pipeline, cluster=cluster)
     return msgspec.structs.replace(options, pipeline=pipeline)
 
 
@@ -167,18 +168,18 @@ def options_of(settings: EngineSettings, replicas: int) -> Sequence[EngineOption
 
 
 def test_one_replica_is_told_what_an_engine_is_told(tmp_path: Path) -> None:
-    settings = EngineSettings(cache_dir=tmp_path, timeline=tmp_path / "steps.json")
+    settings = EngineSettings.of(cache_dir=tmp_path, timeline=tmp_path / "steps.json")
     [options] = options_of(settings, 1)
     assert options == settings.engine_options(SAMPLE, ModelConfig.from_file(SAMPLE.path / "config.json"))
 
 
 def test_every_replica_writes_a_timeline_of_its_own(tmp_path: Path) -> None:
-    options = options_of(EngineSettings(cache_dir=tmp_path, timeline=tmp_path / "a.b.json"), 3)
+    options = options_of(EngineSettings.of(cache_dir=tmp_path, timeline=tmp_path / "a.b.json"), 3)
     files = [tmp_path / f"a.b.{replica}.json" for replica in range(3)]
     assert [each.timeline for each in options] == list(map(str, files))
     assert sorted(tmp_path.iterdir()) == files
     with pytest.raises(OptionError, match="cannot be written"):
-        options_of(EngineSettings(cache_dir=tmp_path, timeline=tmp_path / "absent" / "steps.json"), 2)
+        options_of(EngineSettings.of(cache_dir=tmp_path, timeline=tmp_path / "absent" / "steps.json"), 2)
 
 
 def test_a_given_cluster_has_to_hold_all_replicas_and_this_host_shares_its_memory_otherwise(
@@ -186,9 +187,9 @@ def test_a_given_cluster_has_to_hold_all_replicas_and_this_host_shares_its_memor
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("api.settings.engine.memory_bytes", lambda: 1 << 26)
-    [alone] = options_of(EngineSettings(cache_dir=tmp_path), 1)
-    own = options_of(EngineSettings(cache_dir=tmp_path), 2)
-    joined = options_of(EngineSettings(cache_dir=tmp_path, ray_address="10.0.0.1:6379"), 2)
+    [alone] = options_of(EngineSettings.of(cache_dir=tmp_path), 1)
+    own = options_of(EngineSettings.of(cache_dir=tmp_path), 2)
+    joined = options_of(EngineSettings.of(cache_dir=tmp_path, ray_address="10.0.0.1:6379"), 2)
     assert [each.pipeline.pipelines for each in [alone, *own, *joined]] == [1, 1, 1, 2, 2]
     blocks = alone.pipeline.stage.cache.blocks
     assert [each.pipeline.stage.cache.blocks for each in [*own, *joined]] == [blocks // 2] * 2 + [blocks] * 2
@@ -197,4 +198,4 @@ def test_a_given_cluster_has_to_hold_all_replicas_and_this_host_shares_its_memor
 def test_replicas_on_chips_need_to_be_told_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(OptionError, match="--replicas 2 on chips need a Ray cluster"):
-        options_of(EngineSettings(cache_dir=tmp_path, device="ttnn"), 2)
+        options_of(EngineSettings.of(cache_dir=tmp_path, device="ttnn"), 2)

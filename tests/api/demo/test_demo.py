@@ -151,7 +151,7 @@ def test_predictions_are_hugging_faces(
     reference: Path,
 ) -> None:
     """Two references at once; tokens beyond their ends are not asked for."""
-    settings = EngineSettings(cache_dir=tmp_path / "cache", stages=stages, dtype=dtype)  # type: ignore[arg-type]
+    settings = EngineSettings.of(cache_dir=tmp_path / "cache", stages=stages, dtype=dtype)
     results = run_demo(
         None,
         reference_file=[reference, reference],
@@ -187,7 +187,7 @@ def test_predictions_of_a_random_model_are_hugging_faces(
         None,
         model_path=mini,
         reference_file=mini_references,
-        engine=EngineSettings(cache_dir=tmp_path / "cache", stages=stages, dtype="float32", max_model_len=256),
+        engine=EngineSettings.of(cache_dir=tmp_path / "cache", stages=stages, dtype="float32", max_model_len=256),
         token_accuracy=True,
         max_new_tokens=500,
         generator=generator,
@@ -209,7 +209,7 @@ def test_a_spoiled_weight_shows(tmp_path: Path, reference: Path) -> None:
     name = "model.layers.2.self_attn.o_proj.weight"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
-    settings = EngineSettings(cache_dir=tmp_path / "cache", dtype="float32")
+    settings = EngineSettings.of(cache_dir=tmp_path / "cache", dtype="float32")
     results = run_demo(
         None, model_path=spoiled, reference_file=reference, engine=settings, token_accuracy=True, max_new_tokens=59
     )

@@ -74,7 +74,7 @@ def test_a_file_without_prompts_is_one_sentence(content: str | None, message: st
         ({"prompts": ["a"], "single_layer": "moe"}, "--single-layer goes with --random-weights"),
         ({"prompts": ["a"], "num_prompts": 3}, "--num-prompts goes with --prompts-file"),
         ({"prompts": ["a"], "output_path": Path("o")}, "--output-path goes with --prompts-file"),
-        ({"prompts": ["a"], "max_users_per_row": 12}, "--max-users-per-row 12 is no multiple of 8"),
+        ({"prompts": ["a"], "max_users_per_row": 12}, "--max-users-per-row 12 is not a multiple of 8"),
         ({"prompts": ["a"], "max_new_tokens": 0}, "--max-new-tokens"),
         ({"prompts": ["a"], "checkpoint_jsonl": Path("c"), "repeat_batches": 2}, "leave out --repeat-batches"),
         ({"random_weights": True, "single_layer": "mlp", "override_num_layers": 2}, "--single-layer is one layer"),

@@ -111,7 +111,7 @@ def test_of_repeated_batches_all_are_measured_and_the_last_is_told(engine: DemoE
 def test_logs_do_not_mix_with_the_text(engine: DemoEngine, capsys: pytest.CaptureFixture[str]) -> None:
     structlog.reset_defaults()
     try:
-        settings = EngineSettings(cache_dir=Path("cache"), block_size=64, prefill_chunk=100)
+        settings = EngineSettings.of(cache_dir=Path("cache"), block_size=64, prefill_chunk=100)
         results = run_demo(["San Francisco is a"], engine=settings, early_print_first_user=True)
     finally:
         structlog.reset_defaults()
@@ -186,10 +186,14 @@ def test_the_environment_names_the_model_and_the_cache(
 
 def test_some_options_are_the_engines(engine: DemoEngine, tmp_path: Path) -> None:
     run_demo(["a"], enable_trace=True, max_seq_len=128)
-    run_demo(["a"], max_seq_len=64, engine=EngineSettings(cache_dir=tmp_path / "other", block_size=64))
+    run_demo(["a"], max_seq_len=64, engine=EngineSettings.of(cache_dir=tmp_path / "other", block_size=64))
     first, second = [options.pipeline.stage for options in engine.options]
-    assert (first.enable_trace, first.cache.max_model_len, first.cache_dir) == (True, 128, str(tmp_path / "cache"))
-    assert (second.enable_trace, second.cache.max_model_len, second.cache.block_size) == (False, 64, 64)
+    assert (first.execution.enable_trace, first.cache.max_model_len, first.cache_dir) == (
+        True,
+        128,
+        str(tmp_path / "cache"),
+    )
+    assert (second.execution.enable_trace, second.cache.max_model_len, second.cache.block_size) == (False, 64, 64)
     assert second.cache_dir == str(tmp_path / "other")
 
 

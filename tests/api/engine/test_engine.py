@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import PipelineError, PlacementError, ProtocolError
+from actors.options import ClusterOptions
 from api.client.engine_client import EngineClient
 from api.client.open_requests import RequestStream
 from api.engine.engine import Engine
@@ -394,6 +395,7 @@ def test_options_that_do_not_fit_are_refused_before_the_process_starts() -> None
 
 FRONT_END = """
 import asyncio, sys
+from actors.options import ClusterOptions
 from api.client.engine_client import EngineClient
 from tests.support.engine_fakes import engine_options
 
@@ -427,7 +429,10 @@ async def test_stages_that_really_run_answer_and_end_with_the_engine(monkeypatch
     options = msgspec.structs.replace(
         fakes,
         pipeline=msgspec.structs.replace(
-            fakes.pipeline, hidden_size=HIDDEN_SIZE, runner="tests.support.runners:echo", start_timeout_s=90
+            fakes.pipeline,
+            hidden_size=HIDDEN_SIZE,
+            runner="tests.support.runners:echo",
+            cluster=ClusterOptions(start_timeout_s=90),
         ),
         close_timeout_s=30,
         pipeline_start=PIPELINE_START,

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.scheduler.options import SchedulerOptions
+from api.scheduler.options import ScheduleOptions, SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
 from stages.options import CacheOptions
 from stages.step import StageTiming
@@ -15,7 +15,9 @@ CHUNK_MAX = 2048
 def budget(wait: float) -> PrefillBudget:
     cache = CacheOptions(slots=2, pools=1, blocks=64, block_size=BLOCK, max_model_len=64)
     return PrefillBudget(
-        SchedulerOptions(stages=1, cache=cache, prefill_chunk=CHUNK_MAX, microbatches=1, prefill_wait=wait)
+        SchedulerOptions(
+            stages=1, cache=cache, prefill_chunk=CHUNK_MAX, schedule=ScheduleOptions(microbatches=1, prefill_wait=wait)
+        )
     )
 
 

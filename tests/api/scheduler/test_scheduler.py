@@ -300,7 +300,7 @@ def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
     ("changes", "message"),
     [
         ({"slots": 8}, r"8 slots cannot be shared evenly by 3 microbatches"),
-        ({"prefill_chunk": 48}, r"A prefill chunk of 48 tokens is no multiple of the block size 32"),
+        ({"prefill_chunk": 48}, r"A prefill chunk of 48 tokens is not a multiple of the block size 32"),
         ({"prefill_chunk": 0}, r"A prefill chunk of 0 tokens"),
         ({"microbatches": 0}, r"2 stages with 0 microbatches"),
     ],

@@ -7,14 +7,12 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from api import cli
 from api.cli.status import read_view
 from api.errors import OptionError
 from api.server.api_keys import Authentication
 from api.server.app import create_app
 from api.server.monitoring import add_monitoring_routes
-from api.server.serve import ServeSettings
-from api.settings.server import KEY_VARIABLES, ApiKeys
+from api.settings.server import KEY_VARIABLES, ApiKeys, ServeSettings
 from tests.support.api_client import error_of
 from tests.support.api_server import MODEL, AppServer, endless_text
 from tests.support.command_line import run
@@ -97,7 +95,7 @@ def test_serve_takes_them_out_of_the_environment_and_shows_none(
     async def record(settings: ServeSettings) -> None:
         given.append(settings)
 
-    monkeypatch.setattr(cli, "serve", record)
+    monkeypatch.setattr("api.cli.serve.serve", record)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     with capture_logs() as logs:

@@ -19,8 +19,9 @@ from api.client.progress import StartProgress
 from api.errors import EngineError, OptionError
 from api.messages.engine import AddRequest, EngineState, loading_state
 from api.server import serve
-from api.server.serve import ServeSettings, listen
+from api.server.serve import listen
 from api.settings.engine import EngineSettings
+from api.settings.server import ServeSettings
 from benchmarks.support.ports import free_port
 from tests.support.api_server import DEADLINE_S, endless_text
 from tests.support.fake_engine import SAMPLE, FakeEngineClient
@@ -33,7 +34,7 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         settings = ServeSettings(
-            engine=EngineSettings(cache_dir=tmp_path),
+            engine=EngineSettings.of(cache_dir=tmp_path),
             source=SAMPLE,
             host="127.0.0.1",
             port=port,
@@ -181,7 +182,11 @@ async def test_a_port_in_use_is_refused_before_the_engine_starts(engine: FakeEng
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         settings = ServeSettings(
-            engine=EngineSettings(cache_dir=tmp_path), source=SAMPLE, host="127.0.0.1", port=port, shutdown_timeout_s=1
+            engine=EngineSettings.of(cache_dir=tmp_path),
+            source=SAMPLE,
+            host="127.0.0.1",
+            port=port,
+            shutdown_timeout_s=1,
         )
         with pytest.raises(OptionError, match=f"Port {port} on 127.0.0.1 is in use"):
             await serve.serve(settings)

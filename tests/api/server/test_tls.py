@@ -12,9 +12,8 @@ import pytest
 from api.client import replicas
 from api.errors import OptionError
 from api.server import serve
-from api.server.serve import ServeSettings
 from api.settings.engine import EngineSettings
-from api.settings.server import FrontSettings, TlsFiles
+from api.settings.server import FrontSettings, ServeSettings, TlsFiles
 from benchmarks.support.ports import free_port
 from tests.support.api_server import DEADLINE_S, endless_text
 from tests.support.fake_engine import SAMPLE, FakeEngineClient
@@ -35,7 +34,7 @@ async def answer(folder: Path, tmp_path: Path, front: FrontSettings, brings_cert
     """Returns the status of a completion over HTTPS."""
     port = free_port()
     settings = ServeSettings(
-        engine=EngineSettings(cache_dir=tmp_path, spare=False),
+        engine=EngineSettings.of(cache_dir=tmp_path, spare=False),
         source=SAMPLE,
         host="127.0.0.1",
         port=port,

@@ -18,14 +18,14 @@ R1 = ModelSource(path=Path("r1"), name="r1", root="r1")
 
 def options(**given: Any) -> EngineOptions:
     asked = {"stages": 4, "rows_per_stage": 4, "max_model_len": 4096, **given}
-    return EngineSettings(cache_dir=Path("cache"), device="ttnn", **asked).engine_options(R1, r1_config())
+    return EngineSettings.of(cache_dir=Path("cache"), device="ttnn", **asked).engine_options(R1, r1_config())
 
 
 def test_every_chip_of_a_stage_has_a_pool_for_its_users() -> None:
     pipeline = options().pipeline
     cache = pipeline.stage.cache
 
-    assert (pipeline.device, pipeline.rows_per_stage, pipeline.stage.dtype) == ("ttnn", 4, "bfloat16")
+    assert (pipeline.cluster.device, pipeline.cluster.rows_per_stage, pipeline.stage.dtype) == ("ttnn", 4, "bfloat16")
     assert (cache.pools, cache.slots) == (4 * 8, 32 * 4 * 5)
     assert cache.blocks == cache.slots // cache.pools * cache.blocks_per_slot
     assert sum(len(spec.layers) for spec in pipeline.specs) == 61

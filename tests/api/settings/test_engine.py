@@ -20,7 +20,7 @@ SAMPLE = resolve_model(None, {})
 
 
 def options(source: ModelSource = SAMPLE, **given: Any) -> EngineOptions:
-    return EngineSettings(cache_dir=Path("cache"), **given).engine_options(source, CONFIG)
+    return EngineSettings.of(cache_dir=Path("cache"), **given).engine_options(source, CONFIG)
 
 
 def test_by_default_two_stages_serve_32_users_in_each_of_three_microbatches() -> None:
@@ -45,13 +45,13 @@ def test_the_sample_runs_in_float32_and_others_in_bfloat16_unless_told() -> None
 
 
 def test_the_pipeline_is_brought_back_as_often_as_told() -> None:
-    assert options().max_restarts == 10
-    assert options(max_restarts=3).max_restarts == 3
+    assert options().recovery.max_restarts == 10
+    assert options(max_restarts=3).recovery.max_restarts == 3
 
 
 def test_spares_wait_unless_they_are_not_wanted() -> None:
-    assert options().pipeline.spare
-    assert not options(spare=False).pipeline.spare
+    assert options().pipeline.cluster.spare
+    assert not options(spare=False).pipeline.cluster.spare
 
 
 def test_stages_may_be_split_by_hand() -> None:

@@ -92,7 +92,7 @@ def test_what_a_template_cannot_or_must_not_do_is_the_requests_error(template: s
 
 
 def prompt_tokens(tmp_path: Path, **options: Any) -> list[list[int]]:
-    setup = DemoSetup.of(DemoOptions(**options), EngineSettings(cache_dir=tmp_path), str(SAMPLE_DIR), {})
+    setup = DemoSetup.of(DemoOptions(**options), EngineSettings.of(cache_dir=tmp_path), str(SAMPLE_DIR), {})
     return [want.tokens for want in Demands.of(setup, None).left]
 
 
@@ -112,7 +112,7 @@ def test_the_demo_puts_prompts_into_the_template_if_asked(tmp_path: Path) -> Non
 def test_results_of_templates_and_of_plain_prompts_are_not_confused(tmp_path: Path) -> None:
     def settings(**options: Any) -> str:
         options = {"prompts": ["a"], **options}
-        return DemoSetup.of(DemoOptions(**options), EngineSettings(cache_dir=tmp_path), None, {}).results_settings
+        return DemoSetup.of(DemoOptions(**options), EngineSettings.of(cache_dir=tmp_path), None, {}).results_settings
 
     assert settings(chat_template=True) != settings()
     assert settings(random_weights=True, single_layer="moe") != settings(random_weights=True)

@@ -28,7 +28,7 @@ TIMED = ("--device", "timed")
 
 def engine_options(**given_options: Any) -> EngineOptions:
     """The engine's options for R1 on the timed device."""
-    made = EngineSettings(cache_dir=Path("cache"), device="timed", max_model_len=4096, **given_options)
+    made = EngineSettings.of(cache_dir=Path("cache"), device="timed", max_model_len=4096, **given_options)
     return made.engine_options(resolve_timed_model("r1", {}), R1)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.messages.engine import AddRequest
-from api.scheduler.options import SchedulerOptions
+from api.scheduler.options import ScheduleOptions, SchedulerOptions
 from api.scheduler.scheduler import Scheduler
 from stages.errors import PlanError
 from stages.options import CacheOptions, StageOptions
@@ -102,7 +102,10 @@ def test_tokens_are_the_same_however_they_are_scheduled(
     """Schedulers with any number of stages, chunks and microbatches, and so few blocks that requests are preempted."""
     cache = CacheOptions(slots=3 * microbatches, pools=1, blocks=blocks, block_size=BLOCK, max_model_len=128)
     scheduler = Scheduler(
-        SchedulerOptions(stages=stages, cache=cache, prefill_chunk=chunk, microbatches=microbatches), epoch=0
+        SchedulerOptions(
+            stages=stages, cache=cache, prefill_chunk=chunk, schedule=ScheduleOptions(microbatches=microbatches)
+        ),
+        epoch=0,
     )
     line = timed_stages(stages)
     told = {request.request_id: Told() for request in added}
@@ -143,9 +146,7 @@ def test_a_step_never_ends_before_its_time() -> None:
 
 def test_a_stage_that_was_told_no_times_is_refused() -> None:
     cache = CacheOptions(slots=1, pools=1, blocks=4, block_size=BLOCK, max_model_len=128)
-    options = StageOptions(
-        model_path="absent", cache_dir="absent", dtype="bfloat16", load_format="auto", seed=0, cache=cache
-    )
+    options = StageOptions(model_path="absent", cache_dir="absent", dtype="bfloat16", seed=0, cache=cache)
     spec = StageSpec(index=0, stages=1, first_layer=0, end_layer=1)
     with pytest.raises(PlanError, match="was not told how long steps take"):
         TimedStage.load(spec, options, lambda done, layers: None)

@@ -1,14 +1,10 @@
-"""The types that options are read with on the command line."""
+"""The types that options are read with on the command line, where click has none of its own."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-
-COUNT = click.IntRange(min=1)
-SECONDS = click.FloatRange(min=0, min_open=True)
 
 
 class LayerSplit(click.ParamType[list[int]]):
@@ -20,7 +16,7 @@ class LayerSplit(click.ParamType[list[int]]):
         """The numbers. Raises click.BadParameter unless all are positive."""
         parts = str(value).split(",")
         if not all(part.strip().isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is no list of layer counts: write it like 2,4.", param, ctx)
+            self.fail(f"{value!r} is not a list of layer counts: write it like 2,4.", param, ctx)
         return [int(part) for part in parts]
 
 
@@ -36,7 +32,7 @@ class Milliseconds(click.ParamType[list[float]]):
         except ValueError:
             times = []
         if not times or not all(0 < time < math.inf for time in times):
-            self.fail(f"{value!r} is no list of times: write it like 10 or 10,12.5.", param, ctx)
+            self.fail(f"{value!r} is not a list of times: write it like 10 or 10,12.5.", param, ctx)
         return times
 
 
@@ -52,14 +48,5 @@ class JsonObject(click.ParamType[dict[str, object]]):
         except ValueError as error:
             self.fail(f"{value!r} is not valid JSON: {error}.", param, ctx)
         if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is no JSON object.", param, ctx)
+            self.fail(f"{value!r} is not a JSON object.", param, ctx)
         return parsed
-
-
-def with_options(
-    command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
-) -> Callable[..., None]:
-    """Adds options to a command, listed in this order."""
-    for option in reversed(options):
-        command = option(command)
-    return command

@@ -1,20 +1,28 @@
-"""`galaxyline plan`: whether a model fits the chips of some Galaxy rows, and how fast it is predicted to be there."""
+"""Plans: whether a model fits the chips of some Galaxy rows, and how fast it is predicted to be there."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from actors.options import ClusterOptions
 from api.errors import OptionError
-from api.settings.stage_count import stage_count
+from api.scheduler.options import ScheduleOptions
+from api.settings.engine import DEFAULT_PREFILL_CHUNK, EngineSettings, LengthOptions
+from api.settings.option import again
+from api.settings.split import SplitOptions
 from api.text.model_source import check_model_files, resolve_model
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import Deployment
 from stages.capacity.fit import Shape, check_fits, choose
 from stages.capacity.prediction import Prediction, PredictionOptions, predict
 from stages.capacity.step_time import ExpertKernel
+from stages.options import TRACE_REGION_BYTES
 from stages.tensor_dtypes import WeightDtypes
+from stages.wormhole import USERS_PER_ROW
 from weights.model_config import ModelConfig
 from weights.presets import preset_config
 from weights.sizes import counted
@@ -32,25 +40,70 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
     for each user while it decodes, `prompt` the length of the prompt whose first token is waited for.
     """
 
-    rows: int | None = None
-    stages: int | None = None
-    rows_per_stage: int | None = None
-    layers_per_stage: list[int] | None = None
-    users: int
-    microbatches: int | None = None
-    max_model_len: int | None = None
-    block_size: int
-    prefill_chunk: int
-    trace_region: int
-    context: int | None = None
-    prompt: int | None = None
-    traced: bool = False
-    expert_kernel: ExpertKernel = "all"
+    rows: (
+        Annotated[
+            int,
+            Meta(ge=1, description="Galaxy rows in all.", extra={"default": "the fewest whole Galaxies that fit"}),
+        ]
+        | None
+    ) = None
+    split: SplitOptions = SplitOptions()
+    rows_per_stage: (
+        Annotated[int, again(ClusterOptions, "rows_per_stage", "Rows of each stage.", default="the fastest")] | None
+    ) = None
+    users: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Users of a row in one microbatch, a multiple of 8.",
+            extra={"flags": ("--users", "--max-users-per-row")},
+        ),
+    ] = USERS_PER_ROW
+    microbatches: Annotated[int, again(ScheduleOptions, "microbatches")] | None = None
+    lengths: LengthOptions = LengthOptions()
+    prefill_chunk: Annotated[int, again(EngineSettings, "prefill_chunk", "Prompt tokens of one step at most.")] = (
+        DEFAULT_PREFILL_CHUNK
+    )
+    trace_region: Annotated[int, Meta(ge=0, description="Bytes of each chip that are set aside for traces.")] = (
+        TRACE_REGION_BYTES
+    )
+    context: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Tokens cached for each user that decodes.",
+                extra={"default": "half the longest"},
+            ),
+        ]
+        | None
+    ) = None
+    prompt: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Tokens of a prompt.",
+                extra={"default": f"{DEFAULT_PROMPT_TOKENS}, or the longest"},
+            ),
+        ]
+        | None
+    ) = None
+    enable_trace: Annotated[
+        bool, again(EngineSettings, "enable_trace", "Predict decode steps that are replayed from traces.")
+    ] = False
+    expert_kernel: Annotated[
+        ExpertKernel,
+        Meta(
+            description="all: a chip runs all its experts on every token, as the modules do; chosen: only those that "
+            "were chosen."
+        ),
+    ] = "all"
     dtypes: WeightDtypes = WeightDtypes()
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What `plan` shows and writes."""
+    """A deployment that fits, what it takes of each chip, and how fast it is predicted to be."""
 
     model: str
     deployment: Deployment
@@ -63,7 +116,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 def known_config(model: str | None, environment: Mapping[str, str]) -> tuple[str, ModelConfig]:
     """The name and configuration of a model: those of its directory, else of a published model that comes with us.
 
-    Raises OptionError as `resolve_model` does, and CheckpointError where config.json will not do.
+    Raises OptionError as `resolve_model` does, and CheckpointError where config.json is not of a model that can run.
     """
     preset = None if model is None or Path(model).is_dir() else preset_config(model)
     try:
@@ -81,11 +134,11 @@ def make_plan(name: str, config: ModelConfig, settings: PlanSettings) -> Plan:
 
     Raises OptionError or PlanError where the options contradict each other or the model, or where it does not fit.
     """
-    max_model_len = settings.max_model_len or min(DEFAULT_MAX_MODEL_LEN, config.max_position_embeddings)
+    max_model_len = settings.lengths.max_model_len or min(DEFAULT_MAX_MODEL_LEN, config.max_position_embeddings)
     options = PredictionOptions(
         context=settings.context or max_model_len // 2,
         prompt_tokens=settings.prompt or min(DEFAULT_PROMPT_TOKENS, max_model_len),
-        traced=settings.traced,
+        traced=settings.enable_trace,
         expert_kernel=settings.expert_kernel,
     )
     for flag, tokens in (("--context", options.context), ("--prompt", options.prompt_tokens)):
@@ -131,34 +184,36 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 
 def _shape(settings: PlanSettings) -> Shape:
-    stages = stage_count(settings.stages, settings.layers_per_stage)
-    return Shape(rows=settings.rows, stages=stages, rows_per_stage=settings.rows_per_stage)
+    return Shape(rows=settings.rows, stages=settings.split.count, rows_per_stage=settings.rows_per_stage)
 
 
 def _base(settings: PlanSettings, max_model_len: int) -> Deployment:
     """The deployment but for its shape."""
+    layers = settings.split.layers_per_stage
     return Deployment(
         stages=1,
         rows_per_stage=1,
         users_per_row=settings.users,
         max_model_len=max_model_len,
-        block_size=settings.block_size,
+        block_size=settings.lengths.block_size,
         prefill_chunk=settings.prefill_chunk,
         microbatches=settings.microbatches,
-        layers_per_stage=None if settings.layers_per_stage is None else tuple(settings.layers_per_stage),
+        layers_per_stage=None if layers is None else tuple(layers),
         trace_region_bytes=settings.trace_region,
         dtypes=settings.dtypes,
     )
 
 
 def _assumptions(settings: PlanSettings, deployment: Deployment, options: PredictionOptions) -> list[str]:
-    told = []
+    assumed = []
     if settings.microbatches is None:
-        told.append(f"{counted(deployment.steps_in_flight, 'microbatch')}: what keeps all stages busy (--microbatches)")
-    if settings.max_model_len is None:
-        told.append(f"{deployment.max_model_len} tokens of prompt and completion (--max-model-len)")
+        assumed.append(
+            f"{counted(deployment.steps_in_flight, 'microbatch')}: what keeps all stages busy (--microbatches)"
+        )
+    if settings.lengths.max_model_len is None:
+        assumed.append(f"{deployment.max_model_len} tokens of prompt and completion (--max-model-len)")
     if settings.context is None:
-        told.append(f"{options.context} tokens cached for each user that decodes (--context)")
+        assumed.append(f"{options.context} tokens cached for each user that decodes (--context)")
     if settings.prompt is None:
-        told.append(f"prompts of {options.prompt_tokens} tokens (--prompt)")
-    return told
+        assumed.append(f"prompts of {options.prompt_tokens} tokens (--prompt)")
+    return assumed

@@ -1,0 +1,60 @@
+"""The options that name a model."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from api.errors import OptionError
+from api.settings.option import again
+from api.text.model_source import ModelSource, resolve_model, resolve_timed_model
+from stages.device import PROFILES, Device
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's ways to name a model, beside an argument of the command."""
+
+    model: Annotated[
+        str | None,
+        Meta(
+            description="Directory or hub id.",
+            extra={"default": "$DEEPSEEK_V3_HF_MODEL, $HF_MODEL, then the sample"},
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Meta(description="Directory or hub id of the tokenizer.", extra={"default": "the model's"}),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        Meta(description="What requests call the model.", extra={"default": "the hub id or directory name"}),
+    ] = None
+
+    def name(self, argument: str | None) -> str | None:
+        """The model that is named, by an argument or by --model. Raises OptionError where they name two."""
+        if self.model is not None and argument not in {None, self.model}:
+            raise OptionError(f"Two models are given, {argument!r} and --model {self.model!r}: leave one out.")
+        return self.model or argument
+
+    def source(self, argument: str | None, device: Device, environment: Mapping[str, str]) -> ModelSource:
+        """Where the model is. Raises OptionError where it is not found, or two are named."""
+        source = source_for(device, self.name(argument), environment)
+        if self.tokenizer is not None:
+            source = msgspec.structs.replace(source, tokenizer=resolve_model(self.tokenizer, {}).path)
+        return msgspec.structs.replace(source, name=self.served_model_name or source.name)
+
+
+class ModelPathOption(msgspec.Struct, frozen=True, kw_only=True):
+    """The tt-metal demo's way to name a model."""
+
+    model_path: Annotated[str | None, again(ModelOptions, "model")] = None
+
+
+def source_for(device: Device, model: str | None, environment: Mapping[str, str]) -> ModelSource:
+    """Where a model is; on a device that reads no weights it may be a published one that comes with the program.
+
+    Raises OptionError where it is not found.
+    """
+    resolve = resolve_model if PROFILES[device].computes else resolve_timed_model
+    return resolve(model, environment)
