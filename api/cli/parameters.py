@@ -13,7 +13,7 @@ class LayerSplit(click.ParamType[list[int]]):
     name = "n,n,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """The numbers. Raises click.BadParameter unless all are positive."""
+        """Returns the numbers. Raises click.BadParameter unless all are positive."""
         parts = str(value).split(",")
         if not all(part.strip().isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r} is not a list of layer counts: write it like 2,4.", param, ctx)
@@ -26,7 +26,7 @@ class Milliseconds(click.ParamType[list[float]]):
     name = "ms,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        """The times. Raises click.BadParameter unless all are positive."""
+        """Returns the times. Raises click.BadParameter unless all are positive."""
         try:
             times = [float(part) for part in str(value).split(",")]
         except ValueError:
@@ -42,7 +42,7 @@ class JsonObject(click.ParamType[dict[str, object]]):
     name = "json"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, object]:
-        """The object. Raises click.BadParameter for anything else."""
+        """Returns the object. Raises click.BadParameter for anything else."""
         try:
             parsed = json.loads(value)
         except ValueError as error:

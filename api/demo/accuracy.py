@@ -11,7 +11,6 @@ import msgspec
 from api.errors import OptionError
 
 TOP = 5
-
 """How many best tokens of each position a file may hold."""
 
 
@@ -38,7 +37,7 @@ def read_reference_file(path: Path, prompt_length: int | None = None) -> Referen
     content = _load(path)
     tokens = _integers(content, "reference_tokens", path)
     if tokens is None:
-        raise OptionError(f"'{path}' has no 'reference_tokens': it is no reference file.")
+        raise OptionError(f"'{path}' has no 'reference_tokens': it is not a reference file.")
     if tokens.dim() not in {1, 2} or tokens.numel() != tokens.shape[-1]:
         raise OptionError(f"'{path}': reference_tokens has shape {list(tokens.shape)} where [1, T] is expected.")
     count = tokens.numel()
@@ -57,14 +56,16 @@ def _load(path: Path) -> dict[Any, Any]:
         raise OptionError(f"Reference file does not exist: '{path}'.")
     try:
         with warnings.catch_warnings():
-            # What torch warns of in files that it refuses is said by the error.
+            # The error has what torch warns of in files that it refuses.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).partition("\n")[0]
-        raise OptionError(f"'{path}' is no reference file that can be read safely: {first}") from error
+        raise OptionError(f"'{path}' is not a reference file that can be read safely: {first}") from error
     if not isinstance(content, dict):
-        raise OptionError(f"'{path}' holds {type(content).__name__} where a dict is expected: it is no reference file.")
+        raise OptionError(
+            f"'{path}' holds {type(content).__name__} where a dict is expected: it is not a reference file."
+        )
     return content
 
 
@@ -86,7 +87,7 @@ def _integers(content: dict[Any, Any], key: str, path: Path) -> Any:
     if found is None:
         return None
     if not isinstance(found, torch.Tensor) or found.is_floating_point() or found.is_complex():
-        raise OptionError(f"'{path}': {key} is no tensor of token ids.")
+        raise OptionError(f"'{path}': {key} is not a tensor of token ids.")
     return found
 
 

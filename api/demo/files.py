@@ -18,7 +18,7 @@ LAYOUT = '[{"prompt": "..."}, ...], or the same as "prompts" of an object'
 def read_prompts_file(path: Path, limit: int | None = None) -> list[str]:
     """The prompts of a JSON file in their order, the first `limit` of them.
 
-    Entries without a prompt are left out. Raises OptionError where there is no such file, it is no JSON of either
+    Entries without a prompt are left out. Raises OptionError where the file does not exist or is not JSON of either
     layout, or no prompt is left.
     """
     try:
@@ -43,18 +43,18 @@ def _entries(content: Any, path: Path) -> list[Any]:
 
 
 def _prompt(entry: Any) -> str:
-    """The prompt of an entry, or nothing."""
+    """Returns the prompt of an entry, or nothing."""
     prompt = entry.get("prompt") if isinstance(entry, dict) else entry
     return prompt if isinstance(prompt, str) else ""
 
 
 def default_results_path(prompts_file: Path) -> Path:
-    """Beside the prompts: `<stem>_output.json`."""
+    """Returns the path of the results beside the prompts: `<stem>_output.json`."""
     return prompts_file.with_name(f"{prompts_file.stem}_output.json")
 
 
 def check_results_path(path: Path) -> None:
-    """Raises OptionError where the file could not be written, before hours are spent on what it shall hold."""
+    """Raises OptionError where the file could not be written, before hours are spent on the results."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,9 +90,9 @@ _ENCODER = msgspec.json.Encoder()
 
 
 class LoggedResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line: `index` is the prompt's place in the run, from 1; `tokens` are the completion's.
+    """One line of a results log: `index` is the prompt's place in the run, from 1; `tokens` are the completion's.
 
-    `settings` tells what else the completion depends on: the model, the weights and how tokens are chosen.
+    `settings` is what else the completion depends on: the model, the weights and how tokens are chosen.
     """
 
     index: int
@@ -105,7 +105,7 @@ class LoggedResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class ResultsLog:
     """A file that grows by whole lines, each on the disk before its prompt counts as done.
 
-    One process writes to it at a time. What a line cut off by a kill had begun to say is dropped.
+    One process writes to it at a time. A last line that a kill cut off is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,5 +156,5 @@ class ResultsLog:
             return [msgspec.json.decode(line, type=LoggedResult) for line in whole.splitlines()]
         except msgspec.DecodeError as error:
             raise OptionError(
-                f"'{self._path}' is no file of --checkpoint-jsonl: {error}. Choose another name, or remove it."
+                f"'{self._path}' is not a file of --checkpoint-jsonl: {error}. Choose another name, or remove it."
             ) from error

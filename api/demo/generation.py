@@ -18,21 +18,21 @@ class TextDecoder(Protocol):
     """Turns tokens into text as they come; api.text.tokenizer.IncrementalDecoder is one."""
 
     def add(self, token: int) -> str | None:
-        """The text that a token completes, None while a character is short of bytes."""
+        """Returns the text that a token completes, None while a character is short of bytes."""
 
     def flush(self) -> str:
-        """What can be read of the tokens held back."""
+        """Returns the text of the tokens held back, as far as it can be read."""
 
 
 class TokenIds:
-    """The text of tokens where there is no tokenizer: their ids, with spaces between."""
+    """The text of tokens without a tokenizer: their ids, with spaces between."""
 
     def add(self, token: int) -> str:
-        """The id."""
+        """Returns the id."""
         return f"{token} "
 
     def flush(self) -> str:
-        """Nothing."""
+        """Returns nothing, as no token is held back."""
         return ""
 
 
@@ -50,7 +50,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     times: list[float]
 
 
-class Demand(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     """One request and how its tokens are read; `on_text` gets its text as it comes, and all of it in the end."""
 
     request: AddRequest
@@ -59,12 +59,12 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     on_done: Callable[[Generation], None] | None = None
 
 
-async def generate(engine: TokenSource, demands: Sequence[Demand]) -> list[Generation]:
-    """Completes all at once; the completions come in the order of `demands`.
+async def generate(engine: TokenSource, jobs: Sequence[GenerationJob]) -> list[Generation]:
+    """Completes all `jobs` at once; returns the completions in their order.
 
     Raises EngineError if the engine fails, and what `on_done` raises; the others are aborted then.
     """
-    tasks = [asyncio.create_task(_complete(engine, demand)) for demand in demands]
+    tasks = [asyncio.create_task(_complete(engine, job)) for job in jobs]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -73,48 +73,47 @@ async def generate(engine: TokenSource, demands: Sequence[Demand]) -> list[Gener
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _complete(engine: TokenSource, demand: Demand) -> Generation:
+async def _complete(engine: TokenSource, job: GenerationJob) -> Generation:
     tokens: list[int] = []
     times: list[float] = []
     text: list[str] = []
 
-    def add_text(piece: str) -> None:
-        text.append(piece)
-        if demand.on_text is not None and piece:
-            demand.on_text(piece)
+    def add_text(new: str) -> None:
+        text.append(new)
+        if job.on_text is not None and new:
+            job.on_text(new)
 
     submitted = time.monotonic()
-    async with aclosing(engine.generate(demand.request)) as outputs:
+    async with aclosing(engine.generate(job.request)) as outputs:
         async for output in outputs:
             now = time.monotonic()
             times += [now] * len(output.tokens)
             for token in output.tokens if output.finish_reason != "stop" else output.tokens[:-1]:
                 tokens.append(token)
-                add_text(demand.decoder.add(token) or "")
-    add_text(demand.decoder.flush())
+                add_text(job.decoder.add(token) or "")
+    add_text(job.decoder.flush())
     generation = Generation(
-        prompt_tokens=len(demand.request.tokens), tokens=tokens, text="".join(text), submitted=submitted, times=times
+        prompt_tokens=len(job.request.tokens), tokens=tokens, text="".join(text), submitted=submitted, times=times
     )
-    if demand.on_done is not None:
-        demand.on_done(generation)
+    if job.on_done is not None:
+        job.on_done(generation)
     return generation
 
 
 Statistics: TypeAlias = "dict[str, float | list[float] | None]"
 
 TRACE_TOKEN = 128
-
-"""Which token's speed `trace_execution_t/s/u @128th token` tells."""
+"""The token whose speed `trace_execution_t/s/u @128th token` gives."""
 
 
 def statistics(
     generations: Sequence[Generation], metrics: EngineMetrics, *, seconds_to_ready: float, runtime: float
 ) -> Statistics:
-    """What the run of all `generations` came to, in seconds and tokens per second.
+    """The statistics of a run of all `generations`, in seconds and tokens per second.
 
-    `seconds_to_ready` is how long the stages took to start; both modes' configs are made then, at once, so that
-    `preparing_decode_config` is 0. `metrics` are the engine's at the end of the run. A speed that nothing was measured
-    for is None.
+    `seconds_to_ready` is how long the stages took to start; the configs of both modes are made then, at once, so that
+    `preparing_decode_config` is 0. `metrics` are the engine's at the end of the run. A speed for which nothing was
+    measured is None.
     """
     prefill, decode = metrics.prefill_seconds, metrics.decode_seconds
     prompt_tokens = sum(generation.prompt_tokens for generation in generations)

@@ -77,7 +77,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise OptionError(f"Cannot read the text '{path}': {error.strerror}.") from error
     except UnicodeDecodeError:
-        raise OptionError(f"'{path}' is no UTF-8 text.") from None
+        raise OptionError(f"'{path}' is not a UTF-8 text.") from None
 
 
 def _load(path: Path) -> Any:
@@ -93,7 +93,7 @@ def _load(path: Path) -> Any:
 
 
 def _logits(model: Any, tokens: list[int]) -> "Iterator[torch.Tensor]":
-    """[n, vocabulary] for each chunk of `tokens`: what follows each of them."""
+    """Yields logits [n, vocabulary] of what follows each token, for each chunk of `tokens`."""
     import torch  # noqa: PLC0415 - as above
 
     cache = None

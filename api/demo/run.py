@@ -14,8 +14,8 @@ from rich.console import Console
 from actors.log import keep_logs_off_stdout
 from api.client.engine_client import EngineClient
 from api.client.progress import LongWork, StartProgress
-from api.demo.demands import Demands
 from api.demo.generation import Generation, Statistics, generate, statistics
+from api.demo.jobs import Batch
 from api.demo.options import DemoOptions
 from api.demo.setup import DemoSetup
 from api.engine.signals import on_stop_signal
@@ -70,7 +70,7 @@ def run(setup: DemoSetup, on_text: OnText | None = None) -> Results:
         asyncio.get_running_loop()
     except RuntimeError:
         return uvloop.run(_until_stopped(setup, on_text))
-    # A notebook, say, whose loop is not ours to run on.
+    # In a notebook, for example, the loop that runs is not ours.
     with ThreadPoolExecutor(1, "demo") as thread:
         return thread.submit(lambda: uvloop.run(_until_stopped(setup, on_text))).result()
 
@@ -83,7 +83,7 @@ async def _until_stopped(setup: DemoSetup, on_text: OnText | None) -> Results:
 
 async def _run(setup: DemoSetup, on_text: OnText | None) -> Results:
     with setup.results_log() as results_log:
-        first, *others = [Demands.of(setup, results_log) for _ in range(setup.options.repeat_batches)]
+        first, *others = [Batch.of(setup, results_log) for _ in range(setup.options.repeat_batches)]
         figures: Statistics = {}
         if first.left:
             figures = await _complete(setup, [first, *others], on_text)
@@ -91,7 +91,7 @@ async def _run(setup: DemoSetup, on_text: OnText | None) -> Results:
     return {"generations": last.results, "statistics": figures, "model_params": setup.model_params}
 
 
-async def _complete(setup: DemoSetup, batches: Sequence[Demands], on_text: OnText | None) -> Statistics:
+async def _complete(setup: DemoSetup, batches: Sequence[Batch], on_text: OnText | None) -> Statistics:
     """Completes what is left of one batch after the other."""
     began = time.monotonic()
     progress = StartProgress(Console(stderr=True))
@@ -103,7 +103,7 @@ async def _complete(setup: DemoSetup, batches: Sequence[Demands], on_text: OnTex
         ready = time.monotonic()
         with work.steps("Completing", sum(len(batch.left) for batch in batches)) as done:
             for batch in batches:
-                generations += await generate(engine, batch.demands(engine, on_text, done))
+                generations += await generate(engine, batch.generation_jobs(engine, on_text, done))
         measured = await engine.metrics()
     return statistics(generations, measured, seconds_to_ready=ready - began, runtime=time.monotonic() - began)
 

@@ -30,16 +30,16 @@ RESULT_PARAMS = (
     "chat_template",
     "sampling",
 )
-"""Which of `model_params` a completion depends on."""
+"""The `model_params` that a completion depends on."""
 
 DENSE_LAYERS = {None: None, "mlp": 1, "moe": 0}
 """Dense layers of a run by --single-layer; None leaves what the model has."""
 
 
 class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known before the pipeline starts.
+    """Everything about a demo that is decided before its pipeline starts.
 
-    `model` is None where there is no tokenizer, `chat_template` where prompts are completed as they are.
+    `model` is None without a tokenizer, `chat_template` where prompts are completed as they are.
     """
 
     options: DemoOptions
@@ -94,10 +94,10 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def results_settings(self) -> str:
-        """What the completion of a prompt depends on beside the prompt."""
-        told = {name: self.model_params[name] for name in RESULT_PARAMS}
-        told |= {"stop_at_eos": self.options.stop_at_eos, "seed": self.seed}
-        return msgspec.json.encode(told, order="deterministic").decode()
+        """Everything that the completion of a prompt depends on beside the prompt, as JSON."""
+        settings = {name: self.model_params[name] for name in RESULT_PARAMS}
+        settings |= {"stop_at_eos": self.options.stop_at_eos, "seed": self.seed}
+        return msgspec.json.encode(settings, order="deterministic").decode()
 
 
 def _changes(options: DemoOptions) -> ConfigChanges:

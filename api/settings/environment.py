@@ -1,4 +1,4 @@
-"""Environment variables of the tt-metal demo and its vLLM server: which count here, and which do no harm."""
+"""Environment variables of the tt-metal demo and its vLLM server: which count here, and which have no effect."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _SHAPE = re.compile(r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
 
 
 def parse_mesh_device(value: str) -> tuple[int, int]:
-    """Rows and columns of "(4,8)". Raises OptionError for anything else."""
+    """Reads the rows and columns of "(4,8)". Raises OptionError for anything else."""
     match = _SHAPE.fullmatch(value.strip())
     rows, columns = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= rows * columns <= CHIPS_MAX:
@@ -35,14 +35,13 @@ WITHOUT_EFFECT = (
     "VLLM_TARGET_DEVICE",
     "VLLM_USE_V1",
 )
-
 """Variables that people have set for those programs and that this one does not need."""
 
 log = structlog.get_logger()
 
 
 def note_environment(environment: Mapping[str, str]) -> None:
-    """Logs, once, which variables are set in vain. Raises OptionError if MESH_DEVICE is no mesh."""
+    """Logs, once, which variables are set in vain. Raises OptionError if MESH_DEVICE is not a mesh."""
     present = [name for name in WITHOUT_EFFECT if name in environment]
     if present:
         log.info("these environment variables have no effect here", variables=present)

@@ -13,6 +13,7 @@ docs/options.md and the engine's options all come from there. `extra` may have:
 - "path": "directory" or "any" for a path that is not a file's.
 """
 
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ Options = TypeVar("Options", bound=msgspec.Struct)
 class Option(msgspec.Struct, frozen=True, kw_only=True):
     """One option: a field of an options Struct.
 
-    `type` is the field's without None and annotations, `default` None where the program decides.
+    `type` is that of the field without None and annotations, `default` is None where the program decides.
     """
 
     name: str
@@ -106,7 +107,7 @@ def made(kind: type[Options], given: dict[str, Any]) -> Options:
     left = dict(given)
     options = take(kind, left)
     if left:
-        raise OptionError(f"There is no option named {' or '.join(sorted(left))}.")
+        raise OptionError(f"Unknown option: {' or '.join(sorted(left))}.")
     return options
 
 
@@ -136,6 +137,7 @@ def _flat(settings: msgspec.Struct) -> dict[str, Any]:
     return flat
 
 
+@functools.cache
 def _parts(kind: type[msgspec.Struct]) -> dict[str, "Option | type[msgspec.Struct] | None"]:
     """What each field is: an option, a group of them, or neither."""
     hints = typing.get_type_hints(kind, include_extras=True)

@@ -34,7 +34,7 @@ class ApiKeys:
     def read(cls, given: Iterable[str], file: Path | None, environment: Mapping[str, str]) -> "ApiKeys | None":
         """The keys of the command line and of the file, one a line; without either, the environment's.
 
-        Returns None where there are no keys. Raises OptionError where the file cannot be read or holds no key, or where
+        Returns None without keys. Raises OptionError where the file cannot be read or holds no key, or where
         a header cannot carry a key.
         """
         keys = [*given, *([] if file is None else _lines(file))]

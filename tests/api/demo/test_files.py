@@ -131,7 +131,7 @@ def test_a_log_belongs_to_one_demo_at_a_time(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("my notes\nand more\n")
-    with pytest.raises(OptionError, match="is no file of --checkpoint-jsonl"):
+    with pytest.raises(OptionError, match="is not a file of --checkpoint-jsonl"):
         ResultsLog(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "my notes\nand more\n"
     with pytest.raises(OptionError, match="Cannot write to --checkpoint-jsonl"):
@@ -213,7 +213,7 @@ def write_text(path: Path) -> None:
 @pytest.mark.parametrize("write", [write_payload, write_pickle, write_text])
 def test_a_file_that_is_no_reference_is_refused_and_never_run(write: Callable[[Path], None], tmp_path: Path) -> None:
     write(tmp_path / "r")
-    with pytest.raises(OptionError, match="no reference file that can be read safely"):
+    with pytest.raises(OptionError, match="not a reference file that can be read safely"):
         read_reference_file(tmp_path / "r")
 
 
@@ -221,7 +221,7 @@ def test_a_file_that_is_no_reference_is_refused_and_never_run(write: Callable[[P
     ("content", "message"),
     [
         ({}, "has no 'reference_tokens'"),
-        ({"reference_tokens": torch.zeros(1, 9)}, "reference_tokens is no tensor of token ids"),
+        ({"reference_tokens": torch.zeros(1, 9)}, "reference_tokens is not a tensor of token ids"),
         ({"reference_tokens": torch.zeros(2, 9, dtype=torch.long)}, "has shape [2, 9] where [1, T] is expected"),
         ({"reference_tokens": torch.zeros(1, 1, dtype=torch.long)}, "leaves none to predict"),
         (

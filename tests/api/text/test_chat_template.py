@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from api.demo.demands import Demands
+from api.demo.jobs import Batch
 from api.demo.options import DemoOptions
 from api.demo.setup import DemoSetup
 from api.errors import OptionError, RequestError
@@ -93,7 +93,7 @@ def test_what_a_template_cannot_or_must_not_do_is_the_requests_error(template: s
 
 def prompt_tokens(tmp_path: Path, **options: Any) -> list[list[int]]:
     setup = DemoSetup.of(DemoOptions(**options), EngineSettings.of(cache_dir=tmp_path), str(SAMPLE_DIR), {})
-    return [want.tokens for want in Demands.of(setup, None).left]
+    return [want.tokens for want in Batch.of(setup, None).left]
 
 
 def test_the_demo_puts_prompts_into_the_template_if_asked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a demo asks of the engine: prompts to complete, or references to follow."""
+"""The batches of a demo: prompts to complete, or references to follow, and their results."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import msgspec
 from api.client.token_source import TokenSource
 from api.demo.accuracy import Reference, accuracy, read_reference_file
 from api.demo.files import LoggedResult, ResultsLog
-from api.demo.generation import Demand, Generation, TextDecoder, TokenIds
+from api.demo.generation import Generation, GenerationJob, TextDecoder, TokenIds
 from api.demo.setup import DemoSetup
 from api.errors import RequestError
 from api.messages.engine import AddRequest
@@ -24,8 +24,8 @@ Result = dict[str, Any]
 """`tokens` and `text`, and under teacher forcing `predicted_tokens`, `accuracy_top1` and perhaps `accuracy_top5`."""
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt, the `index`-th from 1 on; with `reference`, the tokens that it is to be followed by."""
+class PromptJob(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt to complete, the `index`-th from 1 on; with `reference`, the tokens that are to follow it."""
 
     index: int
     prompt: str
@@ -33,74 +33,79 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     reference: Reference | None = None
 
 
-class Demands:
-    """All prompts of a run in order, and what is known of their completions."""
+class Batch:
+    """All prompts of a run in order, and the results of those that are done."""
 
-    def __init__(self, setup: DemoSetup, wanted: Sequence[Wanted], results_log: ResultsLog | None) -> None:
+    def __init__(self, setup: DemoSetup, jobs: Sequence[PromptJob], results_log: ResultsLog | None) -> None:
         self._setup = setup
-        self._wanted = wanted
+        self._jobs = jobs
         self._log = results_log
         logged = {} if results_log is None else results_log.done(setup.results_settings)
         self._results: dict[int, Result] = {
-            want.index: {"tokens": found.tokens, "text": found.text}
-            for want in wanted
-            if (found := logged.get((want.index, want.prompt))) is not None
+            job.index: {"tokens": found.tokens, "text": found.text}
+            for job in jobs
+            if (found := logged.get((job.index, job.prompt))) is not None
         }
 
     @classmethod
-    def of(cls, setup: DemoSetup, results_log: ResultsLog | None) -> "Demands":
+    def of(cls, setup: DemoSetup, results_log: ResultsLog | None) -> "Batch":
         """Reads references and tokenises prompts. Raises OptionError or RequestError, which names the prompt."""
-        wanted = _references(setup) if setup.options.token_accuracy else _prompts(setup)
-        for want in wanted:
-            _check_length(want, setup)
-        return cls(setup, wanted, results_log)
+        jobs = _references(setup) if setup.options.token_accuracy else _prompts(setup)
+        for job in jobs:
+            _check_length(job, setup)
+        return cls(setup, jobs, results_log)
 
     @property
-    def left(self) -> list[Wanted]:
-        """Those without a result yet."""
-        return [want for want in self._wanted if want.index not in self._results]
+    def left(self) -> list[PromptJob]:
+        """The jobs that have no result yet."""
+        return [job for job in self._jobs if job.index not in self._results]
 
     @property
     def results(self) -> list[Result]:
-        """One for each prompt, in order; all must have ended."""
-        return [self._results[want.index] for want in self._wanted]
+        """The result of each prompt, in order; all must have ended."""
+        return [self._results[job.index] for job in self._jobs]
 
-    def demands(
+    def generation_jobs(
         self, engine: TokenSource, on_text: Callable[[str], None] | None, on_done: Callable[[str], None]
-    ) -> list[Demand]:
-        """Requests for all that is left. `on_text` gets the first one's text, `on_done` the name of each that ends."""
+    ) -> list[GenerationJob]:
+        """Requests for all jobs that are left.
+
+        `on_text` gets the text of the first, `on_done` the name of each that ends.
+        """
         return [
-            self._demand(want, engine.next_request_id(), on_text if place == 0 else None, on_done)
-            for place, want in enumerate(self.left)
+            self._generation_job(job, engine.next_request_id(), on_text if place == 0 else None, on_done)
+            for place, job in enumerate(self.left)
         ]
 
-    def _demand(
+    def _generation_job(
         self,
-        want: Wanted,
+        job: PromptJob,
         request_id: int,
         on_text: Callable[[str], None] | None,
         on_done: Callable[[str], None],
-    ) -> Demand:
+    ) -> GenerationJob:
         def ended(generation: Generation) -> None:
-            self._note(want, generation)
-            on_done(f"Prompt[{want.index - 1}]")
+            self._note(job, generation)
+            on_done(f"Prompt[{job.index - 1}]")
 
-        return Demand(request=self._request(want, request_id), decoder=self._decoder(), on_text=on_text, on_done=ended)
+        return GenerationJob(
+            request=self._request(job, request_id), decoder=self._decoder(), on_text=on_text, on_done=ended
+        )
 
-    def _request(self, want: Wanted, request_id: int) -> AddRequest:
+    def _request(self, job: PromptJob, request_id: int) -> AddRequest:
         options, model = self._setup.options, self._setup.model
         sampling = SamplingParams(
             temperature=options.sampling_temperature,
             top_p=options.sampling_top_p,
             top_k=options.sampling_top_k,
             seed=self._setup.seed,
-            choice=want.index,
+            choice=job.index,
         )
-        if want.reference is not None:
-            forced = want.reference.tokens[len(want.tokens) :][: options.max_new_tokens]
+        if job.reference is not None:
+            forced = job.reference.tokens[len(job.tokens) :][: options.max_new_tokens]
             return AddRequest(
                 request_id=request_id,
-                tokens=want.tokens,
+                tokens=job.tokens,
                 max_tokens=len(forced),
                 stop_token_ids=[],
                 sampling=msgspec.structs.replace(sampling, temperature=0.0),
@@ -108,7 +113,7 @@ class Demands:
             )
         return AddRequest(
             request_id=request_id,
-            tokens=want.tokens,
+            tokens=job.tokens,
             max_tokens=options.max_new_tokens,
             stop_token_ids=model.eos_token_ids if model is not None and options.stop_at_eos else [],
             sampling=sampling,
@@ -117,19 +122,19 @@ class Demands:
     def _decoder(self) -> TextDecoder:
         return TokenIds() if self._setup.model is None else self._setup.model.tokenizer.decoder()
 
-    def _note(self, want: Wanted, generation: Generation) -> None:
+    def _note(self, job: PromptJob, generation: Generation) -> None:
         result: Result = {"tokens": generation.tokens, "text": generation.text}
-        if want.reference is not None:
-            measured = accuracy(want.reference, generation.tokens)
+        if job.reference is not None:
+            measured = accuracy(job.reference, generation.tokens)
             result |= {"predicted_tokens": generation.tokens, "accuracy_top1": measured.top1}
             if measured.top5 is not None:
                 result["accuracy_top5"] = measured.top5
-        self._results[want.index] = result
+        self._results[job.index] = result
         if self._log is not None:
             self._log.add(
                 LoggedResult(
-                    index=want.index,
-                    prompt=want.prompt,
+                    index=job.index,
+                    prompt=job.prompt,
                     settings=self._setup.results_settings,
                     tokens=generation.tokens,
                     text=generation.text,
@@ -137,19 +142,19 @@ class Demands:
             )
 
 
-def _prompts(setup: DemoSetup) -> list[Wanted]:
+def _prompts(setup: DemoSetup) -> list[PromptJob]:
     model = setup.model
     if not setup.prompts or model is None:
         draw = random.Random(setup.seed)  # noqa: S311 - no secrets are drawn
         texts = setup.prompts or ["[random-weights default prompt]"]
         return [
-            Wanted(
+            PromptJob(
                 index=place, prompt=text, tokens=[draw.randrange(setup.vocab_size) for _ in range(RANDOM_PROMPT_TOKENS)]
             )
             for place, text in enumerate(texts, start=1)
         ]
     return [
-        Wanted(index=place, prompt=text, tokens=_tokens(text, model, setup.chat_template))
+        PromptJob(index=place, prompt=text, tokens=_tokens(text, model, setup.chat_template))
         for place, text in enumerate(setup.prompts, start=1)
     ]
 
@@ -160,26 +165,26 @@ def _tokens(prompt: str, model: ServedModel, template: ChatTemplate | None) -> l
     return model.tokenizer.encode(template.render([{"role": "user", "content": prompt}]), add_special_tokens=False)
 
 
-def _references(setup: DemoSetup) -> list[Wanted]:
-    wanted = []
+def _references(setup: DemoSetup) -> list[PromptJob]:
+    jobs = []
     for place, path in enumerate(setup.options.reference_files, start=1):
         reference = read_reference_file(path, setup.options.tf_prompt_len)
         if max(reference.tokens) >= setup.vocab_size or min(reference.tokens) < 0:
             raise RequestError(f"'{path}' has tokens outside the model's vocabulary: it is another model's reference.")
         tokens = reference.tokens[: reference.prompt_length]
         text = "" if setup.model is None else setup.model.tokenizer.decode(tokens)
-        wanted.append(Wanted(index=place, prompt=text, tokens=tokens, reference=reference))
-    return wanted
+        jobs.append(PromptJob(index=place, prompt=text, tokens=tokens, reference=reference))
+    return jobs
 
 
-def _check_length(want: Wanted, setup: DemoSetup) -> None:
-    if not want.tokens:
-        raise RequestError(f"Prompt[{want.index - 1}] has no tokens: give it some text.")
+def _check_length(job: PromptJob, setup: DemoSetup) -> None:
+    if not job.tokens:
+        raise RequestError(f"Prompt[{job.index - 1}] has no tokens: give it some text.")
     new = setup.options.max_new_tokens
-    if want.reference is not None:
-        new = min(new, len(want.reference.tokens) - len(want.tokens))
-    if len(want.tokens) + new > setup.max_model_len:
+    if job.reference is not None:
+        new = min(new, len(job.reference.tokens) - len(job.tokens))
+    if len(job.tokens) + new > setup.max_model_len:
         raise RequestError(
-            f"Prompt[{want.index - 1}] has {len(want.tokens)} tokens; with --max-new-tokens {new} that is more than "
+            f"Prompt[{job.index - 1}] has {len(job.tokens)} tokens; with --max-new-tokens {new} that is more than "
             f"the {setup.max_model_len} tokens the model can hold: shorten one of them."
         )
