@@ -70,11 +70,12 @@ $(TTNN_INSTALLED): pyproject.toml constraints-ttnn.txt
 		$(TTNN_VENV)/bin/$(PIP_INSTALL) -c constraints-ttnn.txt --editable '.[galaxy,galaxy-test]'
 	touch $@
 
-lint: $(INSTALLED) ## ruff, mypy --strict and the import contract
+lint: $(INSTALLED) ## ruff, mypy --strict, the import contracts and the worst of docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	.ci/check_sentences
 
 audit: $(INSTALLED) ## bandit, and known vulnerabilities of the libraries, for which it asks api.osv.dev
 	.ci/audit $(BIN)
