@@ -83,7 +83,7 @@ class Deployment:
         return self._chain.downstream
 
     async def health(self) -> list[StageHealth]:
-        """Returns the health of every stage, in order; nothing where there are no stages any more."""
+        """Returns the health of every stage, in order; an empty list once the stages have ended."""
         return await self._stages.health()
 
     async def transfers(self) -> list[list[Transfer]]:

@@ -94,7 +94,7 @@ def prepare(preparation: Preparation) -> None:
     """Sets the environment that imports read, then imports. Runs in a thread of its own, whose niceness it raises.
 
     ttnn looks for the chips that it may see when it is imported, and only a stage's own environment names these: for
-    ttnn, no more than torch is imported. Raises StartError if there is no such runner.
+    ttnn, no more than torch is imported. Raises StartError if the runner cannot be found.
     """
     os.environ[DEVICE_VARIABLE] = preparation.device
     os.environ.update(preparation.environment)

@@ -100,7 +100,7 @@ def stage_setups(
     links: EngineLinks,
     memberships: Sequence[Membership] = (),
 ) -> list[StageSetup]:
-    """Returns the setups of all stages, in order; `memberships` are empty where there is no MPI world."""
+    """Returns the setups of all stages, in order; `memberships` are empty without an MPI world."""
     return [
         StageSetup(
             identity=StageIdentity(

@@ -162,7 +162,7 @@ class TextTokenizer:
 
         `add_bos_token` of tokenizer_config.json is followed: DeepSeek's own tokenizer.json does not add BOS by itself.
         chat_template.jinja takes precedence over the template in tokenizer_config.json.
-        Raises CheckpointError where there is no tokenizer, or one of the files is malformed.
+        Raises CheckpointError if the directory has no tokenizer, or one of its files is malformed.
         """
         if not has_tokenizer(directory):
             raise CheckpointError(
