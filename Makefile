@@ -7,10 +7,8 @@ ARGS ?=
 # Where it is set, each of a dozen processes would compile torch and Ray anew: they would start half as fast.
 unexport PYTHONDONTWRITEBYTECODE
 # Test processes that take whole files, as tests of a file share servers, in the order that tests/conftest.py gives.
-# Slow tests wait for other processes most of the time: two processes for each of two cores.
 WHOLE_FILES := --dist loadfile --no-loadscope-reorder
 SIDE_BY_SIDE := -n 2 $(WHOLE_FILES)
-SIDE_BY_SIDE_SLOW := -n 4 $(WHOLE_FILES)
 
 # ttnn has wheels for Python 3.10 and 3.12 only, and wants older libraries: it gets an environment of its own.
 TTNN_VENV := .venv-ttnn
@@ -48,7 +46,7 @@ test: $(INSTALLED) ## The quick tests
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 test-slow: $(INSTALLED) ## The tests that take longer
-	$(BIN)/pytest -m slow $(SIDE_BY_SIDE_SLOW)
+	$(BIN)/pytest -m slow $(SIDE_BY_SIDE)
 
 test-all: $(INSTALLED) ## All tests
 	$(BIN)/pytest -m "" $(SIDE_BY_SIDE)

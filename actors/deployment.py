@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from actors.chain import Chain
 from actors.cluster.cluster import Cluster
 from actors.errors import StartError
 from actors.options import PipelineOptions
@@ -19,7 +18,7 @@ from actors.sockets.link import EngineLinks
 from actors.stage.health import StageHealth, StageProgress
 from actors.stage.mesh_hop import Transfer
 from actors.stage.setup import stage_setups
-from actors.start import StageStarter, StartedStages
+from actors.start import Chain, StageStarter, StartedStages
 
 TEMPORARY_PATH_MAX = 60
 """A unix socket's path has at most 107 bytes; ours adds some 30 to the directory for temporary files."""

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 from safetensors.torch import save_file
 
-from weights.checkpoint import RandomCheckpoint
-from weights.fp8 import SCALE_SUFFIX, scale_shape
+from weights.checkpoint import SCALE_SUFFIX, RandomCheckpoint, scale_shape
 from weights.model_config import FP8_BLOCK, ModelConfig
 from weights.sample import SAMPLE_DIR
 from weights.sample.architecture import CONFIG, GENERATION_CONFIG

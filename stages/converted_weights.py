@@ -9,12 +9,11 @@ import msgspec
 import torch
 
 from stages.backend import DEVICE, set_float_dtype, ttnn
-from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError
 from stages.models.registry import architecture_of
 from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype, WeightOptions
 from stages.plan import StageSpec
-from stages.run_config import StateDict, WeightConfig, load_weight_config, save_weight_config
+from stages.run_config import TORCH_DTYPES, StateDict, WeightConfig, load_weight_config, save_weight_config
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from stages.weight_specs import WeightSpecs, dtype_letters
 from weights.cache.cache import WeightCache

@@ -7,20 +7,52 @@ from msgspec import Meta
 
 from stages.errors import PlanError
 from stages.tensor_dtypes import TILE, WeightDtypes
-from stages.timed.options import TimedOptions
 from weights.model_config import UNCHANGED, ConfigChanges
 from weights.sizes import ceil_div
 
+
+class GivenTimes(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Step times that the user gives: `step_s` seconds, one value for each stage or one for all, and `prompt_token_s`
+    more for each token of a prompt in the step."""
+
+    step_s: list[float]
+    prompt_token_s: float = 0.0
+
+    def check(self, stages: int) -> None:
+        """Raises PlanError unless there is one time for all stages, or one for each of `stages`."""
+        if len(self.step_s) not in {1, stages}:
+            raise PlanError(
+                f"--stage-time gives {len(self.step_s)} times for {stages} stages: give one for all, or one for each."
+            )
+
+
+class PredictedTimes(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Step times as `stages.capacity` predicts them for a stage of `rows` Galaxy rows."""
+
+    rows: int
+
+
+class TimedOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How long steps take, and which tokens come out: ids below `vocabulary` except `never` (in rising order)."""
+
+    times: GivenTimes | PredictedTimes
+    vocabulary: int
+    never: list[int]
+
+
 Dtype = Literal["float32", "bfloat16"]
+
 LoadFormat = Literal["auto", "dummy"]
 
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
 TRANSFORM_VERSION = 1
+
 """The version of what `convert_weights` writes, part of every cache key: each change of it increases this number."""
 
 
 TRACE_REGION_BYTES = 45_684_326
+
 """Memory of each chip for the traces of a stage: what tt-metal's DeepSeek-V3 demo sets aside for the decode trace of
 all 61 layers, found by trial (its demo.py: 38,070,272 bytes and a fifth more)."""
 

@@ -9,9 +9,19 @@ from typing import Any, TypeAlias
 import torch
 
 from stages.backend import ttnn
-from stages.dtypes import FLOATS
 from stages.errors import DeviceError
+from stages.options import Dtype
+from stages.tensor_dtypes import TensorDtype
 from stages.weight_specs import WeightSpec
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+FLOATS: dict[TensorDtype, ttnn.DataType] = {
+    "float32": ttnn.float32,
+    "bfloat16": ttnn.bfloat16,
+    "bfloat8_b": ttnn.bfloat8_b,
+    "bfloat4_b": ttnn.bfloat4_b,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

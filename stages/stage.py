@@ -9,7 +9,6 @@ from stages.backend import set_float_dtype, ttnn
 from stages.batch import HIDDEN_DTYPE, BatchBuilder, DecodeBatch
 from stages.converted_weights import ConvertedWeights
 from stages.decode_trace import DecodeTraces
-from stages.dtypes import TORCH_DTYPES
 from stages.errors import PlanError, StepError
 from stages.kv_cache import PageTables
 from stages.mesh_spec import HiddenShard, MeshHidden
@@ -18,6 +17,7 @@ from stages.models.registry import architecture_of
 from stages.options import TRACE_REGION_BYTES, StageOptions
 from stages.output_head import OutputHead
 from stages.plan import StageSpec
+from stages.run_config import TORCH_DTYPES
 from stages.step import Step, StepResult
 from stages.wormhole import GALAXY_COLUMNS
 from weights.cache.cache import WeightCache

@@ -13,18 +13,43 @@ import numpy
 import torch
 
 from weights.errors import CheckpointError
-from weights.fp8 import SCALE_SUFFIX, dequantise, scale_shape
-from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
+from weights.model_config import FP8_BLOCK, UNCHANGED, ConfigChanges, ModelConfig
 from weights.safetensors_directory import SafetensorsDirectory
 from weights.sizes import ceil_div
 from weights.source import WeightSource
 from weights.tensor_shapes import EMBEDDING, HEAD, Shape
+
+SCALE_SUFFIX = "_scale_inv"
+
+"""The end of the name of a weight's scales; despite the name they are multiplied by."""
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the scales of a matrix of `shape`: blocks at the bottom and right edges may be smaller."""
+    return tuple(ceil_div(size, FP8_BLOCK) for size in shape)
+
+
+def dequantise(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Returns a float32 matrix: each value of `weight` [rows, columns] times the scale of its block.
+
+    `scales` is float32 of `scale_shape(weight.shape)`. Every product is rounded once, to float32. Takes no more memory
+    than the result and one row of blocks.
+    """
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns, dtype=torch.float32)
+    for block, scale_row in enumerate(scales):
+        span = slice(block * FP8_BLOCK, (block + 1) * FP8_BLOCK)
+        values[span] = weight[span]
+        values[span] *= scale_row.repeat_interleave(FP8_BLOCK)[:columns]
+    return values
+
 
 FP8 = "F8_E4M3"
 
 FLOATS = ("F32", "BF16", "F16")
 
 SCALES = ("F32", "F8_E8M0")
+
 """Dtypes of the scales of FP8: DeepSeek-V3.1 has powers of two, of which E8M0 keeps the exponent alone."""
 
 SETTLED_S = 2.0

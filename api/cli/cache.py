@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from api.cli.options import options_of
-from api.cli.terminal import result_console
+from api.cli.parameters import result_console
 from api.client.progress import LongWork
 from api.settings.engine import EngineSettings
 from stages.options import TRANSFORM_VERSION

@@ -1,10 +1,21 @@
-"""The types that options are read with on the command line, where click has none of its own."""
+"""What commands share: the types that options are read with, and the console that tables are printed on."""
 
 import json
 import math
+import sys
 from typing import Any
 
 import click
+from rich.console import Console
+
+PLAIN_COLUMNS = 120
+
+"""The width of a table that does not go to a terminal."""
+
+
+def result_console(plain_columns: int = PLAIN_COLUMNS) -> Console:
+    """The console on stdout: as wide as the terminal, or `plain_columns` without one."""
+    return Console() if sys.stdout.isatty() else Console(width=plain_columns)
 
 
 class LayerSplit(click.ParamType[list[int]]):

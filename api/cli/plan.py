@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from api.cli.options import options_of
-from api.cli.terminal import result_console
+from api.cli.parameters import result_console
 from api.settings.engine import LengthOptions
-from api.settings.model import ModelOptions
+from api.settings.model import ModelOptions, SplitOptions
 from api.settings.option import again, made, take
 from api.settings.planning import (
     DEFAULT_MAX_MODEL_LEN,
@@ -25,7 +25,6 @@ from api.settings.planning import (
     make_plan,
     write_plan,
 )
-from api.settings.split import SplitOptions
 from stages.capacity.chip_memory import StageMemory
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
 from weights.sizes import ceil_div, counted, in_words

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from api.cli.options import DEFAULT_IN_WORDS
-from api.cli.terminal import result_console
+from api.cli.parameters import result_console
 from api.errors import EngineError, NoServerError, OptionError
 from api.messages.pipeline_view import EngineView, PipelineView, StageView
 from api.openai.responses import ErrorBody

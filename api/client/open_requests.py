@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 import msgspec
 
 from api.errors import EngineError
-from api.messages.engine import AddRequest, FinishReason, RequestOutput
+from api.messages.engine import AddRequest, EngineState, FinishReason, RequestOutput
 
 OUTPUTS_WAITING_MAX = 4096
+
 """Outputs that may wait for their consumer: a client that reads at all falls less behind."""
 
 TOO_SLOW = f"The client read too slowly: {OUTPUTS_WAITING_MAX} tokens waited for it."
@@ -119,3 +121,27 @@ class OpenRequests:
 
 def _tokens(request: AddRequest) -> int:
     return len(request.tokens) + request.max_tokens
+
+
+class TokenStream(Protocol):
+    """The outputs of one request, up to and including the one that has a `finish_reason`. Raises EngineError."""
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        """Iterates over the outputs."""
+
+    async def aclose(self, reason: FinishReason = "abort") -> None:
+        """Aborts the request unless it has ended; `reason` is "stop" where its text is complete. May be repeated."""
+
+
+class TokenSource(Protocol):
+    """An engine, or several, that completes requests once it is ready."""
+
+    @property
+    def state(self) -> EngineState:
+        """The state now."""
+
+    def next_request_id(self) -> int:
+        """Returns the id for the next request."""
+
+    def generate(self, request: AddRequest) -> TokenStream:
+        """Begins a request. Raises RequestError if it can never fit, NotReadyError while the pipeline is not ready."""

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import msgspec
 import numpy as np
 
-from api.client.token_source import TokenSource
+from api.client.open_requests import TokenSource
 from api.messages.engine import AddRequest, EngineMetrics
 
 

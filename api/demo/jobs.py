@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from api.client.token_source import TokenSource
-from api.demo.accuracy import Reference, accuracy, read_reference_file
+from api.client.open_requests import TokenSource
 from api.demo.files import LoggedResult, ResultsLog
 from api.demo.generation import Generation, GenerationJob, TextDecoder, TokenIds
+from api.demo.reference import Reference, accuracy, read_reference_file
 from api.demo.setup import DemoSetup
 from api.errors import RequestError
 from api.messages.engine import AddRequest

@@ -1,6 +1,8 @@
-"""`galaxyline reference`: a reference file of teacher forcing, made by Hugging Face's own model."""
+"""Reference files of teacher forcing: written with Hugging Face's model, read, and compared with predictions."""
 
-from collections.abc import Iterator
+import pickle  # nosec B403 # its error alone, which torch.load raises
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,120 @@ from weights.sample.documents import texts
 if TYPE_CHECKING:
     import torch
 
+
 TOP = 5
+
+"""How many best tokens of each position a file may hold."""
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """`tokens` [T]; `top5[position]`, where the file has them, are the best tokens for that position, best first.
+
+    `prompt_length` of the tokens are the prompt, the others what the model should predict.
+    """
+
+    path: Path
+    tokens: list[int]
+    top5: list[list[int]] | None
+    prompt_length: int
+
+
+def read_reference_file(path: Path, prompt_length: int | None = None) -> Reference:
+    """Reads a file that torch.save wrote: a dict of `reference_tokens` [1, T] and perhaps `top5_tokens`.
+
+    `top5_tokens` has a row for each position, [T, 5], or, as tt_transformers' helpers write it, one for the position
+    after each token, [T - 1, 5]. The prompt is the first T // 2 + 1 tokens unless `prompt_length` says otherwise.
+    Nothing in the file is executed. Raises OptionError where it is not there, is something else, or leaves nothing to
+    predict.
+    """
+    content = _load(path)
+    tokens = _integers(content, "reference_tokens", path)
+    if tokens is None:
+        raise OptionError(f"'{path}' has no 'reference_tokens': it is not a reference file.")
+    if tokens.dim() not in {1, 2} or tokens.numel() != tokens.shape[-1]:
+        raise OptionError(f"'{path}': reference_tokens has shape {list(tokens.shape)} where [1, T] is expected.")
+    count = tokens.numel()
+    length = count // 2 + 1 if prompt_length is None else prompt_length
+    if not 1 <= length < count:
+        raise OptionError(f"'{path}' holds {count} tokens: a prompt of {length} leaves none to predict.")
+    return Reference(
+        path=path, tokens=tokens.reshape(-1).tolist(), top5=_top5(content, count, path), prompt_length=length
+    )
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    import torch  # noqa: PLC0415 - no other part of the command line needs it
+
+    if not path.is_file():
+        raise OptionError(f"Reference file does not exist: '{path}'.")
+    try:
+        with warnings.catch_warnings():
+            # The error has what torch warns of in files that it refuses.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        first = str(error).partition("\n")[0]
+        raise OptionError(f"'{path}' is not a reference file that can be read safely: {first}") from error
+    if not isinstance(content, dict):
+        raise OptionError(
+            f"'{path}' holds {type(content).__name__} where a dict is expected: it is not a reference file."
+        )
+    return content
+
+
+def _top5(content: dict[Any, Any], count: int, path: Path) -> list[list[int]] | None:
+    rows = _integers(content, "top5_tokens", path)
+    if rows is None:
+        return None
+    if tuple(rows.shape) not in {(count, TOP), (count - 1, TOP)}:
+        raise OptionError(f"'{path}': top5_tokens has shape {list(rows.shape)} where [{count}, {TOP}] is expected.")
+    listed: list[list[int]] = rows.tolist()
+    return listed if len(listed) == count else [[], *listed]
+
+
+def _integers(content: dict[Any, Any], key: str, path: Path) -> Any:
+    """The tensor `key`, or None. Raises OptionError unless it holds whole numbers."""
+    import torch  # noqa: PLC0415 - as above
+
+    found = content.get(key)
+    if found is None:
+        return None
+    if not isinstance(found, torch.Tensor) or found.is_floating_point() or found.is_complex():
+        raise OptionError(f"'{path}': {key} is not a tensor of token ids.")
+    return found
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """Shares in [0, 1]; `top5` is None where the reference has no best tokens."""
+
+    top1: float
+    top5: float | None
+
+
+def accuracy(reference: Reference, predicted: Sequence[int]) -> Accuracy:
+    """Compares predictions for the positions from the reference's prompt on.
+
+    Top-1 counts those that equal the best token of their position, or the reference's own where best ones are not
+    given; top-5 those among the five best.
+    """
+    begin = reference.prompt_length
+    total = len(predicted)
+    if reference.top5 is None:
+        truth = reference.tokens[begin : begin + total]
+        return Accuracy(top1=_share(map(int.__eq__, predicted, truth), total), top5=None)
+    rows = reference.top5[begin : begin + total]
+    return Accuracy(
+        top1=_share((token == row[0] for token, row in zip(predicted, rows, strict=True)), total),
+        top5=_share((token in row for token, row in zip(predicted, rows, strict=True)), total),
+    )
+
+
+def _share(matches: Iterable[bool], total: int) -> float:
+    return sum(matches) / total
+
+
 CHUNK_TOKENS = 512
+
 """Tokens of one forward pass: bounds the logits that are held at a time."""
 
 
@@ -46,7 +160,7 @@ def write_reference(settings: ReferenceSettings, work: LongWork) -> int:
     # Imports of seconds, which no other command of this process needs.
     import torch  # noqa: PLC0415
 
-    model = _load(settings.source.path)
+    model = _load_model(settings.source.path)
     best = torch.zeros(len(tokens), TOP, dtype=torch.long)
     starts = range(0, len(tokens) - 1, CHUNK_TOKENS)
     with work.steps("Predicting", len(starts)) as done:
@@ -80,7 +194,7 @@ def _text(path: Path) -> str:
         raise OptionError(f"'{path}' is not a UTF-8 text.") from None
 
 
-def _load(path: Path) -> Any:
+def _load_model(path: Path) -> Any:
     import torch  # noqa: PLC0415 - as above
     from transformers import DeepseekV3ForCausalLM  # noqa: PLC0415
 

@@ -10,8 +10,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from api.client.open_requests import OUTPUTS_WAITING_MAX, TOO_SLOW
-from api.client.token_source import TokenStream
+from api.client.open_requests import OUTPUTS_WAITING_MAX, TOO_SLOW, TokenStream
 from api.errors import EngineError
 from api.messages.engine import FinishReason, RequestOutput
 from api.openai.choices import Choice

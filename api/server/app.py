@@ -4,12 +4,14 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.client.token_source import TokenSource
+from api.client.open_requests import TokenSource
 from api.errors import EngineError, NotReadyError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.prompts import refuse_other_model
@@ -29,15 +31,47 @@ from api.server.admission import AdmissionControl
 from api.server.completions import Completions
 from api.server.openapi import DescribedApp, answers_of, body_of, completion_answers, timeout_header
 from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
-from api.settings.server import QueueLimits
+from api.settings.server import ApiKeys, QueueLimits
 from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
 from weights.release import VERSION
 
+OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
+
+"""The paths that need no key, for orchestrators: their answers have nothing but whether the server works."""
+
+UNAUTHORIZED = "No valid API key came with the request: send the header Authorization: Bearer KEY."
+
+
+class Authentication:
+    """An application in front of another that answers 401 to requests without a valid key, but for OPEN_PATHS."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request, or the application's lifespan."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._keys.accepts(_bearer(scope)):
+            await self._app(scope, receive, send)
+            return
+        body = status_body(HTTPStatus.UNAUTHORIZED, UNAUTHORIZED)
+        await error_response(body, {"www-authenticate": "Bearer"})(scope, receive, send)
+
+
+def _bearer(scope: Scope) -> bytes:
+    """The key of a request; empty where it has none."""
+    header: bytes = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    scheme, _, key = header.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
+
+
 TOKENIZER_THREADS = 2
+
 DEFAULT_SLOTS = 256
 
 Probe = Callable[[], Awaitable[object]]
+
 """Returns when the engine answers; raises EngineError where it does not."""
 
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from api.client.token_source import TokenSource
+from api.client.open_requests import TokenSource
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.choices import build_choices, sampling_params

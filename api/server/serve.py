@@ -21,8 +21,7 @@ from api.engine.signals import on_stop_signal
 from api.errors import OptionError
 from api.openai.responses import error_response, status_body
 from api.server.admission import AdmissionControl
-from api.server.api_keys import Authentication
-from api.server.app import create_app
+from api.server.app import Authentication, create_app
 from api.server.client_protocol import HttpServer, client_protocol
 from api.server.monitoring import add_monitoring_routes
 from api.settings.engine import ENGINE_MARGIN_S

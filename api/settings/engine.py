@@ -13,13 +13,14 @@ from api.engine.options import EngineOptions, RecoveryOptions
 from api.engine.timeline import open_timeline
 from api.errors import OptionError
 from api.scheduler.options import ScheduleOptions
-from api.settings.chips import chip_plan, users_per_row
 from api.settings.environment import CACHE_VARIABLE
+from api.settings.model import SplitOptions
 from api.settings.option import changed, made
-from api.settings.split import SplitOptions
 from api.settings.timed import TimeOptions
 from api.text.model_source import ModelSource
+from stages.capacity.chip_memory import chip_stages
 from stages.capacity.deployment import Deployment
+from stages.capacity.fit import check_fits
 from stages.device import PROFILES, DeviceProfile
 from stages.options import (
     ITEM_BYTES,
@@ -31,17 +32,55 @@ from stages.options import (
     WeightOptions,
 )
 from stages.plan import StageSpec, default_microbatches, explicit_stages, plan_stages
-from stages.wormhole import USERS_PER_ROW
+from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 from weights.sizes import ceil_div, round_up
 
+log = structlog.get_logger()
+
+
+def chip_plan(
+    config: ModelConfig, deployment: Deployment, num_blocks: int | None
+) -> tuple[list[StageSpec], CacheOptions]:
+    """The layers of each stage, and the cache: that of all requests at their longest, unless `num_blocks` is less.
+
+    Raises OptionError where that is more, and PlanError where chips cannot hold the deployment.
+    """
+    check_fits(config, deployment)
+    cache = deployment.cache
+    if num_blocks is not None:
+        if num_blocks > cache.blocks:
+            raise OptionError(
+                f"--num-blocks {num_blocks} is more than the {cache.blocks} that all requests of a chip can fill: "
+                "leave it out, or raise --max-num-seqs."
+            )
+        cache = msgspec.structs.replace(cache, blocks=num_blocks)
+    return chip_stages(config, deployment), cache
+
+
+def users_per_row(max_num_seqs: int | None, rows: int, microbatches: int) -> int:
+    """The users of a row in one microbatch, as many on every chip, so that `max_num_seqs` run at once at least."""
+    if max_num_seqs is None:
+        return USERS_PER_ROW
+    users = ceil_div(max_num_seqs, rows * microbatches * GALAXY_COLUMNS) * GALAXY_COLUMNS
+    slots = users * rows * microbatches
+    if slots != max_num_seqs:
+        log.info("--max-num-seqs was rounded up so that every chip has as many", asked=max_num_seqs, slots=slots)
+    return users
+
+
 DEFAULT_STAGES = 2
+
 DEFAULT_CACHE_DIR = Path("generated/deepseek_v3")
+
 DEFAULT_PREFILL_CHUNK = 256
+
 CACHE_MEMORY_SHARE = 0.25
+
 """Part of this host's memory that the KV caches of all stages may take unless --num-blocks says otherwise."""
 
 ENGINE_MARGIN_S = 30.0
+
 """What the engine process gets beyond the stages' own deadline, to start and to report what went wrong."""
 
 AskedDtype = Literal["auto", "float32", "bfloat16"]
@@ -50,13 +89,13 @@ CacheDir = Annotated[
     Path,
     Meta(description="Where converted weights are kept.", extra={"variables": (CACHE_VARIABLE,), "path": "directory"}),
 ]
+
 DtypeOption = Annotated[AskedDtype, Meta(description="auto: float32 for the sample model, else bfloat16.")]
+
 Seed = Annotated[
     int | None,
     Meta(description="Seed of dummy weights, and of the requests that bring none.", extra={"default": "random"}),
 ]
-
-log = structlog.get_logger()
 
 Settings = TypeVar("Settings", bound="EngineSettings")
 

@@ -12,8 +12,8 @@ from actors.options import ClusterOptions
 from api.errors import OptionError
 from api.scheduler.options import ScheduleOptions
 from api.settings.engine import DEFAULT_PREFILL_CHUNK, EngineSettings, LengthOptions
+from api.settings.model import SplitOptions
 from api.settings.option import again
-from api.settings.split import SplitOptions
 from api.text.model_source import check_model_files, resolve_model
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import Deployment

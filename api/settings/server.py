@@ -12,9 +12,8 @@ from msgspec import Meta
 
 from api.errors import OptionError
 from api.settings.engine import EngineSettings
-from api.text.generation_config import MODELS_OWN, NO_ADVICE
 from api.text.model_source import ModelSource
-from api.text.served_model import DEFAULT_MAX_LOGPROBS, WHOLE_VOCABULARY
+from api.text.served_model import DEFAULT_MAX_LOGPROBS, MODELS_OWN, NO_ADVICE, WHOLE_VOCABULARY
 
 KEY_VARIABLES = ("GALAXYLINE_API_KEY", "VLLM_API_KEY")
 KEYS_IN_WORDS = f"${', then $'.join(KEY_VARIABLES)}"

@@ -9,7 +9,7 @@ from api.errors import OptionError
 from api.text.model_source import ModelSource
 from api.text.tokenizer import TextTokenizer, has_tokenizer
 from stages.device import PROFILES, Device
-from stages.timed.options import GivenTimes, PredictedTimes, TimedOptions
+from stages.options import GivenTimes, PredictedTimes, TimedOptions
 from weights.model_config import ModelConfig
 
 MS = 1e-3

@@ -1,16 +1,82 @@
-"""The model that the server serves: its name, its limits, its tokenizer and its generation config."""
+"""The model that a server serves: its name, tokenizer and eos tokens, and what its generation_config.json advises."""
 
+import json
 import time
+from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from api.text.generation_config import MODELS_OWN, GenerationConfig
 from api.text.model_source import ModelSource
 from api.text.tokenizer import TextTokenizer
+from weights.bounded_file import read_bounded
+from weights.errors import CheckpointError
 from weights.model_config import ModelConfig
 
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+GENERATION_CONFIG_BYTES_MAX = 1 << 20
+
+MODELS_OWN = "auto"
+
+NO_ADVICE = "vllm"
+
+"""The values of --generation-config that are not directories: the model's own file, or none and vLLM's defaults."""
+
+
+class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys that change what is generated, under their names in the file; None where the file has none."""
+
+    eos_token_id: int | list[int] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a completion, as a list."""
+        if self.eos_token_id is None:
+            return []
+        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+
+    @classmethod
+    def named(cls, name: str, model: Path) -> "GenerationConfig":
+        """Loads what --generation-config `name` stands for, with a model in the directory `model`.
+
+        Raises CheckpointError where a directory has no such file, and like `load`.
+        """
+        if name == NO_ADVICE:
+            return cls()
+        if name == MODELS_OWN:
+            return cls.load(model)
+        if not (Path(name) / GENERATION_CONFIG_FILE).is_file():
+            raise CheckpointError(f"--generation-config: {name} has no {GENERATION_CONFIG_FILE}.")
+        return cls.load(Path(name))
+
+    @classmethod
+    def load(cls, directory: Path) -> "GenerationConfig":
+        """Reads the file in a model's directory; without one, nothing is advised.
+
+        Raises CheckpointError where the file cannot be read, is not JSON, or a key has the wrong type or range.
+        """
+        path = directory / GENERATION_CONFIG_FILE
+        content = read_bounded(path, GENERATION_CONFIG_BYTES_MAX)
+        if content is None:
+            return cls()
+        try:
+            return msgspec.convert(json.loads(content), cls)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not a generation config: {error}.") from error
+
+
 DEFAULT_MAX_LOGPROBS = 20
+
 WHOLE_VOCABULARY = -1
+
 """The number of log-probabilities that stands for those of all tokens."""
 
 

@@ -9,10 +9,10 @@ import torch
 from benchmarks.support.peer import Pipe, answer, running_peer
 from stages.backend import set_float_dtype, ttnn
 from stages.converted_weights import ConvertedWeights
-from stages.dtypes import TORCH_DTYPES
 from stages.model_slice import ModelSlice
 from stages.options import StageOptions
 from stages.plan import plan_stages
+from stages.run_config import TORCH_DTYPES
 from weights.cache.cache import WeightCache
 from weights.checkpoint import open_weights
 

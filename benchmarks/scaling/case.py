@@ -12,7 +12,7 @@ from benchmarks.support.null_model import write_null_model
 from stages.device import Device
 from stages.plan import default_microbatches
 from stages.step import Segment, Step
-from stages.timed.durations import durations
+from stages.timed.stage import durations
 from weights.model_config import ModelConfig
 from weights.presets import preset_directory
 from weights.sample import SAMPLE_DIR

@@ -1,29 +1,94 @@
 """The stage of the timed device, which waits in place of computing; scaling tests and capacity planning run on it."""
 
 import ctypes
+import functools
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
+from stages.capacity.step_time import StageTimes
 from stages.errors import PlanError
-from stages.options import ITEM_BYTES, StageOptions
+from stages.options import ITEM_BYTES, GivenTimes, PredictedTimes, StageOptions
 from stages.plan import StageSpec
 from stages.step import Admission, Segment, Step, StepResult, TokenLogprobs
-from stages.timed.durations import Durations, durations
 from weights.model_config import ModelConfig
+from weights.sizes import ceil_div, round_up
+
+CONTEXT_TOKENS = 64
+
+"""Cached tokens are rounded up to a multiple of this, as predicting every length anew takes longer than a step may."""
+
+
+class Durations(Protocol):
+    """How long the steps of one stage take."""
+
+    def seconds(self, step: Step) -> float:
+        """The duration of `step` in seconds."""
+
+
+class GivenDurations:
+    """The same duration for every step, plus a given time for each token of a prompt."""
+
+    def __init__(self, times: GivenTimes, stage: int) -> None:
+        self._step_s = times.step_s[stage] if len(times.step_s) > 1 else times.step_s[0]
+        self._prompt_token_s = times.prompt_token_s
+
+    def seconds(self, step: Step) -> float:
+        """See `Durations`."""
+        if step.mode == "decode":
+            return self._step_s
+        return self._step_s + step.token_count * self._prompt_token_s
+
+
+class PredictedDurations:
+    """The durations of `StageTimes`, with users shared evenly by rows, and prompts one after the other."""
+
+    def __init__(self, times: StageTimes, rows: int) -> None:
+        self._rows = rows
+        self._decode_s = functools.lru_cache(None)(lambda users, context: times.decode(users, context).total_s)
+        self._prefill_s = functools.lru_cache(None)(lambda tokens, start: times.prefill(tokens, start).total_s)
+
+    def seconds(self, step: Step) -> float:
+        """See `Durations`."""
+        if step.mode == "decode":
+            context = max(segment.start for segment in step.segments) + 1
+            return self._decode_s(ceil_div(len(step.segments), self._rows), round_up(context, CONTEXT_TOKENS))
+        return sum(
+            self._prefill_s(round_up(len(segment.tokens), CONTEXT_TOKENS // 2), segment.start)
+            for segment in step.segments
+        )
+
+
+def durations(config: ModelConfig, spec: StageSpec, options: StageOptions) -> Durations:
+    """The durations of a stage's steps. Raises PlanError if the options are not for the timed device."""
+    timed = options.timed
+    if timed is None:
+        raise PlanError("The timed device was not told how long steps take.")
+    if isinstance(timed.times, PredictedTimes):
+        rows = timed.times.rows
+        times = StageTimes(config, spec, rows, options.weights.weight_dtypes, traced=options.execution.enable_trace)
+        return PredictedDurations(times, rows)
+    timed.times.check(spec.stages)
+    return GivenDurations(timed.times, spec.index)
+
 
 PR_SET_TIMERSLACK = 29
+
 """linux/prctl.h: how late, in nanoseconds, the kernel may end a thread's sleep; 50 us unless told otherwise."""
 
 RECENT = 32
+
 """Wake-ups that an alarm corrects itself by."""
 
 MULTIPLIER = 0x9E3779B1
+
 """The prime next to 2**32 over the golden ratio, which scatters products over all bits (Knuth, TAOCP 3, 6.4)."""
 
 OTHER_MULTIPLIER = 0x85EBCA6B
+
 """A multiplier of MurmurHash3's finalizer."""
 
 WORD = 0xFFFFFFFF

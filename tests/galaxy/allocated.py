@@ -8,8 +8,7 @@ import pytest
 
 from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights, ModelPart
-from stages.dtypes import FLOATS
-from stages.run_config import WeightConfig, layout_of, weight_path
+from stages.run_config import FLOATS, WeightConfig, layout_of, weight_path
 from stages.weight_specs import WeightSpec, WeightSpecs
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from stages.backend import ttnn
-from stages.dtypes import FLOATS
 from stages.errors import PlanError
 from stages.models.deepseek_v3.decoder_block import MoEBlock
 from stages.plan import plan_stages
+from stages.run_config import FLOATS
 from stages.stage import Stage
 from stages.tensor_dtypes import WeightDtypes
 from tests.support.checkpoints import write_checkpoint

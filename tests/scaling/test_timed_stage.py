@@ -11,13 +11,11 @@ import pytest
 
 from stages.capacity.step_time import StageTimes
 from stages.errors import PlanError
-from stages.options import CacheOptions, StageOptions
+from stages.options import CacheOptions, GivenTimes, PredictedTimes, StageOptions, TimedOptions
 from stages.plan import StageSpec, plan_stages
 from stages.step import Admission, SamplingParams, Segment, Step, StepResult
 from stages.tensor_dtypes import WeightDtypes
-from stages.timed.durations import CONTEXT_TOKENS, durations
-from stages.timed.options import GivenTimes, PredictedTimes, TimedOptions
-from stages.timed.stage import RECENT, TimedStage
+from stages.timed.stage import CONTEXT_TOKENS, RECENT, TimedStage, durations
 from tests.support.plans import r1_config
 from weights.presets import preset_directory
 from weights.sample import SAMPLE_DIR
@@ -186,7 +184,7 @@ from pathlib import Path
 from stages.options import CacheOptions, StageOptions
 from stages.plan import StageSpec
 from stages.step import Admission, SamplingParams, Segment, Step
-from stages.timed.options import PredictedTimes, TimedOptions
+from stages.options import PredictedTimes, TimedOptions
 from stages.timed.stage import TimedStage
 import actors.stage.actor
 cache = CacheOptions(slots=4, pools=1, blocks=64, block_size=32, max_model_len=512)

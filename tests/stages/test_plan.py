@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import PlanError
-from stages.models.deepseek_v3.costs import layer_cost
+from stages.models.deepseek_v3.architecture import layer_cost
 from stages.plan import StageSpec, balanced_split, explicit_stages, plan_stages
 from tests.support.plans import R1
 from weights.model_config import ModelConfig

@@ -13,8 +13,7 @@ from api.server.app import create_app
 from api.server.client_protocol import client_protocol
 from api.server.serve import listen, url
 from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S
-from api.text.generation_config import GenerationConfig
-from api.text.served_model import ServedModel
+from api.text.served_model import GenerationConfig, ServedModel
 from tests.support.fake_engine import FakeEngine
 from tests.support.small_tokenizer import EOS_ID, small_text_tokenizer
 

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
-from api.client.open_requests import Load
-from api.client.token_source import TokenStream
+from api.client.open_requests import Load, TokenStream
 from api.engine.options import EngineOptions
 from api.errors import EngineError
 from api.messages.engine import AddRequest, EngineState, FinishReason, RequestOutput

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from api.text.generation_config import GENERATION_CONFIG_BYTES_MAX, GenerationConfig
+from api.text.served_model import GENERATION_CONFIG_BYTES_MAX, GenerationConfig
 from api.text.tokenizer import CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, TextTokenizer
 from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError

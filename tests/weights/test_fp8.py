@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.checkpoints import ScaleFormat, dequantise_plainly, quantise
-from weights.fp8 import dequantise, scale_shape
+from weights.checkpoint import dequantise, scale_shape
 
 SIZES = st.one_of(st.integers(1, 400), st.sampled_from([1, 127, 128, 129, 255, 256, 257, 384]))
 
@@ -68,7 +68,7 @@ def test_scales_that_are_powers_of_two_lose_nothing(scale_format: ScaleFormat) -
 PEAK = """
 import torch
 from pathlib import Path
-from weights.fp8 import dequantise, scale_shape
+from weights.checkpoint import dequantise, scale_shape
 
 def peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()

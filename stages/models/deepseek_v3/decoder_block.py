@@ -6,11 +6,14 @@ from typing import ClassVar, TypedDict, TypeVar
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
+from stages.models.deepseek_v3.embedding import Embedding
+from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mla import MLA, MLARunConfig, MLAState
 from stages.models.deepseek_v3.mlp import MLP, MLPRunConfig, MLPState
 from stages.models.deepseek_v3.moe import MoE, MoERunConfig, MoEState
 from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
-from stages.models.module import DecoderModule
+from stages.models.deepseek_v3.rope import rope_tables
+from stages.models.module import AnyDecoderModule, DecoderModule, Modules
 from stages.options import CacheOptions
 from stages.run_config import OperatorConfig, StateDict, WeightConfig
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
@@ -175,3 +178,11 @@ class MoEBlock(DecoderBlock[MoEBlockRunConfig]):
     @classmethod
     def _feed_forward_decode(cls, x: ttnn.Tensor, cfg: MoEBlockRunConfig) -> ttnn.Tensor:
         return MoE.forward_decode(x, cfg["mlp"])
+
+
+def decoder_block(config: ModelConfig, layer: int) -> AnyDecoderModule:
+    """Returns the kind of block that a layer is."""
+    return MoEBlock if config.is_moe(layer) else DenseBlock
+
+
+MODULES = Modules(embedding=Embedding, decoder=decoder_block, head=LMHead, rope_tables=rope_tables)

@@ -13,7 +13,6 @@ import torch
 
 from stages.backend import composite, ttnn
 from stages.batch import DecodeBatch, PrefillBatch, PrefillGroup
-from stages.dtypes import FLOATS
 from stages.errors import PlanError
 from stages.models.deepseek_v3.rms_norm import LATENT_EPSILON
 from stages.models.deepseek_v3.weight_specs import attention_weights, kv_cache_shape
@@ -21,6 +20,7 @@ from stages.models.module import COLUMNS, Module, columns, matmul_kernel, share,
 from stages.models.rope import Rope
 from stages.options import CacheOptions
 from stages.run_config import (
+    FLOATS,
     AllReduceConfig,
     AllToAllConfig,
     LinearConfig,

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from actors.sockets.frames import HEADER, Hello, Kind, encode
-from actors.sockets.heartbeat import BEATS, HeartbeatMonitor
+from actors.sockets.host import BEATS, HeartbeatMonitor
 from actors.sockets.listener import HostListener, UnixAddress, connect
 from tests.support.links import DOWN, UP, Ear
 from tests.support.loops import on_skipping_loop, on_uvloop, skip_time

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.demo.accuracy import Reference, accuracy, read_reference_file
 from api.demo.files import (
     LoggedResult,
     ResultsLog,
@@ -22,6 +21,7 @@ from api.demo.files import (
 )
 from api.demo.generation import Generation, statistics
 from api.demo.options import DemoOptions
+from api.demo.reference import Reference, accuracy, read_reference_file
 from api.errors import OptionError, exit_code
 from tests.support.demo_figures import metrics
 

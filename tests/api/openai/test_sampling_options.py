@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from api.messages.engine import AddRequest
-from api.text.generation_config import GenerationConfig
+from api.text.served_model import GenerationConfig
 from api.text.tokenizer import TextTokenizer
 from stages.step import VOCABULARY, SamplingParams
 from tests.support.api_client import complete

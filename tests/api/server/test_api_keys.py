@@ -9,8 +9,7 @@ from structlog.testing import capture_logs
 
 from api.cli.status import read_view
 from api.errors import OptionError
-from api.server.api_keys import Authentication
-from api.server.app import create_app
+from api.server.app import Authentication, create_app
 from api.server.monitoring import add_monitoring_routes
 from api.settings.server import KEY_VARIABLES, ApiKeys, ServeSettings
 from tests.support.api_client import error_of

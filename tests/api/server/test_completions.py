@@ -15,7 +15,7 @@ from actors.errors import PlacementError
 from actors.stage.health import StageProgress
 from api.errors import NotReadyError, RequestError
 from api.messages.engine import AddRequest, EngineState, failed_state
-from api.text.generation_config import GenerationConfig
+from api.text.served_model import GenerationConfig
 from tests.support.api_client import Events, client, complete, error_of, post, stream
 from tests.support.api_server import MODEL, TEXT, TEXT_TOKENS, TOKENIZER, endless_text
 from tests.support.fake_engine import FakeEngine

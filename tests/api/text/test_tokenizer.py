@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from api.text.generation_config import GenerationConfig
+from api.text.served_model import GenerationConfig
 from api.text.tokenizer import HELD_TOKENS_MAX, REPLACEMENT, TextTokenizer
 from tests.support.small_tokenizer import (
     BOS,

@@ -11,7 +11,7 @@ from stages.capacity.step_time import MATMUL_FIDELITY
 from stages.models import rope
 from stages.models.architecture import Launches
 from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm
-from stages.models.deepseek_v3.costs import OPS
+from stages.models.deepseek_v3.architecture import OPS
 from stages.models.module import matmul_kernel
 from tests.support.checkpoints import write_checkpoint
 from tests.support.stage_driver import Driver, cache_options, stage_options

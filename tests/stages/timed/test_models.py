@@ -15,8 +15,7 @@ from api.text.tokenizer import TextTokenizer
 from stages.capacity.step_time import StageTimes
 from stages.step import Mode, Segment, Step
 from stages.tensor_dtypes import WeightDtypes
-from stages.timed.durations import CONTEXT_TOKENS, durations
-from stages.timed.stage import TokenMaker
+from stages.timed.stage import CONTEXT_TOKENS, TokenMaker, durations
 from tests.support.command_line import refused
 from tests.support.plans import r1_config
 from weights.presets import PRESETS, preset_directory

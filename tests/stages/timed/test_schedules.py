@@ -13,12 +13,10 @@ from api.messages.engine import AddRequest
 from api.scheduler.options import ScheduleOptions, SchedulerOptions
 from api.scheduler.scheduler import Scheduler
 from stages.errors import PlanError
-from stages.options import CacheOptions, StageOptions
+from stages.options import CacheOptions, GivenTimes, StageOptions
 from stages.plan import StageSpec
 from stages.step import SamplingParams, Segment, Step, StepResult, TokenLogprobs
-from stages.timed.durations import GivenDurations
-from stages.timed.options import GivenTimes
-from stages.timed.stage import TimedStage, TokenMaker, certain
+from stages.timed.stage import GivenDurations, TimedStage, TokenMaker, certain
 
 BLOCK = 32
 BYTES_PER_TOKEN = 6
