@@ -12,8 +12,8 @@ from actors.options import PipelineOptions
 from actors.stage.health import StageProgress
 from api.engine.meters import EngineMeters
 from api.engine.options import EngineOptions
-from api.engine.pipeline import EnginePipeline, PipelineReports
-from api.engine.recovery import Recovery, RestartLimit
+from api.engine.pipeline_reports import PipelineReports
+from api.engine.recovery import EnginePipeline, Recovery, RestartLimit
 from api.engine.step_watch import StepWatch
 from api.engine.timeline import Timeline, open_timeline
 from api.errors import EngineError, RequestError

@@ -3,16 +3,18 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, PlacementError, ProtocolError
+from actors.stage.health import StageHealth
 from api.engine.meters import NS, EngineMeters
-from api.engine.pipeline import EnginePipeline
 from api.engine.step_watch import StepWatch
 from api.messages.engine import FromEngine, Outputs, recovering_state
 from api.scheduler.scheduler import Scheduler
+from stages.step import Step, StepResult
 from weights.errors import GalaxylineError
 
 DEFAULT_MAX_RESTARTS = 10
@@ -23,6 +25,30 @@ RETRY_S = 1.0
 """The pause between two attempts to bring the pipeline back."""
 
 log = structlog.get_logger()
+
+
+class EnginePipeline(Protocol):
+    """A pipeline that has started: actors.pipeline.Pipeline is one, and so are the tests' fakes."""
+
+    epoch: int
+
+    async def submit(self, step: Step) -> None:
+        """Sends a step to the first stage. Raises PipelineError."""
+
+    async def receive(self) -> StepResult:
+        """Returns the next result, in the order of submission. Raises PipelineError."""
+
+    async def health(self) -> list[StageHealth]:
+        """Returns the health of every stage, in order, within about a second."""
+
+    async def recover(self) -> None:
+        """Brings the pipeline back after a failure, as another epoch.
+
+        Raises GalaxylineError; it may be called again then.
+        """
+
+    async def close(self) -> None:
+        """Ends all stages."""
 
 
 class RestartLimit:
