@@ -5,8 +5,10 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 
 from tests import ROOT
 from tests.support.ray_cluster import running_ray
@@ -81,6 +83,19 @@ def pytest_runtest_makereport(
             text = log.read_text(encoding="utf-8", errors="replace")
             report.sections.append((f"end of {log.relative_to(folder)}", text[-LOG_CHARACTERS:]))
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loggers_not_cached() -> Iterator[None]:
+    """Keeps `capture_logs` working after a test that configures logging: a cached logger would never get there."""
+    configure = structlog.configure
+
+    def configure_without_cache(**options: Any) -> None:
+        configure(**{**options, "cache_logger_on_first_use": False})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structlog, "configure", configure_without_cache)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ docs/options.md and the engine's options all come from there. `extra` may have:
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -179,6 +179,6 @@ def _is_literal(kind: Any) -> bool:
     return typing.get_origin(kind) is typing.Literal
 
 
-def _read_path(kind: Callable[[object], object], value: object) -> object:
-    """Reads the one type of an option that msgspec does not know."""
-    return kind(value)
+def _read_path(kind: type, value: object) -> object:
+    """Reads the one type of an option that msgspec does not know; objects that are made already stay as they are."""
+    return value if isinstance(value, kind) else kind(value)
