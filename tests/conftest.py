@@ -71,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, last))
 
 
+def pytest_collection_finish() -> None:
+    """Refuses test modules that import Ray: it would have read its environment before a fixture has prepared that."""
+    if "ray" in sys.modules:
+        raise pytest.UsageError("A test module imports Ray: import it within the test, after prepare_environment.")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

@@ -1,8 +1,9 @@
 """The placement of stages on hosts and rows, and refusals that name what is missing. Nothing here uses Ray."""
 
 import itertools
+import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -11,6 +12,9 @@ from stages.step import Host, Topology
 
 ROWS = "galaxy_rows"
 """The custom resource by which a node offers its Galaxy rows."""
+
+PREFIX = "galaxyline rows "
+"""Begins the names of placement groups, which say which rows of which host belong to which pipeline."""
 
 Rows = list[int]
 
@@ -126,3 +130,44 @@ def _share_out(room: Mapping[str, int], first: str, stages: int) -> Counter[str]
 
 def _sum(room: Mapping[str, int], nodes: Sequence[str]) -> int:
     return sum(room[node] for node in nodes)
+
+
+class RowClaim(msgspec.Struct, frozen=True):
+    """A claim to rows, by their numbers for each node id; `token` distinguishes claims to the same rows."""
+
+    token: str
+    rows: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, placements: Sequence[StagePlacement]) -> "RowClaim":
+        """Makes a new claim to the rows of all placements."""
+        rows: dict[str, list[int]] = {}
+        for placed in placements:
+            rows.setdefault(placed.host.node_id, []).extend(placed.rows)
+        return cls(secrets.token_hex(8), rows)
+
+    @property
+    def name(self) -> str:
+        """The name of the placement group, which other pipelines read the claim from."""
+        return PREFIX + msgspec.json.encode(self).decode()
+
+
+def read_claims(names: Iterable[str]) -> list[RowClaim]:
+    """Returns the claims among the names of placement groups."""
+    written = (name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+    return [msgspec.json.decode(claim, type=RowClaim) for claim in written]
+
+
+def taken_rows(claims: Iterable[RowClaim]) -> dict[str, set[int]]:
+    """Returns the row numbers that are claimed, by node id."""
+    taken: dict[str, set[int]] = {}
+    for claim in claims:
+        for node, rows in claim.rows.items():
+            taken.setdefault(node, set()).update(rows)
+    return taken
+
+
+def has_rival(claim: RowClaim, claims: Iterable[RowClaim]) -> bool:
+    """Returns whether another claim has one of the same rows."""
+    others = taken_rows(other for other in claims if other.token != claim.token)
+    return any(others.get(node, set()).intersection(rows) for node, rows in claim.rows.items())

@@ -2,10 +2,8 @@
 
 import asyncio
 import random
-import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import msgspec
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -16,63 +14,25 @@ from ray.util.placement_group import (
 from actors.cluster.cluster import Cluster
 from actors.cluster.placement import (
     ROWS,
+    RowClaim,
     StagePlacement,
+    has_rival,
     hosts_sentence,
     needed_rows,
     placements_beside,
     plan_placements,
+    read_claims,
     refuse_impossible,
+    taken_rows,
 )
 from actors.cluster.ray_private import actor_holders
 from actors.errors import PlacementError
 
-PREFIX = "galaxyline rows "
 NODE_LABEL = "ray.io/node-id"
 """The label by which Ray names every node."""
 RETRY_SECONDS = 0.3
 GRANT_SECONDS = 5.0
 """Rows that nobody claims are granted within this time; otherwise the hosts are looked at again."""
-
-
-class RowClaim(msgspec.Struct, frozen=True):
-    """A claim to rows, by their numbers for each node id; `token` distinguishes claims to the same rows."""
-
-    token: str
-    rows: dict[str, list[int]]
-
-    @classmethod
-    def of(cls, placements: Sequence[StagePlacement]) -> "RowClaim":
-        """Makes a new claim to the rows of all placements."""
-        rows: dict[str, list[int]] = {}
-        for placed in placements:
-            rows.setdefault(placed.host.node_id, []).extend(placed.rows)
-        return cls(secrets.token_hex(8), rows)
-
-    @property
-    def name(self) -> str:
-        """The name of the placement group, which other pipelines read the claim from."""
-        return PREFIX + msgspec.json.encode(self).decode()
-
-
-def read_claims(names: Iterable[str]) -> list[RowClaim]:
-    """Returns the claims among the names of placement groups."""
-    written = (name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
-    return [msgspec.json.decode(claim, type=RowClaim) for claim in written]
-
-
-def taken_rows(claims: Iterable[RowClaim]) -> dict[str, set[int]]:
-    """Returns the row numbers that are claimed, by node id."""
-    taken: dict[str, set[int]] = {}
-    for claim in claims:
-        for node, rows in claim.rows.items():
-            taken.setdefault(node, set()).update(rows)
-    return taken
-
-
-def has_rival(claim: RowClaim, claims: Iterable[RowClaim]) -> bool:
-    """Returns whether another claim has one of the same rows."""
-    others = taken_rows(other for other in claims if other.token != claim.token)
-    return any(others.get(node, set()).intersection(rows) for node, rows in claim.rows.items())
 
 
 class Placement:

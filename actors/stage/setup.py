@@ -6,7 +6,7 @@ import msgspec
 
 from actors.cluster.placement import StagePlacement
 from actors.mpi.galaxy import VISIBLE_DEVICES, visible_devices
-from actors.mpi.world import Membership
+from actors.mpi.membership import Membership
 from actors.options import PipelineOptions
 from actors.sockets.host import SILENCE_SECONDS, Terms
 from actors.sockets.link import EngineLinks

@@ -13,9 +13,8 @@ import structlog
 from api.client.open_requests import OUTPUTS_WAITING_MAX, TOO_SLOW, TokenStream
 from api.errors import EngineError
 from api.messages.engine import FinishReason, RequestOutput
-from api.openai.choices import Choice
+from api.openai.choices import Choice, Prompt
 from api.openai.logprobs import Details, TokenDetails, joined_logprobs
-from api.openai.prompts import Prompt
 from api.openai.protocol import CompletionRequest, StreamOptions
 from api.openai.responses import (
     DONE_EVENT,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from api.openai.prompts import Prompt
+from api.openai.choices import Prompt
 from api.openai.protocol import CompletionRequest
 from api.openai.responses import CompletionLogprobs, PromptLogprob, PromptLogprobs
 from api.text.tokenizer import CHARACTER_BYTES_MAX, REPLACEMENT, TextTokenizer

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.client.open_requests import TokenSource
 from api.errors import EngineError, NotReadyError
 from api.messages.engine import not_ready, takes_requests
-from api.openai.prompts import refuse_other_model
+from api.openai.choices import refuse_other_model
 from api.openai.protocol import CompletionRequest
 from api.openai.responses import (
     INTERNAL_ERROR,

@@ -13,9 +13,8 @@ from starlette.types import Receive
 from api.client.open_requests import TokenSource
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
-from api.openai.choices import build_choices, sampling_params
+from api.openai.choices import Prompt, build_choices, read_prompts, refuse_other_model, sampling_params
 from api.openai.completion_stream import ChunkStream, CompletionStream, CompletionText
-from api.openai.prompts import Prompt, read_prompts, refuse_other_model
 from api.openai.protocol import CompletionRequest, parse_completion_request
 from api.openai.responses import Completion, encode, refusal
 from api.server.admission import AdmissionControl

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.openai.prompts import refuse_other_model, refuse_outside_vocabulary
+from api.openai.choices import refuse_other_model, refuse_outside_vocabulary
 from api.openai.protocol import TOKEN_IDS_FORM, parse_body, token_ids
 from api.openai.responses import DetokenizedText, Tokens, encode
 from api.server.openapi import BODY_ERRORS, answers_of, body_of, object_answer

@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.cluster.placement import hosts_sentence, placements_beside, plan_placements, refuse_impossible
-from actors.cluster.placement_group import RowClaim, has_rival, read_claims, taken_rows
+from actors.cluster.placement import (
+    RowClaim,
+    has_rival,
+    hosts_sentence,
+    placements_beside,
+    plan_placements,
+    read_claims,
+    refuse_impossible,
+    taken_rows,
+)
 from actors.errors import PlacementError
 from actors.stage.process import SPINS, THREAD_VARIABLES, CoreShare, apply_share, share_cores
 from stages.step import Host, Topology

@@ -10,7 +10,7 @@ import pytest
 
 from actors.errors import StartError
 from actors.mpi import placeholder
-from actors.mpi.world import Membership
+from actors.mpi.membership import Membership
 
 RANK = 2
 
