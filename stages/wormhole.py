@@ -11,6 +11,9 @@ USERS_PER_ROW = 32
 TOKENS_AT_ONCE = 2048
 """Tokens of one pass through a chip's experts: buffers in L1 grow with them, and 2048 is what fits."""
 
+HEADS_TOGETHER = 16
+"""The heads of a column of chips come in multiples of this: `all_to_all` gathers them by half tiles."""
+
 GALAXY_ROWS = 4
 GALAXY_COLUMNS = 8
 """Chips of a Galaxy: 4 rows of 8 (tt_metal/fabric/mesh_graph_descriptors/single_galaxy_mesh_graph_descriptor)."""

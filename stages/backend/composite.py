@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from stages.backend import DEVICE, ttnn
 from stages.backend.embedded import experts
+from stages.wormhole import HEADS_TOGETHER as HEADS_TOGETHER_ON_CHIPS
 from stages.wormhole import TOKENS_AT_ONCE
 
 FUSED_GATE = (256, 8, 4, 8)
 """DeepSeek-V3's experts, groups, chosen groups and chosen experts, for which chips have a fused gate."""
 
-HEADS_TOGETHER = 16 if DEVICE == "ttnn" else 1
-"""The heads of a column are padded to a multiple of this: `all_to_all` gathers them by half tiles on chips."""
+HEADS_TOGETHER = HEADS_TOGETHER_ON_CHIPS if DEVICE == "ttnn" else 1
+"""The heads of a column come in multiples of this on the device of this process."""
 
 LEFT_OUT = -1.0e4
 """What is added to the biased scores of excluded groups: far below any score, and finite in bfloat16."""

@@ -6,7 +6,7 @@ from stages.errors import PlanError
 from stages.options import TRACE_REGION_BYTES, CacheOptions
 from stages.plan import check_stages, default_microbatches
 from stages.tensor_dtypes import WeightDtypes
-from stages.wormhole import GALAXY_COLUMNS
+from stages.wormhole import GALAXY_COLUMNS, HEADS_TOGETHER
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div
 
@@ -85,3 +85,9 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         for what, (size, parts) in shared.items():
             if size % parts:
                 raise PlanError(f"The {what} ({size}) cannot be shared evenly by {parts} chips.")
+        heads = config.num_attention_heads // GALAXY_COLUMNS
+        if heads % HEADS_TOGETHER:
+            raise PlanError(
+                f"{config.num_attention_heads} attention heads are {heads} for each of {GALAXY_COLUMNS} columns of "
+                f"chips, which exchange them by {HEADS_TOGETHER}: the model cannot be served on chips."
+            )

@@ -52,7 +52,7 @@ def deployment(stages: int, rows_per_stage: int, **changes: Any) -> Deployment:
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
     """Random DeepSeek-V3 models that up to 4 rows can share."""
-    heads = 8 * draw(st.integers(1, 16))
+    heads = 128 * draw(st.integers(1, 2))
     layers = draw(st.integers(2, 12))
     sizes = {
         "vocab_size": draw(st.integers(100, 200000)),

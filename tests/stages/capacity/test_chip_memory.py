@@ -99,6 +99,12 @@ def test_what_chips_cannot_share_is_refused(changes: dict[str, object], sentence
         chip_memory(R1, msgspec.structs.replace(deployment(2, 4), **changes))
 
 
+def test_heads_too_few_for_the_columns_are_refused_as_a_stage_does() -> None:
+    kimi_k2 = msgspec.structs.replace(R1, num_attention_heads=64)
+    with pytest.raises(PlanError, match="64 attention heads are 8 for each of 8 columns of chips"):
+        chip_memory(kimi_k2, deployment(2, 4))
+
+
 def test_a_decode_step_too_large_for_l1_does_not_fit() -> None:
     [memory, _] = chip_memory(R1, deployment(2, 4, users_per_row=96, max_model_len=32))
     assert memory.total <= memory.available
