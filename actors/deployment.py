@@ -4,8 +4,6 @@ The module imports Ray; see `actors.cluster.cluster`.
 """
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,15 +11,13 @@ from pathlib import Path
 from actors.cluster.cluster import Cluster
 from actors.errors import StartError
 from actors.options import PipelineOptions
+from actors.run_directory import RunDirectory
 from actors.sockets.host import HostLink
 from actors.sockets.link import EngineLinks
 from actors.stage.health import StageHealth, StageProgress
 from actors.stage.mesh_hop import Transfer
 from actors.stage.setup import stage_setups
 from actors.start import Chain, StageStarter, StartedStages
-
-TEMPORARY_PATH_MAX = 60
-"""A unix socket's path has at most 107 bytes; ours adds some 30 to the directory for temporary files."""
 
 
 class Deployment:
@@ -46,13 +42,12 @@ class Deployment:
         deadline = asyncio.get_running_loop().time() + options.cluster.start_timeout_s
         ending = AsyncExitStack()
         try:
-            directory = Path(_short_temporary_directory())
-            ending.push_async_callback(asyncio.to_thread, shutil.rmtree, directory, ignore_errors=True)
-            cluster = await Cluster.join(
-                options.cluster.ray_address, len(options.specs) * options.cluster.rows_per_stage
-            )
+            directory = await asyncio.to_thread(_run_directory, options.directory)
+            ending.push_async_callback(asyncio.to_thread, directory.remove)
+            rows = len(options.specs) * options.cluster.rows_per_stage
+            cluster = await Cluster.join(options.cluster.ray_address, rows, directory.ray)
             ending.push_async_callback(cluster.leave)
-            starter = StageStarter(options, cluster, directory, on_progress)
+            starter = StageStarter(options, cluster, directory.path, on_progress)
             stages, chain = await starter.start(links, deadline)
         except BaseException:
             await asyncio.shield(ending.aclose())
@@ -122,7 +117,5 @@ class Deployment:
         return chain
 
 
-def _short_temporary_directory() -> str:
-    usual = tempfile.gettempdir()
-    parent = usual if len(usual) <= TEMPORARY_PATH_MAX else "/tmp"  # noqa: S108 # nosec B108 # a private one in it
-    return tempfile.mkdtemp(prefix="galaxyline-", dir=parent)
+def _run_directory(given: str | None) -> RunDirectory:
+    return RunDirectory.create() if given is None else RunDirectory.enter(Path(given))

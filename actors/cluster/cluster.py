@@ -5,10 +5,12 @@ This module imports Ray, which reads its environment at that moment: `prepare_en
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -16,7 +18,7 @@ import structlog
 
 from actors.cluster.environment import cluster_address
 from actors.cluster.placement import ROWS
-from actors.cluster.ray_private import loopback_arguments, stop_error_listener
+from actors.cluster.ray_private import OwnNode, current_cluster, stop_error_listener
 from actors.errors import ClusterError
 from stages.step import Host, Topology
 
@@ -26,6 +28,14 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
 """Size of Ray's object store, through which hardly anything passes; it accepts no less than 75 MiB."""
 REACH_SECONDS = 5.0
+CONNECT_SECONDS = 150.0
+"""Twice as long as Ray's processes may take to start, and more than Ray gives a cluster to answer a driver."""
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client begins with, and its settings, none."""
+HTTP2_HEADER_BYTES = 9
+HTTP2_SETTINGS = 4
+"""The length of a frame's header, and the type of the first frame, at its fourth byte."""
 
 
 class Cluster:
@@ -36,31 +46,39 @@ class Cluster:
     so the process keeps its own.
     """
 
-    def __init__(self, thread: ThreadPoolExecutor, *, is_ours: bool) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, node: OwnNode | None) -> None:
+        """`node` has the processes of a Ray that was started here."""
         self._thread = thread
-        self._is_ours = is_ours
+        self._node = node
 
     @classmethod
-    async def join(cls, address: str | None, rows: int) -> "Cluster":
+    async def join(cls, address: str | None, rows: int, directory: Path) -> "Cluster":
         """Joins the cluster at `address`, or at RAY_ADDRESS, or the one this process is in; else starts one that has
-        `rows` galaxy rows, on the loopback interface. Raises ClusterError.
+        `rows` galaxy rows, on the loopback interface, with its files below `directory`. Raises ClusterError.
         """
-        address = cluster_address(address)
-        if address is not None:
-            await _reach(address)
-        thread = ThreadPoolExecutor(1, thread_name_prefix="Ray")
-        connecting = asyncio.get_running_loop().run_in_executor(thread, _connect, address, rows)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="Ray", initializer=_block_stop_signals)
+        loop = asyncio.get_running_loop()
         try:
-            is_ours = await asyncio.shield(connecting)
+            address = cluster_address(address)
+            if address == "auto":
+                address = await loop.run_in_executor(thread, current_cluster)
+            if address is not None:
+                await _reach(address)
+            connecting = loop.run_in_executor(thread, _connect, address, rows, directory)
+            node = await asyncio.wait_for(asyncio.shield(connecting), CONNECT_SECONDS)
+        except asyncio.TimeoutError:
+            thread.shutdown(wait=False)
+            where = "here" if address is None else f"at {address}"
+            raise ClusterError(f"Ray {where} was not ready within {CONNECT_SECONDS:g} s.") from None
         except asyncio.CancelledError:
             # Ray's start cannot be called off: let it finish, so that it can be undone.
-            await cls(thread, is_ours=await connecting).leave()
+            await cls(thread, await connecting).leave()
             raise
         except ClusterError:
             thread.shutdown(wait=False)
             raise
         _take_signals_back()
-        return cls(thread, is_ours=is_ours)
+        return cls(thread, node)
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Runs one of Ray's blocking functions in the connection's thread."""
@@ -76,40 +94,62 @@ class Cluster:
 
     async def leave(self) -> None:
         """Leaves the cluster, and ends it if `join` started it."""
-        if self._is_ours:
-            await self.call(_shut_down)
+        if self._node is not None:
+            await self.call(_shut_down, self._node)
         self._thread.shutdown(wait=False)
 
 
+def _block_stop_signals() -> None:
+    """Makes what this thread starts deaf to SIGTERM and SIGINT, as blocked signals are inherited.
+
+    A service manager and a machine that shuts down send them to every process; the open requests are to end first.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
 async def _reach(address: str) -> None:
-    """Raises ClusterError unless something listens at the address; Ray itself tries for a minute before it gives up."""
-    if address == "auto":
-        return
+    """Raises ClusterError unless a gRPC server answers at the address; Ray itself tries for minutes before it gives up.
+
+    The kernel takes connections for a process that is stopped, and other programs take them too: only the frame that an
+    HTTP/2 server begins with (RFC 9113, 3.4) tells that there is one that works.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), timeout=REACH_SECONDS)
-    except (OSError, ValueError, asyncio.TimeoutError) as error:
+        await asyncio.wait_for(_greet(host.strip("[]"), int(port)), timeout=REACH_SECONDS)
+    except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
         raise ClusterError(
             f"No Ray cluster answers at {address}: give HOST:PORT of one that runs (`ray start --head`), or no address."
         ) from error
-    writer.close()
 
 
-def _connect(address: str | None, rows: int) -> bool:
-    """Connects to Ray, or starts it; returns whether that was done here, and is to be undone here."""
+async def _greet(host: str, port: int) -> None:
+    """Opens an HTTP/2 connection and waits for the server's settings. Raises OSError, EOFError or ValueError."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        writer.write(HTTP2_PREFACE)
+        header = await reader.readexactly(HTTP2_HEADER_BYTES)
+        if header[3] != HTTP2_SETTINGS:
+            raise ValueError("what answers is not an HTTP/2 server")
+    finally:
+        writer.close()
+
+
+def _connect(address: str | None, rows: int, directory: Path) -> OwnNode | None:
+    """Connects to Ray, or starts it; returns the node that was started here, and is to be ended here."""
     if ray.is_initialized():
-        return False
+        return None
     try:
         if address is None:
-            _start_despite_load(rows)
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return _start_despite_load(rows, directory)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises Exception itself where its processes are not up in time
         attempt = "started" if address is None else f"joined at {address}"
         # Ray refuses other releases of itself and of Python in five lines.
         raise ClusterError(f"Ray cannot be {attempt}: {' '.join(str(error).split())}") from error
     stop_error_listener()
-    return True
+    return None
 
 
 def _take_signals_back() -> None:
@@ -120,35 +160,36 @@ def _take_signals_back() -> None:
             signal.siginterrupt(number, False)
 
 
-def _start_despite_load(rows: int) -> None:
+def _start_despite_load(rows: int, directory: Path) -> OwnNode:
     """Starts Ray, and once more if its processes are not up in time.
 
     A raylet ends if its agents do not report for 15 s, which on a busy host they may need to be read from disk
     (ray-project/ray, issue 65983).
     """
     try:
-        _start(rows)
+        return _start(rows, directory)
     except ClusterError:
         raise
     except Exception as error:  # Ray raises Exception itself
         structlog.get_logger().warning("Ray did not start: once more", cause=" ".join(str(error).split()))
-        _start(rows)
+        return _start(rows, directory)
 
 
-def _start(rows: int) -> None:
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        num_cpus=1,
-        resources={ROWS: rows},
-        object_store_memory=OBJECT_STORE_BYTES,
-        **loopback_arguments(LOOPBACK),
-    )
-    bound = {node["NodeManagerAddress"] for node in _nodes()}
+def _start(rows: int, directory: Path) -> OwnNode:
+    node = OwnNode(LOOPBACK, directory, {ROWS: rows}, OBJECT_STORE_BYTES)
+    try:
+        ray.init(address=node.address, _node_ip_address=LOOPBACK, log_to_driver=False, logging_level=logging.ERROR)
+        stop_error_listener()
+        _refuse_outward_address()
+    except BaseException:
+        _shut_down(node)
+        raise
+    return node
+
+
+def _refuse_outward_address() -> None:
+    bound = {host["NodeManagerAddress"] for host in _nodes()}
     if bound != {LOOPBACK}:
-        ray.shutdown()
         raise ClusterError(
             f"Ray bound {', '.join(sorted(bound))} instead of {LOOPBACK}: it was imported before the pipeline started."
         )
@@ -178,5 +219,7 @@ def _node_id() -> str:
     return node_id
 
 
-def _shut_down() -> None:
+def _shut_down(node: OwnNode) -> None:
+    # Before the node ends: a driver without one waits for it.
     ray.shutdown()
+    node.kill()

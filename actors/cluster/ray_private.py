@@ -7,10 +7,11 @@ the functions only, because the variables named here have to be set before that 
 import os
 import re
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
-from actors.errors import ReleaseError, StartError
+from actors.errors import ClusterError, ReleaseError, StartError
 from actors.release import own_release, release_sentence
 from weights.errors import GalaxylineError
 
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Ray refuses a process that runs another patch release of Python, unless only the minor release has to be equal.
     "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
+    # A driver below `uv run` would otherwise upload its working directory, whatever lies there.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 """Variables of every process that starts or joins a cluster."""
 
@@ -46,15 +49,64 @@ def set_environment(environment: MutableMapping[str, str], *, is_loopback: bool)
         environment.setdefault(name, value)
 
 
-def loopback_arguments(address: str) -> dict[str, Any]:
-    """Returns the undocumented arguments of `ray.init` that start a cluster at a loopback `address`.
+class OwnNode:
+    """The processes of a Ray cluster of this host alone: the control store and the raylet, with its agents.
 
-    By default as many stages start at once as `num_cpus` allows, and each takes a second of a core to import Ray.
+    What `ray.init` starts beside them serves dashboards, the autoscaler and the relay of workers' output: nothing here
+    uses it, it takes most of a start's time, and it listens on ports that are the same for every Ray of a host.
     """
-    return {
-        "_node_ip_address": address,
-        "_system_config": {STARTUP_CONCURRENCY: len(os.sched_getaffinity(0))},
-    }
+
+    def __init__(self, address: str, directory: Path, resources: Mapping[str, int], object_store_bytes: int) -> None:
+        """Starts them at a loopback `address`, with their files below `directory`.
+
+        Raises Exception itself, as Ray does, where they are not up in time.
+        """
+        from ray._private.node import Node  # noqa: PLC0415 - see the module
+        from ray._private.parameter import RayParams  # noqa: PLC0415
+
+        class BareNode(Node):
+            def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+                """Starts no dashboard."""
+
+        parameters = RayParams(
+            node_ip_address=address,
+            num_cpus=1,
+            resources=dict(resources),
+            object_store_memory=object_store_bytes,
+            temp_dir=str(directory),
+            include_dashboard=False,
+            include_log_monitor=False,  # type: ignore[arg-type] # declared as a string, used as a bool
+            no_monitor=True,
+            # By default one port for all, which a second Ray of the host then misses.
+            dashboard_agent_listen_port=0,
+            # As many stages start at once as there are cores: each takes a second of one to import Ray.
+            _system_config={STARTUP_CONCURRENCY: len(os.sched_getaffinity(0))},  # type: ignore[dict-item] # a number
+        )
+        self._node = BareNode(parameters, head=True, shutdown_at_exit=False, ray_init_cluster=True)
+        self.address: str = self._node.address
+
+    def kill(self) -> None:
+        """Ends the processes at once, but for the agents, which follow the raylet after some seconds."""
+        for started in self._node.all_processes.values():
+            for info in started:
+                info.process.kill()
+        self._node.kill_all_processes(check_alive=False)
+
+
+def current_cluster() -> str:
+    """Returns what "auto" stands for: the cluster that `ray start` began last on this host, else the only one there is.
+
+    Raises ClusterError where there is none, or more than one.
+    """
+    from ray._private import services, utils  # noqa: PLC0415 - see the module
+
+    if address := utils.read_ray_address():
+        return address
+    running = sorted(services.find_gcs_addresses())  # type: ignore[no-untyped-call]
+    if len(running) == 1:
+        return str(running[0])
+    what = f"{len(running)} Ray clusters run on this host" if running else "No Ray cluster runs on this host"
+    raise ClusterError(f"{what}: give HOST:PORT of one in place of 'auto', or no address.")
 
 
 def stop_error_listener() -> None:

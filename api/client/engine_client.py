@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
@@ -13,6 +14,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from actors.release import child_environment
+from actors.run_directory import RunDirectory
 from api.client.open_requests import Load, OpenRequests, RequestStream
 from api.client.request_metrics import RequestMetrics
 from api.engine.options import EngineOptions
@@ -110,6 +113,7 @@ class EngineClient:
         self._reports: PendingReplies[PipelineReport] = PendingReplies()
         self._messages: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._framing = Framing(self._handle_frame)
+        self._directory: RunDirectory | None = None
         self._process: Process | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -242,9 +246,11 @@ class EngineClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
-            # This is the first frame, as no query is sent before there is a process.
-            self._framing.send(self._options)
             try:
+                self._directory = directory = await asyncio.to_thread(RunDirectory.create)
+                pipeline = msgspec.structs.replace(self._options.pipeline, directory=str(directory.path))
+                # This is the first frame, as no query is sent before there is a process.
+                self._framing.send(msgspec.structs.replace(self._options, pipeline=pipeline))
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     *("-m", "api.engine", str(theirs.fileno())),
@@ -252,13 +258,16 @@ class EngineClient:
                     stdin=DEVNULL,
                     # The standard output is the command's own; the engine and what it starts only log.
                     stdout=sys.__stderr__,
-                    # The working directory's modules are not ours (Python 3.11 and later).
-                    env={**os.environ, "PYTHONSAFEPATH": "1"},
+                    # The modules of the user's working directory are not ours, for the engine as for the workers of
+                    # Ray, which put the directory of the process that started them in front of their path.
+                    cwd=directory.path,
+                    env=child_environment(os.environ),
                     # Ctrl-C is for the front end, which lets the open requests end before it ends the engine.
                     preexec_fn=leave_group,
                 )
             except BaseException:
                 self._framing.close()
+                await self._remove_directory()
                 raise
         self._watching = asyncio.create_task(self._watch(self._process))
 
@@ -269,7 +278,13 @@ class EngineClient:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._framing.lost.wait(), EXIT_MARGIN_S)
         self._framing.close()
-        self._end(EngineError.for_clients(f"The engine process ended with exit code {code}; its log says why."))
+        self._end(EngineError.for_clients(_end_sentence(code)))
+        await self._remove_directory()
+
+    async def _remove_directory(self) -> None:
+        """Removes what the engine has left, which is nothing unless it was killed."""
+        if self._directory is not None:
+            await asyncio.to_thread(self._directory.remove)
 
     async def _left_loading(self) -> None:
         while self._state.phase == "loading":
@@ -318,3 +333,12 @@ class EngineClient:
         self._push_outputs([failed_output(request_id, error_of(self._state)) for request_id in self._open.streams])
         for pending in (self._counts, self._metrics, self._reports):
             pending.fail(EngineError(self._state.sentence, public=self._state.public_sentence))
+
+
+def _end_sentence(code: int) -> str:
+    """Says how the engine's process ended, by its return code: negative where a signal has killed it."""
+    if code >= 0:
+        return f"The engine process ended with exit code {code}; its log says why."
+    if -code == signal.SIGKILL:
+        return f"The engine process was killed by signal {-code}, perhaps for want of memory."
+    return f"The engine process was killed by signal {-code} ({signal.strsignal(-code)})."

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -40,8 +41,9 @@ ROWS = 3
 
 
 @pytest.fixture(scope="module")
-def cluster() -> "Iterator[Cluster]":
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]":
     """One Ray for all tests of this module; pipelines find it and leave it running."""
+    tmp_path_factory.getbasetemp()  # Not in the directory of this Ray, which is removed.
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
         with ray_of_this_process(ROWS) as joined:
@@ -201,12 +203,12 @@ async def test_pipelines_that_start_at_once_on_one_host_own_different_rows(clust
             await pipeline.close()
 
 
-async def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
+async def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     prepare_environment("127.0.0.1:1")
     from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads the environment
 
     with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
-        await Cluster.join("127.0.0.1:1", 1)
+        await Cluster.join("127.0.0.1:1", 1, tmp_path)
 
 
 def test_the_environment_names_the_cluster_unless_an_address_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,20 +371,20 @@ async def test_close_wakes_whoever_waits() -> None:
 
 @pytest.mark.slow
 async def test_a_ray_that_is_not_up_in_time_is_one_sentence(
-    cluster: "Cluster", monkeypatch: pytest.MonkeyPatch
+    cluster: "Cluster", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import ray  # noqa: PLC0415 - the fixture has prepared its environment
 
     attempts: list[object] = []
 
-    def init(**told: object) -> None:
-        attempts.append(told["resources"])
+    def start(_: str, __: Path, resources: object, ___: int) -> None:
+        attempts.append(resources)
         raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("actors.cluster.cluster.OwnNode", start)
     with pytest.raises(ClusterError, match=r"^Ray cannot be started: The current node timed out during startup\.$"):
-        await type(cluster).join("local", ROWS)
+        await type(cluster).join("local", ROWS, tmp_path)
     assert attempts == [{"galaxy_rows": ROWS}] * 2
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from actors.cluster.ray_private import setup_error
 from actors.errors import ReleaseError, StartError
-from actors.release import own_release, refuse_other_release
+from actors.release import ROOT, own_release, refuse_other_release
 from actors.stage.actor import StageActor
 from api.errors import exit_code
 from weights.release import VERSION
@@ -26,7 +26,8 @@ def test_another_release_is_refused_before_anything_of_it_is_read() -> None:
     with pytest.raises(ReleaseError) as refused:
         StageActor(OTHER, "host-1", b"no setup of this release")
     assert str(refused.value) == (
-        f"host-1 runs {own_release()}, and the pipeline needs {OTHER}: install the same on every host of the cluster."
+        f"host-1 runs {own_release()} from {ROOT}, and the pipeline needs {OTHER}: "
+        "install the same on every host of the cluster."
     )
     assert exit_code(refused.value) == 2
     assert dict(os.environ) == environment

@@ -109,7 +109,7 @@ async def joined_by_all() -> None:
     """Waits for both nodes."""
     from actors.cluster.cluster import Cluster  # noqa: PLC0415 - Ray reads what `prepare_environment` set
 
-    cluster = await Cluster.join(f"{ADDRESSES[0]}:{PORT}", ROWS)
+    cluster = await Cluster.join(f"{ADDRESSES[0]}:{PORT}", ROWS, Path())
     for _ in range(TRIES):
         if len((await cluster.topology()).hosts) == len(NAMES):
             return

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.cluster.environment import prepare_environment
@@ -44,7 +45,7 @@ async def move() -> None:
     from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
     from actors.cluster.placement_group import place  # noqa: PLC0415
 
-    cluster = await Cluster.join(None, 0)
+    cluster = await Cluster.join(None, 0, Path())
     hosts = len((await cluster.topology()).hosts)
     staying, moving = [await place(cluster, STAGES, 1, seconds=SECONDS, actor_class="StageActor") for _ in range(2)]
     await moving.settle(SECONDS)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from actors.cluster.environment import prepare_environment
+from actors.run_directory import RunDirectory
 from tests import ROOT
 
 if TYPE_CHECKING:
@@ -54,16 +55,17 @@ def ray_of_this_process(rows: int) -> "Iterator[Cluster]":
 
     Their temporary files lie in a directory of their own, so that what is left there is theirs.
     """
-    directory = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets need a short path.
+    own = RunDirectory.create()
+    directory = tempfile.mkdtemp(prefix="gl-")  # Sockets need a short path.
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TMPDIR", directory)
         environment.setattr(tempfile, "tempdir", directory)
         prepare_environment(None)
         from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads what `prepare_environment` has set
 
-        joined = asyncio.run(Cluster.join(None, rows))
+        joined = asyncio.run(Cluster.join(None, rows, own.ray))
         yield joined
         asyncio.run(joined.leave())
+    own.remove()
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -74,11 +76,13 @@ async def hold(rows: int) -> None:
 
     from actors.cluster.cluster import Cluster  # noqa: PLC0415
 
-    cluster = await Cluster.join(None, rows)
+    directory = RunDirectory.create()
+    cluster = await Cluster.join(None, rows, directory.ray)
     address = await cluster.call(lambda: str(ray.get_runtime_context().gcs_address))
     print(json.dumps({"RAY_ADDRESS": address, **{name: os.environ[name] for name in JOINING}}), flush=True)  # noqa: T201
     await asyncio.to_thread(sys.stdin.read)
     await cluster.leave()
+    directory.remove()
 
 
 if __name__ == "__main__":

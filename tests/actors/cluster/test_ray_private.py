@@ -5,7 +5,6 @@ Its files are read and not imported, as Ray reads its environment when it is; no
 
 import ast
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -48,13 +47,24 @@ def test_the_raylet_has_the_settings(name: str) -> None:
     assert name.encode() in RAYLET.read_bytes()
 
 
-def test_init_takes_the_arguments() -> None:
-    arguments = ray_private.loopback_arguments("127.0.0.1")
+def test_ray_starts_a_node_from_the_parameters_that_the_project_gives() -> None:
+    parameters = source("_private/parameter.py", "RayParams")
+    given = ("node_ip_address", "num_cpus", "resources", "object_store_memory", "temp_dir", "include_dashboard")
+    for name in (*given, "include_log_monitor", "no_monitor", "dashboard_agent_listen_port", "_system_config"):
+        assert f"        {name}: Optional[" in parameters
+    node = source("_private/node.py", "Node")
+    assert "def start_api_server(\n        self, *, include_dashboard: Optional[bool], raise_on_failure: bool" in node
+    assert "if not self._ray_params.no_monitor:" in node
+    assert "if self._ray_params.include_log_monitor:" in node
+    assert "self.all_processes: dict" in node
     # Ray takes its undocumented arguments as `**kwargs` and refuses those that it does not pop from them.
-    init = source("_private/worker.py", "init")
-    assert set(arguments) == {"_node_ip_address", "_system_config"}
-    assert all(f'kwargs.pop("{name}"' in init for name in arguments)
-    assert arguments["_system_config"] == {ray_private.STARTUP_CONCURRENCY: len(os.sched_getaffinity(0))}
+    assert 'kwargs.pop("_node_ip_address"' in source("_private/worker.py", "init")
+
+
+def test_ray_uploads_no_working_directory_below_uv() -> None:
+    constants = (RAY / "_private/ray_constants.py").read_text(encoding="utf-8")
+    assert 'env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)' in constants
+    assert ray_private.ENVIRONMENT["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
 
 
 def test_ray_ends_its_error_listener_as_the_project_ends_it() -> None:

@@ -13,15 +13,18 @@ SECONDS = 120
 START = """
 import asyncio, os
 from actors.cluster.environment import prepare_environment
+from actors.run_directory import RunDirectory
 
 async def start() -> None:
     from actors.cluster.cluster import Cluster
-    cluster = await Cluster.join(None, rows=1)
+    directory = RunDirectory.create()
+    cluster = await Cluster.join(None, rows=1, directory=directory.ray)
     try:
         import ray
         print(ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"])
     finally:
         await cluster.leave()
+        directory.remove()
 
 prepare_environment(None)
 asyncio.run(start())

@@ -44,7 +44,7 @@ async def ask_all(client: httpx.AsyncClient, server: Server) -> list[str]:
 
 
 def files(directory: Path) -> list[Path]:
-    return list(directory.glob("galaxyline-*/*"))
+    return [path for path in directory.glob("galaxyline-*/*") if path.is_socket()]
 
 
 async def test_strangers_find_nobody_while_a_server_serves_and_are_refused_while_it_recovers(
