@@ -8,8 +8,11 @@ from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
+
 from actors.cluster.cluster import Cluster
 from actors.errors import StartError
+from actors.log import StderrRelay
 from actors.options import PipelineOptions
 from actors.run_directory import RunDirectory
 from actors.sockets.host import HostLink
@@ -47,6 +50,10 @@ class Deployment:
             rows = len(options.specs) * options.cluster.rows_per_stage
             cluster = await Cluster.join(options.cluster.ray_address, rows, directory.ray)
             ending.push_async_callback(cluster.leave)
+            if cluster.is_ours:
+                relay = StderrRelay(directory.path / "stderr")
+                ending.callback(relay.close)
+                options = msgspec.structs.replace(options, stderr=str(relay.path))
             starter = StageStarter(options, cluster, directory.path, on_progress)
             stages, chain = await starter.start(links, deadline)
         except BaseException:

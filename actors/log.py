@@ -1,14 +1,20 @@
 """Logging of all processes: one JSON object a line, or coloured lines on a terminal."""
 
+import asyncio
+import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
 
 import structlog
 
 from weights.errors import GalaxylineError
 
 LEVEL_VARIABLE = "GALAXYLINE_LOG_LEVEL"
+WATCHED_VARIABLE = "GALAXYLINE_LOG_IS_WATCHED"
+"""Set by a process that logs to a terminal for those that it starts, whose records come out there too."""
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -27,7 +33,9 @@ def configure_logging() -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    is_watched = sys.stderr.isatty()
+    is_watched = sys.stderr.isatty() or WATCHED_VARIABLE in os.environ
+    if is_watched:
+        os.environ[WATCHED_VARIABLE] = "1"
     last: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer()]
         if is_watched
@@ -60,3 +68,45 @@ def keep_logs_off_stdout() -> None:
     if not structlog.is_configured():
         # Looked up anew for each record, so that a replaced sys.stderr is used.
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+
+
+READ_BYTES = 1 << 16
+
+
+class StderrRelay:
+    """A pipe with a name, at `path`, whose text comes out at this process's stderr. Belongs to one event loop.
+
+    Ray sends its workers' output to files of its own, which end with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes the pipe. Call it on the event loop."""
+        os.mkfifo(path, 0o600)
+        self.path = path
+        # For writing too, so that it never looks as if the last writer had gone.
+        self._pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pipe, self._forward)
+
+    def close(self) -> None:
+        """Passes on what is left, and removes the pipe."""
+        self._loop.remove_reader(self._pipe)
+        self._forward()
+        os.close(self._pipe)
+        self.path.unlink(missing_ok=True)
+
+    def _forward(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while text := os.read(self._pipe, READ_BYTES):
+                sys.stderr.buffer.write(text)
+                sys.stderr.flush()
+
+
+def send_stderr_to(path: str) -> None:
+    """Sends this process's stdout and stderr, also that of code that is not Python, to a `StderrRelay`'s pipe."""
+    # Not for writing alone, which would wait for a reader that may have gone.
+    pipe = os.open(path, os.O_RDWR | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(pipe, stream.fileno())
+    os.close(pipe)

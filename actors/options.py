@@ -66,7 +66,8 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     device "ttnn" and links between the stages' chips, they go from mesh to mesh, `fifo_bytes` of them at a time to each
     chip. `environments` is what is added to each stage's environment, nothing where it is empty. The cluster has to
     hold `pipelines` of this size, this one and others like it: it is refused at once where it cannot. `directory` is a
-    `RunDirectory` that the caller has made; without one the pipeline makes its own.
+    `RunDirectory` that the caller has made; without one the pipeline makes its own. `stderr` is where stages write what
+    they log, a `StderrRelay`'s pipe; without one it goes where Ray sends it.
     """
 
     hidden_size: int
@@ -79,6 +80,7 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     environments: list[dict[str, str]] = []
     pipelines: int = 1
     directory: str | None = None
+    stderr: str | None = None
 
     def __post_init__(self) -> None:
         if self.transport == "mesh" and not self.cluster.profile.has_chips:

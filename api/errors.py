@@ -1,5 +1,7 @@
 """Errors of requests and options, and the one table from error to HTTP status and exit code."""
 
+import signal
+
 from actors.errors import (
     ClusterError,
     LinkError,
@@ -54,6 +56,14 @@ class EngineError(GalaxylineError):
         return cls(sentence, public=sentence)
 
 
+class StoppedError(GalaxylineError):
+    """A signal ended the command before its work was done; its exit code is 128 + `number`, as shells count."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"Stopped by {signal.Signals(number).name}.")
+        self.number = number
+
+
 class NoServerError(GalaxylineError):
     """No galaxyline server answers at an address."""
 
@@ -90,6 +100,9 @@ EXIT_CODE: dict[type[GalaxylineError], int] = {
 }
 
 
+SIGNAL_EXIT_CODE = 128
+
+
 def http_status(error: GalaxylineError) -> int:
     """The HTTP status of an error: that of the nearest class in the table."""
     return _nearest(HTTP_STATUS, error)
@@ -97,6 +110,8 @@ def http_status(error: GalaxylineError) -> int:
 
 def exit_code(error: GalaxylineError) -> int:
     """The exit code of an error, that of the nearest class in the table: 2 where the user can mend it, else 1."""
+    if isinstance(error, StoppedError):
+        return SIGNAL_EXIT_CODE + error.number
     return _nearest(EXIT_CODE, error)
 
 

@@ -80,6 +80,11 @@ class Cluster:
         _take_signals_back()
         return cls(thread, node)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether `join` started it: all of it is on this host then."""
+        return self._node is not None
+
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Runs one of Ray's blocking functions in the connection's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

@@ -11,7 +11,7 @@ from typing import cast
 import msgspec
 import structlog
 
-from actors.log import configure_logging
+from actors.log import configure_logging, send_stderr_to
 from actors.release import refuse_other_release
 from actors.sockets.listener import Address
 from actors.stage.health import StageHealth
@@ -40,6 +40,8 @@ class StageActor:
         setup = None if packed is None else msgspec.msgpack.decode(packed, type=StageSetup)
         configure_logging()
         if setup is not None:
+            if setup.stderr is not None:
+                send_stderr_to(setup.stderr)
             self._become(setup)
 
     async def pid(self) -> int:
@@ -49,6 +51,8 @@ class StageActor:
     async def prepare(self, packed: bytes) -> None:
         """Imports ahead what the stages of `packed`, a Preparation as msgpack, need. Raises StartError."""
         preparation = msgspec.msgpack.decode(packed, type=Preparation)
+        if preparation.stderr is not None:
+            send_stderr_to(preparation.stderr)
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as thread:
             await asyncio.get_running_loop().run_in_executor(thread, prepare, preparation)
 

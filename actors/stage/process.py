@@ -88,6 +88,7 @@ class Preparation(msgspec.Struct, frozen=True, kw_only=True):
     runner: str
     neighbours: int
     environment: dict[str, str]
+    stderr: str | None = None
 
 
 def prepare(preparation: Preparation) -> None:

@@ -78,7 +78,8 @@ class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
     """All that an actor is given. It is the `neighbour`-th of `neighbours` stages on its host and owns `rows` there.
 
     `membership` is its rank in the MPI world where hidden states pass from mesh to mesh, through sockets of
-    `fifo_bytes`. `environment` is added to the process's own and replaces what stands there.
+    `fifo_bytes`. `environment` is added to the process's own and replaces what stands there. `stderr` is that of
+    `PipelineOptions`.
     """
 
     identity: StageIdentity
@@ -92,6 +93,7 @@ class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
     membership: Membership | None = None
     fifo_bytes: int = 0
+    stderr: str | None = None
 
 
 def stage_setups(
@@ -123,6 +125,7 @@ def stage_setups(
             environment=_environment(options, spec.index, placed),
             membership=memberships[spec.index] if memberships else None,
             fifo_bytes=options.fifo_bytes,
+            stderr=options.stderr,
         )
         for spec, placed in zip(options.specs, placements, strict=True)
     ]

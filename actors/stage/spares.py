@@ -90,6 +90,7 @@ class Spares:
                     runner=options.runner,
                     neighbours=placed.neighbours,
                     environment=options.environment(0),
+                    stderr=options.stderr,
                 )
                 self._spares[placed.host.node_id] = Spare(placed.host, preparation)
 

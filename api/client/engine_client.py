@@ -53,6 +53,9 @@ ANSWER_TIMEOUT_S = 5.0
 EXIT_MARGIN_S = 5.0
 """How long after its stages' deadline the engine is killed, and how long after its end its connection may stay open."""
 
+UNREADY_CLOSE_S = 0.7
+"""How long an engine that is still starting has to end: it holds nothing that would be lost."""
+
 leave_group = os.setpgrp
 """For subprocess's `preexec_fn`: makes the child a process group of its own (uvloop has no other way).
 
@@ -106,6 +109,7 @@ class EngineClient:
         self._on_state = on_state
         self._state = loading_state("The engine process was not started yet.")
         self._state_changed = asyncio.Event()
+        self._was_ready = False
         self._request_ids = itertools.count()
         self._open = OpenRequests()
         self._counts: PendingReplies[Counts] = PendingReplies()
@@ -216,15 +220,26 @@ class EngineClient:
         return await self._query(self._reports, GetPipelineReport(), timeout_s)
 
     async def close(self) -> None:
-        """Ends the engine and its pipeline; kills it when it takes longer than `close_timeout_s`. May be repeated."""
+        """Ends the engine and its pipeline. May be repeated.
+
+        It is killed when it takes longer than `close_timeout_s`, or than UNREADY_CLOSE_S where it has never been ready,
+        and when the task that awaits this is cancelled. Nothing of it is left then.
+        """
         self._end(EngineError.for_clients("The engine was closed."))
         self._framing.close()
-        if self._process is None or self._watching is None:
+        if self._watching is None:
             return
-        _, running = await asyncio.wait([self._watching], timeout=self._options.close_timeout_s + EXIT_MARGIN_S)
-        if running:
+        timeout_s = self._options.close_timeout_s + EXIT_MARGIN_S if self._was_ready else UNREADY_CLOSE_S
+        try:
+            await asyncio.wait([self._watching], timeout=timeout_s)
+        finally:
+            self.kill()
+            await asyncio.shield(self._watching)
+
+    def kill(self) -> None:
+        """Ends the engine's process at once, if it still runs, for `close` to end what it leaves."""
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
-        await self._watching
 
     async def _query(
         self, pending: PendingReplies[Reply], query: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
@@ -321,6 +336,7 @@ class EngineClient:
 
     def _set_state(self, state: EngineState) -> None:
         self._state = state
+        self._was_ready = self._was_ready or state.phase == "ready"
         self._state_changed.set()
         self._state_changed = asyncio.Event()
         if self._on_state is not None:

@@ -119,6 +119,11 @@ class Replicas:
         self._is_closing = True
         await asyncio.gather(*(engine.close() for engine in self.engines))
 
+    def kill(self) -> None:
+        """Ends all engines' processes at once, for `close`, which waits for them."""
+        for engine in self.engines:
+            engine.kill()
+
     async def _start(self, replica: int, timeout_s: float) -> None:
         engine = self.engines[replica]
         await engine.launch()

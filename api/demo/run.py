@@ -18,7 +18,7 @@ from api.demo.generation import Generation, Statistics, generate, statistics
 from api.demo.jobs import Batch
 from api.demo.options import DemoOptions
 from api.demo.setup import DemoSetup
-from api.engine.signals import on_stop_signal
+from api.engine.signals import StopSignals, on_stop_signal
 from api.settings.engine import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
 from api.settings.environment import CACHE_VARIABLE
 from api.settings.option import made
@@ -63,8 +63,7 @@ def run_demo(
 def run(setup: DemoSetup, on_text: OnText | None = None) -> Results:
     """Runs a demo; `on_text` gets the first prompt's text as it comes.
 
-    Raises GalaxylineError as `run_demo` does, and asyncio.CancelledError on SIGINT and SIGTERM, once the pipeline has
-    ended.
+    Raises GalaxylineError as `run_demo` does, and StoppedError on SIGINT and SIGTERM, once the pipeline has ended.
     """
     try:
         asyncio.get_running_loop()
@@ -76,9 +75,20 @@ def run(setup: DemoSetup, on_text: OnText | None = None) -> Results:
 
 
 async def _until_stopped(setup: DemoSetup, on_text: OnText | None) -> Results:
+    signals = StopSignals()
     running = asyncio.create_task(_run(setup, on_text))
-    with on_stop_signal(lambda _: running.cancel()):
-        return await running
+
+    def stop(number: int) -> None:
+        signals.note(number)
+        running.cancel()
+
+    with on_stop_signal(stop):
+        try:
+            return await running
+        except asyncio.CancelledError:
+            if signals.asked.is_set():
+                raise signals.error from None
+            raise
 
 
 async def _run(setup: DemoSetup, on_text: OnText | None) -> Results:

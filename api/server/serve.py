@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import json
+import signal
 import socket
 from http import HTTPStatus
 
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.client.progress import StartProgress
 from api.client.replicas import Replicas
 from api.engine.options import EngineOptions
-from api.engine.signals import on_stop_signal
+from api.engine.signals import StopSignals, on_stop_signal
 from api.errors import OptionError
 from api.openai.responses import error_response, status_body
 from api.server.admission import AdmissionControl
@@ -115,8 +116,9 @@ class Drain:
 async def serve(settings: ServeSettings) -> None:
     """Serves until SIGINT or SIGTERM; the open requests then have `shutdown_timeout_s` to end, or until a second one.
 
-    Raises GalaxylineError where the server cannot start, and the engine's error where it fails for good: all requests
-    have ended with it by then.
+    Returns after SIGTERM where all requests could end, and raises StoppedError after any other signal. Raises
+    GalaxylineError where the server cannot start, and the engine's error where it fails for good: all requests have
+    ended with it by then.
     """
     check_model_files(settings.source, needs_weights=settings.engine.needs_weights)
     config = ModelConfig.from_file(settings.source.path / "config.json")
@@ -129,9 +131,9 @@ async def serve(settings: ServeSettings) -> None:
         settings.generation_config,
     )
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        stop = asyncio.Event()
-        with on_stop_signal(lambda _: stop.set()):
-            await _serve(settings, options, model, listener, stop)
+        signals = StopSignals()
+        with on_stop_signal(signals.note):
+            await _serve(settings, options, model, listener, signals)
 
 
 async def _serve(
@@ -139,7 +141,7 @@ async def _serve(
     options: list[EngineOptions],
     model: ServedModel,
     listener: socket.socket,
-    stop: asyncio.Event,
+    signals: StopSignals,
 ) -> None:
     progress = StartProgress(Console(stderr=True), settings.replicas)
     async with Replicas.open(options, progress.update) as replicas:
@@ -175,9 +177,9 @@ async def _serve(
         try:
             with progress.showing():
                 ready = asyncio.create_task(replicas.start(settings.engine.cluster.start_timeout_s + ENGINE_MARGIN_S))
-                await _wait_for(stop, ready)
+                await _wait_for(signals.asked, ready)
             # A signal may have reached the engine's processes too, so after one their result means nothing.
-            if ready.done() and not stop.is_set():
+            if ready.done() and not signals.asked.is_set():
                 ready.result()
                 # The objects that exist by now stay to the end, so the cycle collector need not look at them with
                 # every request, which took a tenth of the front end's time.
@@ -185,17 +187,25 @@ async def _serve(
                 gc.freeze()
                 click.echo(_welcome(_address(listener, front), model, options))
                 failing = asyncio.create_task(replicas.wait_failed())
-                await _wait_for(stop, serving, failing)
+                await _wait_for(signals.asked, serving, failing)
                 failing.cancel()
             ready.cancel()
         finally:
-            stop.clear()
             drain.begin()
-            await _wait_for(stop, asyncio.create_task(drain.wait()), timeout_s=settings.shutdown_timeout_s)
+            drained = asyncio.create_task(drain.wait())
+            await _wait_for(signals.forced, drained, timeout_s=settings.shutdown_timeout_s)
+            is_drained = drained.done()
             # Requests that are still open end with the engine's error rather than without a word.
-            await replicas.close()
+            closing = asyncio.create_task(replicas.close())
+            await _wait_for(signals.forced, closing)
+            replicas.kill()
+            await closing
             server.should_exit = True
             await serving
+        if signals.first == signal.SIGTERM and failing is not None and is_drained:
+            return  # A supervisor has asked for it, and got all of it.
+        if signals.asked.is_set():
+            raise signals.error
         if failing is not None and not failing.cancelled():
             # No request can be served any more: the error ends this process, so that its supervisor starts a new one.
             failing.result()
