@@ -45,7 +45,7 @@ class Deployment:
         deadline = asyncio.get_running_loop().time() + options.cluster.start_timeout_s
         ending = AsyncExitStack()
         try:
-            directory = await asyncio.to_thread(_run_directory, options.directory)
+            directory = _run_directory(options.directory)
             ending.push_async_callback(asyncio.to_thread, directory.remove)
             rows = len(options.specs) * options.cluster.rows_per_stage
             cluster = await Cluster.join(options.cluster.ray_address, rows, directory.ray)

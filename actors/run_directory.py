@@ -51,11 +51,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls) -> "RunDirectory":
-        """Makes a directory whose sockets have short enough paths, and removes those that nobody uses any more.
+        """Makes a directory whose sockets have short enough paths.
 
         Raises ClusterError where no directory for temporary files can be written.
         """
-        remove_abandoned()
         for parent in _parents():
             try:
                 path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))

@@ -28,6 +28,7 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
 """Size of Ray's object store, through which hardly anything passes; it accepts no less than 75 MiB."""
 REACH_SECONDS = 5.0
+END_SECONDS = 1.0
 CONNECT_SECONDS = 150.0
 """Twice as long as Ray's processes may take to start, and more than Ray gives a cluster to answer a driver."""
 
@@ -36,6 +37,9 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0
 HTTP2_HEADER_BYTES = 9
 HTTP2_SETTINGS = 4
 """The length of a frame's header, and the type of the first frame, at its fourth byte."""
+
+
+_log = structlog.get_logger()
 
 
 class Cluster:
@@ -50,6 +54,7 @@ class Cluster:
         """`node` has the processes of a Ray that was started here."""
         self._thread = thread
         self._node = node
+        self._is_silent = False
 
     @classmethod
     async def join(cls, address: str | None, rows: int, directory: Path) -> "Cluster":
@@ -89,6 +94,26 @@ class Cluster:
         """Runs one of Ray's blocking functions in the connection's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether Ray has stopped answering, or processes of the one that was started here are gone."""
+        return self._is_silent or (self._node is not None and not self._node.is_alive)
+
+    async def end(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Runs one of Ray's blocking functions that ends something, as long as Ray answers.
+
+        Without its head Ray tries for half a minute each time: what is left ends with the processes, or with the job.
+        """
+        if self.is_lost:
+            return
+        ending = asyncio.ensure_future(self.call(function, *arguments))
+        await asyncio.wait([ending], timeout=END_SECONDS)
+        if ending.done():
+            ending.result()
+            return
+        self._is_silent = True
+        _log.warning("Ray does not answer: what runs in it is left to end with this process")
+
     async def topology(self) -> Topology:
         """Returns the hosts that are alive, and all rows they have, in use or not."""
         return await self.call(_topology)
@@ -100,7 +125,9 @@ class Cluster:
     async def leave(self) -> None:
         """Leaves the cluster, and ends it if `join` started it."""
         if self._node is not None:
-            await self.call(_shut_down, self._node)
+            # Before the node ends: a driver without one waits for it.
+            await self.end(ray.shutdown)
+            await asyncio.to_thread(self._node.kill)
         self._thread.shutdown(wait=False)
 
 
@@ -176,7 +203,7 @@ def _start_despite_load(rows: int, directory: Path) -> OwnNode:
     except ClusterError:
         raise
     except Exception as error:  # Ray raises Exception itself
-        structlog.get_logger().warning("Ray did not start: once more", cause=" ".join(str(error).split()))
+        _log.warning("Ray did not start: once more", cause=" ".join(str(error).split()))
         return _start(rows, directory)
 
 
@@ -187,7 +214,8 @@ def _start(rows: int, directory: Path) -> OwnNode:
         stop_error_listener()
         _refuse_outward_address()
     except BaseException:
-        _shut_down(node)
+        ray.shutdown()
+        node.kill()
         raise
     return node
 
@@ -222,9 +250,3 @@ def _topology() -> Topology:
 def _node_id() -> str:
     node_id: str = ray.get_runtime_context().get_node_id()
     return node_id
-
-
-def _shut_down(node: OwnNode) -> None:
-    # Before the node ends: a driver without one waits for it.
-    ray.shutdown()
-    node.kill()

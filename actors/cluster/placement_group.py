@@ -152,4 +152,4 @@ def _claims() -> list[RowClaim]:
 
 
 async def _remove(cluster: Cluster, group: PlacementGroup) -> None:
-    await cluster.call(remove_placement_group, group)
+    await cluster.end(remove_placement_group, group)

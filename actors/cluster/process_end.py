@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,17 +28,20 @@ async def kill_actor(cluster: Cluster, actor: "ActorHandle[Any]", pid: int | Non
     """
     if pid is not None:
         _kill_process(pid)
-    await cluster.call(_kill, actor)
+    await cluster.end(_kill, actor)
 
 
-async def wait_until_gone(pids: Collection[int]) -> None:
-    """Waits until these processes of this host, which were killed, are gone. Raises PipelineError if they stay."""
+async def wait_until_gone(cluster: Cluster, pids: Collection[int]) -> None:
+    """Waits until these processes of this host, which were killed by Ray, are gone. Raises PipelineError if they stay.
+
+    Ray has not killed them where it is lost: this does so then.
+    """
     began = asyncio.get_running_loop().time()
     while left := [pid for pid in pids if _exists(pid)]:
         waited_s = asyncio.get_running_loop().time() - began
         if waited_s > GONE_SECONDS:
             raise PipelineError(f"The stage processes {left} on {socket.gethostname()} did not end when killed.")
-        if waited_s > PATIENT_SECONDS:
+        if waited_s > PATIENT_SECONDS or cluster.is_lost:
             for pid in left:
                 _kill_process(pid)
         await asyncio.sleep(GONE_POLL_SECONDS)
@@ -53,8 +57,10 @@ def _kill(actor: "ActorHandle[Any]") -> None:
 
 
 def _exists(pid: int) -> bool:
+    """Whether the process runs; one that only waits for its parent to take its exit code does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        # The state follows the name, which is in parentheses and may hold some: proc_pid_stat(5).
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return True
+    return state not in {"Z", "X"}

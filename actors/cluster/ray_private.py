@@ -85,6 +85,12 @@ class OwnNode:
         self._node = BareNode(parameters, head=True, shutdown_at_exit=False, ray_init_cluster=True)
         self.address: str = self._node.address
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether all of them run."""
+        started = [info for infos in self._node.all_processes.values() for info in infos]
+        return bool(started) and all(info.process.poll() is None for info in started)
+
     def kill(self) -> None:
         """Ends the processes at once, but for the agents, which follow the raylet after some seconds."""
         for started in self._node.all_processes.values():

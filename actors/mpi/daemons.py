@@ -74,7 +74,7 @@ class Daemons:
         for actor in actors:
             with contextlib.suppress(RayError, asyncio.TimeoutError):
                 await asyncio.wait_for(_ended(actor), END_SECONDS)
-            await self._cluster.call(_kill, actor)
+            await self._cluster.end(_kill, actor)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = msgspec.json.decode(await reader.readline(), type=DaemonRequest)

@@ -199,12 +199,13 @@ class StageGroup:
 
         Raises PipelineError if they do not go.
         """
-        closing = [asyncio.ensure_future(_settled(reply(actor.close.remote()))) for actor in self._actors]
-        await asyncio.wait(closing, timeout=CLOSE_SECONDS)
+        if not self._cluster.is_lost:
+            closing = [asyncio.ensure_future(_settled(reply(actor.close.remote()))) for actor in self._actors]
+            await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         for actor in self._actors:
             await kill_actor(self._cluster, actor, None)
         await self._placement.remove()
-        await wait_until_gone(self._pids.values())
+        await wait_until_gone(self._cluster, self._pids.values())
 
     async def _health(self, index: int) -> StageHealth:
         try:

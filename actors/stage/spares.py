@@ -139,7 +139,7 @@ class Spares:
             # By Ray, which logs the death of a worker that it has not ended itself.
             await kill_actor(self._cluster, spare.actor, None)
         await asyncio.gather(*(spare.ready for spare in spares), return_exceptions=True)
-        await wait_until_gone([pid for pid in map(self._local_pid, spares) if pid is not None])
+        await wait_until_gone(self._cluster, [pid for pid in map(self._local_pid, spares) if pid is not None])
 
     def _forget(self, spare: Spare) -> None:
         spare.ready.cancel()

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from actors.release import child_environment
-from actors.run_directory import RunDirectory
+from actors.run_directory import RunDirectory, remove_abandoned
 from api.client.open_requests import Load, OpenRequests, RequestStream
 from api.client.request_metrics import RequestMetrics
 from api.engine.options import EngineOptions
@@ -262,7 +262,8 @@ class EngineClient:
         with theirs:
             await asyncio.get_running_loop().create_unix_connection(lambda: self._framing, sock=ours)
             try:
-                self._directory = directory = await asyncio.to_thread(RunDirectory.create)
+                await asyncio.to_thread(remove_abandoned)
+                self._directory = directory = RunDirectory.create()
                 pipeline = msgspec.structs.replace(self._options.pipeline, directory=str(directory.path))
                 # This is the first frame, as no query is sent before there is a process.
                 self._framing.send(msgspec.structs.replace(self._options, pipeline=pipeline))

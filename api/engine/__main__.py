@@ -6,7 +6,9 @@ which the front end handles: `ray job stop` sends them to every process, and the
 """
 
 import asyncio
+import logging
 import math
+import os
 import pkgutil
 import signal
 import socket
@@ -103,7 +105,10 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     # A process that outlives this one must not hold the connection open.
     connection.set_inheritable(False)
-    sys.exit(uvloop.run(EngineProcess().run(connection)))
+    code = uvloop.run(EngineProcess().run(connection))
+    logging.shutdown()
+    # Without the handlers of Ray, and of threads that wait for it: where its head is gone they would wait for long.
+    os._exit(code)
 
 
 main()
