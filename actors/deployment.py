@@ -9,9 +9,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from actors.cluster.cluster import Cluster
-from actors.errors import StartError
+from actors.errors import ClusterError, StartError
 from actors.log import StderrRelay
 from actors.options import PipelineOptions
 from actors.run_directory import RunDirectory
@@ -21,6 +22,10 @@ from actors.stage.health import StageHealth, StageProgress
 from actors.stage.mesh_hop import Transfer
 from actors.stage.setup import stage_setups
 from actors.start import Chain, StageStarter, StartedStages
+
+WATCH_SECONDS = 2.0
+
+log = structlog.get_logger()
 
 
 class Deployment:
@@ -33,6 +38,7 @@ class Deployment:
         self._chain = chain
         self._ending = ending
         self._is_closed = False
+        self._watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(
@@ -76,6 +82,8 @@ class Deployment:
         self._chain.close()
         if self._is_closed:
             raise StartError("The pipeline is closed.")
+        if self._starter.cluster.is_lost:
+            raise ClusterError("Ray has ended on this host: no stage can be replaced.")
         if self._stages.mpi is None:
             self._chain = await self._rejoin_stages(links, kill, deadline)
         else:
@@ -103,18 +111,33 @@ class Deployment:
     async def close(self) -> None:
         """Ends and removes everything that was started. May be repeated, also after it failed half-way."""
         self._is_closed = True
+        self._watching.cancel()
         self._chain.close()
         try:
             await self._stages.close()
         finally:
             await self._ending.aclose()
 
+    async def _watch(self) -> None:
+        """Logs what the pipeline loses while nobody needs it, as it happens: hosts, Ray itself, and spares."""
+        cluster, known = self._starter.cluster, set[str]()
+        while not cluster.is_lost:
+            alive = {host.node_id for host in (await cluster.topology()).hosts}
+            for placed in self._stages.placement.stages:
+                if placed.host.node_id in known - alive:
+                    log.error("the host of a stage has left the cluster", host=placed.host.name, rows=placed.rows)
+            known = alive
+            await self._stages.spares.replace_lost()
+            await asyncio.sleep(WATCH_SECONDS)
+        log.error("Ray has ended on this host: requests go on, but no stage can be replaced")
+
     async def _rejoin_stages(self, links: EngineLinks, kill: Collection[int], deadline: float) -> Chain:
         starter, stages = self._starter, self._stages
         lost = await stages.group.reset(links.epoch, links.secret, kill)
         if lost:
             await stages.group.kill(lost)
-            await stages.placement.settle(deadline - asyncio.get_running_loop().time())
+            left_s = deadline - asyncio.get_running_loop().time()
+            await stages.placement.settle(min(left_s, starter.options.cluster.placement_timeout_s))
             setups = stage_setups(starter.options, stages.placement.stages, links)
             replaced = {index: setups[index] for index in lost}
             await stages.group.replace(replaced, stages.spares, deadline, starter.on_progress)

@@ -17,13 +17,15 @@ class FailureReport(msgspec.Struct, frozen=True, kw_only=True):
 
     `kind` is "stage_failure" where a stage reported its own `failure`, "lost_link" where a link of the engine was lost,
     "late_step" where the first outstanding step has passed its deadline, and "stray_result" where a result came that
-    was not awaited. `outstanding` are the ids of the steps whose results were awaited, in order.
+    was not awaited. `outstanding` are the ids of the steps whose results were awaited, in order. `engine_paused_s` is
+    how long the engine itself has stood still just before.
     """
 
     kind: ReportKind
     outstanding: list[int]
     cause: str
     failure: StageFailure | None = None
+    engine_paused_s: float = 0.0
 
     @property
     def oldest(self) -> int | None:
@@ -68,14 +70,24 @@ def diagnose(report: FailureReport, healths: Sequence[StageHealth]) -> Diagnosis
     """Finds the stage that failed.
 
     A stage whose process is dead explains every lost link around it, so it comes first; then one that does not
-    answer; then the reported failure, unless that is a lost link and another stage has failed by an error of its own;
-    then a stage that has failed; and last, where a step is late, the stage that has computed its step the longest.
+    answer; then an engine that has stood still, whose links the stages have given up; then the reported failure, unless
+    that is a lost link and another stage has failed by an error of its own; then a stage that has failed; and last,
+    where a step is late, the stage that has computed its step the longest.
     """
     absent = _absent_stage(healths)
     if absent is not None:
         step_id = _interrupted_step(report, healths, absent.stage)
-        return _failed_stage(absent, step_id, f"{absent.detail} ({report.cause})", is_lost=True)
-    failed = sorted((health for health in healths if health.state == "failed"), key=_has_only_lost_a_link)
+        cause = _noticed_by_neighbours(absent.stage, healths) or report.cause
+        return _failed_stage(absent, step_id, f"{absent.detail} ({cause})", is_lost=True)
+    if report.is_of_lost_link and report.engine_paused_s > 0 and all(map(_has_only_lost_a_link, _failed(healths))):
+        cause = f"the engine stood still for {report.engine_paused_s:.1f} s"
+        return Diagnosis(cause=cause, failed_at=report.failed_step)
+    return _diagnose_present(report, healths)
+
+
+def _diagnose_present(report: FailureReport, healths: Sequence[StageHealth]) -> Diagnosis:
+    """Finds the stage that failed among stages that all answer."""
+    failed = sorted(_failed(healths), key=_has_only_lost_a_link)
     if failed and report.is_of_lost_link and not _has_only_lost_a_link(failed[0]):
         return _failed_stage(failed[0], report.failed_step, failed[0].detail)
     if report.failure is not None:
@@ -101,10 +113,20 @@ def diagnose(report: FailureReport, healths: Sequence[StageHealth]) -> Diagnosis
     return Diagnosis(cause=report.cause, step_id=report.failed_step if is_late else None, failed_at=report.failed_step)
 
 
+def _failed(healths: Sequence[StageHealth]) -> list[StageHealth]:
+    return [health for health in healths if health.state == "failed"]
+
+
 def _absent_stage(healths: Sequence[StageHealth]) -> StageHealth | None:
     """The first stage whose process is dead, else the first that does not answer."""
     absent = [health for state in ("dead", "silent") for health in healths if health.state == state]
     return absent[0] if absent else None
+
+
+def _noticed_by_neighbours(stage: int, healths: Sequence[StageHealth]) -> str:
+    """What a neighbour of an absent stage has noticed of it; others have only noticed what the neighbour did then."""
+    noticed = [health for health in healths if abs(health.stage - stage) == 1 and _has_only_lost_a_link(health)]
+    return noticed[0].detail if noticed else ""
 
 
 def _failed_stage(health: StageHealth, step_id: int | None, cause: str, *, is_lost: bool = False) -> Diagnosis:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection
@@ -22,6 +23,10 @@ RECENT_STEPS = 32
 DEADLINE_FACTOR = 50.0
 """A step of prompt tokens alone takes some twenty times as long as a step of one token for each user."""
 DEADLINE_LEAST_S = 5.0
+PAUSE_TURN_S = 0.5
+PAUSE_LEAST_S = 1.0
+PAUSE_RECENT_S = 5.0
+"""After a pause it takes moments to hear of links that were given up, and a second to ask stages about them."""
 
 _epochs = itertools.count(1)
 _log = structlog.get_logger()
@@ -52,6 +57,36 @@ class StepDeadline:
         if len(self._took_s) < RECENT_STEPS:
             return self._most_s
         return min(self._most_s, max(DEADLINE_LEAST_S, DEADLINE_FACTOR * max(self._took_s)))
+
+
+class PauseMeter:
+    """How long this process has stood still: it was stopped, or got no processor. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._paused_s, self._paused_at = 0.0, -math.inf
+        self._turned_at = self._loop.time()
+        self._timer = self._loop.call_later(PAUSE_TURN_S, self._turn)
+
+    @property
+    def recent_s(self) -> float:
+        """Seconds of a pause that ended just now; 0 where there was none of PAUSE_LEAST_S."""
+        self._note()
+        return self._paused_s if self._loop.time() - self._paused_at < PAUSE_RECENT_S else 0.0
+
+    def close(self) -> None:
+        """Ends the measurement."""
+        self._timer.cancel()
+
+    def _turn(self) -> None:
+        self._note()
+        self._timer = self._loop.call_later(PAUSE_TURN_S, self._turn)
+
+    def _note(self) -> None:
+        now = self._loop.time()
+        paused_s, self._turned_at = now - self._turned_at - PAUSE_TURN_S, now
+        if paused_s > PAUSE_LEAST_S:
+            self._paused_s, self._paused_at = paused_s, now
 
 
 class PipelineStages(Protocol):
@@ -92,6 +127,7 @@ class Pipeline:
         self._failed_before: int | None = None
         self._diagnosing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._pauses = PauseMeter()
 
     @classmethod
     async def start(cls, options: PipelineOptions, on_progress: Callable[[StageProgress], None]) -> "Pipeline":
@@ -191,6 +227,7 @@ class Pipeline:
             self._diagnosing.cancel()
         if self._timer is not None:
             self._timer.cancel()
+        self._pauses.close()
         if self._stages is not None:
             await self._stages.close()
 
@@ -223,7 +260,13 @@ class Pipeline:
     def _begin_diagnosis(self, kind: ReportKind, cause: str, failure: StageFailure | None = None) -> None:
         """Finds out what failed, once, and fails the pipeline with it."""
         if self._diagnosing is None and not self._failed.done():
-            report = FailureReport(kind=kind, outstanding=list(self._outstanding), cause=cause, failure=failure)
+            report = FailureReport(
+                kind=kind,
+                outstanding=list(self._outstanding),
+                cause=cause,
+                failure=failure,
+                engine_paused_s=self._pauses.recent_s,
+            )
             self._diagnosing = asyncio.ensure_future(self._diagnose(report))
 
     async def _diagnose(self, report: FailureReport) -> None:

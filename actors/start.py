@@ -141,7 +141,7 @@ class StageStarter:
     ) -> None:
         self.options = options
         self.on_progress = on_progress
-        self._cluster = cluster
+        self.cluster = cluster
         self._directory = directory
 
     async def start(self, links: EngineLinks, deadline: float) -> tuple[StartedStages, Chain]:
@@ -186,17 +186,17 @@ class StageStarter:
         mpi_lost: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
         if options.transport == "mesh":
             lost = functools.partial(_set_once, mpi_lost)
-            mpi = await MpiWorld.start(self._cluster, placement.stages, options, self._directory, deadline, lost)
+            mpi = await MpiWorld.start(self.cluster, placement.stages, options, self._directory, deadline, lost)
             ending.push_async_callback(mpi.close)
         here = await self._here()
         setups = stage_setups(options, placement.stages, links, () if mpi is None else mpi.memberships)
-        group = StageGroup(self._cluster, placement, setups, here.node_id)
+        group = StageGroup(self.cluster, placement, setups, here.node_id)
         ending.push_async_callback(group.close)
         chain = await _unless_lost(mpi_lost, self._bring_up(group, placement, links, deadline, ending))
         mpi_lost.add_done_callback(lambda lost: links.upstream.lost(lost.result()))
         self.report_ready(placement)
         # Only now, so that the stages that are to serve start first.
-        spares = Spares(self._cluster, options, here.node_id)
+        spares = Spares(self.cluster, options, here.node_id)
         ending.push_async_callback(spares.close)
         spares.provide(placement.stages)
         return StartedStages(placement, group, spares, mpi, ending), chain
@@ -215,7 +215,7 @@ class StageStarter:
         options = self.options
         left_s = deadline - asyncio.get_running_loop().time()
         return await place(
-            self._cluster,
+            self.cluster,
             len(options.specs),
             options.cluster.rows_per_stage,
             options.pipelines,
@@ -225,8 +225,8 @@ class StageStarter:
 
     async def _here(self) -> Host:
         """The host of this process."""
-        node_id = await self._cluster.node_id()
-        return next(host for host in (await self._cluster.topology()).hosts if host.node_id == node_id)
+        node_id = await self.cluster.node_id()
+        return next(host for host in (await self.cluster.topology()).hosts if host.node_id == node_id)
 
 
 async def _unless_lost(mpi_lost: "asyncio.Future[LinkError]", start: Coroutine[None, None, Chain]) -> Chain:

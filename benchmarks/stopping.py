@@ -25,6 +25,7 @@ import msgspec
 import psutil
 from rich.table import Table
 
+from api.client.engine_client import leave_group
 from benchmarks.support.machine import Machine
 from benchmarks.support.options import benchmark_command
 from benchmarks.support.ports import free_port
@@ -77,7 +78,8 @@ class StoppedServer:
                 env=environment,
                 stdout=log,
                 stderr=log,
-                process_group=0,
+                # As a shell gives it: Ctrl-C goes to the whole group.
+                preexec_fn=leave_group,  # noqa: PLW1509 - a single system call
             )
         self._front_end = psutil.Process(self.process.pid)
 

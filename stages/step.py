@@ -165,8 +165,12 @@ class TokenLogprobs(Message, frozen=True, kw_only=True):
     top_logprobs: list[float]
 
 
+NO_TOKEN = -1
+"""Stands for a token that could not be drawn, as the logits are not numbers."""
+
+
 class StepResult(Message, frozen=True, kw_only=True):
-    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments.
+    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments, or NO_TOKEN.
 
     `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 
+import structlog
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -35,6 +36,9 @@ GRANT_SECONDS = 5.0
 """Rows that nobody claims are granted within this time; otherwise the hosts are looked at again."""
 
 
+_log = structlog.get_logger()
+
+
 class Placement:
     """The rows of all stages, in one placement group, and in others for stages that had to move; made by `place`.
 
@@ -64,6 +68,8 @@ class Placement:
         lost = [stage for stage, placed in enumerate(self.stages) if placed.host.node_id not in alive]
         if not lost:
             return
+        names = sorted({self.stages[stage].host.name for stage in lost})
+        _log.error("hosts have left the cluster: their stages need rows elsewhere", hosts=names, stages=lost)
         before = self.stages[max(0, lost[0] - 1)]
         group, moved = await _reserve(
             self._cluster, len(lost), len(before.rows), before.host.node_id, seconds, self._actor_class

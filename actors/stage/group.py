@@ -27,7 +27,8 @@ from actors.stage.spares import Spares
 
 OnStageProgress = Callable[[StageProgress], None]
 
-HEALTH_SECONDS = 1.0
+HEALTH_SECONDS = 0.9
+"""How long a stage has to report its health. Whoever asks twice is to know within two seconds."""
 RESET_SECONDS = 10.0
 """A step that is under way when another stage fails has to end first; long prompts take seconds."""
 ABSENT_SECONDS = 10.0

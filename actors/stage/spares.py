@@ -27,6 +27,9 @@ from stages.step import Host
 
 ANSWER_SECONDS = 2.0
 """An import may hold the interpreter for most of a second."""
+SILENT_SECONDS = 10.0
+"""How long a spare that nobody needs may take to answer: it may be that the whole machine is busy."""
+PAUSE_SECONDS = 30.0
 PREPARE_SECONDS = 120.0
 """A busy host takes 10 s for the imports, and longer where they are not in memory yet."""
 
@@ -46,7 +49,13 @@ class Spare:
             scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False),
         ).remote(own_release(), host.name, None)
         self.actor = cast("ActorHandle[StageActor]", made)
+        self.made_at = asyncio.get_running_loop().time()
         self.ready = asyncio.ensure_future(self._prepare(preparation))
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it was started lately: where none can get ready, they follow each other slowly."""
+        return asyncio.get_running_loop().time() - self.made_at < PAUSE_SECONDS
 
     async def _prepare(self, preparation: Preparation) -> None:
         packed = msgspec.msgpack.encode(preparation)
@@ -63,6 +72,15 @@ class Spare:
             await self.ready
         await asyncio.wait_for(reply(self.actor.assign.remote(msgspec.msgpack.encode(setup))), ANSWER_SECONDS)
 
+    async def trouble(self) -> str | None:
+        """Returns why a spare that was ready, or failed to get so, is of no use; None where it is."""
+        try:
+            await self.ready
+            await asyncio.wait_for(reply(self.actor.pid.remote()), SILENT_SECONDS)
+        except (RayError, asyncio.TimeoutError) as error:
+            return _cause(error)
+        return None
+
 
 class Spares:
     """The spares of one pipeline: none before the first `provide`, none after `close`.
@@ -77,13 +95,15 @@ class Spares:
         self._options = options
         self._here = here
         self._spares: dict[str, Spare] = {}
+        self._placements: list[StagePlacement] = []
 
     def provide(self, placements: Iterable[StagePlacement]) -> None:
         """Starts a spare on each host of these stages that has none; does not wait for it."""
         if not self._are_wanted:
             return
         options = self._options
-        for placed in placements:
+        self._placements = list(placements)
+        for placed in self._placements:
             if placed.host.node_id not in self._spares:
                 preparation = Preparation(
                     device=options.cluster.device,
@@ -121,6 +141,22 @@ class Spares:
         self._forget(spare)
         _log.info("the spare process becomes the stage", host=host.name, pid=spare.pid, stage=setup.spec.index)
         return spare
+
+    async def replace_lost(self) -> None:
+        """Replaces spares that have died, could not import, or do not answer; each is logged."""
+        for spare in [spare for spare in self._spares.values() if spare.ready.done() and not spare.ready.cancelled()]:
+            cause = await spare.trouble()
+            # It may have become a stage meanwhile.
+            if cause is None or self._spares.get(spare.host.node_id) is not spare:
+                continue
+            if spare.ready.exception() is not None and spare.is_fresh:
+                continue
+            _log.warning(
+                "a spare process is lost: another one starts", host=spare.host.name, pid=spare.pid, cause=cause
+            )
+            self._forget(spare)
+            await kill_actor(self._cluster, spare.actor, self._local_pid(spare))
+            self.provide(self._placements)
 
     async def pids(self) -> list[int]:
         """Returns the ids of all spare processes, once they have imported what they need.

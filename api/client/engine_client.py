@@ -219,6 +219,19 @@ class EngineClient:
         """Queries the state of the engine and its stages. Raises EngineError like `counts`."""
         return await self._query(self._reports, GetPipelineReport(), timeout_s)
 
+    async def probe(self) -> None:
+        """Returns when the engine and all its stages answer. Raises EngineError, which names who does not.
+
+        A stage has a second twice, as it may be busy. It takes no longer than PROBE_TIMEOUT_S each time.
+        """
+        silent = await self._silent_stages()
+        if silent and (silent := silent & await self._silent_stages()):
+            raise EngineError.for_clients(f"Stage {min(silent)} does not answer.")
+
+    async def _silent_stages(self) -> set[int]:
+        report = await self.report(PROBE_TIMEOUT_S)
+        return {stage.stage for stage in report.stages if stage.state == "silent"}
+
     async def close(self) -> None:
         """Ends the engine and its pipeline. May be repeated.
 

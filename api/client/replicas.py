@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import structlog
 
 from actors.cluster.environment import cluster_address
-from api.client.engine_client import PROBE_TIMEOUT_S, EngineClient
+from api.client.engine_client import EngineClient
 from api.client.open_requests import Load, RequestStream, least_loaded
 from api.engine.options import EngineOptions
 from api.messages.engine import (
@@ -93,8 +93,8 @@ class Replicas:
         raise error_of(self.state)
 
     async def probe(self) -> None:
-        """Returns when one of the ready engines answers. Raises EngineError where none does in PROBE_TIMEOUT_S."""
-        asked = [engine.counts(PROBE_TIMEOUT_S) for engine in self.engines if engine.state.phase == "ready"]
+        """Returns when one of the ready engines answers, with all its stages. Raises EngineError where none does."""
+        asked = [engine.probe() for engine in self.engines if engine.state.phase == "ready"]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         if failures and len(failures) == len(answers):

@@ -8,7 +8,7 @@ from typing import Protocol
 import structlog
 
 from actors.clock import now_ns
-from actors.errors import PipelineError, PlacementError, ProtocolError
+from actors.errors import ClusterError, PipelineError, PlacementError, ProtocolError
 from actors.stage.health import StageHealth
 from api.engine.meters import NS, EngineMeters
 from api.engine.step_watch import StepWatch
@@ -101,7 +101,8 @@ class Recovery:
     async def bring_back(self, pipeline: EnginePipeline, failure: PipelineError | ProtocolError) -> None:
         """Returns when the pipeline can take steps again; the scheduler is then to be reset.
 
-        Raises PipelineError where it fails too often, PlacementError where no rows are left.
+        Raises PipelineError where it fails too often, PlacementError where no rows are left, and ClusterError where
+        Ray itself is gone.
         """
         began_ns = now_ns()
         self.is_under_way = True
@@ -113,7 +114,7 @@ class Recovery:
             try:
                 await pipeline.recover()
                 break
-            except PlacementError:
+            except (ClusterError, PlacementError):
                 raise
             except GalaxylineError as error:
                 self._report(error)

@@ -9,35 +9,22 @@ slot that is given up may be in the very next step again. Requests whose steps m
 as far as the quarantine allows (api/scheduler/quarantine.py).
 """
 
+import math
 from collections import deque
-from dataclasses import dataclass
 from operator import attrgetter
 
 from actors.errors import ProtocolError
+from api.errors import EngineError
 from api.messages.engine import AddRequest, Counts, RequestOutput, failed_output
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
 from api.scheduler.quarantine import Quarantine
-from api.scheduler.sequence import Run, Sequence, StepInFlight, check_request
+from api.scheduler.sequence import Run, Sequence, Snapshot, StepInFlight, check_request
 from api.scheduler.slots import BlockPool, Slots
-from stages.step import Admission, Mode, Segment, Step, StepResult, TokenLogprobs
+from stages.step import NO_TOKEN, Admission, Mode, Segment, Step, StepResult, TokenLogprobs
 from weights.errors import GalaxylineError
 
 BY_ARRIVAL = attrgetter("arrival")
-
-
-@dataclass(slots=True, frozen=True)
-class Snapshot:
-    """The requests and blocks of a scheduler at one moment, for tests and debugging.
-
-    `waiting` are in the order in which they get slots. `ready` are the microbatches that could decode now, and
-    `free_blocks` the ids of each pool's free blocks.
-    """
-
-    waiting: list[Sequence]
-    running: list[Run]
-    ready: list[int]
-    free_blocks: list[list[int]]
 
 
 class Scheduler:
@@ -177,11 +164,11 @@ class Scheduler:
         }
         logprobs = result.logprobs or [None] * len(result.tokens)
         outputs = [
-            self._advance(run, awaited.mode, token, logprob, scores.pop(run, []))
+            self._advance(awaited, run, token, logprob, scores.pop(run, []))
             for run, token, logprob in zip(awaited.sampled, result.tokens, logprobs, strict=True)
             if run.active
         ]
-        return outputs + [_scored(run, entries) for run, entries in scores.items() if entries]
+        return outputs + [self._scored(result.step_id, run, entries) for run, entries in scores.items() if entries]
 
     def _awaited(self, result: StepResult) -> StepInFlight:
         awaited = self._in_flight[0] if self._in_flight else None
@@ -199,10 +186,12 @@ class Scheduler:
         return awaited
 
     def _advance(
-        self, run: Run, mode: Mode, token: int, logprob: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
+        self, step: StepInFlight, run: Run, token: int, logprob: TokenLogprobs | None, scores: list[TokenLogprobs]
     ) -> RequestOutput:
         sequence = run.sequence
-        self._quarantine.release(sequence.request_id, mode)
+        self._quarantine.release(sequence.request_id, step.mode)
+        if token == NO_TOKEN or _has_nan(scores):
+            return self._end_for_nan(step.step_id, run)
         reason = sequence.append(token)
         if reason is None:
             self._decodable[run.microbatch].append(run)
@@ -215,8 +204,23 @@ class Scheduler:
             finish_reason=reason,
             error=None,
             logprobs=[] if logprob is None else [logprob],
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=scores,
         )
+
+    def _scored(self, step_id: int, run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
+        """The output of a chunk that scores a prompt and samples nothing."""
+        if _has_nan(entries):
+            return self._end_for_nan(step_id, run)
+        return RequestOutput(
+            request_id=run.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries
+        )
+
+    def _end_for_nan(self, step_id: int, run: Run) -> RequestOutput:
+        """Ends a request for which there is no token, or no log-probability: nothing that follows would be right."""
+        self._end(run.sequence)
+        self._leave(run)
+        sentence = f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
+        return failed_output(run.request_id, EngineError.for_clients(sentence))
 
     def _decode_step(self) -> Step | None:
         ready = [m for m, runs in enumerate(self._decodable) if runs and not self._decoding[m]]
@@ -375,6 +379,5 @@ class Scheduler:
             self._prefilling = None
 
 
-def _scored(run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
-    """The output of a chunk that scores a prompt and samples nothing."""
-    return RequestOutput(request_id=run.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries)
+def _has_nan(entries: list[TokenLogprobs]) -> bool:
+    return any(math.isnan(entry.logprob) for entry in entries)

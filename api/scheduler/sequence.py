@@ -132,3 +132,17 @@ class StepInFlight:
     def mode(self) -> Mode:
         """Whether the step prefills or decodes."""
         return "prefill" if self.microbatch is None else "decode"
+
+
+@dataclass(slots=True, frozen=True)
+class Snapshot:
+    """The requests and blocks of a scheduler at one moment, for tests and debugging.
+
+    `waiting` are in the order in which they get slots. `ready` are the microbatches that could decode now, and
+    `free_blocks` the ids of each pool's free blocks.
+    """
+
+    waiting: list[Sequence]
+    running: list[Run]
+    ready: list[int]
+    free_blocks: list[list[int]]

@@ -1,5 +1,6 @@
 """The sampler of the last stage: its requests by slot, and the tokens that it draws for them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from stages.errors import StepError
 from stages.sampling.draw import draw_token
 from stages.sampling.logits_options import LogitsOptions
 from stages.sampling.logprobs import Floats, token_logprobs
-from stages.step import Admission, Segment, Step, TokenLogprobs
+from stages.step import NO_TOKEN, Admission, Segment, Step, TokenLogprobs
 
 
 class ScoredPrompt(NamedTuple):
@@ -37,6 +38,8 @@ class Request:
     def sample(self, logits: Floats, position: int) -> int:
         """The token at `position`, from the model's `logits` [vocabulary] of the one before, which are not changed.
 
+        NO_TOKEN where one of these is not a number, or the largest is infinite: weights or a device are broken.
+
         Raises StepError if the request reads its tokens and does not have exactly those before `position`.
         """
         answered = position - self._prompt_tokens
@@ -45,6 +48,9 @@ class Request:
                 f"Slot {self._slot} samples at position {position}, but was admitted with, and has sampled, "
                 f"{self._prompt_tokens + len(self._answer)} tokens."
             )
+        # numpy's `max` is not a number where one of its arguments is not.
+        if not math.isfinite(logits.max()):
+            return NO_TOKEN
         token = draw_token(self._options.apply(logits, self._answer, answered), self._sampling, position)
         if self._sampling.reads_tokens:
             self._answer.append(token)
@@ -115,7 +121,7 @@ class Sampler:
                 row, request = next(rows), self._requests[segment.slot]
                 token = request.sample(row, segment.start + len(segment.tokens))
                 sampled.tokens.append(token)
-                sampled.logprobs.append(request.logprobs(row, token))
+                sampled.logprobs.append(None if token == NO_TOKEN else request.logprobs(row, token))
         return sampled
 
     def scored_prompts(self, step: Step) -> list[ScoredPrompt | None]:
