@@ -20,7 +20,7 @@ LATE = FailureReport(kind="late_step", outstanding=[9], cause="it did not come o
             [
                 health(0, "silent", "no answer"),
                 health(1, "dead", "its process died"),
-                health(2, "failed", "lost the link", failure="lost_link"),
+                health(2, "failed", "lost the link from stage 1: reset", failure="lost_link"),
             ],
             "Stage 1 on host-a failed at step 9: its process died (lost the link from stage 1: reset).",
         ),
@@ -45,6 +45,24 @@ LATE = FailureReport(kind="late_step", outstanding=[9], cause="it did not come o
                 health(1, "failed", "OSError: x", failure="error"),
             ],
             "Stage 1 on host-a failed at step 9: OSError: x.",
+        ),
+        (
+            # Its neighbour knows more of it than the engine, which has heard of what the neighbour did then.
+            FailureReport(kind="lost_link", outstanding=[9], cause="lost the link to stage 0: it closed"),
+            [
+                health(0, "failed", "lost the link to stage 1: it has been silent for 3 s", failure="lost_link"),
+                health(1, "silent", "no answer within 1 s"),
+                health(2, "failed", "lost the link from stage 1: reset", failure="lost_link"),
+            ],
+            "Stage 1 on host-a failed between steps: no answer within 1 s (lost the link to stage 1: it has been "
+            "silent for 3 s).",
+        ),
+        (
+            FailureReport(
+                kind="lost_link", outstanding=[9], cause="lost the link to stage 0: it closed", engine_paused_s=4.2
+            ),
+            [health(0, "failed", "lost the link from the engine: silent", failure="lost_link"), health(1, "ready")],
+            "The pipeline failed at step 9: the engine stood still for 4.2 s; no stage reports a failure.",
         ),
         (
             LATE,

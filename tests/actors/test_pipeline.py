@@ -1,6 +1,7 @@
 """Pipelines of real processes on a real Ray cluster of this host, with runners that need no model."""
 
 import asyncio
+import functools
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator
@@ -209,6 +210,41 @@ async def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> No
 
     with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
         await Cluster.join("127.0.0.1:1", 1, tmp_path)
+
+
+async def greet(said: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Says something, and nothing more until the client leaves."""
+    writer.write(said)
+    await reader.read()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_what_takes_connections_and_does_not_answer_is_named_in_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_environment("127.0.0.1:1")
+    from actors.cluster import cluster  # noqa: PLC0415 - imports Ray, which reads the environment
+
+    monkeypatch.setattr(cluster, "REACH_SECONDS", 0.2)
+    for said in (b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"):
+        greeter = await asyncio.start_server(functools.partial(greet, said), "127.0.0.1", 0)
+        address = "{}:{}".format(*greeter.sockets[0].getsockname())
+        with pytest.raises(ClusterError, match=rf"No Ray cluster answers at {address}"):
+            await cluster.Cluster.join(address, 1, tmp_path)
+        greeter.close()
+
+
+async def test_a_stale_note_of_the_current_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_environment("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    from actors.cluster.cluster import Cluster  # noqa: PLC0415 - imports Ray, which reads the environment
+
+    with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
+        await Cluster.join(None, 1, tmp_path)
 
 
 def test_the_environment_names_the_cluster_unless_an_address_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,30 @@ async def test_a_spare_becomes_the_lost_stage_and_another_one_waits_then(cluster
 
 
 @pytest.mark.slow
+@on_uvloop
+async def test_a_spare_that_dies_is_replaced_before_it_is_needed(cluster: "Cluster") -> None:
+    pipeline = await Pipeline.start(with_spares(), lambda _: None)
+    try:
+        [before] = await spare_pids(pipeline)
+        kill(before)
+
+        async def another() -> None:
+            from ray.exceptions import RayError  # noqa: PLC0415 - the fixture has prepared its environment
+
+            found = [before]
+            while found == [before]:
+                await asyncio.sleep(0.1)
+                # Raised between its death and its replacement.
+                with contextlib.suppress(RayError):
+                    found = await spare_pids(pipeline)
+
+        await asyncio.wait_for(another(), SECONDS)
+    finally:
+        await pipeline.close()
+    assert leftovers() == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hurt", [kill, stop], ids=["killed", "stopped"])
 @on_uvloop
 async def test_a_spare_that_does_not_answer_is_not_used(cluster: "Cluster", hurt: Callable[[int], None]) -> None:

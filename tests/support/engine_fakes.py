@@ -316,6 +316,13 @@ async def start_stalling(options: PipelineOptions, on_progress: OnProgress) -> F
     return FakePipeline(options, stall_at=5)
 
 
+async def start_standing(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
+    """Starts a pipeline whose second stage does not answer."""
+    pipeline = await start_sound(options, on_progress)
+    pipeline.healths[1] = msgspec.structs.replace(pipeline.healths[1], state="silent")
+    return pipeline
+
+
 async def start_refused(options: PipelineOptions, on_progress: OnProgress) -> FakePipeline:
     """Fails, as the pipeline cannot be placed."""
     report_progress(options, on_progress)

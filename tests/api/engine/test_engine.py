@@ -349,6 +349,16 @@ async def test_a_broken_pipeline_raises_in_every_stream() -> None:
         assert engine.state.error_kind == "PipelineError"
 
 
+async def test_a_probe_tells_of_a_stage_that_does_not_answer() -> None:
+    async with EngineClient.start(engine_options()) as engine:
+        await engine.wait_ready(SECONDS)
+        await engine.probe()
+    async with EngineClient.start(engine_options("start_standing")) as engine:
+        await engine.wait_ready(SECONDS)
+        with pytest.raises(EngineError, match=r"^Stage 1 does not answer\.$"):
+            await engine.probe()
+
+
 async def test_the_death_of_the_process_ends_every_stream() -> None:
     async with EngineClient.start(engine_options("start_stalling")) as engine:
         await engine.wait_ready(SECONDS)

@@ -1,5 +1,6 @@
 """The scheduler against a stage that has only the steps it gets, and against each request running alone."""
 
+import math
 from collections import deque
 
 import msgspec
@@ -13,7 +14,7 @@ from api.errors import OptionError, RequestError
 from api.messages.engine import AddRequest, RequestOutput
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.scheduler import Scheduler
-from stages.step import SamplingParams, Step, StepResult, TokenLogprobs
+from stages.step import NO_TOKEN, SamplingParams, Step, StepResult, TokenLogprobs
 from tests.support.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds
 from tests.support.scheduling import GREEDY, nothing_in_use, request, scheduler_options
 
@@ -368,6 +369,32 @@ def test_a_prompt_that_nobody_waits_for_is_prefilled_in_the_largest_chunks() -> 
     line.scheduler.add_request(request(1, 2000, 4))
     line.drain()
     assert [step.token_count for step in line.steps if step.mode == "prefill"] == [40, 1024, 976]
+
+
+def test_a_request_without_a_token_ends_with_stage_and_step_and_its_neighbours_go_on() -> None:
+    line = FakeLine(scheduler_options())
+    for request_id in range(3):
+        line.scheduler.add_request(request(request_id, 10, 4))
+    prefill = line.submit()
+    assert prefill is not None
+    line.results[0] = msgspec.structs.replace(line.results[0], tokens=[line.results[0].tokens[0], NO_TOKEN, 1])
+    broken = line.deliver()[1]
+    assert (broken.request_id, broken.tokens, broken.finish_reason) == (1, [], "error")
+    assert broken.public == broken.error == f"Stage 1 got logits that are not numbers at step {prefill.step_id}."
+    assert sorted(line.drain()) == [0, 2]
+    assert line.scheduler.counts() == nothing_in_use(line.options)
+
+
+def test_a_prompt_whose_scores_are_not_numbers_ends_at_its_first_such_chunk() -> None:
+    line = FakeLine(scheduler_options())
+    line.scheduler.add_request(request(0, 100, 4, sampling=SCORED))
+    line.submit()
+    [scored] = line.results[0].prompt_logprobs
+    scored[3] = msgspec.structs.replace(scored[3], logprob=math.nan)
+    [output] = line.deliver()
+    assert (output.finish_reason, output.prompt_logprobs) == ("error", [])
+    assert line.drain() == {}
+    assert line.scheduler.counts() == nothing_in_use(line.options)
 
 
 class SchedulerMachine(RuleBasedStateMachine):

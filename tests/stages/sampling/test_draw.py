@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from stages.sampling.draw import Candidates, draw_token, uniform
 from stages.sampling.sampler import Sampler
-from stages.step import VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
+from stages.step import NO_TOKEN, VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
 from tests.support.sampling_reference import changed_logits, chi_squared_bound, distribution, ranked
 
 LOGITS = [1.3, -0.4, 2.0, 0.1, 0.9, -3.0, 1.1, 0.0]
@@ -241,3 +242,21 @@ def test_random_numbers_are_uniform() -> None:
     values = np.sort([uniform(5, 0, position) for position in range(2000)])
     distance = np.abs(values - (np.arange(2000) + 0.5) / 2000).max()
     assert distance < 2.6 / math.sqrt(2000)  # Kolmogorov-Smirnov, error rate under 3e-6
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("chosen", [params(), params(temperature=0.0), params(top_k=2, repetition_penalty=1.5)])
+def test_no_token_is_drawn_from_what_is_not_a_number_and_neighbours_have_theirs(
+    broken: float, chosen: SamplingParams
+) -> None:
+    logits = torch.tensor([LOGITS, LOGITS, LOGITS])
+    logits[1, 5] = broken
+    asked = msgspec.structs.replace(chosen, logprobs=2)
+    tokens = [[0, 1, 2]] * 3
+    healthy = sampled(torch.tensor([LOGITS]), [asked], tokens[:1])
+    assert sampled(logits, [asked] * 3, tokens) == [*healthy, (NO_TOKEN, None), *healthy]
+
+
+def test_excluded_tokens_may_have_no_chance_at_all() -> None:
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf]])
+    assert sampled(logits, [params()], [[0, 1, 2]]) == [(1, None)]

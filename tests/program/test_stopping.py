@@ -1,0 +1,73 @@
+"""Servers that are ended by signals at any moment of their start, under load, and after one of their processes died."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stopping import (
+    KINDS,
+    START_MOMENTS,
+    TOKENS_SEEN,
+    WAYS,
+    Moment,
+    StopRow,
+    Way,
+    kill_one,
+    server,
+    stop_under_load,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+IS_FULL = bool(os.environ.get("GALAXYLINE_FULL"))
+SHELL_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+"""128 and the number of the signal."""
+
+# One way at each moment, all of them in turn.
+STARTS = [
+    (moment, way)
+    for place, moment in enumerate(START_MOMENTS)
+    for way in (WAYS if IS_FULL else [WAYS[place % len(WAYS)]])
+]
+LOADS = [
+    (tokens, way)
+    for place, tokens in enumerate(TOKENS_SEEN)
+    for way in (WAYS if IS_FULL else [WAYS[place]] if place < len(WAYS) else [])
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted weights, for all servers of this module."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def shell_code(row: StopRow) -> int:
+    """The exit code as a shell has it, also of a process that a signal has ended before it could handle it."""
+    return 128 - row.code if row.code < 0 else row.code
+
+
+@pytest.mark.parametrize(("moment", "way"), STARTS, ids=lambda part: str(part[0]))
+def test_a_start_is_ended_at_any_moment_and_leaves_nothing(moment: Moment, way: Way, cache: Path) -> None:
+    name, has_come = moment
+    with server(cache) as starting:
+        starting.until(lambda: has_come(starting))
+        row = starting.stop(name, way)
+        assert (shell_code(row), row.left) == (SHELL_CODES[way[0]], [])
+        assert "Traceback" not in starting.log
+
+
+@pytest.mark.parametrize(("tokens", "way"), LOADS, ids=str)
+def test_a_server_under_load_is_ended_and_leaves_nothing(tokens: int, way: Way, cache: Path) -> None:
+    row = stop_under_load(cache, tokens, way)
+    # Its requests were not given the time to end.
+    assert (row.code, row.left) == (SHELL_CODES[way[0]], [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_that_is_killed_leaves_nothing(kind: str, cache: Path) -> None:
+    row = kill_one(cache, kind)
+    expected = {"front end": -signal.SIGKILL, "engine": 1}.get(kind, 0)
+    assert (row.code, row.left) == (expected, [])
