@@ -33,6 +33,7 @@ from benchmarks.support.report import Report, Target, publish, table_of
 from benchmarks.support.server_process import ServerError, title
 from stages.device import Device
 
+COMMAND = (sys.executable, "-m", "api.cli")
 READY_SECONDS = 300.0
 END_SECONDS = 60.0
 LEFT_SECONDS = 10.0
@@ -63,18 +64,18 @@ class StopRow(msgspec.Struct, frozen=True, kw_only=True):
 class StoppedServer:
     """A server with a directory of its own for temporary files, to be ended by a signal."""
 
-    def __init__(self, cache: Path, *options: str) -> None:
-        """Starts it; converted weights are kept in `cache`."""
+    def __init__(self, cache: Path, *options: str, command: Sequence[str] = COMMAND) -> None:
+        """Starts it with `command`; converted weights are kept in `cache`."""
         # In a short path, as sockets need one.
         self.directory = Path(tempfile.mkdtemp(prefix="gl-", dir="/tmp"))  # nosec B108 # a private one in it
         self.url = f"http://127.0.0.1:{free_port()}"
         self._log = self.directory / "server.log"
-        command = [sys.executable, "-m", "api.cli", "serve", "--port", self.url.rpartition(":")[2]]
+        arguments = ["serve", "--port", self.url.rpartition(":")[2], "--cache-dir", str(cache)]
         environment = {**os.environ, "TMPDIR": str(self.directory), "GALAXYLINE_LOG_LEVEL": "info"}
         environment.pop("RAY_ADDRESS", None)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--cache-dir", str(cache), "--shutdown-timeout", "0.01", *options],
+                [*command, *arguments, "--shutdown-timeout", "0.01", *options],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -186,6 +187,7 @@ class StoppedServer:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        self.process.wait(END_SECONDS)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -206,9 +208,9 @@ START_MOMENTS: tuple[Moment, ...] = (
 
 
 @contextlib.contextmanager
-def server(cache: Path, *options: str) -> Iterator[StoppedServer]:
+def server(cache: Path, *options: str, command: Sequence[str] = COMMAND) -> Iterator[StoppedServer]:
     """Runs a server in the block; nothing of it is left afterwards."""
-    running = StoppedServer(cache, *options)
+    running = StoppedServer(cache, *options, command=command)
     try:
         yield running
     finally:

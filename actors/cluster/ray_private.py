@@ -36,6 +36,9 @@ otherwise it replaces it by the outward one."""
 STARTUP_CONCURRENCY = "worker_maximum_startup_concurrency"
 """Entry of Ray's system configuration: how many workers of a node may start at the same time."""
 
+METRICS_COLLECTION = "enable_metrics_collection"
+"""Another entry: whether its agents answer on a port, to anybody, with measurements of the host."""
+
 ENTRYPOINT_CHARACTERS_MAX = 80
 
 _RELEASE = re.compile(r"\bReleaseError: (.*)")
@@ -80,7 +83,7 @@ class OwnNode:
             # By default one port for all, which a second Ray of the host then misses.
             dashboard_agent_listen_port=0,
             # As many stages start at once as there are cores: each takes a second of one to import Ray.
-            _system_config={STARTUP_CONCURRENCY: len(os.sched_getaffinity(0))},  # type: ignore[dict-item] # a number
+            _system_config={STARTUP_CONCURRENCY: len(os.sched_getaffinity(0)), METRICS_COLLECTION: False},  # type: ignore[dict-item] # a number
         )
         self._node = BareNode(parameters, head=True, shutdown_at_exit=False, ray_init_cluster=True)
         self.address: str = self._node.address
