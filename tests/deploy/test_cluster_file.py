@@ -57,6 +57,9 @@ def test_every_host_has_four_rows_and_wants_the_token(node: str) -> None:
         "RAY_AUTH_MODE=token",
         "RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token",
         "RAY_USAGE_STATS_ENABLED=0",
+        "RAY_enable_metrics_collection=0",
+        "AUTOSCALER_METRIC_PORT=-1",
+        "DASHBOARD_METRIC_PORT=-1",
         "RAY_EXPERIMENTAL_NOSET_TENSTORRENT_VISIBLE_DEVICES=1",
         "RAY_JOB_STOP_WAIT_TIME_S=60",
     ):
