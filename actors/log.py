@@ -3,13 +3,29 @@
 import logging
 import os
 import sys
-
-import structlog
+from typing import TYPE_CHECKING, Any
 
 from weights.errors import GalaxylineError
 
+if TYPE_CHECKING:
+    pass
+
 LEVEL_VARIABLE = "GALAXYLINE_LOG_LEVEL"
 LEVELS = ("debug", "info", "warning", "error")
+
+
+class LateLogger:
+    """A logger of structlog's that imports it with the first record: that takes a tenth of a second, with rich."""
+
+    def __init__(self, name: str) -> None:
+        """The logger of the module `name`."""
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        """The method of structlog's logger."""
+        import structlog  # noqa: PLC0415 - see the class
+
+        return getattr(structlog.get_logger(self._name), name)
 
 
 def configure_logging() -> None:
@@ -18,6 +34,8 @@ def configure_logging() -> None:
     The level is that of GALAXYLINE_LOG_LEVEL, "info" by default; raises GalaxylineError for any other. Fields bound
     with `structlog.contextvars` or `logger.bind` (stage, step_id, request_id) are part of every record.
     """
+    import structlog  # noqa: PLC0415 - see LateLogger
+
     level = os.environ.get(LEVEL_VARIABLE, "info").lower()
     if level not in LEVELS:
         raise GalaxylineError(f"{LEVEL_VARIABLE} is {level!r}; choose one of {', '.join(LEVELS)}.")
@@ -27,7 +45,7 @@ def configure_logging() -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    is_watched = sys.stderr.isatty()
+    is_watched = sys.stderr is not None and sys.stderr.isatty()
     last: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer()]
         if is_watched
@@ -57,6 +75,8 @@ def keep_logs_off_stdout() -> None:
 
     It is for functions that other programs call: structlog would print to stdout, between their own output.
     """
+    import structlog  # noqa: PLC0415 - see LateLogger
+
     if not structlog.is_configured():
         # Looked up anew for each record, so that a replaced sys.stderr is used.
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
