@@ -37,8 +37,8 @@ from api.settings.planning import (
 def plan_command(model_argument: str | None, json_file: Path | None, **given: Any) -> None:
     """Say whether MODEL fits some Galaxy rows, and predict its speed there.
 
-    MODEL is a directory with a config.json, a hub id, or r1: published models need no checkpoint. One that does not fit
-    is refused, with the smallest changes that would make it.
+    MODEL is a directory with a config.json, a hub id, r1 or v3: published models need no checkpoint. One that does not
+    fit is refused, with the smallest changes that would make it.
     """
     name, config = known_config(take(ModelOptions, given).name(model_argument), os.environ)
     plan = make_plan(name, config, made(PlanSettings, given))

@@ -107,7 +107,9 @@ def _refusal(
 
     if error.code == HTTPStatus.UNAUTHORIZED:
         what = "wants a key" if api_key is None else "does not know this key"
-        return OptionError(f"The server at {base} {what}: give one of its keys with --api-key, or in {KEYS_IN_WORDS}.")
+        return OptionError(
+            f"The server at {base} {what}: give one of its keys with --api-key, or in ${KEY_VARIABLES[0]}."
+        )
     try:
         body = msgspec.json.decode(error.read(), type=ErrorBody)
     except msgspec.DecodeError:

@@ -43,7 +43,8 @@ def check_cache_dir(directory: Path) -> None:
     Nothing is left behind: the directory is made with its first entry.
     """
     existing = directory
-    while not existing.exists() and existing != existing.parent:
+    # A link to nowhere counts as well: no directory can be made in its place.
+    while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     try:
         _try_writing(existing)

@@ -66,6 +66,12 @@ def test_a_cache_that_could_not_be_written_is_told_and_nothing_is_left_behind(tm
         check_cache_dir(file / "cache")
     with pytest.raises(OptionError, match="cannot be written"):
         check_cache_dir(Path("/proc/cache"))
+    for target, reason in (("link", "Too many levels of symbolic links"), ("absent", "No such file or directory")):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(OptionError, match=reason):
+            check_cache_dir(link)
 
 
 def test_a_read_only_cache_that_was_filled_before_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
