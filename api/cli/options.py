@@ -197,7 +197,7 @@ def config_arguments(command: click.Command, path: Path, given: Set[str]) -> lis
     }
     arguments: list[str] = []
     for name, value in _read_config(path).items():
-        flag = f"--{str(name).replace('_', '-').removeprefix('--')}"
+        flag = f"--{name.replace('_', '-').removeprefix('--')}"
         if flag not in flags:
             near = difflib.get_close_matches(flag, flags, 1)
             hint = f" Did you mean {near[0].removeprefix('--')}?" if near else ""
@@ -222,17 +222,15 @@ def _arguments(flag: str, option: click.Option, value: object) -> list[str]:
     return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def _read_config(path: Path) -> dict[Any, Any]:
-    import yaml  # noqa: PLC0415 - it is rarely needed
-
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = msgspec.yaml.decode(path.read_bytes())
     except OSError as error:
         raise OptionError(f"{CONFIG} '{path}' cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         first = str(error).partition("\n")[0]
         raise OptionError(f"{CONFIG} '{path}' is not YAML: {first}.") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise OptionError(f"{CONFIG} '{path}' does not map names of options to values, like `port: 8001`.")
     return content
 

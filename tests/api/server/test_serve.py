@@ -140,6 +140,7 @@ async def test_while_draining_open_streams_go_on_and_new_requests_are_refused(
         raise EngineError("The engine was closed.")
 
     monkeypatch.setattr(engine, "report", report, raising=False)
+    monkeypatch.setattr(engine, "pid", 1, raising=False)
     engine.script = one_token
     engine.loaded.set()
     server = Server(tmp_path, shutdown_timeout_s=DEADLINE_S)
