@@ -175,7 +175,8 @@ class ConfigCommand(LoggedCommand):
         words = list(itertools.takewhile(lambda arg: arg != "--", args))
         given = {word.partition("=")[0].replace("_", "-") for word in words}
         # As everywhere, the last one counts where it is given twice.
-        for word, following in reversed(list(itertools.pairwise([*words, ""]))):
+        pairs = [] if ctx.resilient_parsing else reversed(list(itertools.pairwise([*words, ""])))
+        for word, following in pairs:
             flag, _, value = word.partition("=")
             if flag == CONFIG and (value or following):
                 args = [*config_arguments(self, Path(value or following), given), *args]

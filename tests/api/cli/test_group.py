@@ -148,16 +148,24 @@ run()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".building")] == []
 
 
-def test_completion_of_shells_knows_commands_and_options() -> None:
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("galaxyline se", ["plain,serve"]),
+        ("galaxyline serve --config /absent --max-mod", ["plain,--max-model-len"]),
+        ("galaxyline serve --head-dtype bfloat8", ["plain,bfloat8_b"]),
+    ],
+)
+def test_completion_of_shells_knows_commands_options_and_choices(words: str, completions: list[str]) -> None:
     environment = {
         **os.environ,
         "_GALAXYLINE_COMPLETE": "bash_complete",
-        "COMP_WORDS": "galaxyline se",
-        "COMP_CWORD": "1",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
     }
     code = "import sys; sys.argv = ['galaxyline']; from api.cli.__main__ import run; run()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.splitlines() == ["plain,serve"]
+    assert done.stdout.splitlines() == completions
 
 
 def test_commands_are_a_mapping_that_takes_others() -> None:
