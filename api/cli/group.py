@@ -83,10 +83,10 @@ class CommandGroup(click.Group):
         except GalaxylineError as error:
             from api.errors import exit_code  # noqa: PLC0415 - needed here alone
 
-            click.echo(f"Error: {error}", err=True)
+            _tell(f"{error}")
             sys.exit(exit_code(error))
         except OSError as error:
-            click.echo(f"Error: {os_error_sentence(error)}", err=True)
+            _tell(os_error_sentence(error))
             sys.exit(2 if error.errno in USERS_MISTAKES else 1)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -102,6 +102,12 @@ class CommandGroup(click.Group):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(BROKEN_PIPE)
         return result
+
+
+def _tell(sentence: str) -> None:
+    # Where that cannot be written either, the exit code has to do.
+    with suppress(OSError):
+        click.echo(f"Error: {sentence}", err=True)
 
 
 def os_error_sentence(error: OSError) -> str:

@@ -80,6 +80,11 @@ def test_output_that_cannot_be_written_is_one_sentence() -> None:
         assert (done.returncode, done.stderr) == (1, "Error: Cannot write the output: No space left on device.\n")
 
 
+def test_where_no_sentence_can_be_written_the_exit_code_tells() -> None:
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([*PROGRAM, "convert", "absent"], stderr=full, check=False).returncode == 2
+
+
 def test_a_reader_who_is_gone_ends_a_command_without_a_word() -> None:
     for arguments in (["plan", "r1"], ["cache", "list"]):
         reader, writer = os.pipe()
