@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from actors.sockets.host import SILENCE_SECONDS
 from stages.device import PROFILES, Device, DeviceProfile
 from stages.errors import PlanError
 from stages.options import ITEM_BYTES, StageOptions
@@ -97,6 +96,9 @@ class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def silence_s(self) -> float:
         """Seconds without a heartbeat after which a stage is considered dead."""
+        # What reads options alone, as --help does, needs no sockets.
+        from actors.sockets.host import SILENCE_SECONDS  # noqa: PLC0415
+
         return self.cluster.profile.silence_s or SILENCE_SECONDS
 
     @property

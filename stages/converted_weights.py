@@ -21,7 +21,7 @@ from weights.cache.cache_key import CacheKey
 from weights.cache.fingerprints import Fingerprints
 from weights.checkpoint import open_weights
 from weights.errors import CheckpointError
-from weights.model_config import ModelConfig
+from weights.model_config import ModelConfig, directory_name
 from weights.source import WeightSource
 from weights.tensor_shapes import layer_prefix
 
@@ -89,6 +89,8 @@ class ConvertedWeights:
     dtype: Dtype
     mesh_device: ttnn.MeshDevice
     dtypes: WeightDtypes = DEFAULT_DTYPES
+    model: str = ""
+    """The model's name, which the cache shows."""
 
     def load(self, part: ModelPart) -> WeightConfig:
         """Returns the files of a part, converting it where the cache does not have them.
@@ -108,7 +110,7 @@ class ConvertedWeights:
                     f"The checkpoint changed while {part.name} was converted from it: start again when it is complete."
                 )
 
-        return load_weight_config(self.cache.entry(str(key), build, self.bytes_of(part)))
+        return load_weight_config(self.cache.entry(str(key), build, self.bytes_of(part), self.model))
 
     def missing(self, parts: Iterable[ModelPart]) -> list[ModelPart]:
         """Returns the parts that the cache does not have. Raises CheckpointError or CacheError."""
@@ -190,7 +192,12 @@ def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
     mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*options.mesh_shape))
     try:
         weights = ConvertedWeights(
-            source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weights.weight_dtypes
+            source,
+            WeightCache(Path(options.cache_dir)),
+            options.dtype,
+            mesh_device,
+            options.weights.weight_dtypes,
+            directory_name(Path(options.model_path)),
         )
         yield Conversion(weights, parts)
     finally:

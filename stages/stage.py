@@ -22,7 +22,7 @@ from stages.step import Step, StepResult
 from stages.wormhole import GALAXY_COLUMNS
 from weights.cache.cache import WeightCache
 from weights.checkpoint import open_weights
-from weights.model_config import ModelConfig
+from weights.model_config import ModelConfig, directory_name
 
 
 def open_mesh(rows: int, columns: int, *, enable_trace: bool) -> ttnn.MeshDevice:
@@ -97,7 +97,12 @@ class Stage:
         with ExitStack() as undo:
             undo.callback(close_mesh, mesh_device)
             weights = ConvertedWeights(
-                source, WeightCache(Path(options.cache_dir)), options.dtype, mesh_device, options.weights.weight_dtypes
+                source,
+                WeightCache(Path(options.cache_dir)),
+                options.dtype,
+                mesh_device,
+                options.weights.weight_dtypes,
+                directory_name(Path(options.model_path)),
             )
             model = ModelSlice.load(spec, weights, options.cache, on_progress)
             stage = cls(spec, options, model, mesh_device, source.config)

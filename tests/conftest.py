@@ -17,6 +17,8 @@ from tests.support.ray_cluster import running_ray
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Nothing is left in the cache of the user who runs the tests.
+os.environ.setdefault("DEEPSEEK_V3_CACHE", str(ROOT / "generated" / "deepseek_v3"))
 # Before torch is imported: two cores are shared by the test process and the processes it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

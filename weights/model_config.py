@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import msgspec
 
 from weights.errors import CheckpointError
+from weights.sample import SAMPLE_DIR, SAMPLE_NAME
 
 CONFIG_FILE_BYTES_MAX = 1 << 20
 
@@ -273,3 +274,10 @@ def _refuse_impossible_routing(config: ModelConfig, source: str) -> None:
             f"{source}: {config.num_experts_per_tok} experts a token, but the {config.topk_group} groups chosen "
             f"hold {config.topk_group * group}."
         )
+
+
+def directory_name(directory: Path) -> str:
+    """What the model in a directory is called: its hub id in the hub's cache, else the directory's own name."""
+    if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
+        return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return SAMPLE_NAME if directory == SAMPLE_DIR else directory.name

@@ -1,37 +1,41 @@
 """The command line of `galaxyline demo`."""
 
-import asyncio
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from api.cli.options import options_of, override_tt_config
-from api.demo.files import check_results_path, default_results_path, write_results
-from api.demo.generation import lines
+from api.cli.options import log_level, options_of, override_tt_config
+from api.cli.parameters import LoggedCommand
+from api.demo.files import RESULTS_FLAG, default_results_path, write_results
 from api.demo.options import DemoOptions
-from api.demo.run import Results, run
-from api.demo.setup import DemoSetup
 from api.settings.engine import EngineSettings
 from api.settings.environment import note_environment
 from api.settings.model import ModelPathOption
 from api.settings.option import made, take
+from api.settings.paths import prepare_file
 
-INTERRUPTED = 130
-"""Exit code of a demo that a signal ended: 128 + SIGINT, as shells count."""
+if TYPE_CHECKING:
+    from api.demo.run import Results
+    from api.demo.setup import DemoSetup
 
 
-@click.command("demo")
+@click.command("demo", cls=LoggedCommand)
 @click.argument("prompts", nargs=-1)
 @options_of(DemoOptions)
 @options_of(ModelPathOption)
 @click.option("--early_print_first_user", is_flag=True, help="Print the first prompt's tokens as they come.")
 @options_of(EngineSettings, without={"spare"})
 @override_tt_config
+@log_level
 def demo_command(prompts: tuple[str, ...], early_print_first_user: bool, trace_mode: bool, **given: Any) -> None:
     """Complete PROMPTS, or those of a file, and print or write the completions and statistics."""
+    # Imports of half a second, which --help does without.
+    from api.demo.generation import lines  # noqa: PLC0415
+    from api.demo.run import run  # noqa: PLC0415
+    from api.demo.setup import DemoSetup  # noqa: PLC0415
+
     given["enable_trace"] |= trace_mode
     note_environment(os.environ)
     model_path = take(ModelPathOption, given).model_path
@@ -40,11 +44,8 @@ def demo_command(prompts: tuple[str, ...], early_print_first_user: bool, trace_m
     setup = DemoSetup.of(options, engine, model_path, os.environ)
     output = _output_path(options)
     if output is not None:
-        check_results_path(output)
-    try:
-        results = run(setup, _print_text if early_print_first_user else None)
-    except asyncio.CancelledError:
-        sys.exit(INTERRUPTED)
+        prepare_file(output, RESULTS_FLAG)
+    results = run(setup, _print_text if early_print_first_user else None)
     if early_print_first_user:
         click.echo()
     if output is None:
@@ -62,7 +63,7 @@ def _output_path(options: DemoOptions) -> Path | None:
     return options.output_path or default_results_path(options.prompts_file)
 
 
-def _print(setup: DemoSetup, results: Results) -> None:
+def _print(setup: "DemoSetup", results: "Results") -> None:
     click.echo("\n===== Generated =====\n")
     for place, generation in enumerate(results["generations"]):
         if setup.options.random_weights:

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from api.cli import main
+from api.cli.group import main
 from api.cli.options import DEFAULT_IN_WORDS
-from api.settings.environment import WITHOUT_EFFECT
+from api.settings.environment import VAIN_OPTIONS, WITHOUT_EFFECT
 
 OPTIONS_PAGE = Path("docs/options.md")
 
@@ -31,15 +31,32 @@ def options_page() -> str:
             if isinstance(parameter, click.Argument)
         )
         parts.append(f"## `{' '.join(part for part in (name, arguments) if part)}`\n\n{_help(command)}\n")
-        rows = [_row(option) for option in command.params if isinstance(option, click.Option)]
+        rows = [_row(option) for option in command.params if isinstance(option, click.Option) and not option.hidden]
         if rows:
             parts.append("\n".join(["| Option | Value | Default | Meaning |", "|---|---|---|---|", *rows]) + "\n")
+    parts.append(_vain_options())
     ignored = ", ".join(f"`{variable}`" for variable in WITHOUT_EFFECT)
     parts.append(
         "## Environment variables without effect\n\n"
         f"{ignored} are set for tt-metal's programs and vLLM; the log says so where one of them is set.\n"
     )
     return "\n".join(parts)
+
+
+def _vain_options() -> str:
+    rows = [
+        f"| {', '.join(f'`{flag}`' for flag in option.flags)} | {_escaped(option.why)} |" for option in VAIN_OPTIONS
+    ]
+    return "\n".join(
+        [
+            "## Options of vLLM without effect\n",
+            "`serve` takes these as they are pasted, and logs those that are given.\n",
+            "| Option | Why |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def _leaves(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:

@@ -1,21 +1,102 @@
-"""What commands share: the types that options are read with, and the console that tables are printed on."""
+"""What commands share: how they are run, the types that options are read with, and the console of tables."""
 
 import json
 import math
+import os
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+
+from actors.log import LateLogger, configure_logging
+from api.settings.option import spelt_as
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from api.client.progress import LongWork
 
 PLAIN_COLUMNS = 120
+"""The width of what does not go to a terminal, unless COLUMNS says otherwise."""
 
-"""The width of a table that does not go to a terminal."""
+COLUMNS_MIN = 20
+
+NOTES = "api.cli.notes"
+"""The key in a context's `meta` of what is to be logged when the command begins."""
+
+log = LateLogger(__name__)
 
 
-def result_console(plain_columns: int = PLAIN_COLUMNS) -> Console:
-    """The console on stdout: as wide as the terminal, or `plain_columns` without one."""
-    return Console() if sys.stdout.isatty() else Console(width=plain_columns)
+class LoggedCommand(click.Command):
+    """A command that sets up logging before it runs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        # Nothing that is started or imported below can do without; some of it ends the process without a word.
+        Path.cwd()
+        configure_logging()
+        for event, fields in ctx.meta.pop(NOTES, []):
+            log.info(event, **fields)
+        return super().invoke(ctx)
+
+
+def begin_work() -> None:
+    """Tells the program, where a command is one, that signals have something to tidy up: see `api.cli.__main__`."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is not None and ctx.obj is not None:
+        ctx.obj()
+
+
+def long_work() -> "LongWork":
+    """The progress of a command's work, on stderr; what is imported for the work is there by its first step."""
+    from rich.console import Console  # noqa: PLC0415 - --help does without
+
+    from api.client.progress import LongWork  # noqa: PLC0415 - imports rich
+
+    class CommandWork(LongWork):
+        @contextmanager
+        def steps(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
+            begin_work()
+            with super().steps(what, total) as done:
+                yield done
+
+    return CommandWork(Console(stderr=True))
+
+
+def note(ctx: click.Context, event: str, **fields: object) -> None:
+    """Has something logged when the command begins: logging is not set up yet while options are read."""
+    ctx.meta.setdefault(NOTES, []).append((event, fields))
+
+
+def result_console() -> "Console":
+    """The console on stdout: as wide as COLUMNS says, else as the terminal, or PLAIN_COLUMNS without one."""
+    from rich.console import Console  # noqa: PLC0415 - --help does without
+
+    class ResultConsole(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would exit with 1 here.
+            raise BrokenPipeError
+
+    return ResultConsole(width=console_width(os.environ, is_terminal=sys.stdout.isatty()))
+
+
+def console_width(environment: Mapping[str, str], *, is_terminal: bool) -> int | None:
+    """The columns that may be written; None for those of the terminal."""
+    columns = environment.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return max(int(columns), COLUMNS_MIN)
+    return None if is_terminal else PLAIN_COLUMNS
+
+
+class Spellings(click.Choice[str]):
+    """A choice that may be spelt with - or _, and in capitals; it is shown and given on as it is in the code."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """The choice that is meant, else what was given."""
+        return spelt_as(self.choices, str(choice))
 
 
 class LayerSplit(click.ParamType[list[int]]):

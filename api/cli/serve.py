@@ -4,24 +4,24 @@ import os
 from typing import Any
 
 import click
-import uvloop
 
-from api.cli.options import num_scheduler_steps, options_of, override_tt_config
-from api.server.serve import serve
+from api.cli.options import ConfigCommand, config_file, log_level, options_of, override_tt_config, vain_options
 from api.settings.environment import note_environment
 from api.settings.model import ModelOptions
 from api.settings.option import made, take
 from api.settings.server import KEY_VARIABLES, ApiKeys, KeyOptions, ServeSettings, TlsFiles, TlsOptions
 
 
-@click.command("serve")
+@click.command("serve", cls=ConfigCommand)
 @click.argument("model_argument", metavar="[MODEL]", required=False)
 @options_of(ModelOptions)
 @options_of(ServeSettings)
 @options_of(KeyOptions)
 @options_of(TlsOptions)
 @override_tt_config
-@num_scheduler_steps
+@config_file
+@log_level
+@vain_options
 def serve_command(model_argument: str | None, trace_mode: bool, **given: Any) -> None:
     """Serve MODEL, a directory or a hub id, over HTTP; without one, the sample model."""
     source = take(ModelOptions, given).source(model_argument, given["device"], os.environ)
@@ -34,4 +34,9 @@ def serve_command(model_argument: str | None, trace_mode: bool, **given: Any) ->
     given["enable_trace"] |= trace_mode
     note_environment(os.environ)
     settings = made(ServeSettings, {**given, "source": source, "api_keys": api_keys, "tls": tls})
+    # Imports of half a second, which --help and options that are refused do without.
+    import uvloop  # noqa: PLC0415
+
+    from api.server.serve import serve  # noqa: PLC0415
+
     uvloop.run(serve(settings))

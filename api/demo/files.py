@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +10,10 @@ from typing import IO, Any
 import msgspec
 
 from api.errors import OptionError
+from api.settings.paths import prepare_file, unwritable, write_file
+
+RESULTS_FLAG = "--output-path"
+RESULTS_LOG_FLAG = "--checkpoint-jsonl"
 
 LAYOUT = '[{"prompt": "..."}, ...], or the same as "prompts" of an object'
 
@@ -53,16 +56,6 @@ def default_results_path(prompts_file: Path) -> Path:
     return prompts_file.with_name(f"{prompts_file.stem}_output.json")
 
 
-def check_results_path(path: Path) -> None:
-    """Raises OptionError where the file could not be written, before hours are spent on the results."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"Cannot write --output-path '{path}': {error.strerror}.") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OptionError(f"Cannot write --output-path '{path}': it is a directory, or lies in one that is read-only.")
-
-
 def write_results(path: Path, prompts: list[str], results: Mapping[str, Any]) -> None:
     """Writes prompts, generations numbered from 1, statistics and model_params; whole or not at all.
 
@@ -78,12 +71,7 @@ def write_results(path: Path, prompts: list[str], results: Mapping[str, Any]) ->
         "statistics": results["statistics"],
         "model_params": results["model_params"],
     }
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        draft.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise OptionError(f"Cannot write --output-path '{path}': {error.strerror}.") from error
+    write_file(path, RESULTS_FLAG, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 _ENCODER = msgspec.json.Encoder()
@@ -111,11 +99,11 @@ class ResultsLog:
     def __init__(self, path: Path) -> None:
         """Raises OptionError where the file cannot be opened, holds something else, or is in use."""
         self._path = path
+        prepare_file(path, RESULTS_LOG_FLAG)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("a+b")
         except OSError as error:
-            raise OptionError(f"Cannot write to --checkpoint-jsonl '{path}': {error.strerror}.") from error
+            raise unwritable(path, RESULTS_LOG_FLAG, error) from error
         try:
             self.results = self._read()
         except BaseException:
@@ -139,7 +127,7 @@ class ResultsLog:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OptionError(f"Cannot write to --checkpoint-jsonl '{self._path}': {error.strerror}.") from error
+            raise unwritable(self._path, RESULTS_LOG_FLAG, error) from error
         self.results.append(result)
 
     def _read(self) -> list[LoggedResult]:

@@ -147,8 +147,9 @@ def statistics(
 
 
 def lines(measured: Mapping[str, float | list[float] | None]) -> list[str]:
-    """The statistics as a person reads them."""
-    return [f"{name}: {_in_words(value)}" for name, value in measured.items()]
+    """The statistics as a person reads them: a line on the units, then one for each."""
+    units = "Statistics, in seconds; t/s: tokens per second; t/s/u: tokens per second for each user."
+    return [units, *(f"{name}: {_in_words(value)}" for name, value in measured.items())]
 
 
 def _speed(generation: Generation) -> float | None:

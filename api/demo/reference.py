@@ -10,6 +10,7 @@ import msgspec
 
 from api.client.progress import LongWork
 from api.errors import OptionError
+from api.settings.paths import prepare_file
 from api.text.model_source import ModelSource, check_model_files
 from api.text.tokenizer import TextTokenizer
 from weights.errors import CheckpointError
@@ -156,6 +157,7 @@ def write_reference(settings: ReferenceSettings, work: LongWork) -> int:
     the model cannot be loaded.
     """
     check_model_files(settings.source, needs_weights=True)
+    prepare_file(settings.output_file, "--output-file")
     tokens = _tokens(settings)
     # Imports of seconds, which no other command of this process needs.
     import torch  # noqa: PLC0415
@@ -168,10 +170,9 @@ def write_reference(settings: ReferenceSettings, work: LongWork) -> int:
             best[start + 1 : start + 1 + len(logits)] = logits.topk(TOP, dim=-1).indices
             done(f"{start + len(logits)} tokens")
     try:
-        settings.output_file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"reference_tokens": torch.tensor([tokens]), "top5_tokens": best}, settings.output_file)
     except (OSError, RuntimeError) as error:
-        raise OptionError(f"Cannot write '{settings.output_file}': {error}.") from error
+        raise OptionError(f"Cannot write --output-file '{settings.output_file}': {error}.") from error
     return len(tokens)
 
 

@@ -1,7 +1,6 @@
 """`run_demo`: completes prompts, or follows references, through the same pipeline as the server, without one."""
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,7 @@ from api.demo.jobs import Batch
 from api.demo.options import DemoOptions
 from api.demo.setup import DemoSetup
 from api.engine.signals import StopSignals, on_stop_signal
-from api.settings.engine import DEFAULT_CACHE_DIR, ENGINE_MARGIN_S, EngineSettings
-from api.settings.environment import CACHE_VARIABLE
+from api.settings.engine import ENGINE_MARGIN_S, EngineSettings
 from api.settings.option import made
 
 Results: TypeAlias = "dict[str, Any]"
@@ -50,7 +48,7 @@ def run_demo(
     when it returns. Raises GalaxylineError where it cannot be done as asked, or the pipeline fails.
     """
     keep_logs_off_stdout()
-    directory = cache_dir or (engine.cache_dir if engine else os.environ.get(CACHE_VARIABLE)) or DEFAULT_CACHE_DIR
+    directory = cache_dir or (engine.cache_dir if engine else None)
     asked = {name: options.pop(flag) for flag, name in ENGINE_FLAGS.items() if flag in options}
     settings = (engine or EngineSettings()).but(**asked, cache_dir=directory)
     files = [reference_file] if isinstance(reference_file, str | Path) else reference_file or []

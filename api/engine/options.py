@@ -6,8 +6,11 @@ import msgspec
 from msgspec import Meta
 
 from actors.options import PipelineOptions
-from api.engine.recovery import DEFAULT_MAX_RESTARTS
 from api.scheduler.options import ScheduleOptions, SchedulerOptions
+
+DEFAULT_MAX_RESTARTS = 10
+"""Enough to find the one request of 256 in a step that makes a stage fail: it fails twice with all others, seven times
+with ever fewer, and once alone; the second time alone, it ends."""
 
 PIPELINE_START = "actors.pipeline:Pipeline.start"
 

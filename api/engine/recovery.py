@@ -17,10 +17,6 @@ from api.scheduler.scheduler import Scheduler
 from stages.step import Step, StepResult
 from weights.errors import GalaxylineError
 
-DEFAULT_MAX_RESTARTS = 10
-"""Enough to find the one request of 256 in a step that makes a stage fail: it fails twice with all others, seven times
-with ever fewer, and once alone; the second time alone, it ends."""
-
 RETRY_S = 1.0
 """The pause between two attempts to bring the pipeline back."""
 

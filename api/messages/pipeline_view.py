@@ -9,6 +9,9 @@ import msgspec
 from actors.stage.health import Phase, StageHealth, StageProgress, State
 from stages.plan import StageSpec
 
+ViewPhase = Literal["loading", "ready", "recovering", "failed", "stopping"]
+"""The phase of an engine; "stopping" from the moment that the server was told to end."""
+
 StageState = Literal["placing", Phase, State]
 
 STATE_DETAILS: dict[State, str] = {
@@ -74,7 +77,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     """One engine. `detail` is what is being loaded, or why it failed or does not answer: then `engine` is None."""
 
     replica: int
-    phase: Literal["loading", "ready", "recovering", "failed"]
+    phase: ViewPhase
     detail: str
     engine: EngineView | None
 
@@ -87,7 +90,7 @@ class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
-    phase: Literal["loading", "ready", "recovering", "failed"]
+    phase: ViewPhase
     detail: str
     engine: EngineView | None
     replicas: list[ReplicaView]

@@ -16,6 +16,9 @@ from api.openai.responses import INTERNAL_ERROR, encode
 from api.server.metrics import Measured, MetricsText
 from api.server.openapi import object_answer, text_answer
 
+STOPPING = "is_stopping"
+"""The attribute of an application's `state` that is True once the server was told to end."""
+
 
 class MonitoredEngine(Protocol):
     """The interface of an engine that the routes need: `EngineClient` has it."""
@@ -62,7 +65,8 @@ def add_monitoring_routes(app: FastAPI, model_name: str, engines: Sequence[Monit
     @app.get("/pipeline", response_model=None, response_class=Response, responses=object_answer(503))
     async def pipeline() -> Response:
         looks = await asyncio.gather(*map(_look, engines))
-        return Response(encode(_view(model_name, looks)), media_type="application/json")
+        view = _view(model_name, looks, is_stopping=getattr(app.state, STOPPING, False))
+        return Response(encode(view), media_type="application/json")
 
 
 async def _measured(engine: MonitoredEngine) -> Measured:
@@ -89,17 +93,20 @@ def _pid(engine: MonitoredEngine) -> int | None:
         return None
 
 
-def _view(model_name: str, looks: Sequence[Look]) -> PipelineView:
-    """Makes the body of GET /pipeline. Raises EngineError where no engine answers, but not all have failed."""
+def _view(model_name: str, looks: Sequence[Look], *, is_stopping: bool) -> PipelineView:
+    """Makes the body of GET /pipeline. Raises EngineError where no engine answers, but not all have failed.
+
+    In a server that was told to end, engines that do not answer are no more than that.
+    """
     silent = [look.cause for look in looks if look.report is None and look.state.phase != "failed"]
-    if silent and all(look.report is None for look in looks):
+    if silent and all(look.report is None for look in looks) and not is_stopping:
         raise EngineError.for_clients(silent[0])
     state = common_state([look.state for look in looks])
-    replicas = [_replica_view(replica, look) for replica, look in enumerate(looks)]
+    replicas = [_replica_view(replica, look, is_stopping=is_stopping) for replica, look in enumerate(looks)]
     return PipelineView(
         model=model_name,
-        phase=state.phase,
-        detail=state.public_sentence,
+        phase="stopping" if is_stopping else state.phase,
+        detail="" if is_stopping else state.public_sentence,
         engine=total([replica.engine for replica in replicas if replica.engine is not None]),
         replicas=replicas,
         stages=[
@@ -111,13 +118,16 @@ def _view(model_name: str, looks: Sequence[Look]) -> PipelineView:
     )
 
 
-def _replica_view(replica: int, look: Look) -> ReplicaView:
+def _replica_view(replica: int, look: Look, *, is_stopping: bool) -> ReplicaView:
+    engine = None if look.report is None else _engine_view(look.pid, look.report)
+    if is_stopping:
+        return ReplicaView(replica=replica, phase="stopping", detail="", engine=engine)
     is_silent = look.report is None and look.state.phase != "failed"
     return ReplicaView(
         replica=replica,
         phase=look.state.phase,
         detail=look.cause if is_silent else look.state.public_sentence,
-        engine=None if look.report is None else _engine_view(look.pid, look.report),
+        engine=engine,
     )
 
 

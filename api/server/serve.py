@@ -24,10 +24,10 @@ from api.openai.responses import error_response, status_body
 from api.server.admission import AdmissionControl
 from api.server.app import Authentication, create_app
 from api.server.client_protocol import HttpServer, client_protocol
-from api.server.monitoring import add_monitoring_routes
+from api.server.monitoring import STOPPING, add_monitoring_routes
 from api.settings.engine import ENGINE_MARGIN_S
 from api.settings.replicas import replica_options
-from api.settings.server import FrontSettings, ServeSettings
+from api.settings.server import KEY_VARIABLES, FrontSettings, ServeSettings
 from api.text.model_source import check_model_files
 from api.text.served_model import ServedModel
 from weights.model_config import ModelConfig
@@ -185,12 +185,13 @@ async def _serve(
                 # every request, which took a tenth of the front end's time.
                 gc.collect()
                 gc.freeze()
-                click.echo(_welcome(_address(listener, front), model, options))
+                click.echo(_welcome(_address(listener, front), model, options, has_keys=front.api_keys is not None))
                 failing = asyncio.create_task(replicas.wait_failed())
                 await _wait_for(signals.asked, serving, failing)
                 failing.cancel()
             ready.cancel()
         finally:
+            setattr(app.state, STOPPING, True)
             drain.begin()
             drained = asyncio.create_task(drain.wait())
             await _wait_for(signals.forced, drained, timeout_s=settings.shutdown_timeout_s)
@@ -223,15 +224,18 @@ def _address(listener: socket.socket, front: FrontSettings) -> str:
     return address if front.tls is None else address.replace("http:", "https:", 1)
 
 
-def _welcome(base: str, model: ServedModel, options: list[EngineOptions]) -> str:
+def _welcome(base: str, model: ServedModel, options: list[EngineOptions], *, has_keys: bool) -> str:
     specs = options[0].pipeline.specs
     replicas = f"{len(options)} replicas of " if len(options) > 1 else ""
     body = {"model": model.name, "prompt": "San Francisco is a", "max_tokens": 32, "temperature": 0}
+    # A variable in place of the key: what is printed ends up in logs.
+    key = f'  -H "Authorization: Bearer ${KEY_VARIABLES[0]}" \\\n' if has_keys else ""
     fields = json.dumps({**body, "top_p": 0.9, "top_k": 10}, ensure_ascii=False)[1:-1].replace("'", "'\\''")
     return (
         f"Ready: {model.name} on {base}, {specs[-1].end_layer} layers over {replicas}{len(specs)} "
         f"{'stage' if len(specs) == 1 else 'stages'}. Try it:\n\n"
         f"curl {base}/v1/completions \\\n"
         '  -H "Content-Type: application/json" \\\n'
+        f"{key}"
         f"  -d '{{ {fields} }}'\n"
     )

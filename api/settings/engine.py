@@ -1,23 +1,31 @@
 """The options that shape the engine, as the command line has them, and what follows from them for a given model."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-import structlog
 from msgspec import Meta
 
+from actors.cluster.environment import cluster_address
+from actors.log import LateLogger
 from actors.options import ClusterOptions, PipelineOptions, Transport
 from api.engine.options import EngineOptions, RecoveryOptions
-from api.engine.timeline import open_timeline
 from api.errors import OptionError
 from api.scheduler.options import ScheduleOptions
 from api.settings.environment import CACHE_VARIABLE
 from api.settings.model import SplitOptions
 from api.settings.option import changed, made
+from api.settings.paths import (
+    SEEDS_CACHE,
+    USERS_CACHE,
+    check_cache_dir,
+    default_cache_dir,
+    prepare_file,
+)
 from api.settings.timed import TimeOptions
-from api.text.model_source import ModelSource
+from api.text.model_source import ModelSource, at_home
 from stages.capacity.chip_memory import chip_stages
 from stages.capacity.deployment import Deployment
 from stages.capacity.fit import check_fits
@@ -36,7 +44,7 @@ from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 from weights.sizes import ceil_div, round_up
 
-log = structlog.get_logger()
+log = LateLogger(__name__)
 
 
 def chip_plan(
@@ -71,8 +79,6 @@ def users_per_row(max_num_seqs: int | None, rows: int, microbatches: int) -> int
 
 DEFAULT_STAGES = 2
 
-DEFAULT_CACHE_DIR = Path("generated/deepseek_v3")
-
 DEFAULT_PREFILL_CHUNK = 256
 
 CACHE_MEMORY_SHARE = 0.25
@@ -86,8 +92,15 @@ ENGINE_MARGIN_S = 30.0
 AskedDtype = Literal["auto", "float32", "bfloat16"]
 
 CacheDir = Annotated[
-    Path,
-    Meta(description="Where converted weights are kept.", extra={"variables": (CACHE_VARIABLE,), "path": "directory"}),
+    Path | None,
+    Meta(
+        description="Where converted weights are kept.",
+        extra={
+            "variables": (CACHE_VARIABLE,),
+            "path": "directory",
+            "default": f"${CACHE_VARIABLE}, then {SEEDS_CACHE} where it exists, else ~/.cache/{USERS_CACHE}",
+        },
+    ),
 ]
 
 DtypeOption = Annotated[AskedDtype, Meta(description="auto: float32 for the sample model, else bfloat16.")]
@@ -164,7 +177,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     ) = None
     dtype: DtypeOption = "auto"
     weights: WeightOptions = WeightOptions()
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR
+    cache_dir: CacheDir = None
     seed: Seed = None
     cluster: ClusterOptions = ClusterOptions()
     times: TimeOptions = TimeOptions()
@@ -205,7 +218,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         written.
         """
         if self.timeline is not None:
-            open_timeline(self.timeline).close()
+            prepare_file(self.timeline, "--timeline")
         cluster, profile = self.cluster, self.cluster.profile
         self.times.check(cluster.device)
         if profile.has_chips or self._is_predicted:
@@ -224,7 +237,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                 specs=specs,
                 stage=StageOptions(
                     model_path=str(source.path),
-                    cache_dir=str(self.cache_dir.expanduser().absolute()),
+                    cache_dir=str(self._checked_cache_dir()),
                     dtype=dtype,
                     seed=self.seed or 0,
                     cache=cache,
@@ -242,6 +255,16 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             recovery=self.recovery,
             timeline=None if self.timeline is None else str(self.timeline.absolute()),
         )
+
+    def _checked_cache_dir(self) -> Path:
+        """The directory of converted weights. Raises OptionError where it is this host's, and of no use."""
+        directory = cache_directory(self.cache_dir, os.environ)
+        # The hosts of a given cluster have disks of their own.
+        if self.cluster.profile.computes and cluster_address(self.cluster.ray_address) is None:
+            check_cache_dir(directory)
+        if self.cache_dir is None:
+            log.info("converted weights are kept in", directory=str(directory))
+        return directory
 
     @property
     def needs_weights(self) -> bool:
@@ -318,6 +341,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         if affordable < slots * needed:
             log.info("memory bounds the KV cache", blocks=affordable, wanted=slots * needed)
         return min(affordable, slots * needed)
+
+
+def cache_directory(given: Path | None, environment: Mapping[str, str]) -> Path:
+    """The absolute directory of converted weights: the given one, else the default. Raises OptionError."""
+    return at_home(default_cache_dir(environment) if given is None else given).absolute()
 
 
 def resolve_dtype(asked: AskedDtype, source: ModelSource, device: DeviceProfile) -> Dtype:

@@ -1,10 +1,10 @@
-"""Environment variables of the tt-metal demo and its vLLM server: which count here, and which have no effect."""
+"""What people have set for the tt-metal demo and for vLLM: variables that count here, and what has no effect."""
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
-import structlog
-
+from actors.log import LateLogger
 from api.errors import OptionError
 
 MESH_DEVICE_VARIABLE = "MESH_DEVICE"
@@ -37,7 +37,58 @@ WITHOUT_EFFECT = (
 )
 """Variables that people have set for those programs and that this one does not need."""
 
-log = structlog.get_logger()
+
+class VainOption(NamedTuple):
+    """An option of vLLM's server that is taken and has no effect; `why` is half a sentence.
+
+    A switch takes no value, and may be turned off: --enable-x and --no-enable-x.
+    """
+
+    flags: tuple[str, ...]
+    why: str
+    is_switch: bool = False
+
+
+_NO_CHAT = "only completions are served"
+_NO_GRAPHS = "steps are launched op by op unless --enable-trace is given"
+_LOGS = "requests are counted in /metrics, and --log-level says what is logged"
+_MEMORY = "--num-blocks and --max-num-seqs say what the KV cache takes"
+
+VAIN_OPTIONS = (
+    VainOption(
+        ("--tensor-parallel-size", "-tp"), "all chips of a stage's rows share its tensors: see --rows-per-stage"
+    ),
+    VainOption(("--enable-expert-parallel",), "experts are always shared out to the chips of a stage", is_switch=True),
+    VainOption(("--distributed-executor-backend",), "stages are always Ray actors"),
+    VainOption(("--gpu-memory-utilization",), _MEMORY),
+    VainOption(("--swap-space",), _MEMORY),
+    VainOption(("--cpu-offload-gb",), _MEMORY),
+    VainOption(("--enforce-eager",), _NO_GRAPHS, is_switch=True),
+    VainOption(("--max-seq-len-to-capture",), _NO_GRAPHS),
+    VainOption(("--disable-custom-all-reduce",), "collectives are the device's own", is_switch=True),
+    VainOption(("--max-parallel-loading-workers",), "every stage loads its own layers"),
+    VainOption(("--trust-remote-code",), "code of a model is never run", is_switch=True),
+    VainOption(("--download-dir",), "nothing is downloaded"),
+    VainOption(("--enable-prefix-caching",), "prompts are not cached", is_switch=True),
+    VainOption(("--enable-chunked-prefill",), "prompts are always computed in chunks", is_switch=True),
+    VainOption(("--num-scheduler-steps",), "each token is scheduled when its step returns"),
+    VainOption(("--scheduling-policy",), "requests run in the order of their arrival"),
+    VainOption(("--reasoning-parser",), _NO_CHAT),
+    VainOption(("--enable-reasoning",), _NO_CHAT, is_switch=True),
+    VainOption(("--enable-auto-tool-choice",), _NO_CHAT, is_switch=True),
+    VainOption(("--tool-call-parser",), _NO_CHAT),
+    VainOption(("--chat-template",), _NO_CHAT),
+    VainOption(("--chat-template-content-format",), _NO_CHAT),
+    VainOption(("--response-role",), _NO_CHAT),
+    VainOption(("--uvicorn-log-level",), _LOGS),
+    VainOption(("--disable-log-requests",), _LOGS, is_switch=True),
+    VainOption(("--enable-log-requests",), _LOGS, is_switch=True),
+    VainOption(("--disable-log-stats",), _LOGS, is_switch=True),
+    VainOption(("--disable-uvicorn-access-log",), _LOGS, is_switch=True),
+)
+"""What command lines for vLLM have, and this server does without. Options that would change an answer are not here."""
+
+log = LateLogger(__name__)
 
 
 def note_environment(environment: Mapping[str, str]) -> None:

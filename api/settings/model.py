@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from api.errors import OptionError
 from api.settings.option import again
-from api.text.model_source import ModelSource, resolve_model, resolve_timed_model
+from api.text.model_source import ModelSource, resolve_config, resolve_model
 from stages.device import PROFILES, Device
 
 
@@ -56,7 +56,7 @@ def source_for(device: Device, model: str | None, environment: Mapping[str, str]
 
     Raises OptionError where it is not found.
     """
-    resolve = resolve_model if PROFILES[device].computes else resolve_timed_model
+    resolve = resolve_model if PROFILES[device].computes else resolve_config
     return resolve(model, environment)
 
 
@@ -69,7 +69,7 @@ class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
             Meta(
                 ge=1,
                 description="Pipeline stages; the layers are shared out so that they are equally fast.",
-                extra={"flags": ("--stages", "--pipeline-parallel-size")},
+                extra={"flags": ("--stages", "--pipeline-parallel-size", "-pp")},
             ),
         ]
         | None

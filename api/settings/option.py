@@ -16,7 +16,7 @@ docs/options.md and the engine's options all come from there. `extra` may have:
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -52,6 +52,16 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     def values(self) -> tuple[str, ...]:
         """The values that may be chosen; none where any value of the type may be given."""
         return self.extra.get("values") or (typing.get_args(self.type) if _is_literal(self.type) else ())
+
+
+def spelt_as(values: Sequence[str], given: str) -> str:
+    """The one of the values that is `given` with - or _, or in capitals; `given` itself where none is."""
+    meant = _plain(given)
+    return next((value for value in values if _plain(value) == meant), given)
+
+
+def _plain(value: str) -> str:
+    return value.casefold().replace("-", "_")
 
 
 def options_in(kind: type[msgspec.Struct]) -> list[Option]:
@@ -116,7 +126,8 @@ def _take(kind: type[msgspec.Struct], given: dict[str, Any]) -> dict[str, Any]:
     for field, part in _parts(kind).items():
         if isinstance(part, Option):
             if part.name in given:
-                taken[field] = given.pop(part.name)
+                value = given.pop(part.name)
+                taken[field] = spelt_as(part.values, value) if isinstance(value, str) else value
         elif field in given:
             taken[field] = given.pop(field)
         elif part is not None:

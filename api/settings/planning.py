@@ -14,7 +14,8 @@ from api.scheduler.options import ScheduleOptions
 from api.settings.engine import DEFAULT_PREFILL_CHUNK, EngineSettings, LengthOptions
 from api.settings.model import SplitOptions
 from api.settings.option import again
-from api.text.model_source import check_model_files, resolve_model
+from api.settings.paths import write_file
+from api.text.model_source import check_model_files, resolve_config
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import Deployment
 from stages.capacity.fit import Shape, check_fits, choose
@@ -24,7 +25,6 @@ from stages.options import TRACE_REGION_BYTES
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import USERS_PER_ROW
 from weights.model_config import ModelConfig
-from weights.presets import preset_config
 from weights.sizes import counted
 
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -116,15 +116,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 def known_config(model: str | None, environment: Mapping[str, str]) -> tuple[str, ModelConfig]:
     """The name and configuration of a model: those of its directory, else of a published model that comes with us.
 
-    Raises OptionError as `resolve_model` does, and CheckpointError where config.json is not of a model that can run.
+    Raises OptionError as `resolve_config` does, and CheckpointError where config.json is not of a model that can run.
     """
-    preset = None if model is None or Path(model).is_dir() else preset_config(model)
-    try:
-        source = resolve_model(model, environment)
-    except OptionError:
-        if model is None or preset is None:
-            raise
-        return model, preset
+    source = resolve_config(model, environment)
     check_model_files(source, needs_weights=False)
     return source.name, ModelConfig.from_file(source.path / "config.json")
 
@@ -177,10 +171,7 @@ def write_plan(path: Path, plan: Plan) -> None:
             "tokens_per_s": plan.prediction.tokens_per_s,
         },
     }
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"Cannot write --json '{path}': {error.strerror}.") from error
+    write_file(path, "--json", json.dumps(content, indent=2) + "\n")
 
 
 def _shape(settings: PlanSettings) -> Shape:

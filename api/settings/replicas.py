@@ -6,9 +6,9 @@ import msgspec
 
 from actors.cluster.environment import cluster_address
 from api.engine.options import EngineOptions
-from api.engine.timeline import open_timeline
 from api.errors import OptionError
 from api.settings.engine import EngineSettings
+from api.settings.paths import prepare_file
 from api.text.model_source import ModelSource
 from weights.model_config import ModelConfig
 
@@ -50,5 +50,5 @@ def _timeline(path: Path | None, replica: int) -> str | None:
     if path is None:
         return None
     own = replica_file(path, replica).absolute()
-    open_timeline(own).close()
+    prepare_file(own, "--timeline")
     return str(own)

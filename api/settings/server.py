@@ -241,6 +241,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             ge=1,
             description="Pipelines of this kind, independent of each other; a request goes to the one with the fewest.",
+            extra={"flags": ("--replicas", "--data-parallel-size", "-dp")},
         ),
     ] = 1
     shutdown_timeout_s: Annotated[

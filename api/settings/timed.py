@@ -7,7 +7,6 @@ from msgspec import Meta
 
 from api.errors import OptionError
 from api.text.model_source import ModelSource
-from api.text.tokenizer import TextTokenizer, has_tokenizer
 from stages.device import PROFILES, Device
 from stages.options import GivenTimes, PredictedTimes, TimedOptions
 from weights.model_config import ModelConfig
@@ -53,6 +52,9 @@ class TimeOptions(msgspec.Struct, frozen=True, kw_only=True):
         Those are the tokens of the model's tokenizer but for special ones and those that end a text. Raises PlanError
         where there are not as many times as stages, and CheckpointError for a file that is not a tokenizer.
         """
+        # What reads options alone, as --help does, needs no tokenizer.
+        from api.text.tokenizer import TextTokenizer, has_tokenizer  # noqa: PLC0415
+
         vocabulary, never = config.vocab_size, set(config.eos_token_ids)
         directory = source.tokenizer or source.path
         if has_tokenizer(directory):

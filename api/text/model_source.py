@@ -1,5 +1,6 @@
 """The place of a model: a directory, a hub id that is resolved offline, or the sample that comes with the program."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +9,10 @@ import msgspec
 
 from api.errors import OptionError
 from weights.errors import CheckpointError
-from weights.presets import preset_directory
-from weights.sample import SAMPLE_DIR
+from weights.model_config import directory_name
+from weights.presets import PRESETS, preset_directory, preset_name
+from weights.sample import SAMPLE_DIR, SAMPLE_NAME
 
-SAMPLE_NAME = "galaxyline-sample"
 MODEL_DIRECTORY_VARIABLE = "DEEPSEEK_V3_HF_MODEL"
 MODEL_VARIABLE = "HF_MODEL"
 
@@ -36,18 +37,52 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
         return self.path == SAMPLE_DIR
 
 
-def resolve_timed_model(model: str | None, environment: Mapping[str, str]) -> ModelSource:
+def resolve_config(model: str | None, environment: Mapping[str, str]) -> ModelSource:
     """Finds a model like `resolve_model`, or a published one whose configuration comes with the program.
 
-    The latter needs no directory; its prompts are tokenised with the sample's tokenizer.
+    The latter needs no directory; its prompts are tokenised with the sample's tokenizer. Raises OptionError, with the
+    names that are like the one asked for, where it is neither.
     """
-    preset = None if model is None or Path(model).is_dir() else preset_directory(model)
+    preset = None if model is None or Path(model).is_dir() else preset_name(model)
     try:
         return resolve_model(model, environment)
-    except OptionError:
-        if model is None or preset is None:
-            raise
-        return ModelSource(path=preset, name=model, root=model, tokenizer=SAMPLE_DIR)
+    except OptionError as error:
+        if preset is not None:
+            return ModelSource(path=preset_directory(preset), name=preset, root=preset, tokenizer=SAMPLE_DIR)
+        if isinstance(error, ModelNotFoundError) and model is not None:
+            raise OptionError(f"{error.what} {_known_names(model)}".strip()) from None
+        raise
+
+
+class ModelNotFoundError(OptionError):
+    """What was asked for is not a model that can be found: `what` says so, in a sentence or two."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what} {remedy}".strip())
+        self.what = what
+
+
+def _known_names(model: str) -> str:
+    """What may be meant by a name that is not known."""
+    known = {name.casefold(): name for name in (SAMPLE_NAME, *PRESETS)}
+    if near := difflib.get_close_matches(model.casefold(), known, 1):
+        return f"Did you mean {known[near[0]]}?"
+    if Path(model).name != model:
+        return ""
+    short = ", ".join(name for name in PRESETS if "/" not in name)
+    return f"Without a directory, {SAMPLE_NAME}, {short} and the hub ids of DeepSeek's V3 and R1 models are known."
+
+
+def _weights_wanted(model: str) -> str:
+    """What to do about a name that was given for a model whose weights are needed."""
+    if (preset := preset_name(model)) is not None:
+        return (
+            f"{preset} is a name for `galaxyline plan` and for --device timed, which need no weights: give the "
+            "directory of the checkpoint."
+        )
+    if difflib.get_close_matches(model.casefold(), [SAMPLE_NAME], 1):
+        return f"Did you mean {SAMPLE_NAME}?"
+    return f"Give a directory, a hub id, or {SAMPLE_NAME}." if Path(model).name == model else ""
 
 
 def resolve_model(model: str | None, environment: Mapping[str, str]) -> ModelSource:
@@ -61,7 +96,7 @@ def resolve_model(model: str | None, environment: Mapping[str, str]) -> ModelSou
         return ModelSource(path=_hub_directory(asked, environment), name=asked, root=asked)
     if model is None and directory:
         return _local(directory)
-    if asked is None or asked == SAMPLE_NAME:
+    if asked is None or asked.casefold() == SAMPLE_NAME:
         return ModelSource(path=SAMPLE_DIR, name=SAMPLE_NAME, root=SAMPLE_NAME)
     return _local(asked)
 
@@ -74,11 +109,19 @@ def check_model_files(source: ModelSource, *, needs_weights: bool) -> None:
         raise CheckpointError(f"No .safetensors files found in the model directory. Checked: '{source.path}'.")
 
 
+def at_home(path: str | Path, remedy: str = "set HOME, or write the whole path") -> Path:
+    """The path with ~ followed. Raises OptionError, with what to do, where the user has no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise OptionError(f"'{path}' cannot be found, as this user has no home directory: {remedy}.") from None
+
+
 def existing_directory(path: str) -> Path:
     """Returns `path` as an absolute directory. Raises OptionError where there is none."""
-    directory = Path(path).expanduser()
+    directory = at_home(path)
     if not directory.exists():
-        raise OptionError(f"Model path does not exist: '{path}'.")
+        raise ModelNotFoundError(f"Model path does not exist: '{path}'.", _weights_wanted(path))
     if not directory.is_dir():
         raise OptionError(f"Model path is not a directory: '{path}'.")
     return directory.absolute()
@@ -90,14 +133,7 @@ def _is_hub_id(model: str) -> bool:
 
 def _local(path: str) -> ModelSource:
     directory = existing_directory(path)
-    return ModelSource(path=directory, name=_name(directory), root=path)
-
-
-def _name(directory: Path) -> str:
-    """The hub id of a directory in the hub's cache, else the directory's own name."""
-    if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
-        return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return SAMPLE_NAME if directory == SAMPLE_DIR else directory.name
+    return ModelSource(path=directory, name=directory_name(directory), root=path)
 
 
 def _hub_directory(hub_id: str, environment: Mapping[str, str]) -> Path:
@@ -107,9 +143,9 @@ def _hub_directory(hub_id: str, environment: Mapping[str, str]) -> Path:
             return existing_directory(value)
     snapshot = _snapshot(_hub_cache(environment) / f"models--{hub_id.replace('/', '--')}")
     if snapshot is None:
-        raise OptionError(
+        raise ModelNotFoundError(
             f"'{hub_id}' is not a directory, and the local Hugging Face cache does not hold it: set "
-            f"{MODEL_DIRECTORY_VARIABLE} to the model's directory, or HF_HOME to a cache with the model."
+            f"{MODEL_DIRECTORY_VARIABLE} to the model's directory, or HF_HOME to a cache with the model.",
         )
     return snapshot
 
@@ -117,11 +153,11 @@ def _hub_directory(hub_id: str, environment: Mapping[str, str]) -> Path:
 def _hub_cache(environment: Mapping[str, str]) -> Path:
     """Finds the cache like huggingface_hub: HF_HUB_CACHE, HF_HOME/hub, XDG_CACHE_HOME/huggingface/hub, ~/.cache."""
     if cache := environment.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
+        return at_home(cache)
     if home := environment.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
+        return at_home(home) / "hub"
     caches = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "huggingface" / "hub"
+    return at_home(caches) / "huggingface" / "hub"
 
 
 def _snapshot(repository: Path) -> Path | None:

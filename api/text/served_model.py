@@ -3,16 +3,18 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from msgspec import Meta
 
 from api.text.model_source import ModelSource
-from api.text.tokenizer import TextTokenizer
 from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from api.text.tokenizer import TextTokenizer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -93,7 +95,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
-    tokenizer: TextTokenizer
+    tokenizer: "TextTokenizer"
     generation: GenerationConfig
     created: int
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
@@ -111,6 +113,9 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 
         A token that is EOS in any of the model's files ends a completion. Raises CheckpointError.
         """
+        # The options of a server come from this module too, and --help needs no tokenizer.
+        from api.text.tokenizer import TextTokenizer  # noqa: PLC0415
+
         text = TextTokenizer.load(source.tokenizer or source.path)
         generation = GenerationConfig.named(generation_config, source.path)
         eos = {*config.eos_token_ids, *generation.eos_token_ids}

@@ -102,8 +102,6 @@ def equal_case(stages: int, milliseconds: float, directory: Path, microbatches: 
 def r1_case(stages: int) -> Case:
     """DeepSeek-R1 on stages of one row, with predicted times."""
     path = preset_directory("r1")
-    if path is None:
-        raise KeyError("r1")
     config = ModelConfig.from_file(path / "config.json")
     microbatches = default_microbatches(stages)
     settings = EngineSettings.of(

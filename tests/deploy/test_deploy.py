@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from actors.cluster.placement import ROWS
-from api.cli import main
+from api.cli.group import main
 from api.server.serve import CLOSE_MARGIN_S
 from api.settings.environment import CACHE_VARIABLE
 from stages.wormhole import GALAXY_ROWS

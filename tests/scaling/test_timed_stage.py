@@ -207,7 +207,6 @@ def test_a_process_that_steps_a_stage_never_imports_torch() -> None:
 
 def test_r1_needs_no_checkpoint() -> None:
     path = preset_directory("r1")
-    assert path is not None
     assert sorted(file.name for file in path.iterdir()) == ["config.json"]
     loaded = TimedStage.load(
         plan_stages(r1_config(), 61)[60], options(GivenTimes(step_s=[0.0]), path), lambda _, __: None

@@ -3,17 +3,20 @@
 import pytest
 from click.testing import CliRunner, Result
 
-from api import cli
+from api.cli import group, parameters
 
-VARIABLES = ("DEEPSEEK_V3_HF_MODEL", "HF_MODEL", "HF_HOME", "DEEPSEEK_V3_CACHE", "MESH_DEVICE", "RAY_ADDRESS")
+VARIABLES = (
+    *("DEEPSEEK_V3_HF_MODEL", "HF_MODEL", "HF_HOME", "DEEPSEEK_V3_CACHE", "MESH_DEVICE", "RAY_ADDRESS"),
+    *("COLUMNS", "GALAXYLINE_LOG_LEVEL"),
+)
 
 
 def run(*arguments: str, **environment: str) -> Result:
     """Runs the command with these arguments; of the VARIABLES, only those given are set."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "configure_logging", lambda: None)
+        patch.setattr(parameters, "configure_logging", lambda: None)
         variables = {**dict.fromkeys(VARIABLES), **environment}
-        return CliRunner().invoke(cli.main, arguments, env=variables, prog_name="galaxyline")
+        return CliRunner().invoke(group.main, arguments, env=variables, prog_name="galaxyline")
 
 
 def refused(*arguments: str, code: int = 2, **environment: str) -> str:

@@ -19,7 +19,7 @@ from actors.pipeline import Pipeline
 from actors.sockets.frames import Hello, encode
 from actors.sockets.listener import Address
 from actors.stage.health import StageProgress
-from api import cli
+from api.cli import group
 from api.engine.options import EngineOptions
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
@@ -99,7 +99,7 @@ def main() -> None:
         return msgspec.structs.replace(options, pipeline_start="tests.support.gated_serve:start")
 
     EngineSettings.engine_options = behind_the_gate  # type: ignore[method-assign]
-    cli.main()
+    group.main()
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ R1 = {
 
 def r1_config() -> ModelConfig:
     """The configuration of full R1."""
-    config = preset_config("r1")
-    assert config is not None
-    return config
+    return preset_config("r1")
 
 
 def deployment(stages: int, rows_per_stage: int, **changes: Any) -> Deployment:

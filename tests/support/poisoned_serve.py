@@ -10,7 +10,7 @@ import signal
 import msgspec
 
 from actors.stage.runner import OnProgress, StageRunner
-from api import cli
+from api.cli import group
 from api.engine.options import EngineOptions
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
@@ -80,7 +80,7 @@ def main() -> None:
         return msgspec.structs.replace(options, pipeline=pipeline)
 
     EngineSettings.engine_options = poisoned  # type: ignore[method-assign]
-    cli.main()
+    group.main()
 
 
 if __name__ == "__main__":

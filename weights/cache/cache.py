@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from weights.cache.manifest import MANIFEST_FILE, damaged_files, is_complete, sync, write_manifest
+from weights.cache.manifest import MANIFEST_FILE, damaged_files, is_complete, note_damage, sync, write_manifest
 from weights.errors import CacheError
 from weights.sizes import in_words
 
@@ -34,18 +34,20 @@ class WeightCache:
         """The directory is created when the first entry is built."""
         self.directory = directory
 
-    def entry(self, key: str, build: Callable[[Path], None], expected_bytes: int = 0) -> Path:
+    def entry(self, key: str, build: Callable[[Path], None], expected_bytes: int = 0, model: str = "") -> Path:
         """Returns the directory of the entry `key`, built by `build` if it is missing or damaged.
 
         Every byte of an existing entry is checked. `build` fills the empty directory that it is given, with about
-        `expected_bytes`; the name manifest.json is reserved. Equal keys must mean equal contents. The project's own
-        errors that `build` raises pass through; raises CacheError if files cannot be written or read, and before
-        anything is built if the disk has no room for `expected_bytes`."""
+        `expected_bytes`; the names manifest.json and damaged.json are reserved, and the former has `model`. Equal keys
+        must mean equal contents. The project's own errors that `build` raises pass through; raises CacheError if files
+        cannot be written or read, and before anything is built if the disk has no room for `expected_bytes`.
+        """
         entry = self._path(key)
         try:
             if damaged_files(entry):
-                self._build(entry, build, expected_bytes)
+                self._build(entry, build, expected_bytes, model)
             else:
+                note_damage(entry, [])
                 _note_use(entry)
         except OSError as error:
             raise CacheError(f"{_failure(entry)}: {error.strerror or error}.") from error
@@ -54,7 +56,7 @@ class WeightCache:
         return entry
 
     def holds(self, key: str) -> bool:
-        """Whether there is an entry `key` whose files have the right lengths. Raises CacheError."""
+        """Whether there is an entry `key` whose files have the right lengths and no known damage. Raises CacheError."""
         entry = self._path(key)
         try:
             return is_complete(entry)
@@ -76,7 +78,7 @@ class WeightCache:
             raise CacheError(f"{key!r} is not a valid key of the weight cache at {self.directory}.")
         return self.directory / key
 
-    def _build(self, entry: Path, build: Callable[[Path], None], expected_bytes: int) -> None:
+    def _build(self, entry: Path, build: Callable[[Path], None], expected_bytes: int, model: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.directory)
         free = self.free_bytes()
@@ -88,7 +90,7 @@ class WeightCache:
             draft = space / "entry"
             draft.mkdir()
             build(draft)
-            write_manifest(draft)
+            write_manifest(draft, model)
             _publish(draft, entry)
         sync(self.directory)
 

@@ -2,27 +2,37 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from weights.cache.cache import remove_abandoned, workspace
 from weights.cache.cache_key import CacheKey
-from weights.cache.manifest import MANIFEST_FILE, damaged_files, is_complete
+from weights.cache.manifest import (
+    MANIFEST_FILE,
+    damaged_files,
+    is_complete,
+    known_damage,
+    note_damage,
+    read_manifest,
+)
 from weights.errors import CacheError
 
 
 class CacheEntry(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of a weight cache.
 
-    It has `bytes` on disk, was last used at `used` (seconds since 1970), and is complete if its files have the right
-    lengths. `key` is None for a directory that this version did not create.
+    It has `bytes` on disk, was last used at `used` (seconds since 1970), and is "complete" if its files have the right
+    lengths, and "damaged" if the last check found that. `key` is None for a directory that this version did not create,
+    `model` the name of the model that it was converted from, empty where that is not known.
     """
 
     path: Path
     key: CacheKey | None
     bytes: int
     used: float
-    is_complete: bool
+    state: Literal["complete", "incomplete", "damaged"]
+    model: str = ""
 
 
 def cache_entries(directory: Path) -> list[CacheEntry]:
@@ -38,11 +48,16 @@ def cache_entries(directory: Path) -> list[CacheEntry]:
 
 
 def damage_of(entry: CacheEntry) -> list[str]:
-    """The names of the entry's files that are missing or changed. Reads every byte. Raises CacheError."""
+    """The names of the entry's files that are missing or changed, which is kept for `CacheEntry.state`.
+
+    Reads every byte. Raises CacheError.
+    """
     try:
-        return damaged_files(entry.path)
+        files = damaged_files(entry.path)
     except OSError as error:
         raise CacheError(f"Cannot read {entry.path}: {error.strerror or error}.") from error
+    note_damage(entry.path, files)
+    return files
 
 
 def remove_entries(directory: Path, entries: list[CacheEntry]) -> None:
@@ -69,14 +84,16 @@ def _within(directory: Path) -> list[Path]:
 
 def _entry(path: Path) -> CacheEntry | None:
     """Reads an entry; returns None if it is removed meanwhile."""
-    manifest = path / MANIFEST_FILE
+    file = path / MANIFEST_FILE
     try:
+        manifest = read_manifest(path)
         return CacheEntry(
             path=path,
             key=CacheKey.parse(path.name),
-            bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-            used=(manifest if manifest.exists() else path).stat().st_mtime,
-            is_complete=is_complete(path),
+            bytes=sum(part.stat().st_size for part in path.rglob("*") if part.is_file()),
+            used=(file if file.exists() else path).stat().st_mtime,
+            state="complete" if is_complete(path) else "damaged" if known_damage(path) else "incomplete",
+            model="" if manifest is None else manifest.model,
         )
     except FileNotFoundError:
         return None

@@ -4,12 +4,16 @@ import mmap
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import xxhash
 
 MANIFEST_FILE = "manifest.json"
+DAMAGE_FILE = "damaged.json"
+"""The names of an entry's files that a check found damaged, until it is converted again or found sound."""
+
 MANIFEST_VERSION = 2
 HASH_BYTES = 1 << 24
 HASH_THREADS_MAX = 8
@@ -22,14 +26,18 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     xxh3: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The list of an entry's files by their paths in it; it is written last and makes the entry complete."""
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The list of an entry's files by their paths in it; it is written last and makes the entry complete.
+
+    `model` is the name of the model that it was converted from, for people: other models may have the same part.
+    """
 
     version: int
     files: dict[str, FileRecord]
+    model: str = ""
 
 
-def write_manifest(entry: Path) -> None:
+def write_manifest(entry: Path, model: str = "") -> None:
     """Syncs everything in the directory to the disk, then writes and syncs its manifest. Raises OSError."""
     paths = sorted(entry.rglob("*"))
     for path in paths:
@@ -37,7 +45,7 @@ def write_manifest(entry: Path) -> None:
     files = [path for path in paths if path.is_file()]
     records = {str(path.relative_to(entry)): record for path, record in zip(files, _records(files), strict=True)}
     manifest = entry / MANIFEST_FILE
-    manifest.write_bytes(msgspec.json.encode(Manifest(version=MANIFEST_VERSION, files=records)))
+    manifest.write_bytes(msgspec.json.encode(Manifest(version=MANIFEST_VERSION, files=records, model=model)))
     sync(manifest)
     sync(entry)
 
@@ -52,9 +60,35 @@ def read_manifest(entry: Path) -> Manifest | None:
 
 
 def is_complete(entry: Path) -> bool:
-    """Whether the directory has a manifest and every file in it, with the right length. Raises OSError."""
+    """Whether the directory has a manifest and every file in it, with the right length; no damage was found yet.
+
+    Raises OSError.
+    """
     manifest = read_manifest(entry)
-    return manifest is not None and all(_length(entry / name) == file.bytes for name, file in manifest.files.items())
+    return (
+        manifest is not None
+        and all(_length(entry / name) == file.bytes for name, file in manifest.files.items())
+        and not known_damage(entry)
+    )
+
+
+def known_damage(entry: Path) -> list[str]:
+    """The files of the directory that the last check found damaged. Raises OSError."""
+    try:
+        return msgspec.json.decode((entry / DAMAGE_FILE).read_bytes(), type=list[str])
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return [DAMAGE_FILE]
+
+
+def note_damage(entry: Path, files: list[str]) -> None:
+    """Keeps what a check found, for those who do not read every byte; a read-only cache keeps no such record."""
+    with suppress(OSError):
+        if files:
+            (entry / DAMAGE_FILE).write_bytes(msgspec.json.encode(files))
+        else:
+            (entry / DAMAGE_FILE).unlink(missing_ok=True)
 
 
 def damaged_files(entry: Path) -> list[str]:

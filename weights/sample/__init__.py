@@ -8,6 +8,8 @@ from pathlib import Path
 SAMPLE_DIR: Path = Path(__file__).parent / "checkpoint"
 """The directory of the checkpoint, in the layout of a Hugging Face snapshot."""
 
+SAMPLE_NAME = "galaxyline-sample"
+
 PROMPTS_FILE: Path = Path(__file__).parent / "prompts.json"
 """Prompts whose greedy continuation the model is certain of, and the text that Hugging Face's model gives for each.
 

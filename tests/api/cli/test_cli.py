@@ -1,5 +1,6 @@
 """The command line: options, what is said of them, and how it fails."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from api.errors import EngineError
-from api.settings.environment import parse_mesh_device
+from api.settings.engine import EngineSettings
+from api.settings.environment import VAIN_OPTIONS, parse_mesh_device
 from api.settings.server import ServeSettings
 from stages.tensor_dtypes import WeightDtypes
 from tests.support.command_line import refused, run
@@ -24,7 +26,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
     async def record(given: ServeSettings) -> None:
         settings.append(given)
 
-    monkeypatch.setattr("api.cli.serve.serve", record)
+    monkeypatch.setattr("api.server.serve.serve", record)
     return settings
 
 
@@ -36,7 +38,7 @@ def test_serve_without_options(served: list[ServeSettings]) -> None:
     assert settings.engine.split.stages is None
     assert (settings.max_logprobs, settings.generation_config) == (20, "auto")
     assert settings.engine.cluster.spare
-    assert settings.engine.cache_dir == Path("generated/deepseek_v3")
+    assert settings.engine.cache_dir is None
 
 
 def test_spares_can_be_left_out(served: list[ServeSettings]) -> None:
@@ -76,7 +78,6 @@ def test_options_are_spelt_with_either_sign(separator: str, served: list[ServeSe
     assert settings.source.name == "mine"
     assert (settings.max_logprobs, settings.generation_config) == (-1, "vllm")
     said = " ".join(log["event"] for log in logs)
-    assert "--num-scheduler-steps has no effect" in said
     assert "these keys of --override-tt-config have no effect" in said
     assert engine.execution.enable_trace
 
@@ -125,6 +126,96 @@ def test_dtypes_of_chips_are_options(tmp_path: Path, served: list[ServeSettings]
         WeightDtypes(router="bfloat16", kv_cache="bfloat16", gate_up="bfloat8_b"),
     ]
     assert "'--router-dtype'" in refused("serve", str(tmp_path), "--router-dtype", "bfloat4_b")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat8_b", "bfloat8-b", "BFLOAT8-B", "BFloat8_b"])
+def test_a_choice_may_be_spelt_with_either_sign_and_in_capitals(dtype: str, served: list[ServeSettings]) -> None:
+    assert run("serve", "--head-dtype", dtype, "--device", "Timed", "--model", "R1").exit_code == 0
+    engine = served[0].engine
+    assert (engine.weights.weight_dtypes.head, engine.cluster.device) == ("bfloat8_b", "timed")
+    assert EngineSettings.of(head_dtype=dtype).weights.weight_dtypes.head == "bfloat8_b"
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "convert", "plan"])
+def test_choices_are_shown_in_one_spelling(command: str) -> None:
+    shown = run(command, "--help").stdout
+    assert "[bfloat16|bfloat8_b|bfloat4_b]" in "".join(shown.split())
+    assert "bfloat8-b" not in shown
+    assert refused(command, "--head-dtype", "int8").endswith("is not one of 'bfloat16', 'bfloat8_b', 'bfloat4_b'.")
+
+
+def test_vllms_options_without_effect_are_taken_and_said_in_one_line(served: list[ServeSettings]) -> None:
+    arguments = []
+    for option in VAIN_OPTIONS:
+        arguments += [option.flags[-1], *([] if option.is_switch else ["1"])]
+    arguments += ["--no-enable-prefix-caching", "--gpu_memory_utilization", "0.95"]
+    with capture_logs() as logs:
+        result = run("serve", *arguments)
+    assert (result.exit_code, len(served)) == (0, 1), result.output
+    [told] = [log for log in logs if log["event"] == "these options have no effect here"]
+    assert told["options"] == {option.flags[0]: option.why for option in VAIN_OPTIONS}
+
+
+@pytest.mark.parametrize("flag", ["-pp", "--pipeline-parallel-size", "--pipeline_parallel_size", "--stages"])
+def test_a_pipelines_parallel_size_is_its_stages(flag: str, served: list[ServeSettings]) -> None:
+    assert run("serve", flag, "3").exit_code == 0
+    assert served[0].engine.split.stages == 3
+
+
+def test_a_file_of_options_is_followed_and_the_command_line_goes_before_it(
+    tmp_path: Path, served: list[ServeSettings]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "max_model_len: 1024\nlayers-per-stage: [2, 4]\nspare: false\nport: 8001\napi-key: [a, b]\nseed:\n"
+        "override-tt-config: {trace_mode: true}\nenforce-eager: true\nenable-prefix-caching: false\n"
+    )
+    with capture_logs() as logs:
+        result = run("serve", "--port", "8002", "--config", str(file), "--api_key=c", DEEPSEEK_V3_CACHE=str(tmp_path))
+    assert result.exit_code == 0, result.output
+    [settings] = served
+    engine = settings.engine
+    assert (settings.port, engine.lengths.max_model_len, engine.split.layers_per_stage) == (8002, 1024, [2, 4])
+    assert (engine.cluster.spare, engine.execution.enable_trace, engine.seed) == (False, True, None)
+    assert settings.front.api_keys is not None
+    assert (settings.front.api_keys.accepts(b"c"), settings.front.api_keys.accepts(b"a")) == (True, False)
+    assert {"--enforce-eager", "--enable-prefix-caching"} == {name for log in logs for name in log.get("options", ())}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prot: 1", "'prot' is not an option of `serve`. Did you mean port?"),
+        ("config: x", "'config' is not an option of `serve`."),
+        ("- port", "does not map names of options to values, like `port: 8001`."),
+        ("port: [", "is not YAML: while parsing a flow node."),
+        ("spare: 3", "--config: spare is true or false, and not 3."),
+        ("port: high", "Invalid value for '--port': 'high' is not a valid integer range."),
+        (None, "cannot be read: No such file or directory."),
+    ],
+)
+def test_a_file_of_options_that_cannot_be_followed_is_one_sentence(
+    content: str | None, message: str, tmp_path: Path, served: list[ServeSettings]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert message in refused("serve", "--config", str(file))
+    assert served == []
+
+
+def test_the_level_of_the_log_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[str | None] = []
+
+    async def record(_: ServeSettings) -> None:
+        # The engine and the stages get the same environment.
+        levels.append(os.environ.get("GALAXYLINE_LOG_LEVEL"))
+
+    monkeypatch.setattr("api.server.serve.serve", record)
+    assert run("serve", "--log-level", "DEBUG", GALAXYLINE_LOG_LEVEL="error").exit_code == 0
+    assert run("serve").exit_code == 0
+    assert levels == ["debug", None]
+    assert "'loud' is not one of 'debug', 'info', 'warning', 'error'." in refused("serve", "--log-level", "loud")
 
 
 def test_the_model_may_come_first_or_as_an_option(tmp_path: Path, served: list[ServeSettings]) -> None:
@@ -177,7 +268,7 @@ def test_an_engine_that_does_not_start_ends_with_its_sentence(
     async def fail(_: ServeSettings) -> None:
         raise error
 
-    monkeypatch.setattr("api.cli.serve.serve", fail)
+    monkeypatch.setattr("api.server.serve.serve", fail)
     assert refused("serve", code=code) == f"Error: {error}"
 
 

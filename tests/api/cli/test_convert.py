@@ -1,6 +1,8 @@
 """Converting a whole model: once, whatever interrupts it, shared by every plan, and refused where it cannot be."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -13,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from api.cli import main
+from api.cli.cache import prune_command
+from api.cli.group import main
 from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights, ConvertOptions, layer_part, open_conversion
 from stages.options import CacheOptions, WeightOptions
@@ -274,8 +278,9 @@ def test_two_conversions_at_once_make_one_cache(model: Path, whole: Path, tmp_pa
 # The commands
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
+def run(*arguments: str, **environment: str) -> Result:
+    # Not in the cache of whoever runs the tests.
+    return CliRunner().invoke(main, list(arguments), env={"COLUMNS": None, **environment})
 
 
 def test_convert_says_what_it_takes_before_it_begins(model: Path, tmp_path: Path) -> None:
@@ -286,7 +291,8 @@ def test_convert_says_what_it_takes_before_it_begins(model: Path, tmp_path: Path
     assert f"are free at {tmp_path}." in before
     assert after == f"All {LAYERS + 2} parts are in {tmp_path}."
     again = run("convert", str(model), "--cache-dir", str(tmp_path))
-    assert "none has to be converted" in again.stdout
+    done = f"Nothing is to be done: all {LAYERS + 2} parts of {model.name} are in {tmp_path} already.\n"
+    assert (again.stdout, "converting" in again.stderr) == (done, False)
 
 
 def test_what_does_not_fit_the_disk_is_not_begun(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +301,8 @@ def test_what_does_not_fit_the_disk_is_not_begun(model: Path, tmp_path: Path, mo
     assert result.exit_code == 1
     assert "has no room for that: free" in result.stderr
     assert "Traceback" not in result.output
-    assert entries(tmp_path / "cache") == []
+    # Fingerprints of files that are old enough are remembered there.
+    assert [path.name for path in tmp_path.glob("cache/[!.]*")] == []
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_what_is_done_stays(model: Path, whole: Path, tmp_path: Path) -> None:
@@ -318,6 +325,12 @@ def test_a_model_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     result = run("convert", str(tmp_path / "absent"))
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "Model path does not exist" in result.stderr
+
+
+def test_the_name_of_a_plan_is_told_from_a_model_with_weights() -> None:
+    result = run("convert", "R1")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "r1 is a name for `galaxyline plan` and for --device timed, which need no weights" in result.stderr
 
 
 @pytest.fixture
@@ -343,9 +356,17 @@ def test_list_names_every_entry(filled: Path) -> None:
 
 
 def test_an_empty_cache_is_listed_verified_and_pruned(tmp_path: Path) -> None:
-    assert run("cache", "list", "--cache-dir", str(tmp_path / "none")).stdout.startswith("┏")
-    assert "0 of 0 entries" in run("cache", "verify", "--cache-dir", str(tmp_path / "none")).stdout
-    assert run("cache", "prune", "--cache-dir", str(tmp_path / "none")).stdout == "0 entries, 0 bytes\n"
+    none = tmp_path / "none"
+    for command in ("list", "verify", "prune"):
+        told = run("cache", command, "--cache-dir", str(none))
+        assert (told.exit_code, told.stdout) == (
+            0,
+            f"No weight cache is at {none}: it is made with the first model that is converted or served.\n",
+        )
+    assert not none.exists()
+    assert run("cache", "list", "--cache-dir", str(tmp_path)).stdout == f"Nothing is in {tmp_path}.\n"
+    assert run("cache", "verify", "--cache-dir", str(tmp_path)).stdout == f"Nothing is to be checked in {tmp_path}.\n"
+    assert run("cache", "prune", "--cache-dir", str(tmp_path)).stdout == f"Nothing is to be removed from {tmp_path}.\n"
 
 
 def test_what_another_process_removes_meanwhile_is_left_out(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +416,95 @@ def test_prune_removes_what_cannot_be_used_and_nothing_else(filled: Path) -> Non
 def test_prune_by_age_and_prune_all(filled: Path) -> None:
     names = entries(filled)
     os.utime(filled / names[0] / "manifest.json", (1e9, 1e9))
-    run("cache", "prune", "--older-than", "30", "--cache-dir", str(filled))
+    old = run("cache", "prune", "--older-than", "30", "--cache-dir", str(filled))
+    assert old.stdout.splitlines()[-1].startswith("1 entry, ")
     assert entries(filled) == names[1:]
-    run("cache", "prune", "--all", "--cache-dir", str(filled))
+    assert run("cache", "prune", "--all", "--yes", "--cache-dir", str(filled)).exit_code == 0
     assert entries(filled) == ["notes"]
+
+
+def test_prune_all_asks_and_without_a_terminal_refuses(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = entries(filled)
+    refusal = run("cache", "prune", "--all", "--cache-dir", str(filled))
+    assert (refusal.exit_code, entries(filled)) == (2, before)
+    assert refusal.stderr.endswith(f", from {filled}: add --yes where no terminal can ask.\n")
+    assert run("cache", "prune", "--all", "--dry-run", "--cache-dir", str(filled)).exit_code == 0
+    monkeypatch.setattr("api.cli.cache.sys.stdin", Terminal())
+    prune = prune_command.callback
+    assert prune is not None
+    for answer, left in ((False, before), (True, ["notes"])):
+        monkeypatch.setattr("click.confirm", functools.partial(confirm, answer))
+        with contextlib.suppress(click.Abort):
+            prune(filled, None, True, False, False)
+        assert entries(filled) == left
+
+
+class Terminal:
+    """A standard input at which somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def confirm(answer: bool, question: str, **_: object) -> None:
+    """What click.confirm does where somebody answers."""
+    assert question.startswith("Remove 3 entries, ")
+    if not answer:
+        raise click.Abort
+
+
+def test_what_verify_finds_is_what_list_shows_and_convert_mends(model: Path, whole: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(whole, tmp_path / "cache")
+    flip_a_bit(cache / entries(cache)[1])
+    assert missing(model, cache) == []
+    assert states(cache).count("damaged") == 0
+    assert run("cache", "verify", "--cache-dir", str(cache)).exit_code == 1
+    assert states(cache).count("damaged") == 1
+    assert "damaged" in run("cache", "list", "--cache-dir", str(cache)).stdout
+    assert len(missing(model, cache)) == 1
+    convert(model, cache)
+    assert run("cache", "verify", "--cache-dir", str(cache)).exit_code == 0
+    assert states(cache) == ["complete"] * (LAYERS + 2)
+    assert contents(cache) == contents(whole)
+
+
+def states(cache: Path) -> list[str]:
+    """The states that `cache list --json` gives."""
+    return [entry["state"] for entry in listed(cache)]
+
+
+def listed(cache: Path) -> list[dict[str, Any]]:
+    result = run("cache", "list", "--json", "--cache-dir", str(cache))
+    assert result.exit_code == 0, result.output
+    content: list[dict[str, Any]] = json.loads(result.stdout)["entries"]
+    return content
+
+
+def test_list_names_the_model_of_an_entry_where_it_is_known(model: Path, whole: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(whole, tmp_path / "cache")
+    assert {entry["model"] for entry in listed(cache)} == {model.name}
+    # An entry of before models were named.
+    manifest = cache / entries(cache)[0] / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["model"]
+    manifest.write_text(json.dumps(content))
+    assert missing(model, cache) == []
+    assert [entry["model"] for entry in listed(cache)] == ["", *[model.name] * (LAYERS + 1)]
+    assert "complete" in run("cache", "list", "--cache-dir", str(cache), COLUMNS="60").stdout
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_list_cuts_nothing_where_the_console_is_narrow(columns: int, filled: Path) -> None:
+    narrow = run("cache", "list", "--cache-dir", str(filled), COLUMNS=str(columns)).stdout
+    assert "…" not in narrow
+    for entry in listed(filled):
+        assert all(part in narrow for part in (entry["fingerprint"][:12], entry["last_used"], entry["state"]))
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_read(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("convert", str(model), "--cache-dir", str(tmp_path / "file" / "cache"))
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        f"Error: --cache-dir '{tmp_path}/file/cache' cannot be written: Not a directory. Choose another directory."
+    ]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from api.cli import demo as demo_cli
 from api.demo.options import DemoOptions
 from api.demo.run import Results
 from api.demo.setup import DemoSetup
@@ -28,7 +27,7 @@ def demos(monkeypatch: pytest.MonkeyPatch) -> list[DemoSetup]:
         generations = [{"tokens": [1], "text": prompt.upper()} for prompt in setup.prompts]
         return {"generations": generations, "statistics": {"decode_t/s": 5.0}, "model_params": setup.model_params}
 
-    monkeypatch.setattr(demo_cli, "run", record)
+    monkeypatch.setattr("api.demo.run.run", record)
     return setups
 
 
@@ -116,15 +115,18 @@ def test_flags_that_came_later_to_the_tt_metal_demo(demos: list[DemoSetup]) -> N
     assert setup.model_params["layers"] == 4
 
 
-def test_the_environment_names_the_model_and_the_cache(demos: list[DemoSetup], tmp_path: Path) -> None:
+def test_the_environment_names_the_model_and_the_cache(
+    demos: list[DemoSetup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     model = sample_without(tmp_path / "r1")
     variables = {"DEEPSEEK_V3_HF_MODEL": str(model), "DEEPSEEK_V3_CACHE": str(tmp_path / "cache")}
     assert run("demo", "a", **variables).exit_code == 0
     assert run("demo", "a", "--model-path", str(SAMPLE_DIR), "--cache-dir", str(tmp_path), **variables).exit_code == 0
-    assert run("demo", "a").exit_code == 0
+    assert run("demo", "a", XDG_CACHE_HOME=str(tmp_path / "xdg")).exit_code == 0
     stages = [setup.engine.pipeline.stage for setup in demos]
     assert [stage.model_path for stage in stages] == [str(model), str(SAMPLE_DIR), str(SAMPLE_DIR)]
-    default = str(Path("generated/deepseek_v3").absolute())
+    default = str(tmp_path / "xdg" / "galaxyline" / "weights")
     assert [stage.cache_dir for stage in stages] == [str(tmp_path / "cache"), str(tmp_path), default]
 
 
@@ -161,7 +163,8 @@ def test_every_prompt_is_printed_with_its_generation(demos: list[DemoSetup]) -> 
         "\n===== Generated =====\n\n"
         "Prompt[0]: one_two\nGeneration[0]: ONE_TWO\n\nPrompt[1]: three\nGeneration[1]: THREE\n\n"
     )
-    assert result.stderr.endswith("decode_t/s: 5\n")
+    units = "Statistics, in seconds; t/s: tokens per second; t/s/u: tokens per second for each user."
+    assert result.stderr.endswith(f"{units}\ndecode_t/s: 5\n")
     assert demos[0].options.max_new_tokens == 5
 
 
@@ -192,7 +195,7 @@ def test_token_ids_and_accuracies_are_printed(
     flags: list[str], generation: dict[str, Any], printed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = {"generations": [generation], "statistics": {}, "model_params": {}}
-    monkeypatch.setattr(demo_cli, "run", lambda *_: results)
+    monkeypatch.setattr("api.demo.run.run", lambda *_: results)
     assert run("demo", *flags).stdout.strip().splitlines() == ["===== Generated =====", "", printed]
 
 

@@ -1,6 +1,7 @@
 """`galaxyline plan`: what it prints and writes, for R1 without a checkpoint, and how it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import pytest
 from tests import ROOT
 from tests.support.checkpoints import config_keys
 from tests.support.command_line import refused, run
-from weights.model_config import ModelConfig
 from weights.presets import PRESETS, preset_config
 
 HUB_ID = "deepseek-ai/DeepSeek-R1-0528"
@@ -35,6 +35,41 @@ def test_r1_without_options_is_planned_on_two_galaxies() -> None:
     [first, last] = [line.split() for line in lines if line.strip().startswith(("0    0-30", "1   31-60"))]
     assert first[2:4] == ["8.0", "GiB"]
     assert last[-1] == "80%"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+def test_no_figure_is_cut_where_the_console_is_narrow(columns: int) -> None:
+    wide = printed("r1", "--rows", "8", COLUMNS="200")
+    narrow = printed("r1", "--rows", "8", COLUMNS=str(columns))
+    assert max(map(len, narrow.splitlines())) <= columns
+    assert "…" not in narrow
+    figures = re.compile(r"\d+(?:\.\d+)?(?: [KMG]iB|%)?")
+    assert set(figures.findall(" ".join(wide.split()))) == set(figures.findall(" ".join(narrow.split())))
+
+
+def test_a_table_has_its_caption_above_and_its_unit_explained_once() -> None:
+    lines = printed("r1", "--rows", "8").splitlines()
+    place = lines.index("DRAM of each chip of a stage:")
+    assert lines[place + 1].split()[:3] == ["stage", "layers", "weights"]
+    assert sum("tokens per second for each user" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("given", "name"), [("R1", "r1"), ("V3", "v3"), ("DeepSeek-AI/deepseek-r1", None)])
+def test_published_models_are_known_in_any_capitals(given: str, name: str | None, tmp_path: Path) -> None:
+    first = printed(given, "--rows", "8", HF_HOME=str(tmp_path)).partition(" fits ")[0]
+    assert first == (name or "deepseek-ai/DeepSeek-R1")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("deepseek-r1", "Did you mean deepseek-ai/DeepSeek-R1?"),
+        ("deepseek-ai/DeepSeek-R1-528", "Did you mean deepseek-ai/DeepSeek-R1-0528?"),
+        ("mine", "galaxyline-sample, r1, v3, v3.1 and the hub ids of DeepSeek's V3 and R1 models are known."),
+    ],
+)
+def test_a_name_that_is_not_known_is_told_those_that_are(given: str, told: str, tmp_path: Path) -> None:
+    assert refused("plan", given, HF_HOME=str(tmp_path)).endswith(told)
 
 
 def test_what_is_predicted_is_called_so() -> None:
@@ -139,8 +174,8 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         (["deepseek-ai/DeepSeek-R2"], "'deepseek-ai/DeepSeek-R2' is not a directory"),
         (["/nowhere/r1"], "Model path does not exist: '/nowhere/r1'."),
         (
-            ["r1", "--json", "/nowhere/plan.json"],
-            "Cannot write --json '/nowhere/plan.json': No such",
+            ["r1", "--json", "/dev/null/plan.json"],
+            "Cannot write --json '/dev/null/plan.json': Not a directory.",
         ),
     ],
 )
@@ -172,18 +207,18 @@ def test_the_documents_refusal_is_what_is_said() -> None:
     assert refused("plan", "r1", "--rows", "4") == quoted
 
 
-def test_the_sample_is_planned_without_a_model() -> None:
-    assert printed().startswith("galaxyline-sample fits 4 rows of 8 chips (1 Galaxy)")
+def test_without_a_model_it_is_the_sample_whose_heads_are_too_few_for_chips() -> None:
+    assert refused("plan").startswith("Error: 8 attention heads are 1 for each of 8 columns of chips")
 
 
 def test_a_directory_needs_config_json_alone(tmp_path: Path) -> None:
-    directory = write_config(tmp_path / "small", num_hidden_layers=2)
+    directory = write_config(tmp_path / "small", num_hidden_layers=2, num_attention_heads=128)
     assert printed(str(directory), "--rows", "1").startswith("small fits 1 row of 8 chips")
     assert "config.json not found" in refused("plan", str(tmp_path))
 
 
 def test_a_checkpoint_of_a_published_model_comes_before_what_is_known_of_it(tmp_path: Path) -> None:
-    directory = write_config(tmp_path / "mine", num_hidden_layers=2)
+    directory = write_config(tmp_path / "mine", num_hidden_layers=2, num_attention_heads=128)
     text = printed(HUB_ID, "--rows", "1", DEEPSEEK_V3_HF_MODEL=str(directory))
     assert text.startswith(f"{HUB_ID} fits 1 row of 8 chips")
 
@@ -191,7 +226,6 @@ def test_a_checkpoint_of_a_published_model_comes_before_what_is_known_of_it(tmp_
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_models_have_the_671_billion_weights_they_are_known_for(name: str) -> None:
     config = preset_config(name)
-    assert isinstance(config, ModelConfig)
     experts = 58 * 257 * 3 * 7168 * 2048
     dense = 3 * 3 * 7168 * 18432
     attention = 61 * (7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168)

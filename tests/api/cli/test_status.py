@@ -3,29 +3,26 @@
 import io
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from fastapi import FastAPI
 from rich.console import Console
 
-from api import cli
-from api.cli.status import follow, render
-from api.errors import EngineError
+from api.cli.status import follow
+from api.cli.tables import pipeline_text
+from api.errors import EngineError, NoServerError
 from api.messages.engine import EnginePhase, EngineState, failed_state
-from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, total
+from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, ViewPhase, total
 from api.server.app import create_app
-from api.server.monitoring import add_monitoring_routes
+from api.server.monitoring import STOPPING, add_monitoring_routes
 from tests.support.api_server import MODEL, AppServer
+from tests.support.command_line import run
 from tests.support.reporting_engine import SPECS, ReportingEngine, at_work, progress, views
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
 
 
 def replica_view(phase: EnginePhase, detail: str = "") -> ReplicaView:
@@ -51,7 +48,7 @@ def serving_any(app: FastAPI) -> Iterator[str]:
 
 
 def status(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, ["status", *arguments], prog_name="galaxyline")
+    return run("status", *arguments)
 
 
 def refused(*arguments: str, code: int) -> str:
@@ -186,7 +183,93 @@ def test_where_no_server_answers_it_says_so() -> None:
     )
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "http://[", "http://127.0.0.1:port", "http://", "ftp://host"])
+@pytest.mark.parametrize("shape", ["{0}", "http://{0}", "http://{0}/", "http://{0}/v1", "{0}/v1/"])
+def test_an_address_as_people_have_it_is_followed(shape: str) -> None:
+    with serving(ReportingEngine(at_work())) as url:
+        result = status("--url", shape.format(url.removeprefix("http://")), "--json")
+    assert (result.exit_code, json.loads(result.stdout)["model"]) == (0, "small")
+
+
+def test_a_server_that_speaks_no_tls_is_told_from_none() -> None:
+    with serving(ReportingEngine(at_work())) as url:
+        secure = url.replace("http:", "https:")
+        error = refused("--url", secure, code=1)
+    assert error == f"Error: What answers at {secure} does not speak TLS: write http:// in place of https://."
+
+
+def test_a_server_that_speaks_no_http_is_told_from_none() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        error = refused("--url", url, code=1)
+        thread.join()
+    assert error == f"Error: What answers at {url} does not speak HTTP. If it serves HTTPS, write https://."
+
+
+def test_a_key_that_cannot_be_sent_is_one_sentence() -> None:
+    assert refused("--api-key", "clé", code=2) == "Error: An API key must be printable ASCII: this one cannot be sent."
+
+
+@pytest.mark.parametrize("columns", [30, 60, 80])
+def test_no_figure_is_cut_where_the_console_is_narrow(columns: int) -> None:
+    with serving(ReportingEngine(at_work())) as url:
+        shown = run("status", "--url", url, COLUMNS=str(columns)).stdout
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "…" not in shown
+    for part in (
+        "running, step",
+        "step 12 for 0.3 s" if columns > 30 else "0.3 s",
+        "host-0",
+        "3 MiB",
+        "1000",
+        "25%",
+        "dead: its",
+    ):
+        assert part in shown
+
+
+def test_a_server_that_is_stopped_on_purpose_says_so() -> None:
+    draining, closed = ReportingEngine(at_work()), failed_engine()
+    app = create_app(MODEL, draining)
+    add_monitoring_routes(app, MODEL.name, [draining, closed])
+    setattr(app.state, STOPPING, True)
+    with serving_any(app) as url:
+        shown = status("--url", url).stdout.splitlines()
+        draining.failure = EngineError.for_clients("The engine was closed.")
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert (shown[0], "replica 1: stopping" in shown) == ("small: stopping", True)
+    assert (view["phase"], view["detail"], view["engine"]) == ("stopping", "", None)
+
+
+@pytest.mark.parametrize("phase", ["stopping", "ready"])
+def test_following_ends_well_where_the_server_was_to_stop(phase: ViewPhase) -> None:
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    last = PipelineView(model="small", phase=phase, detail="", engine=None, replicas=[replica_view("ready")], stages=[])
+    views = iter([last])
+
+    def read() -> PipelineView:
+        try:
+            return next(views)
+        except StopIteration:
+            raise NoServerError("No server answers.") from None
+
+    if phase == "ready":
+        with pytest.raises(NoServerError):
+            follow(console, read, lambda _: None)
+    else:
+        follow(console, read, lambda _: None)
+        assert "The server has stopped." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://127.0.0.1:port", "http://", "ftp://host"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     assert refused("--url", url, "--json", code=2) == (
         f"Error: --url {url!r} is not an HTTP address: write it like http://127.0.0.1:8000."
@@ -249,5 +332,5 @@ def test_a_view_without_an_engine_is_one_line() -> None:
         replicas=[replica_view("failed", "[it] broke")],
         stages=[],
     )
-    console.print(render(view))
+    console.print(pipeline_text(view))
     assert console.file.getvalue() == "small: failed. [it] broke\n"  # type: ignore[attr-defined]

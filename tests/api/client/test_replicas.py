@@ -177,9 +177,9 @@ def test_every_replica_writes_a_timeline_of_its_own(tmp_path: Path) -> None:
     options = options_of(EngineSettings.of(cache_dir=tmp_path, timeline=tmp_path / "a.b.json"), 3)
     files = [tmp_path / f"a.b.{replica}.json" for replica in range(3)]
     assert [each.timeline for each in options] == list(map(str, files))
-    assert sorted(tmp_path.iterdir()) == files
-    with pytest.raises(OptionError, match="cannot be written"):
-        options_of(EngineSettings.of(cache_dir=tmp_path, timeline=tmp_path / "absent" / "steps.json"), 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="Cannot write --timeline"):
+        options_of(EngineSettings.of(cache_dir=tmp_path, timeline=tmp_path / "file" / "steps.json"), 2)
 
 
 def test_a_given_cluster_has_to_hold_all_replicas_and_this_host_shares_its_memory_otherwise(

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from api.demo.files import (
     LoggedResult,
     ResultsLog,
-    check_results_path,
     default_results_path,
     read_prompts_file,
     write_results,
@@ -134,7 +133,7 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is not a file of --checkpoint-jsonl"):
         ResultsLog(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "my notes\nand more\n"
-    with pytest.raises(OptionError, match="Cannot write to --checkpoint-jsonl"):
+    with pytest.raises(OptionError, match="Cannot write --checkpoint-jsonl"):
         ResultsLog(tmp_path)
 
 
@@ -162,10 +161,6 @@ def test_results_are_written_as_the_tt_metal_demo_writes_them(tmp_path: Path) ->
 
 def test_results_go_beside_the_prompts_unless_told_otherwise(tmp_path: Path) -> None:
     assert default_results_path(Path("dir/test_prompts.json")) == Path("dir/test_prompts_output.json")
-    with pytest.raises(OptionError, match="Cannot write --output-path"):
-        check_results_path(tmp_path)
-    with pytest.raises(OptionError, match="Cannot write --output-path"):
-        check_results_path(Path("/proc/1/x/out.json"))
 
 
 # References

@@ -156,11 +156,12 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_serve_ends_at_once_where_the_timeline_cannot_be_written(tmp_path: Path) -> None:
-    path = tmp_path / "absent" / "t.json"
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "t.json"
     command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--timeline", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"Error: --timeline {path} cannot be written: No such file or directory.\n"
+    assert done.stderr == f"Error: Cannot write --timeline '{path}': Not a directory.\n"
 
 
 def request(request_id: int) -> AddRequest:

@@ -94,7 +94,7 @@ def test_serve_takes_them_out_of_the_environment_and_shows_none(
     async def record(settings: ServeSettings) -> None:
         given.append(settings)
 
-    monkeypatch.setattr("api.cli.serve.serve", record)
+    monkeypatch.setattr("api.server.serve.serve", record)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     with capture_logs() as logs:
@@ -117,7 +117,9 @@ def test_status_brings_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         assert read_view(server.url, KEYS[0]).model == MODEL.name
         assert run("status", "--url", server.url, "--json", "--api-key", KEYS[1]).exit_code == 0
         without = run("status", "--url", server.url, "--json")
-        assert (without.exit_code, "No valid API key" in without.stderr) == (1, True)
+        assert (without.exit_code, "wants a key: give one of its keys with --api-key" in without.stderr) == (2, True)
+        wrong = run("status", "--url", server.url, "--json", "--api-key", "wrong")
+        assert (wrong.exit_code, "does not know this key: give one of its keys with" in wrong.stderr) == (2, True)
         monkeypatch.setenv(KEY_VARIABLES[1], KEYS[0])
         assert run("status", "--url", server.url, "--json").exit_code == 0
     finally:

@@ -17,11 +17,11 @@ from actors.stage.health import Phase, StageProgress
 from api.client import replicas
 from api.client.progress import StartProgress
 from api.errors import EngineError, OptionError
-from api.messages.engine import AddRequest, EngineState, loading_state
+from api.messages.engine import AddRequest, EngineState, PipelineReport, loading_state
 from api.server import serve
 from api.server.serve import listen
 from api.settings.engine import EngineSettings
-from api.settings.server import ServeSettings
+from api.settings.server import ApiKeys, FrontSettings, ServeSettings
 from benchmarks.support.ports import free_port
 from tests.support.api_server import DEADLINE_S, endless_text
 from tests.support.fake_engine import SAMPLE, FakeEngineClient
@@ -30,7 +30,12 @@ from tests.support.fake_engine import SAMPLE, FakeEngineClient
 class Server:
     """`serve` as a task of the test's loop."""
 
-    def __init__(self, tmp_path: Path, shutdown_timeout_s: float = 0.2) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        shutdown_timeout_s: float = 0.2,
+        front: FrontSettings = FrontSettings(),  # noqa: B008
+    ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         settings = ServeSettings(
@@ -39,6 +44,7 @@ class Server:
             host="127.0.0.1",
             port=port,
             shutdown_timeout_s=shutdown_timeout_s,
+            front=front,
         )
         self.running = asyncio.create_task(serve.serve(settings))
         self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
@@ -88,6 +94,18 @@ async def test_the_server_says_503_while_loading_and_then_what_to_try(
     assert body == {"model": "galaxyline-sample", "prompt": "San Francisco is a", **sampling}
 
 
+async def test_the_request_to_try_has_a_place_for_the_key_and_not_the_key(
+    engine: FakeEngineClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.loaded.set()
+    server = Server(tmp_path, front=FrontSettings(api_keys=ApiKeys(["of the house"])))
+    await server.until(200)
+    await server.stop(signal.SIGTERM)
+    said = capsys.readouterr().out
+    assert '\\\n  -H "Authorization: Bearer $GALAXYLINE_API_KEY" \\\n' in said
+    assert "of the house" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_while_loading_ends_everything(
     number: signal.Signals, engine: FakeEngineClient, tmp_path: Path
@@ -116,8 +134,13 @@ async def an_open_stream(server: Server) -> AsyncIterator[AsyncIterator[str]]:
 
 
 async def test_while_draining_open_streams_go_on_and_new_requests_are_refused(
-    engine: FakeEngineClient, tmp_path: Path
+    engine: FakeEngineClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def report() -> PipelineReport:
+        raise EngineError("The engine was closed.")
+
+    monkeypatch.setattr(engine, "report", report, raising=False)
+    monkeypatch.setattr(engine, "pid", 1, raising=False)
     engine.script = one_token
     engine.loaded.set()
     server = Server(tmp_path, shutdown_timeout_s=DEADLINE_S)
@@ -128,6 +151,7 @@ async def test_while_draining_open_streams_go_on_and_new_requests_are_refused(
         refused = await server.client.post("/v1/completions", json=BODY)
         health = await server.client.get("/health")
         models = await server.client.get("/v1/models")
+        pipeline = await server.client.get("/pipeline")
         assert not engine.closed
         engine.streams[0].finish(engine.streams[0].request.tokens[1:2] * 3)
         rest = [line async for line in lines if line]
@@ -137,6 +161,7 @@ async def test_while_draining_open_streams_go_on_and_new_requests_are_refused(
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
         assert "draining" in answer.json()["error"]["message"]
     assert models.status_code == 200
+    assert (pipeline.status_code, pipeline.json()["phase"], pipeline.json()["detail"]) == (200, "stopping", "")
     assert '"finish_reason":"length"' in rest[-2]
     assert rest[-1] == "data: [DONE]"
 

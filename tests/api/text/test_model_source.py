@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from api.errors import OptionError
-from api.text.model_source import SAMPLE_NAME, ModelSource, check_model_files, resolve_model
+from api.text.model_source import ModelSource, check_model_files, resolve_model
 from weights.errors import CheckpointError
-from weights.sample import SAMPLE_DIR
+from weights.sample import SAMPLE_DIR, SAMPLE_NAME
 
 HUB_ID = "deepseek-ai/DeepSeek-R1-0528"
 

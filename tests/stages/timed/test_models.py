@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from api.engine.options import EngineOptions
 from api.errors import OptionError
 from api.settings.engine import EngineSettings
-from api.text.model_source import ModelSource, resolve_model, resolve_timed_model
+from api.text.model_source import ModelSource, resolve_config, resolve_model
 from api.text.tokenizer import TextTokenizer
 from stages.capacity.step_time import StageTimes
 from stages.step import Mode, Segment, Step
@@ -28,7 +28,7 @@ TIMED = ("--device", "timed")
 def engine_options(**given_options: Any) -> EngineOptions:
     """The engine's options for R1 on the timed device."""
     made = EngineSettings.of(cache_dir=Path("cache"), device="timed", max_model_len=4096, **given_options)
-    return made.engine_options(resolve_timed_model("r1", {}), R1)
+    return made.engine_options(resolve_config("r1", {}), R1)
 
 
 def step_of(mode: Mode, segments: list[tuple[int, int]]) -> Step:
@@ -87,8 +87,8 @@ def test_no_token_that_is_made_ends_a_text_or_is_special() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_published_models_need_no_directory(name: str) -> None:
-    assert resolve_timed_model(name, {}) == ModelSource(
-        path=preset_directory(name) or Path(), name=name, root=name, tokenizer=SAMPLE_DIR
+    assert resolve_config(name, {}) == ModelSource(
+        path=preset_directory(name), name=name, root=name, tokenizer=SAMPLE_DIR
     )
     with pytest.raises(OptionError):
         resolve_model(name, {"HF_HOME": "absent"})
@@ -98,15 +98,21 @@ def test_a_published_model_that_is_on_the_disk_is_taken_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = {"DEEPSEEK_V3_HF_MODEL": str(tmp_path)}
-    assert resolve_timed_model("deepseek-ai/DeepSeek-R1", variables).path == tmp_path
+    assert resolve_config("deepseek-ai/DeepSeek-R1", variables).path == tmp_path
     (tmp_path / "r1").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve_timed_model("r1", {}) == ModelSource(path=tmp_path / "r1", name="r1", root="r1")
+    assert resolve_config("r1", {}) == ModelSource(path=tmp_path / "r1", name="r1", root="r1")
 
 
 @pytest.mark.parametrize("options", [(), ("--device", "embedded")])
 def test_other_devices_do_not_know_published_models(options: tuple[str, ...], tmp_path: Path) -> None:
-    assert refused("serve", *options, "--model", "r1") == "Error: Model path does not exist: 'r1'."
+    assert refused("serve", *options, "--model", "r1") == (
+        "Error: Model path does not exist: 'r1'. r1 is a name for `galaxyline plan` and for --device timed, which need "
+        "no weights: give the directory of the checkpoint."
+    )
     refusal = refused("serve", *options, "--model", "deepseek-ai/DeepSeek-R1", HF_HOME=str(tmp_path))
     assert "the local Hugging Face cache does not hold it" in refusal
-    assert refused("serve", *TIMED, "--model", "absent") == "Error: Model path does not exist: 'absent'."
+    assert refused("serve", *TIMED, "--model", "absent") == (
+        "Error: Model path does not exist: 'absent'. Without a directory, galaxyline-sample, r1, v3, v3.1 and the hub "
+        "ids of DeepSeek's V3 and R1 models are known."
+    )
