@@ -32,8 +32,10 @@ BODY_BYTES_MAX = 16 << 20
 DISCARDED_BYTES_MAX = 8 * BODY_BYTES_MAX
 """How much of a larger body is read: a client gets the reason only when it has sent its body."""
 
-INLINE_BODY_BYTES_MAX = 4096
-"""The largest body that is read and tokenised on the loop, in about a millisecond; larger ones would delay streams."""
+INLINE_BODY_BYTES_MAX = 1024
+"""The largest body that is read and tokenised on the loop, in a millisecond or a few where it has many short texts.
+
+Larger ones would delay streams."""
 
 LARGE_BODY_BYTES = 1 << 16
 """The size from which bodies are parsed one at a time, so that others need not wait for them."""
