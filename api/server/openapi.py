@@ -1,6 +1,7 @@
 """The description of the routes in GET /openapi.json, made from the types that read bodies and write answers."""
 
 import html
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def add_route(
 ) -> None:
     """Adds a route, described by a sentence for users and `more` of its OpenAPI operation; with GET, HEAD too."""
     shared: dict[str, Any] = {"response_model": None, "response_class": Response}
-    name = path.strip("/").replace("/", "_") or "root"
+    name = "_".join(re.findall(r"\w+", path.partition(":")[0]))
     app.add_api_route(
         path,
         handler,

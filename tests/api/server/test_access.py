@@ -137,6 +137,17 @@ async def test_head_is_answered_as_get_is() -> None:
             assert (await opened.head(path, headers=KEY)).status_code == 200
 
 
+async def test_descriptions_are_for_users() -> None:
+    async with client(RequestWatch()) as opened:
+        document = (await opened.get("/openapi.json", headers=KEY)).json()
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    for operation in operations:
+        assert operation["operationId"].isidentifier()
+        assert "Raises" not in operation["description"]
+        assert operation["summary"].endswith(".")
+
+
 async def test_load_and_docs_are_served() -> None:
     async with client(RequestWatch()) as opened:
         assert (await opened.get("/load", headers=KEY)).json() == {"server_load": 0}
