@@ -4,6 +4,7 @@ Each is installed in an environment of its own below a temporary directory, make
 result. It is the newest release that the package index has, so that this shows what new releases of clients expect.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -236,7 +237,12 @@ def _install(program: ClientProgram, place: Place) -> None:
         _run(["npm", "install", "--no-fund", "--no-audit", *program.packages], place, INSTALL_S)
         return
     _run([sys.executable, "-m", "venv", str(place.folder / "env")], place, INSTALL_S)
-    _run([place.python, "-m", "pip", "install", "--quiet", *program.packages], place, INSTALL_S)
+    # In a fraction of pip's time, where it is there.
+    fast = [sys.executable, "-m", "uv", "pip", "install", "--python", place.python]
+    has_uv = importlib.util.find_spec("uv") is not None
+    _run(
+        [*(fast if has_uv else [place.python, "-m", "pip", "install"]), "--quiet", *program.packages], place, INSTALL_S
+    )
 
 
 def _version(program: ClientProgram, place: Place) -> str:
