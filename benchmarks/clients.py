@@ -50,13 +50,17 @@ Judge = Callable[[Place, str], bool]
 
 
 class ClientProgram(msgspec.Struct, frozen=True, kw_only=True):
-    """A client: its packages, the first of which gives its version, and the command to run once they are installed."""
+    """A client: its packages, the first of which gives its version, and the command to run once they are installed.
+
+    One that `is_offline` is told not to ask Hugging Face's hub for what it has on the disk.
+    """
 
     name: str
     packages: list[str]
     command: Callable[[Place], list[str]]
     passed: Judge
     is_node: bool = False
+    is_offline: bool = True
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,7 +213,7 @@ PROGRAMS = [
     ),
     ClientProgram(name="lm-eval", packages=["lm_eval[api]"], command=_humaneval, passed=_lm_eval_passed),
     ClientProgram(name="guidellm", packages=["guidellm"], command=_guidellm, passed=_exited),
-    ClientProgram(name="aiperf", packages=["aiperf"], command=_aiperf, passed=_exited),
+    ClientProgram(name="aiperf", packages=["aiperf"], command=_aiperf, passed=_exited, is_offline=False),
     ClientProgram(name="vllm", packages=["vllm"], command=_vllm, passed=_vllm_passed),
 ]
 
@@ -223,7 +227,7 @@ def try_client(program: ClientProgram, place: Place) -> Outcome:
     try:
         _install(program, place)
         version = _version(program, place)
-        output = _run(program.command(place), place, RUN_S)
+        output = _run(program.command(place), place, RUN_S, program.is_offline)
         passed = program.passed(place, output)
     except (subprocess.SubprocessError, OSError) as error:
         output, passed = str(getattr(error, "output", None) or error), False
@@ -254,9 +258,10 @@ def _version(program: ClientProgram, place: Place) -> str:
     return _run([place.python, "-c", code], place, RUN_S).strip()
 
 
-def _run(command: list[str], place: Place, timeout_s: float) -> str:
+def _run(command: list[str], place: Place, timeout_s: float, is_offline: bool = False) -> str:
     """Runs a command in a client's folder and returns its output. Raises SubprocessError where it fails."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "HOME": str(place.folder)}
+    hub = {"HF_HUB_OFFLINE": "1"} if is_offline else {}
+    environment = {**os.environ, **hub, "NO_COLOR": "1", "HOME": str(place.folder)}
     done = subprocess.run(
         command,
         cwd=place.folder,
