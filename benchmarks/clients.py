@@ -221,7 +221,7 @@ PROGRAMS = [
 def try_client(program: ClientProgram, place: Place) -> Outcome:
     """Installs a client and runs it."""
     if program.is_node and shutil.which("npm") is None:
-        return Outcome(name=program.name, version="", passed=False, log="There is no npm on this machine.")
+        return Outcome(name=program.name, version="", passed=False, log="This machine lacks npm.")
     place.folder.mkdir()
     version = ""
     try:

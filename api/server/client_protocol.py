@@ -255,7 +255,7 @@ def client_protocol(
 def raise_descriptor_limit() -> int:
     """Lets this process, and those that it starts, have as many files as it may; returns how many may be clients'."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Where there is no limit, or a huge one, as much as is of use: some programs look at each descriptor that may be.
+    # Of an endless limit as much as is of use: some programs look at each descriptor that there may be.
     wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         wanted = DESCRIPTORS_MAX if soft == resource.RLIM_INFINITY else soft
