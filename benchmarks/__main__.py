@@ -9,7 +9,7 @@ import click
 from benchmarks.support.options import benchmark_command
 from stages.device import Device
 
-BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload")
+BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload", "memory")
 
 
 @benchmark_command("benchmarks")
@@ -17,8 +17,8 @@ def main(short: bool, device: Device, out: Path) -> None:
     """Run all benchmarks, one after the other: each prints a table and writes its figures as JSON."""
     options = ["--out", str(out), *(["--short"] if short else [])]
     for name in BENCHMARKS:
-        # Scaling and overload need stages that wait, not stages that share one processor.
-        on = "timed" if name == "overload" or (name == "scaling" and device == "embedded") else device
+        # Scaling, overload and memory need stages that wait, not stages that share one processor.
+        on = "timed" if name in {"overload", "memory"} or (name == "scaling" and device == "embedded") else device
         command = [sys.executable, "-m", f"benchmarks.{name}", "--device", on, *options]
         code = subprocess.run(command, check=False).returncode
         if code:

@@ -9,7 +9,7 @@ from api.cli.options import ConfigCommand, config_file, log_level, options_of, o
 from api.settings.environment import note_environment
 from api.settings.model import ModelOptions
 from api.settings.option import made, take
-from api.settings.server import KEY_VARIABLES, ApiKeys, KeyOptions, ServeSettings, TlsFiles, TlsOptions
+from api.settings.server import KEY_VARIABLES, KeyOptions, ServeSettings, TlsFiles, TlsOptions
 
 
 @click.command("serve", cls=ConfigCommand)
@@ -26,7 +26,7 @@ def serve_command(model_argument: str | None, trace_mode: bool, **given: Any) ->
     """Serve MODEL, a directory or a hub id, over HTTP; without one, the sample model."""
     source = take(ModelOptions, given).source(model_argument, given["device"], os.environ)
     keys, files = take(KeyOptions, given), take(TlsOptions, given)
-    api_keys = ApiKeys.read(keys.api_key, keys.api_key_file, os.environ)
+    api_keys = keys.read(os.environ)
     for name in KEY_VARIABLES:
         # The engine and the stages have no use for it.
         os.environ.pop(name, None)

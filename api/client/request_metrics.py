@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from api.messages.engine import AddRequest, FinishReason, RequestOutput
 from api.messages.histogram import FIRST_TOKEN_BOUNDS_S, LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, Histogram, one_two_five
 
+CHOICE_BOUNDS = (1, 2, 5, 10, 20)
+"""vLLM's bounds for `n`."""
+
 
 @dataclass(slots=True)
 class OpenRequest:
@@ -14,6 +17,8 @@ class OpenRequest:
 
     began: float
     prompt_tokens: int
+    max_tokens: int
+    first_token: float = 0.0
     last_token: float = 0.0
     tokens: int = 0
 
@@ -31,12 +36,16 @@ class RequestMetrics:
         self.latencies = Histogram.of(LATENCY_BOUNDS_S)
         self.prompt_lengths = Histogram.of(one_two_five(max_model_len))
         self.generation_lengths = Histogram.of(one_two_five(max_model_len))
+        self.max_tokens = Histogram.of(one_two_five(max_model_len))
+        self.times_per_token = Histogram.of(TOKEN_BOUNDS_S)
         self._clock = clock
         self._open: dict[int, OpenRequest] = {}
 
     def began(self, request: AddRequest) -> None:
         """Notes a request that is sent to the engine."""
-        self._open[request.request_id] = OpenRequest(began=self._clock(), prompt_tokens=len(request.tokens))
+        self._open[request.request_id] = OpenRequest(
+            began=self._clock(), prompt_tokens=len(request.tokens), max_tokens=request.max_tokens
+        )
 
     def received(self, outputs: Sequence[RequestOutput]) -> None:
         """Counts outputs that came from the engine, but for those of requests that ended before."""
@@ -69,6 +78,7 @@ class RequestMetrics:
         else:
             self.prompt_tokens += request.prompt_tokens
             self.first_token_times.observe(now - request.began)
+            request.first_token = now
         request.tokens += count
         request.last_token = now
 
@@ -79,3 +89,24 @@ class RequestMetrics:
             self.latencies.observe(now - request.began)
             self.prompt_lengths.observe(request.prompt_tokens)
             self.generation_lengths.observe(request.tokens)
+            if request.max_tokens:
+                self.max_tokens.observe(request.max_tokens)
+            if not request.tokens:
+                # A prompt that was only scored has no first token to count it by.
+                self.prompt_tokens += request.prompt_tokens
+            elif request.tokens > 1:
+                self.times_per_token.observe((request.last_token - request.first_token) / (request.tokens - 1))
+
+
+class CompletionMetrics:
+    """Adds up over the prompts of all completion requests, each with its `n` completions, whose end was not early."""
+
+    def __init__(self, max_model_len: int = 1) -> None:
+        """Requests have at most `max_model_len` tokens."""
+        self.choices = Histogram.of(CHOICE_BOUNDS)
+        self.longest = Histogram.of(one_two_five(max_model_len))
+
+    def ended(self, generated: Sequence[int]) -> None:
+        """Adds a prompt whose completions have so many tokens."""
+        self.choices.observe(len(generated))
+        self.longest.observe(max(generated))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from actors.clock import now_ns
 from actors.errors import ProtocolError
-from api.messages.engine import Counts, EngineMetrics, StageMetrics
+from api.messages.engine import Counts, EngineMetrics, RequestOutput, StageMetrics
 from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
 from stages.step import Mode, StageTiming, Step, StepResult
 
@@ -18,6 +18,19 @@ RECENT_SECONDS = 10
 
 STEP_BOUNDS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """The bounds for everything that is measured of a step: from a hop within a host to a long prefill."""
+
+
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""vLLM's bounds for the tokens of a step."""
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """When a request got its slot, its first token and its latest one; 0 before."""
+
+    admitted_ns: int
+    first_ns: int = 0
+    last_ns: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -125,7 +138,12 @@ class EngineMeters:
         }
         self._result_hops = Histogram.of(STEP_BOUNDS_S)
         self._recoveries = Histogram.of(LATENCY_BOUNDS_S)
+        self._prefill_times = Histogram.of(LATENCY_BOUNDS_S)
+        self._decode_times = Histogram.of(LATENCY_BOUNDS_S)
+        self._inference_times = Histogram.of(LATENCY_BOUNDS_S)
+        self._step_tokens = Histogram.of(STEP_TOKEN_BOUNDS)
         self._waiting_since_ns: dict[int, int] = {}
+        self._running: dict[int, RequestTimes] = {}
         self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
         self._returned_ns = 0
 
@@ -138,10 +156,26 @@ class EngineMeters:
         since_ns = self._waiting_since_ns.pop(request_id, None)
         if since_ns is not None:
             self._queue_times.observe((admitted_ns - since_ns) * NS)
+            self._running[request_id] = RequestTimes(admitted_ns)
+
+    def outputs_came(self, outputs: Sequence[RequestOutput], came_ns: int) -> None:
+        """Notes what a step gave to requests, and the ends among it."""
+        for output in outputs:
+            times = self._running.get(output.request_id)
+            if times is not None and (output.tokens or output.finish_reason == "length"):
+                times.first_ns = times.first_ns or came_ns
+                times.last_ns = came_ns
+            if output.finish_reason is not None:
+                self.request_leaves(output.request_id)
 
     def request_leaves(self, request_id: int) -> None:
         """Notes that a request has ended, perhaps before it got a slot."""
         self._waiting_since_ns.pop(request_id, None)
+        times = self._running.pop(request_id, None)
+        if times is not None and times.first_ns:
+            self._prefill_times.observe((times.first_ns - times.admitted_ns) * NS)
+            self._decode_times.observe((times.last_ns - times.first_ns) * NS)
+            self._inference_times.observe((times.last_ns - times.admitted_ns) * NS)
 
     def recovered(self, seconds: float) -> None:
         """Adds the time that it took to bring the pipeline back."""
@@ -162,6 +196,7 @@ class EngineMeters:
         mode = record.step.mode
         sent_ns = record.submitted_ns
         self._step_times[mode].observe((returned_ns - sent_ns) * NS)
+        self._step_tokens.observe(record.step.token_count)
         self._inference_ns[mode] += returned_ns - max(sent_ns, self._returned_ns)
         self._returned_ns = returned_ns
         for meter, timing in zip(self.stages, result.timings, strict=True):
@@ -191,6 +226,10 @@ class EngineMeters:
             decode_steps=self._step_times["decode"],
             result_hops=self._result_hops,
             recoveries=self._recoveries,
+            prefill_times=self._prefill_times,
+            decode_times=self._decode_times,
+            inference_times=self._inference_times,
+            step_tokens=self._step_tokens,
             stages=[
                 meter.metrics(stage, host, asked_ns)
                 for stage, (meter, host) in enumerate(zip(self.stages, hosts, strict=True))

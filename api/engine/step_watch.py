@@ -60,6 +60,7 @@ class StepWatch:
             return  # The step is of a former epoch, and was counted as lost.
         record = self._in_flight.popleft()
         self._meters.step_done(record, result, returned_ns)
+        self._meters.outputs_came(outputs, returned_ns)
         if not self._in_flight:
             self._meters.pipeline_empties(returned_ns)
         if self.timeline is not None:

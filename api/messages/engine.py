@@ -37,6 +37,8 @@ class AddRequest(EngineMessage, frozen=True, kw_only=True):
     Under teacher forcing the sequence continues with the tokens `forced` as long as there are any, whatever was sampled
     in their place; the output has what was sampled.
 
+    With a `max_tokens` of 0 the prompt is scored, as `sampling.prompt_logprobs` asks for, and nothing is generated.
+
     `request_id` counts upward for the life of the front end; a client's request with an `n` of 4 is four of these.
     """
 
@@ -46,6 +48,11 @@ class AddRequest(EngineMessage, frozen=True, kw_only=True):
     stop_token_ids: list[int]
     sampling: SamplingParams
     forced: list[int] = []
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether the request wants log-probabilities of its prompt and no token."""
+        return self.max_tokens == 0 and self.sampling.prompt_logprobs is not None
 
 
 class AbortRequest(EngineMessage, frozen=True, kw_only=True):
@@ -157,6 +164,8 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     together the time in which the pipeline was not empty. `queue_times` are those of requests until they got a slot,
     `step_times` those of steps from their submission to their result, and `result_hops` the last stretch of these,
     from the last stage to the engine. `recoveries` are the times from each loss of a stage until steps could go on.
+    `prefill_times` are those of requests from their slot to their first token, `decode_times` from there to the last
+    and `inference_times` from slot to last, however a request ended; `step_tokens` counts the tokens of steps.
     """
 
     counts: Counts
@@ -168,6 +177,10 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     decode_steps: Histogram
     result_hops: Histogram
     recoveries: Histogram
+    prefill_times: Histogram
+    decode_times: Histogram
+    inference_times: Histogram
+    step_tokens: Histogram
     stages: list[StageMetrics]
 
 

@@ -18,6 +18,10 @@ ALL_THAT_FITS = -1
 """The truncate_prompt_tokens that keeps as many tokens as leave room for the completion."""
 
 
+def _go_on() -> None:
+    """The check of work that nobody ends."""
+
+
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt of a request, and the text that goes before its completions when the client asked for an echo."""
 
@@ -26,9 +30,10 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def refuse_other_model(name: str | None, model: ServedModel) -> None:
-    """Raises UnknownModelError if a request's model has another name than `model`. It may have none."""
-    if name not in {None, model.name}:
-        raise UnknownModelError(f"This server has no model of that name: it serves '{model.name}'.", "model")
+    """Raises UnknownModelError if a request's model has none of the names of `model`. It may have none at all."""
+    if name is not None and name not in model.names:
+        names = "', '".join(model.names)
+        raise UnknownModelError(f"This server has no model of that name: it serves '{names}'.", "model")
 
 
 def refuse_outside_vocabulary(tokens: list[int], param: str, model: ServedModel) -> None:
@@ -37,18 +42,41 @@ def refuse_outside_vocabulary(tokens: list[int], param: str, model: ServedModel)
         raise RequestError(f"{param} has a token id outside the vocabulary, 0 to {model.vocab_size - 1}.", param)
 
 
+def refuse_unknown_text(tokens: list[int], param: str, model: ServedModel) -> None:
+    """Raises RequestError if the tokens of a text have one that the model does not have, as of a larger tokenizer."""
+    if tokens and max(tokens) >= model.vocab_size:
+        raise RequestError(
+            f"{param} has a text that the tokenizer makes token {max(tokens)} of, and the model's vocabulary is 0 to "
+            f"{model.vocab_size - 1}: leave it out.",
+            param,
+        )
+
+
 def default_max_tokens(model: ServedModel) -> int:
     """The tokens of a completion whose request gives no number, where they fit."""
     return model.generation.max_new_tokens or DEFAULT_MAX_TOKENS
 
 
-def read_prompts(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
+def read_prompts(
+    request: CompletionRequest,
+    model: ServedModel,
+    check: Callable[[], None] = _go_on,
+    check_size: Callable[[int, int], None] = lambda _, __: None,
+) -> list[Prompt]:
     """Tokenises the prompts, which takes long for long ones. May run on a thread.
 
-    Raises RequestError for one that cannot be a prompt of the model.
+    `check` is called again and again and may raise to end the work, and `check_size` with the completions and prompt
+    tokens so far. Raises RequestError for a text or tokens that cannot be a prompt of the model.
     """
     length = _length_kept(request, model)
-    return [_read(prompt, length, request, model) for prompt in request.prompts()]
+    prompts: list[Prompt] = []
+    tokens = 0
+    for prompt in request.prompts():
+        check()
+        prompts.append(_read(prompt, length, request, model, check))
+        tokens += len(prompts[-1].tokens)
+        check_size(len(prompts) * request.choice_count, tokens * request.choice_count)
+    return prompts
 
 
 def _length_kept(request: CompletionRequest, model: ServedModel) -> int | None:
@@ -66,9 +94,18 @@ def _length_kept(request: CompletionRequest, model: ServedModel) -> int | None:
     return asked
 
 
-def _read(prompt: str | list[int], length: int | None, request: CompletionRequest, model: ServedModel) -> Prompt:
-    tokens = _tokens_of_text(prompt, length, request, model) if isinstance(prompt, str) else prompt
-    if not isinstance(prompt, str):
+def _read(
+    prompt: str | list[int],
+    length: int | None,
+    request: CompletionRequest,
+    model: ServedModel,
+    check: Callable[[], None],
+) -> Prompt:
+    if isinstance(prompt, str):
+        tokens = _tokens_of_text(prompt, length, request, model, check)
+        refuse_unknown_text(tokens, "prompt", model)
+    else:
+        tokens = prompt
         refuse_outside_vocabulary(tokens, "prompt", model)
     if length is not None and len(tokens) > length:
         tokens = tokens[:length] if request.truncation_side == "right" else tokens[len(tokens) - length :]
@@ -80,15 +117,25 @@ def _read(prompt: str | list[int], length: int | None, request: CompletionReques
     return Prompt(tokens=tokens, echo=str(prompt) if is_whole_text else model.tokenizer.decode(tokens))
 
 
-def _tokens_of_text(text: str, length: int | None, request: CompletionRequest, model: ServedModel) -> list[int]:
+def _tokens_of_text(
+    text: str, length: int | None, request: CompletionRequest, model: ServedModel, check: Callable[[], None]
+) -> list[int]:
     add_special_tokens = request.add_special_tokens is not False
     if length is not None:
-        return model.tokenizer.encode_part(text, length, request.truncation_side or "left", add_special_tokens)
-    if len(text) > model.max_model_len * model.tokenizer.characters_per_token_max:
+        side = request.truncation_side or "left"
+        return model.tokenizer.encode_part(text, length, side, add_special_tokens, check=check)
+    if len(text) > model.prompt_characters_max:
         raise RequestError(
             f"The prompt's {len(text)} characters cannot fit the model's {model.max_model_len} tokens.", "prompt"
         )
-    return model.tokenizer.encode(text, add_special_tokens)
+    tokens = model.tokenizer.encode(text, add_special_tokens, most=model.max_model_len, check=check)
+    if len(tokens) > model.max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has at least "
+            f"{len(tokens)}: shorten it.",
+            "prompt",
+        )
+    return tokens
 
 
 DEFAULT_TEMPERATURE = 1.0
@@ -109,6 +156,9 @@ TOKEN_IDS_MAX = 1 << 20
 
 """The most ids in the lists of all of a request's choices, as each choice takes a copy of its own to every stage."""
 
+TEMPERATURE_MAX = 1e30
+"""Any higher temperature draws all tokens alike too, but would be infinite in float32."""
+
 Number = TypeVar("Number", int, float)
 
 
@@ -116,7 +166,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """The completion with this `index` among a request's.
 
     With `is_echo` the client wants the prompt alone. Then `request` is None unless log-probabilities of the prompt are
-    wanted: the engine gives them with a token, which the client does not get.
+    wanted, which the engine gives without generating anything.
     """
 
     index: int
@@ -125,14 +175,16 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     is_echo: bool
 
 
-def sampling_params(request: CompletionRequest, model: ServedModel) -> SamplingParams:
+def sampling_params(
+    request: CompletionRequest, model: ServedModel, check: Callable[[], None] = _go_on
+) -> SamplingParams:
     """The sampling parameters that all choices of a request share; `seed` and `choice` are 0. May run on a thread.
 
-    Raises RequestError where a field does not fit the model.
+    `check` is as in `read_prompts`. Raises RequestError where a field does not fit the model.
     """
     advice = model.generation
     params = SamplingParams(
-        temperature=_first(request.temperature, advice.temperature, DEFAULT_TEMPERATURE),
+        temperature=min(_first(request.temperature, advice.temperature, DEFAULT_TEMPERATURE), TEMPERATURE_MAX),
         top_p=_first(request.top_p, advice.top_p, DEFAULT_TOP_P),
         top_k=min(max(_first(request.top_k, advice.top_k, NO_TOP_K), 0), model.vocab_size),
         seed=0,
@@ -143,7 +195,7 @@ def sampling_params(request: CompletionRequest, model: ServedModel) -> SamplingP
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias=request.logit_bias,
         allowed_token_ids=sorted({*(request.allowed_token_ids or [])}),
-        bad_words=_bad_words(request.bad_words, model),
+        bad_words=_bad_words(request.bad_words, model, check),
         min_tokens=request.min_tokens or 0,
         stop_token_ids=sorted({*model.eos_token_ids, *(request.stop_token_ids or [])}) if request.min_tokens else [],
         logprobs=_logprobs(request.logprobs, "logprobs", model),
@@ -174,10 +226,11 @@ def _refuse_misfits(request: CompletionRequest, params: SamplingParams, model: S
         )
 
 
-def _bad_words(words: list[str], model: ServedModel) -> list[list[int]]:
+def _bad_words(words: list[str], model: ServedModel, check: Callable[[], None]) -> list[list[int]]:
     """The token sequences of `words`, like vLLM's: alone, and after a space where only the first token differs."""
     sequences: list[list[int]] = []
     for word in dict.fromkeys(words):
+        check()
         text = word.lstrip()
         alone = model.tokenizer.encode(text, add_special_tokens=False)
         if not alone:
@@ -186,6 +239,8 @@ def _bad_words(words: list[str], model: ServedModel) -> list[list[int]]:
         spaced = model.tokenizer.encode(f" {text}", add_special_tokens=False)
         if len(spaced) == len(alone) and spaced[0] != alone[0]:
             sequences.append(spaced)
+    for sequence in sequences:
+        refuse_unknown_text(sequence, "bad_words", model)
     return sequences
 
 
@@ -231,7 +286,7 @@ def build_choices(
     is_generated = not is_echo or sampling.prompt_logprobs is not None
     choices: list[Choice] = []
     for prompt in prompts:
-        max_tokens = _max_tokens(request, len(prompt.tokens), model, least=1 if is_generated else 0)
+        max_tokens = _max_tokens(request, len(prompt.tokens), model)
         seed = draw_seed() if request.seed is None or request.seed == RANDOM_SEED else request.seed
         for choice in range(request.choice_count):
             added = AddRequest(
@@ -247,16 +302,17 @@ def build_choices(
     return choices
 
 
-def _max_tokens(request: CompletionRequest, prompt_tokens: int, model: ServedModel, least: int) -> int:
+def _max_tokens(request: CompletionRequest, prompt_tokens: int, model: ServedModel) -> int:
     room = model.max_model_len - prompt_tokens
-    asked = None if request.max_tokens is None else max(request.max_tokens, least)
-    if room < (least if asked is None else asked):
+    least = 1 if request.max_tokens is None else request.max_tokens
+    if room < least:
         raise RequestError(
             f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has {prompt_tokens} "
-            f"and {'at least 1' if asked is None else asked} more are to be generated: shorten one of them.",
-            "prompt" if room < least else "max_tokens",
+            f"and {'at least 1' if request.max_tokens is None else least} more are to be generated: shorten one of "
+            "them.",
+            "prompt" if room < min(least, 1) else "max_tokens",
         )
-    most = min(default_max_tokens(model), room) if asked is None else asked
+    most = min(default_max_tokens(model), room) if request.max_tokens is None else request.max_tokens
     if (request.min_tokens or 0) > most:
         raise RequestError(f"min_tokens is {request.min_tokens}, more than the {most} of max_tokens.", "min_tokens")
     return most

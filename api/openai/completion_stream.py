@@ -11,9 +11,10 @@ import msgspec
 import structlog
 
 from api.client.open_requests import OUTPUTS_WAITING_MAX, TOO_SLOW, TokenStream
+from api.client.request_metrics import CompletionMetrics
 from api.errors import EngineError
 from api.messages.engine import FinishReason, RequestOutput
-from api.openai.choices import Choice, Prompt
+from api.openai.choices import Choice
 from api.openai.logprobs import Details, TokenDetails, joined_logprobs
 from api.openai.protocol import CompletionRequest, StreamOptions
 from api.openai.responses import (
@@ -226,18 +227,19 @@ class CompletionStream:
         completion_id: str,
         model: str,
         request: CompletionRequest,
-        prompts: list[Prompt],
         choices: list[Choice],
         source: ChunkStream,
         ticket: Ticket,
+        metrics: CompletionMetrics,
     ) -> None:
         self._id = completion_id
         self._model = model
         self._request = request
-        self._prompts = prompts
+        self._prompts = [choice.prompt for choice in choices[:: request.choice_count]]
         self._choices = choices
         self._source = source
         self._ticket = ticket
+        self._metrics = metrics
         self._created = int(time.time())
         self._began = time.monotonic()
         self._last: dict[int, Chunk] = {}
@@ -279,6 +281,7 @@ class CompletionStream:
         """Aborts what has not ended, and logs how the request went. Call it once, and not during an iteration."""
         await self._source.aclose()
         self._ticket.release()
+        self._measure()
         self._log()
 
     def _record(self, chunk: Chunk) -> None:
@@ -306,6 +309,14 @@ class CompletionStream:
         """The counts so far: each prompt counts once, however many choices it has."""
         prompt_tokens = sum(len(prompt.tokens) for prompt in self._prompts)
         return Usage.of(prompt_tokens, sum(chunk.completion_tokens for chunk in self._last.values()))
+
+    def _measure(self) -> None:
+        count = self._request.choice_count
+        for first in range(0, len(self._choices), count):
+            last = [self._last.get(index) for index in range(first, first + count)]
+            ended = [chunk.completion_tokens for chunk in last if chunk is not None and chunk.finish_reason is not None]
+            if len(ended) == count:
+                self._metrics.ended(ended)
 
     def _log(self) -> None:
         usage = self._usage()

@@ -148,9 +148,15 @@ class DetokenizedText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /health, /ready and /live with status 200."""
+    """The answer of /health, /ping, /ready and /live with status 200."""
 
     status: str
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /load: the number of completions that have not ended."""
+
+    server_load: int
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):

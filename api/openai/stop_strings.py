@@ -51,9 +51,13 @@ class StopStrings:
         return min(found, default=None)
 
     def _possible_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            ending = text[-length:]
+        """Length of the longest end of `text` that a stop string begins with.
+
+        A place where none begins is released and never looked at again, so that each character costs as many
+        comparisons as there are stop strings, however long they are.
+        """
+        for begin in range(max(len(text) - self._longest + 1, 0), len(text)):
+            ending = text[begin:]
             if any(stop.startswith(ending) for stop in self._stops):
-                return length
+                return len(ending)
         return 0

@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from actors.errors import ProtocolError
 from api.errors import EngineError
-from api.messages.engine import AddRequest, Counts, RequestOutput, failed_output
+from api.messages.engine import AddRequest, Counts, FinishReason, RequestOutput, failed_output
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
 from api.scheduler.quarantine import Quarantine
@@ -23,6 +23,7 @@ from api.scheduler.sequence import Run, Sequence, Snapshot, StepInFlight, check_
 from api.scheduler.slots import BlockPool, Slots
 from stages.step import NO_TOKEN, Admission, Mode, Segment, Step, StepResult, TokenLogprobs
 from weights.errors import GalaxylineError
+from weights.sizes import ceil_div
 
 BY_ARRIVAL = attrgetter("arrival")
 
@@ -190,9 +191,11 @@ class Scheduler:
     ) -> RequestOutput:
         sequence = run.sequence
         self._quarantine.release(sequence.request_id, step.mode)
-        if token == NO_TOKEN or _has_nan(scores):
+        # The token after a prompt that is only scored is dropped: it may be one beyond the model's length.
+        only_scores = sequence.is_whole
+        if _has_nan(scores) or (token == NO_TOKEN and not only_scores):
             return self._end_for_nan(step.step_id, run)
-        reason = sequence.append(token)
+        reason: FinishReason | None = "length" if only_scores else sequence.append(token)
         if reason is None:
             self._decodable[run.microbatch].append(run)
         else:
@@ -200,10 +203,10 @@ class Scheduler:
             self._leave(run)
         return RequestOutput(
             request_id=sequence.request_id,
-            tokens=[token],
+            tokens=[] if only_scores else [token],
             finish_reason=reason,
             error=None,
-            logprobs=[] if logprob is None else [logprob],
+            logprobs=[] if only_scores or logprob is None else [logprob],
             prompt_logprobs=scores,
         )
 
@@ -310,8 +313,9 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> Run | None:
         length = len(sequence.tokens)
-        # Room for the token after the prompt too: a run that is preempted at once would make no progress.
-        needed = length // self._block_size + 1
+        # Room for the token after the prompt too: a run that is preempted at once would make no progress. A prompt
+        # that is only scored has none, and may fill all the blocks that a request can have.
+        needed = ceil_div(min(length + 1, sequence.end), self._block_size)
         slot = self._slots.take_slot(needed, self._pools)
         if slot is None:
             return None

@@ -15,7 +15,7 @@ def check_request(request: AddRequest, cache: CacheOptions) -> None:
     """
     if not request.tokens:
         raise RequestError("The prompt holds no token: give at least one.", "prompt")
-    if request.max_tokens < 1:
+    if request.max_tokens < 1 and not request.only_scores:
         raise RequestError(f"max_tokens is {request.max_tokens}: ask for at least one token.", "max_tokens")
     length = len(request.tokens) + request.max_tokens
     if length > cache.max_model_len:
@@ -59,13 +59,18 @@ class Sequence:
             forced=request.forced,
         )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the request has had all its tokens: from the beginning where only its prompt is to be scored."""
+        return len(self.tokens) >= self.end
+
     def append(self, token: int) -> FinishReason | None:
         """Appends a sampled token, or the one forced in its stead; returns why the request ends, None if not."""
         answered = len(self.tokens) - self.prompt_tokens
         self.tokens.append(self.forced[answered] if answered < len(self.forced) else token)
         if token in self.stop_token_ids:
             return "stop"
-        return "length" if len(self.tokens) == self.end else None
+        return "length" if self.is_whole else None
 
     def unscored(self, start: int, entries: list[TokenLogprobs]) -> list[TokenLogprobs]:
         """The `entries` of a chunk, for positions from `start` + 1 on, without those that were handed out before."""

@@ -48,15 +48,22 @@ class AdmissionControl:
         OverloadedError where too much waits already, RequestError for a request that is always too large.
         """
         tokens = sum(prompt_tokens.values())
-        if len(prompt_tokens) > 1 and tokens > self._limits.tokens:
-            raise RequestError(
-                f"{len(prompt_tokens)} completions have {tokens} tokens of prompts together, more than the "
-                f"{self._limits.tokens} that may wait at once: send several requests.",
-                "prompt",
-            )
+        self.check_size(len(prompt_tokens), tokens)
         if self._is_full(len(prompt_tokens), tokens):
             raise self._refusal()
         return Ticket(self, prompt_tokens)
+
+    def check_size(self, completions: int, tokens: int) -> None:
+        """Raises RequestError for a request that is always too large: `tokens` are those of its prompts together.
+
+        May be called on any thread.
+        """
+        if completions > 1 and tokens > self._limits.tokens:
+            raise RequestError(
+                f"{completions} completions have {tokens} tokens of prompts together, more than the "
+                f"{self._limits.tokens} that may wait at once: send several requests.",
+                "prompt",
+            )
 
     def change_open(self, completions: int, tokens: int) -> None:
         """Changes the numbers of open completions and of prompt tokens not begun; for `Ticket`."""

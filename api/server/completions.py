@@ -1,7 +1,6 @@
 """The route POST /v1/completions."""
 
 from collections.abc import Callable
-from concurrent.futures import Executor
 from contextlib import aclosing
 
 import msgspec
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from api.client.open_requests import TokenSource
+from api.client.request_metrics import CompletionMetrics
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.choices import Prompt, build_choices, read_prompts, refuse_other_model, sampling_params
@@ -20,12 +20,14 @@ from api.openai.responses import Completion, encode, refusal
 from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
 from api.server.request import (
+    CLIENT_LEFT,
     REQUEST_ID_HEADER,
+    Bodies,
+    Check,
     ClientDisconnectedError,
     RequestDeadline,
     given_request_id,
     new_request_id,
-    read_and_parse,
     run_while_connected,
 )
 from api.text.served_model import ServedModel
@@ -34,9 +36,13 @@ from weights.errors import GalaxylineError
 
 
 class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that fits the model: its fields, its prompts as tokens, and how its tokens are to be drawn."""
+    """A request that fits the model: its fields, its prompts as tokens, and how its tokens are to be drawn.
+
+    `request_id` is the one in its body. The fields in `request` that have become something else are empty.
+    """
 
     request: CompletionRequest
+    request_id: str | None
     prompts: list[Prompt]
     sampling: SamplingParams
 
@@ -48,18 +54,20 @@ class Completions:
         self,
         model: ServedModel,
         engine: TokenSource,
-        tokenizer_threads: Executor,
+        bodies: Bodies,
         draw_seed: Callable[[], int],
         admission: AdmissionControl,
-        timeout_s: float | None = None,
+        timeout_s: float | None,
+        metrics: CompletionMetrics,
     ) -> None:
         """`draw_seed` draws a seed for a prompt whose request has none. A request has `timeout_s` seconds at most."""
         self._model = model
         self._engine = engine
-        self._tokenizer_threads = tokenizer_threads
+        self._bodies = bodies
         self._draw_seed = draw_seed
         self._admission = admission
         self._timeout_s = timeout_s
+        self._metrics = metrics
 
     async def create(self, http_request: Request) -> Response:
         """The route's handler. The answer's id is that of the header, else of the request's own field, else a new one.
@@ -73,8 +81,8 @@ class Completions:
             self._refuse_unless_ready()
             self._admission.refuse_if_full()
             deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
-            parsed = await read_and_parse(http_request, self._parse, self._tokenizer_threads)
-            request_id = given or given_request_id(parsed.request.request_id) or request_id
+            parsed = await self._bodies.parse(http_request, self._parse, deadline)
+            request_id = given or given_request_id(parsed.request_id) or request_id
             structlog.contextvars.bind_contextvars(request_id=request_id)
             deadline.check()
             stream = await self._open(parsed, request_id)
@@ -83,7 +91,7 @@ class Completions:
                 return EventStream(stream.events(), stream, headers, deadline)
             completion = await self._whole(stream, http_request.receive, deadline)
         except ClientDisconnectedError:
-            return Response(status_code=499)  # nginx's status for it, which no client sees
+            return Response(status_code=CLIENT_LEFT)
         except GalaxylineError as error:
             return refusal(error, {REQUEST_ID_HEADER: request_id})
         return Response(encode(completion), 200, headers, media_type="application/json")
@@ -102,14 +110,17 @@ class Completions:
                 stream.last_words(error)
                 raise
 
-    def _parse(self, body: bytes) -> ParsedRequest:
+    def _parse(self, body: bytes, check: Check) -> ParsedRequest:
         request = parse_completion_request(body)
         refuse_other_model(request.model, self._model)
-        return ParsedRequest(
+        parsed = ParsedRequest(
             request=request,
-            prompts=read_prompts(request, self._model),
-            sampling=sampling_params(request, self._model),
+            request_id=request.request_id,
+            prompts=read_prompts(request, self._model, check, self._admission.check_size),
+            sampling=sampling_params(request, self._model, check),
         )
+        request.forget_input()
+        return parsed
 
     async def _open(self, parsed: ParsedRequest, request_id: str) -> CompletionStream:
         """Sends all choices to the engine, or none: a request that cannot be served fails before its answer begins."""
@@ -136,4 +147,4 @@ class Completions:
             ticket.release()
             raise
         name = f"cmpl-{request_id}"
-        return CompletionStream(name, self._model.name, parsed.request, parsed.prompts, choices, chunks, ticket)
+        return CompletionStream(name, self._model.name, parsed.request, choices, chunks, ticket, self._metrics)

@@ -14,9 +14,10 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from api.client.request_metrics import RequestMetrics
+from api.client.request_metrics import CompletionMetrics, RequestMetrics
 from api.messages.engine import EngineMetrics, StageMetrics
 from api.messages.histogram import Histogram
+from api.server.access import RequestWatch
 
 ENGINE_PREFIX = "galaxyline_engine"
 """The prefix of the kernel's numbers of an engine's process; those of this process have the usual names."""
@@ -40,6 +41,14 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
 
 
+class FrontMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front end measures beside each engine's requests, and the engines' caches as vLLM's labels have them."""
+
+    watch: RequestWatch
+    completions: CompletionMetrics
+    cache_config: Mapping[str, str]
+
+
 class MetricsText:
     """Makes the text from the measurements of the front end, the engines, and the kernel's of their processes.
 
@@ -50,7 +59,7 @@ class MetricsText:
         """`model_name` is a label of vLLM's metrics."""
         self._model_name = model_name
 
-    def families(self, engines: Sequence[Measured]) -> list[Metric]:
+    def families(self, engines: Sequence[Measured], front: FrontMetrics | None = None) -> list[Metric]:
         """The measurements so far, as families of metrics."""
         requests: dict[Labels, RequestMetrics] = {
             (self._model_name, str(number)): engine.requests for number, engine in enumerate(engines)
@@ -59,6 +68,11 @@ class MetricsText:
         up: dict[Labels, float] = {(str(number),): str(number) in answers for number in range(len(engines))}
         families = [_gauge("galaxyline:engine_up", "1 where the engine answers, else 0.", up, ENGINE)]
         families += _request_families(requests)
+        if front is not None:
+            families += _http_families(front.watch)
+            # The completions of a prompt may be in several engines: as a whole they are counted with the first.
+            families += _completion_families((self._model_name, "0"), front.completions)
+            families.append(_cache_config(front.cache_config, len(engines)))
         if answers:
             families += _scheduler_families({(self._model_name, engine): one for engine, one in answers.items()})
             families += _step_families(answers)
@@ -129,8 +143,34 @@ def _request_families(requests: Mapping[Labels, RequestMetrics]) -> Iterator[Met
             "Tokens generated for a request.",
             each(lambda one: one.generation_lengths),
         ),
+        ("vllm:request_params_max_tokens", "The max_tokens of a request.", each(lambda one: one.max_tokens)),
+        (
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time from one token of a request to its next.",
+            each(lambda one: one.times_per_token),
+        ),
     ):
         yield _histogram(name, text, histograms, MODEL)
+
+
+def _completion_families(labels: Labels, completions: CompletionMetrics) -> Iterator[Metric]:
+    yield _histogram("vllm:request_params_n", "The n of a request.", {labels: completions.choices}, MODEL)
+    text = "Tokens of the longest of a request's n completions."
+    yield _histogram("vllm:request_max_num_generation_tokens", text, {labels: completions.longest}, MODEL)
+
+
+def _http_families(watch: RequestWatch) -> Iterator[Metric]:
+    text = "Requests, by method, handler and status of the answer."
+    requests: dict[Labels, float] = dict([*watch.requests.items()])
+    yield _counter("http_requests", text, requests, ("method", "handler", "status"))
+    text = "From a request's header to the end of its answer."
+    durations: dict[Labels, Histogram] = dict([*watch.durations.items()])
+    yield _histogram("http_request_duration_seconds", text, durations, ("method", "handler"))
+
+
+def _cache_config(labels: Mapping[str, str], engines: int) -> Metric:
+    values: dict[Labels, float] = {(*labels.values(), str(number)): 1.0 for number in range(engines)}
+    return _gauge("vllm:cache_config_info", "1; the KV cache is in the labels.", values, (*labels, "engine"))
 
 
 def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Metric]:
@@ -149,6 +189,14 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _counter("vllm:prefix_cache_hits", "0, as prefixes are not cached.", none, MODEL)
     text = "From a request's arrival in the engine to its slot."
     yield _histogram("vllm:request_queue_time_seconds", text, each(lambda one: one.queue_times), MODEL)
+    text = "From a request's slot to its first token."
+    yield _histogram("vllm:request_prefill_time_seconds", text, each(lambda one: one.prefill_times), MODEL)
+    text = "From a request's first token to its last."
+    yield _histogram("vllm:request_decode_time_seconds", text, each(lambda one: one.decode_times), MODEL)
+    text = "From a request's slot to its last token."
+    yield _histogram("vllm:request_inference_time_seconds", text, each(lambda one: one.inference_times), MODEL)
+    text = "Tokens of a step, of prompts and generated."
+    yield _histogram("vllm:iteration_tokens_total", text, each(lambda one: one.step_tokens), MODEL)
 
 
 def _step_families(engines: Mapping[str, EngineMetrics]) -> Iterator[Metric]:

@@ -13,8 +13,8 @@ from api.errors import EngineError
 from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state
 from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
 from api.openai.responses import INTERNAL_ERROR, encode
-from api.server.metrics import Measured, MetricsText
-from api.server.openapi import object_answer, text_answer
+from api.server.metrics import FrontMetrics, Measured, MetricsText
+from api.server.openapi import add_route, object_answer, text_answer
 
 STOPPING = "is_stopping"
 """The attribute of an application's `state` that is True once the server was told to end."""
@@ -49,24 +49,30 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     cause: str
 
 
-def add_monitoring_routes(app: FastAPI, model_name: str, engines: Sequence[MonitoredEngine]) -> None:
+def add_monitoring_routes(
+    app: FastAPI,
+    model_name: str,
+    engines: Sequence[MonitoredEngine],
+    front: FrontMetrics | None = None,
+) -> None:
     """Adds the two routes, which answer at any time, also while engines load and after they failed."""
     text = MetricsText(model_name)
 
-    @app.get("/metrics", response_model=None, response_class=Response, responses=text_answer())
     async def metrics() -> Response:
         measured = await asyncio.gather(*map(_measured, engines))
-        families = text.families(measured)
+        families = text.families(measured, front)
         # This runs on a thread, as the tokens of open streams pass the loop.
         body = await asyncio.to_thread(text.encode, families, measured)
         # Every scraper accepts this type; OpenMetrics would turn the colons in vLLM's names into underscores.
         return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
-    @app.get("/pipeline", response_model=None, response_class=Response, responses=object_answer(503))
     async def pipeline() -> Response:
         looks = await asyncio.gather(*map(_look, engines))
         view = _view(model_name, looks, is_stopping=getattr(app.state, STOPPING, False))
         return Response(encode(view), media_type="application/json")
+
+    add_route(app, "/metrics", metrics, text_answer(), "Measurements in Prometheus' text format.")
+    add_route(app, "/pipeline", pipeline, object_answer(503), "What engines and stages do now.")
 
 
 async def _measured(engine: MonitoredEngine) -> Measured:

@@ -1,19 +1,32 @@
 """The description of the routes in GET /openapi.json, made from the types that read bodies and write answers."""
 
-from collections.abc import Sequence
+import html
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import HTMLResponse, Response
 
-from api.openai.responses import Completion, DetokenizedText, ErrorBody, ModelCard, ModelList, Status, Tokens, Version
+from api.openai.responses import (
+    Completion,
+    DetokenizedText,
+    ErrorBody,
+    Load,
+    ModelCard,
+    ModelList,
+    Status,
+    Tokens,
+    Version,
+)
 from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"
 
-ANSWERS = (Completion, DetokenizedText, ErrorBody, ModelCard, ModelList, Status, Tokens, Version)
+ANSWERS = (Completion, DetokenizedText, ErrorBody, Load, ModelCard, ModelList, Status, Tokens, Version)
 
 ERRORS = {
     400: "A field is wrong, or does not fit the model.",
@@ -37,6 +50,9 @@ EVENT = {
     "required": ["data"],
 }
 
+KEY = "API key"
+"""The name of the security scheme in the document."""
+
 _RETRY_AFTER = {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}
 _REQUEST_ID = {REQUEST_ID_HEADER: {"description": "The request's id.", "schema": {"type": "string"}}}
 
@@ -45,22 +61,79 @@ Description = dict[str, Any]
 
 
 class DescribedApp(FastAPI):
-    """A FastAPI application whose OpenAPI document has the schemas that its routes refer to."""
+    """A FastAPI application whose OpenAPI document has the schemas that its routes refer to.
+
+    Where `guards` is set, the document says which of the paths need a key.
+    """
 
     bodies: Sequence[type[BaseModel]] = ()
     answers: Sequence[type[msgspec.Struct]] = ANSWERS
+    guards: Callable[[str], bool] | None = None
 
     def openapi(self) -> Description:
         """The OpenAPI document, made once."""
         if self.openapi_schema is None:
             document = super().openapi()
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            components = document.setdefault("components", {})
+            schemas = components.setdefault("schemas", {})
             template = REF.format("{model}")
             _, bodies = models_json_schema([(kind, "validation") for kind in self.bodies], ref_template=template)
             schemas.update(bodies.get("$defs", {}))
             _, answers = msgspec.json.schema_components(self.answers, ref_template=REF.format("{name}"))
             schemas.update(answers)
+            if self.guards is not None:
+                components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+                for path, operations in document["paths"].items():
+                    for operation in operations.values():
+                        operation["security"] = [{KEY: []}] if self.guards(path) else []
         return super().openapi()
+
+
+def add_route(
+    app: FastAPI,
+    path: str,
+    handler: Callable[..., Awaitable[Response]],
+    answers: dict[int | str, Description],
+    summary: str,
+    *,
+    method: str = "GET",
+    more: Description | None = None,
+) -> None:
+    """Adds a route, described by a sentence for users and `more` of its OpenAPI operation; with GET, HEAD too."""
+    shared: dict[str, Any] = {"response_model": None, "response_class": Response}
+    name = "_".join(re.findall(r"\w+", path.partition(":")[0]))
+    app.add_api_route(
+        path,
+        handler,
+        methods=[method],
+        responses=answers,
+        summary=summary,
+        # Where it is left out, the handler's docstring is shown, which is for developers.
+        description=summary,
+        operation_id=f"{method.lower()}_{name}",
+        openapi_extra=more,
+        **shared,
+    )
+    if method == "GET":
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False, **shared)
+
+
+def add_docs_page(app: FastAPI) -> None:
+    """Adds /docs: the routes as a plain page, as FastAPI's own would be loaded from another server."""
+
+    async def docs() -> Response:
+        rows = "".join(
+            f"<tr><td><code>{method.upper()} {html.escape(path)}</code></td>"
+            f"<td>{html.escape(operation['summary'])}</td></tr>"
+            for path, operations in app.openapi()["paths"].items()
+            for method, operation in operations.items()
+        )
+        return HTMLResponse(
+            f"<!doctype html><title>{app.title}</title><h1>{app.title} {app.version}</h1>"
+            f'<p>Bodies, answers and errors: <a href="openapi.json">openapi.json</a>.</p><table>{rows}</table>'
+        )
+
+    app.add_api_route("/docs", docs, include_in_schema=False)
 
 
 def body_of(kind: type[BaseModel]) -> Description:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import json
+import math
 import signal
 import socket
 from http import HTTPStatus
@@ -13,17 +14,21 @@ import click
 import structlog
 import uvicorn
 from rich.console import Console
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.client.progress import StartProgress
 from api.client.replicas import Replicas
+from api.client.request_metrics import CompletionMetrics
 from api.engine.options import EngineOptions
 from api.engine.signals import StopSignals, on_stop_signal
 from api.errors import OptionError
 from api.openai.responses import error_response, status_body
+from api.server.access import AccessLog, RequestWatch
 from api.server.admission import AdmissionControl
-from api.server.app import Authentication, create_app
-from api.server.client_protocol import HttpServer, client_protocol
+from api.server.app import create_app, plain_paths
+from api.server.client_protocol import HttpServer, client_protocol, raise_descriptor_limit
+from api.server.metrics import FrontMetrics
 from api.server.monitoring import STOPPING, add_monitoring_routes
 from api.settings.engine import ENGINE_MARGIN_S
 from api.settings.replicas import replica_options
@@ -36,7 +41,7 @@ BACKLOG = 2048
 CLOSE_MARGIN_S = 5
 """The seconds that responses get to end after the engine was closed."""
 
-REFUSED = frozenset({"/health", "/ready", "/v1/completions"})
+REFUSED = frozenset({"/health", "/ping", "/ready", "/v1/completions"})
 """The paths that are answered with 503 while draining: those that make tokens, and those that tell whether it can."""
 
 DRAINING = "The server is draining: it completes the requests that it has, and accepts no new ones."
@@ -146,22 +151,24 @@ async def _serve(
     progress = StartProgress(Console(stderr=True), settings.replicas)
     async with Replicas.open(options, progress.update) as replicas:
         front, cache = settings.front, options[0].pipeline.stage.cache
+        watch, completions = RequestWatch(), CompletionMetrics(cache.max_model_len)
         app = create_app(
             model,
             replicas,
             settings.engine.seed,
             admission=AdmissionControl(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
-            request_timeout_s=front.request_timeout_s,
+            front=front,
             probe=replicas.probe,
+            metrics=completions,
         )
-        add_monitoring_routes(app, model.name, replicas.engines)
-        if front.api_keys is not None:
-            app.add_middleware(Authentication, keys=front.api_keys)
+        front_metrics = FrontMetrics(watch=watch, completions=completions, cache_config=cache_config(options[0]))
+        add_monitoring_routes(app, model.name, replicas.engines, front_metrics)
         drain = Drain(app)
+        shared = CORSMiddleware(drain, **front.cors.middleware_options) if front.cors.allowed_origins else drain
         server = HttpServer(
             uvicorn.Config(
-                drain,
-                http=client_protocol(front.client_timeout_s),
+                AccessLog(shared, watch, plain_paths(app), front.root_path or ""),
+                http=client_protocol(front.client_timeout_s, watch, raise_descriptor_limit()),
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -169,8 +176,10 @@ async def _serve(
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=CLOSE_MARGIN_S,
+                timeout_keep_alive=math.ceil(front.timeout_keep_alive_s),
                 **({} if front.tls is None else front.tls.uvicorn_options),
-            )
+            ),
+            front.client_timeout_s,
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         failing: asyncio.Task[None] | None = None
@@ -210,6 +219,17 @@ async def _serve(
         if failing is not None and not failing.cancelled():
             # No request can be served any more: the error ends this process, so that its supervisor starts a new one.
             failing.result()
+
+
+def cache_config(options: EngineOptions) -> dict[str, str]:
+    """The KV cache as vLLM's `cache_config_info` has it in its labels."""
+    stage = options.pipeline.stage
+    return {
+        "block_size": str(stage.cache.block_size),
+        "cache_dtype": stage.dtype,
+        "enable_prefix_caching": "False",
+        "num_gpu_blocks": str(stage.cache.blocks * stage.cache.pools),
+    }
 
 
 async def _wait_for(stop: asyncio.Event, *tasks: asyncio.Task[None], timeout_s: float | None = None) -> None:

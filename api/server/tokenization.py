@@ -2,21 +2,24 @@
 
 import json
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Annotated
 
-import msgspec
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.errors import RequestError
 from api.openai.choices import refuse_other_model, refuse_outside_vocabulary
 from api.openai.protocol import TOKEN_IDS_FORM, parse_body, token_ids
 from api.openai.responses import DetokenizedText, Tokens, encode
-from api.server.openapi import BODY_ERRORS, answers_of, body_of, object_answer
-from api.server.request import ClientDisconnectedError, read_and_parse
+from api.server.openapi import BODY_ERRORS, add_route, answers_of, body_of, object_answer
+from api.server.request import CLIENT_LEFT, Bodies, Check, ClientDisconnectedError, RequestDeadline
 from api.text.served_model import ServedModel
+
+CHARACTERS_MAX = 1 << 20
+IDS_MAX = 1 << 18
+"""The most characters of a text, and ids of tokens, that are turned into the other where the model takes fewer."""
 
 DEFAULT_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 """The class that transformers takes for a tokenizer whose config names none."""
@@ -52,35 +55,21 @@ class DetokenizeRequest(BaseModel):
 class Tokenization:
     """The routes that need the model's tokenizer alone: the engine need not be ready."""
 
-    def __init__(self, model: ServedModel, threads: Executor) -> None:
-        """Large bodies are handled on `threads`."""
+    def __init__(self, model: ServedModel, bodies: Bodies) -> None:
         self._model = model
-        self._threads = threads
+        self._bodies = bodies
         self._info = json.dumps(_info(model), ensure_ascii=False).encode()
 
     def add_routes(self, app: FastAPI) -> None:
         """Adds the three routes to an application."""
-        for path, handler, kind, answer in (
-            ("/tokenize", self.tokenize, TokenizeRequest, Tokens),
-            ("/detokenize", self.detokenize, DetokenizeRequest, DetokenizedText),
+        for path, handler, kind, answer, summary in (
+            ("/tokenize", self.tokenize, TokenizeRequest, Tokens, "Turns a text into tokens."),
+            ("/detokenize", self.detokenize, DetokenizeRequest, DetokenizedText, "Turns tokens into their text."),
         ):
-            app.add_api_route(
-                path,
-                handler,
-                methods=["POST"],
-                response_model=None,
-                response_class=Response,
-                responses=answers_of(answer, *BODY_ERRORS),
-                openapi_extra=body_of(kind),
-            )
-        app.add_api_route(
-            "/tokenizer_info",
-            self.tokenizer_info,
-            methods=["GET"],
-            response_model=None,
-            response_class=Response,
-            responses=object_answer(),
-        )
+            answers = answers_of(answer, *BODY_ERRORS, 429)
+            add_route(app, path, handler, answers, summary, method="POST", more=body_of(kind))
+        summary = "What tokenizer_config.json holds, each special token as its text."
+        add_route(app, "/tokenizer_info", self.tokenizer_info, object_answer(), summary)
 
     async def tokenize(self, request: Request) -> Response:
         """Answers with the tokens of a text. Raises RequestError."""
@@ -94,30 +83,39 @@ class Tokenization:
         """Answers with the contents of tokenizer_config.json, each special token as its text."""
         return Response(self._info, media_type="application/json")
 
-    async def _answer(self, request: Request, answered: Callable[[bytes], msgspec.Struct]) -> Response:
+    async def _answer(self, request: Request, answered: Callable[[bytes, Check], bytes]) -> Response:
         try:
-            answer = await read_and_parse(request, answered, self._threads)
+            answer = await self._bodies.parse(request, answered, RequestDeadline(None))
         except ClientDisconnectedError:
-            return Response(status_code=499)  # which no client sees
-        return Response(encode(answer), media_type="application/json")
+            return Response(status_code=CLIENT_LEFT)
+        return Response(answer, media_type="application/json")
 
-    def _tokenized(self, body: bytes) -> Tokens:
+    def _tokenized(self, body: bytes, check: Check) -> bytes:
         request = parse_body(TokenizeRequest, body)
         refuse_other_model(request.model, self._model)
+        most = max(self._model.prompt_characters_max, CHARACTERS_MAX)
+        if len(request.prompt) > most:
+            raise RequestError(f"prompt has {len(request.prompt)} characters, more than {most}: send parts.", "prompt")
         tokenizer = self._model.tokenizer
-        tokens = tokenizer.encode(request.prompt, request.add_special_tokens is not False)
-        return Tokens(
+        tokens = tokenizer.encode(request.prompt, request.add_special_tokens is not False, check=check)
+        answer = Tokens(
             count=len(tokens),
             max_model_len=self._model.max_model_len,
             tokens=tokens,
             token_strs=list(map(tokenizer.token_string, tokens)) if request.return_token_strs else None,
         )
+        return encode(answer)
 
-    def _detokenized(self, body: bytes) -> DetokenizedText:
+    def _detokenized(self, body: bytes, check: Check) -> bytes:
         request = parse_body(DetokenizeRequest, body)
         refuse_other_model(request.model, self._model)
+        most = max(self._model.max_model_len, IDS_MAX)
+        if len(request.tokens) > most:
+            raise RequestError(f"tokens has {len(request.tokens)} ids, more than {most}: send parts.", "tokens")
         refuse_outside_vocabulary(request.tokens, "tokens", self._model)
-        return DetokenizedText(prompt=self._model.tokenizer.decode(request.tokens, skip_special_tokens=False))
+        check()
+        text = self._model.tokenizer.decode(request.tokens, skip_special_tokens=False)
+        return encode(DetokenizedText(prompt=text))
 
 
 def _info(model: ServedModel) -> dict[str, object]:

@@ -27,9 +27,13 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         Meta(description="Directory or hub id of the tokenizer.", extra={"default": "the model's"}),
     ] = None
     served_model_name: Annotated[
-        str | None,
-        Meta(description="What requests call the model.", extra={"default": "the hub id or directory name"}),
-    ] = None
+        list[str],
+        Meta(
+            description="What requests call the model; several names, the main one first, in one value with spaces or "
+            "by giving the option again.",
+            extra={"default": "the hub id or directory name"},
+        ),
+    ] = []
 
     def name(self, argument: str | None) -> str | None:
         """The model that is named, by an argument or by --model. Raises OptionError where they name two."""
@@ -42,7 +46,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         source = source_for(device, self.name(argument), environment)
         if self.tokenizer is not None:
             source = msgspec.structs.replace(source, tokenizer=resolve_model(self.tokenizer, {}).path)
-        return msgspec.structs.replace(source, name=self.served_model_name or source.name)
+        names = list(dict.fromkeys(name for given in self.served_model_name for name in given.split()))
+        return msgspec.structs.replace(source, name=names[0], aliases=names[1:]) if names else source
 
 
 class ModelPathOption(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ import hmac
 import ssl
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -20,17 +20,30 @@ KEYS_IN_WORDS = f"${', then $'.join(KEY_VARIABLES)}"
 KEY_FILE_BYTES_MAX = 1 << 20
 
 
+KeyScope = Literal["all", "v1"]
+
+OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/ping"})
+"""The paths that need no key, for orchestrators: their answers have nothing but whether the server works."""
+
+
 class ApiKeys:
     """A set of keys, kept as SHA-256 digests alone, so that nothing that prints or logs this object shows a key."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], scope: KeyScope = "all") -> None:
         self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
+        self._scope = scope
 
     def __repr__(self) -> str:
         return f"{len(self._digests)} API keys"
 
     @classmethod
-    def read(cls, given: Iterable[str], file: Path | None, environment: Mapping[str, str]) -> "ApiKeys | None":
+    def read(
+        cls,
+        given: Iterable[str],
+        file: Path | None,
+        environment: Mapping[str, str],
+        scope: KeyScope = "all",
+    ) -> "ApiKeys | None":
         """The keys of the command line and of the file, one a line; without either, the environment's.
 
         Returns None without keys. Raises OptionError where the file cannot be read or holds no key, or where
@@ -41,7 +54,13 @@ class ApiKeys:
             keys = [environment[name] for name in KEY_VARIABLES if environment.get(name)][:1]
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in keys):
             raise OptionError("An API key must be printable ASCII without spaces at its ends, and not empty.")
-        return cls(keys) if keys else None
+        return cls(keys, scope) if keys else None
+
+    def guard(self, path: str) -> bool:
+        """Whether requests to a path need a key."""
+        if self._scope == "v1":
+            return path == "/v1" or path.startswith("/v1/")
+        return path not in OPEN_PATHS
 
     def accepts(self, key: bytes) -> bool:
         """Whether `key` is one of the keys; takes as long for any key."""
@@ -72,6 +91,8 @@ def _lines(file: Path) -> list[str]:
 
 
 DEFAULT_CLIENT_TIMEOUT_S = 30.0
+DEFAULT_KEEP_ALIVE_S = 75.0
+"""Longer than balancers keep theirs (nginx and AWS: 60 s), as they would send requests into closed ones."""
 
 DEFAULT_QUEUED_REQUESTS_MIN = 256
 DEFAULT_QUEUED_REQUESTS_PER_SLOT = 8
@@ -146,6 +167,55 @@ class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+class CorsOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Which pages of other origins a browser lets use the server; none without `allowed_origins`.
+
+    Raises OptionError for a value that begins like a JSON list and is not one of strings.
+    """
+
+    allowed_origins: Annotated[
+        list[str],
+        Meta(
+            description="An origin whose pages may use the server from a browser, or * for all; may be given several "
+            "times, or as a JSON list.",
+            extra={"default": "none"},
+        ),
+    ] = []
+    allowed_methods: Annotated[
+        list[str],
+        Meta(description="A method that such pages may use, like --allowed-origins.", extra={"default": "all"}),
+    ] = []
+    allowed_headers: Annotated[
+        list[str],
+        Meta(description="A header that such pages may send, like --allowed-origins.", extra={"default": "all"}),
+    ] = []
+    allow_credentials: Annotated[bool, Meta(description="Let such pages send cookies and HTTP credentials.")] = False
+
+    def __post_init__(self) -> None:
+        _ = self.middleware_options
+
+    @property
+    def middleware_options(self) -> dict[str, Any]:
+        """The arguments of Starlette's CORSMiddleware."""
+        return {
+            "allow_origins": _listed("--allowed-origins", self.allowed_origins),
+            "allow_methods": _listed("--allowed-methods", self.allowed_methods) or ["*"],
+            "allow_headers": _listed("--allowed-headers", self.allowed_headers) or ["*"],
+            "allow_credentials": self.allow_credentials,
+        }
+
+
+def _listed(flag: str, given: Iterable[str]) -> list[str]:
+    """The values of an option, of which each may be a JSON list of several."""
+    values: list[str] = []
+    for value in given:
+        try:
+            values += msgspec.json.decode(value, type=list[str]) if value.startswith("[") else [value]
+        except msgspec.DecodeError as error:
+            raise OptionError(f"{flag} {value!r} is not a JSON list of strings.") from error
+    return values
+
+
 class FrontSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The options that protect the HTTP front end.
 
@@ -193,8 +263,26 @@ class FrontSettings(msgspec.Struct, frozen=True, kw_only=True):
             description="Seconds that a client may take to send its request, and to read on where its buffer is full.",
         ),
     ] = DEFAULT_CLIENT_TIMEOUT_S
+    timeout_keep_alive_s: Annotated[
+        float, Meta(gt=0, description="Seconds that a connection without requests is kept open.")
+    ] = DEFAULT_KEEP_ALIVE_S
+    root_path: (
+        Annotated[
+            str,
+            Meta(
+                description="What a proxy puts before all paths, like /models/r1, and takes off again or not.",
+                extra={"default": "nothing"},
+            ),
+        ]
+        | None
+    ) = None
+    cors: CorsOptions = CorsOptions()
     api_keys: ApiKeys | None = None
     tls: TlsFiles | None = None
+
+    def __post_init__(self) -> None:
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise OptionError(f"--root-path {self.root_path!r} must begin with a slash and not end with one.")
 
     def queue_limits(self, slots: int, max_model_len: int) -> QueueLimits:
         """The limits for engines of so many slots together."""
@@ -213,6 +301,17 @@ class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = []
     api_key_file: Annotated[Path | None, Meta(description="A file with a key on each line.")] = None
+    api_key_scope: Annotated[
+        KeyScope,
+        Meta(
+            description="What needs a key: all but /health, /ready, /live and /ping, or like vLLM what is below /v1 "
+            "alone, so that /metrics, /tokenize and the others are open."
+        ),
+    ] = "all"
+
+    def read(self, environment: Mapping[str, str]) -> ApiKeys | None:
+        """The keys; None where there are none. Raises OptionError like `ApiKeys.read`."""
+        return ApiKeys.read(self.api_key, self.api_key_file, environment, self.api_key_scope)
 
 
 class TlsOptions(msgspec.Struct, frozen=True, kw_only=True):

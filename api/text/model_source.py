@@ -23,13 +23,14 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     """A model directory, in the layout of a Hugging Face snapshot, and the name it is served under.
 
     `root` is the user's name for it: a hub id or a path. `tokenizer` is the directory of the tokenizer, None where that
-    is the model's.
+    is the model's. `aliases` are further names that requests may call it by.
     """
 
     path: Path
     name: str
     root: str
     tokenizer: Path | None = None
+    aliases: list[str] = []
 
     @property
     def is_sample(self) -> bool:

@@ -31,7 +31,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The keys that change what is generated, under their names in the file; None where the file has none."""
 
     eos_token_id: int | list[int] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -85,9 +85,10 @@ WHOLE_VOCABULARY = -1
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """The model as the front end needs it.
 
-    `name` is its name in requests, and `root` where it came from. A prompt and its completion have at most
-    `max_model_len` tokens, and log-probabilities of at most `max_logprobs` tokens at each position, or of all with
-    WHOLE_VOCABULARY. `eos_token_ids` end a completion. `created` is in seconds since 1970.
+    `name` is its name in answers, `root` where it came from; requests may call it by one of `aliases` too. A prompt
+    and its completion have at most `max_model_len` tokens, and log-probabilities of at most `max_logprobs` tokens at
+    each position, or of all with WHOLE_VOCABULARY. `eos_token_ids` end a completion. `created` is in seconds since
+    1970.
     """
 
     name: str
@@ -99,6 +100,17 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     generation: GenerationConfig
     created: int
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    aliases: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        """All names that requests may have, the main one first."""
+        return [self.name, *self.aliases]
+
+    @property
+    def prompt_characters_max(self) -> int:
+        """The most characters that a prompt's tokens can stand for."""
+        return self.max_model_len * self.tokenizer.characters_per_token_max
 
     @classmethod
     def load(
@@ -131,4 +143,5 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
             generation=generation,
             created=int(time.time()),
             max_logprobs=max_logprobs,
+            aliases=source.aliases,
         )

@@ -1,17 +1,18 @@
 """A model's tokenizer: text to tokens and back, read from tokenizer.json or a tiktoken file without transformers."""
 
-import base64
-import binascii
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import tokenizers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from api.text.tiktoken import TIKTOKEN_FILE, TOKENIZER_BYTES_MAX, described_token, read_tiktoken
 from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
 
@@ -81,43 +82,27 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
-TIKTOKEN_FILE = "tiktoken.model"
-"""A token in base64 and its rank on each line: what Kimi K2 has in place of tokenizer.json."""
-
 TOKENIZER_FILES = (TOKENIZER_FILE, TIKTOKEN_FILE)
-
-TIKTOKEN_RESERVED = 256
-"""Ids after the ranks that Kimi K2's tokenizer sets aside for special tokens (its tokenization_kimi.py)."""
-
-TIKTOKEN_TOKEN_BYTES_MAX = 1 << 10
-"""Eight times Kimi K2's longest token; a token of n bytes can be parted in n ways."""
-
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-TIKTOKEN_PATTERN = "|".join(
-    [
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-"""How Kimi K2 parts text before it merges bytes: runs of Chinese, words, up to three digits, signs, white space.
-
-The same pattern as `pat_str` of its tokenization_kimi.py.
-"""
-
-TOKENIZER_BYTES_MAX = 1 << 27
-"""Sixteen times the size of DeepSeek-R1's tokenizer.json."""
 
 CONFIG_BYTES_MAX = 1 << 24
 
 Side = Literal["left", "right"]
+
+SLICE_CHARACTERS = 1 << 18
+"""The most characters that the library gets at once, for which it takes up to 0.1 GB and half a second."""
+
+SEAM_CHARACTERS = 512
+"""The characters on either side of a place where text is cut that have to give the same tokens cut and uncut."""
+
+SEAM_SEARCHED = 1 << 14
+SEAMS_TRIED = 32
+"""The characters, and the white space in them, that are searched for a place to cut a text."""
+
+WHITE_SPACE = re.compile(r"\s+")
+
+
+def _go_on() -> None:
+    """The check of work that nobody ends."""
 
 
 class TextTokenizer:
@@ -142,7 +127,7 @@ class TextTokenizer:
         self.special_tokens = {
             name: text
             for name, value in config.items()
-            if name.endswith("_token") and (text := _token_text(value)) is not None
+            if name.endswith("_token") and (text := described_token(value)) is not None
         }
         self.bos_token_id = _token_id(tokenizer, bos_token)
         self.eos_token = eos_token
@@ -150,9 +135,7 @@ class TextTokenizer:
         self._special = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        self._prefix: list[int] = []
-        if add_bos and self.bos_token_id is not None and self.bos_token_id not in self._encoded("", True):
-            self._prefix = [self.bos_token_id]
+        self._added = self._added_ids(add_bos)
         self._texts: dict[int, str] = {}
         self.characters_per_token_max = max(map(len, tokenizer.get_vocab()), default=1)
 
@@ -173,32 +156,57 @@ class TextTokenizer:
         if (directory / TOKENIZER_FILE).is_file():
             tokenizer = _read_tokenizer(directory / TOKENIZER_FILE)
         else:
-            tokenizer = _read_tiktoken(directory / TIKTOKEN_FILE, config)
+            tokenizer = read_tiktoken(directory / TIKTOKEN_FILE, config)
         return cls(
             tokenizer,
-            bos_token=_token_text(config.get("bos_token")),
-            eos_token=_token_text(config.get("eos_token")),
+            bos_token=described_token(config.get("bos_token")),
+            eos_token=described_token(config.get("eos_token")),
             add_bos=config.get("add_bos_token") is True,
             config=config,
         )
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns token ids of `text`, after BOS unless `add_special_tokens` is false."""
-        ids = self._encoded(text, add_special_tokens)
-        return self._prefix + ids if add_special_tokens else ids
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, most: int | None = None, check: Callable[[], None] = _go_on
+    ) -> list[int]:
+        """Returns token ids of `text`, after BOS unless `add_special_tokens` is false.
 
-    def encode_part(self, text: str, length: int, side: Side, add_special_tokens: bool = True) -> list[int]:
+        A text longer than SLICE_CHARACTERS is tokenised in slices, as `_slices` cuts it: once there are more than
+        `most` tokens the rest is left out, and before each slice `check` may raise to end the work.
+        """
+        before, after = self._added if add_special_tokens else ([], [])
+        ids = list(before)
+        for part in self._slices(text):
+            check()
+            ids += self._encoded(part, add_special_tokens=False)
+            if most is not None and len(ids) > most:
+                return ids
+        return ids + after
+
+    def encode_part(
+        self,
+        text: str,
+        length: int,
+        side: Side,
+        add_special_tokens: bool = True,
+        *,
+        check: Callable[[], None] = _go_on,
+    ) -> list[int]:
         """Returns at most `length` of the ids of `encode`.
 
-        Special tokens are kept, and the last of the others, or the first for "right".
+        Special tokens are kept, and the last of the others, or the first for "right". Of a text longer than
+        SLICE_CHARACTERS only as many slices are tokenised as these tokens are in.
         """
-        encoding = self._encoding(text, add_special_tokens=False)
-        added = self._tokenizer.num_special_tokens_to_add(False) + len(self._prefix) if add_special_tokens else 0
-        # The library cuts tokens off at the given side, so that the other end of the text is left.
-        encoding.truncate(max(length - added, 0), direction=side)
-        ids: list[int] = self._tokenizer.post_process(encoding, None, add_special_tokens).ids
-        ids = self._prefix + ids if add_special_tokens else ids
-        return ids[:length]
+        before, after = self._added if add_special_tokens else ([], [])
+        count = max(length - len(before) - len(after), 0)
+        parts: list[list[int]] = []
+        for part in self._slices(text) if side == "right" else self._slices_from_end(text):
+            check()
+            parts.append(self._encoded(part, False))
+            if sum(map(len, parts)) >= count:
+                break
+        ids = list(chain.from_iterable(parts if side == "right" else reversed(parts)))
+        kept = ids[:count] if side == "right" else ids[max(len(ids) - count, 0) :]
+        return (before + kept + after)[:length]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `tokens`; bytes that form no character become U+FFFD, unknown ids give nothing."""
@@ -234,63 +242,58 @@ class TextTokenizer:
         """Whether `decode` leaves the token out."""
         return token in self._special
 
+    def _slices(self, text: str) -> Iterator[str]:
+        """Cuts a text into parts of at most SLICE_CHARACTERS whose tokens, one after the other, are the text's.
+
+        Where no place near a part's end is sound, it is cut there all the same, and the tokens there may be others: a
+        run of a quarter of a million characters without white space would cost gigabytes as a whole.
+        """
+        begin = 0
+        while len(text) - begin > SLICE_CHARACTERS:
+            end = begin + SLICE_CHARACTERS
+            end = self._seam(text, end - SEAM_SEARCHED, end) or end
+            yield text[begin:end]
+            begin = end
+        yield text[begin:] if begin else text
+
+    def _slices_from_end(self, text: str) -> Iterator[str]:
+        """Cuts a text into such parts beginning with the last one."""
+        end = len(text)
+        while end > SLICE_CHARACTERS:
+            begin = end - SLICE_CHARACTERS
+            begin = self._seam(text, begin, begin + SEAM_SEARCHED) or begin
+            yield text[begin:end]
+            end = begin
+        yield text[:end]
+
+    def _seam(self, text: str, first: int, last: int) -> int | None:
+        """The last place between `first` and `last` where the text can be cut without a change to the tokens there."""
+        spaces = deque(WHITE_SPACE.finditer(text, first, last), SEAMS_TRIED)
+        places = (place for space in reversed(spaces) for place in (space.start(), space.end()))
+        return next((place for place in places if first < place < last and self._is_sound(text, place)), None)
+
+    def _is_sound(self, text: str, place: int) -> bool:
+        left, right = text[max(place - SEAM_CHARACTERS, 0) : place], text[place : place + SEAM_CHARACTERS]
+        return self._encoded(left, False) + self._encoded(right, False) == self._encoded(left + right, False)
+
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        # Of the library's ways to encode, this one keeps no offsets and lets other threads run.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        # Of the library's ways to encode, this one keeps no offsets and lets other threads run.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+    def _added_ids(self, add_bos: bool) -> tuple[list[int], list[int]]:
+        """The special tokens that go before every text, and those that go after it."""
+        bare, whole = self._encoded("a", False), self._encoded("a", True)
+        begin = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+        before, after = whole[:begin], whole[begin + len(bare) :]
+        if add_bos and self.bos_token_id is not None and self.bos_token_id not in before + after:
+            before = [self.bos_token_id, *before]
+        return before, after
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether the directory has a tokenizer's file."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
-
-
-def tiktoken_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, AddedToken]) -> Tokenizer:
-    """Makes Kimi K2's tokenizer from the ranks of its tokens, which are 0, 1, ... and have all single bytes.
-
-    TIKTOKEN_RESERVED ids after them are tokens that are matched as a whole: those of `added`, by id, and names of
-    their own for the others. tiktoken merges the two neighbours whose joined bytes have the lowest rank. The library
-    merges the pair that stands first in a list: so all ways to part a token in two are listed, by its rank.
-    """
-    spelling = _byte_spelling()
-
-    def spelt(token: bytes) -> str:
-        return "".join(spelling[byte] for byte in token)
-
-    merges: list[tuple[str, str]] = []
-    for token in sorted(ranks, key=lambda token: ranks[token]):
-        parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(left, right) for left, right in parts if left in ranks and right in ranks]
-        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(spelt(left), spelt(right)) for left, right in known]
-    vocabulary = {spelt(token): rank for token, rank in ranks.items()}
-    # A piece of text that is a token by itself is that token, whatever its merges would give: tiktoken does so.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    # The library numbers them on, in this order.
-    tokenizer.add_tokens(
-        [
-            added.get(token_id) or AddedToken(f"<|reserved_token_{token_id}|>", normalized=False)
-            for token_id in range(len(ranks), len(ranks) + TIKTOKEN_RESERVED)
-        ]
-    )
-    return tokenizer
-
-
-def _byte_spelling() -> list[str]:
-    """The character with which byte-level BPE spells each byte: itself where it is visible in Latin-1, else another."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -303,44 +306,6 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read_tiktoken(path: Path, config: Mapping[str, object]) -> Tokenizer:
-    """Reads a tiktoken file; its special tokens are in `added_tokens_decoder` of tokenizer_config.json."""
-    ranks: dict[bytes, int] = {}
-    content = read_bounded(path, TOKENIZER_BYTES_MAX) or b""
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise CheckpointError(
-                f"{path} is not a tiktoken file: line {number} is not a token and its rank."
-            ) from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise CheckpointError(f"{path} is not a tiktoken file: it needs all 256 bytes, and ranks from 0 without gaps.")
-    if max(map(len, ranks)) > TIKTOKEN_TOKEN_BYTES_MAX:
-        raise CheckpointError(f"{path} has a token of more than {TIKTOKEN_TOKEN_BYTES_MAX} bytes.")
-    tokenizer = tiktoken_tokenizer(ranks, _added_tokens(path.parent / TOKENIZER_CONFIG_FILE, config, len(ranks)))
-    if tokenizer.get_vocab_size() != len(ranks) + TIKTOKEN_RESERVED:
-        raise CheckpointError(f"{path.parent / TOKENIZER_CONFIG_FILE}: added_tokens_decoder names a token twice.")
-    return tokenizer
-
-
-def _added_tokens(path: Path, config: Mapping[str, object], first: int) -> dict[int, AddedToken]:
-    """The tokens of `added_tokens_decoder` by id. Raises CheckpointError where an id is not one of the reserved."""
-    entries = config.get("added_tokens_decoder", {})
-    added: dict[int, AddedToken] = {}
-    for key, entry in entries.items() if isinstance(entries, dict) else ():
-        text = _token_text(entry)
-        if not text or not key.isdecimal() or not first <= int(key) < first + TIKTOKEN_RESERVED:
-            raise CheckpointError(
-                f"{path}: added_tokens_decoder has {key!r}; give the text of ids from {first} to "
-                f"{first + TIKTOKEN_RESERVED - 1}."
-            )
-        is_special = isinstance(entry, dict) and entry.get("special") is True
-        added[int(key)] = AddedToken(text, normalized=False, special=is_special)
-    return added
 
 
 def _token_id(tokenizer: Tokenizer, token: str | None) -> int | None:
@@ -357,10 +322,3 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not contain a JSON object.")
     template = read_bounded(directory / CHAT_TEMPLATE_FILE, CONFIG_BYTES_MAX)
     return config if template is None else {**config, "chat_template": template.decode(errors="replace")}
-
-
-def _token_text(value: object) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object with its text as "content"."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None

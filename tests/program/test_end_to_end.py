@@ -40,6 +40,27 @@ async def test_the_first_answer(tmp_path: Path, client: httpx.AsyncClient) -> No
 
 
 @pytest.mark.slow
+async def test_a_prompt_of_the_whole_length_is_scored_as_on_a_server_of_greater_length(
+    tmp_path: Path, client: httpx.AsyncClient, ray_cluster: Mapping[str, str]
+) -> None:
+    length = 64
+    tokens = [(7 * place + 5) % 1000 for place in range(length)]
+    body = {"prompt": [tokens], "echo": True, "logprobs": 3, "max_tokens": 0}
+    scores = []
+    for most in (length, 2 * length):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        with serving(folder, "--max-model-len", str(most), environment=ray_cluster) as server:
+            answer = (await client.post(server.completions, json=body)).json()
+            assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 0, "total_tokens": length}
+            longer = await client.post(server.completions, json={**body, "max_tokens": most - length + 1})
+            assert longer.status_code == 400
+            scores.append(answer["choices"][0]["logprobs"])
+    assert scores[0] == scores[1]
+    assert [logprob is None for logprob in scores[0]["token_logprobs"]] == [True] + [False] * (length - 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "chunk", "flags"), [(1, 32, []), (2, 77, []), (3, 160, ["--enable-trace"]), (LAYERS, 4096, [])]
 )

@@ -4,15 +4,17 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from api.messages.engine import AddRequest
-from api.server.app import create_app
-from api.server.client_protocol import client_protocol
+from api.server.access import AccessLog, RequestWatch
+from api.server.app import create_app, plain_paths
+from api.server.client_protocol import HttpServer, client_protocol
 from api.server.serve import listen, url
-from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S
+from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S, DEFAULT_KEEP_ALIVE_S, FrontSettings
 from api.text.served_model import GenerationConfig, ServedModel
 from tests.support.fake_engine import FakeEngine
 from tests.support.small_tokenizer import EOS_ID, small_text_tokenizer
@@ -45,14 +47,29 @@ def never_ending(_: AddRequest) -> Sequence[int]:
 
 
 class AppServer:
-    """An application served by uvicorn on a thread with its own loop."""
+    """An application served by uvicorn on a thread with its own loop; `options` are those of `client_protocol`."""
 
-    def __init__(self, app: FastAPI, client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S,
+        *,
+        watch: RequestWatch | None = None,
+        keep_alive_s: float = DEFAULT_KEEP_ALIVE_S,
+        **options: Any,
+    ) -> None:
         self._listener = listen("127.0.0.1", 0)
         self.url = url(self._listener)
-        protocol = client_protocol(client_timeout_s)
-        config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, access_log=False)
-        self._server = uvicorn.Server(config)
+        watch = watch or RequestWatch()
+        config = uvicorn.Config(
+            AccessLog(app, watch, plain_paths(app)),
+            http=client_protocol(client_timeout_s, watch, **options),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]  # the loop takes fractions too
+        )
+        self._server = HttpServer(config, client_timeout_s)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -71,10 +88,14 @@ class AppServer:
 
 @contextmanager
 def serving_app(
-    engine: FakeEngine, model: ServedModel = MODEL, client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S
+    engine: FakeEngine,
+    model: ServedModel = MODEL,
+    client_timeout_s: float = DEFAULT_CLIENT_TIMEOUT_S,
+    front: FrontSettings | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """The base URL of a server with `engine` behind it."""
-    server = AppServer(create_app(model, engine), client_timeout_s)
+    server = AppServer(create_app(model, engine, front=front), client_timeout_s, **options)
     server.start()
     try:
         yield server.url

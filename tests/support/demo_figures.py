@@ -31,6 +31,10 @@ def metrics(prefill: float, decode: float, *busy: float) -> EngineMetrics:
         decode_steps=empty,
         result_hops=empty,
         recoveries=empty,
+        prefill_times=empty,
+        decode_times=empty,
+        inference_times=empty,
+        step_tokens=empty,
         stages=[stage(seconds) for seconds in busy],
     )
 

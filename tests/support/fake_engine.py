@@ -60,6 +60,8 @@ class FakeStream:
         self._prompt_logprobs = self._scored_prompt()
         while len(self._prompt_logprobs) > PROMPT_CHUNK:
             self._put([])
+        if request.only_scores:
+            self._put([], finish="length")
         for count, token in enumerate(tokens[: request.max_tokens], start=1):
             if token in request.stop_token_ids:
                 self._put([token], finish="stop")

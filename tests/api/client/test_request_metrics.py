@@ -2,7 +2,7 @@
 
 import pytest
 
-from api.client.request_metrics import RequestMetrics
+from api.client.request_metrics import CompletionMetrics, RequestMetrics
 from api.messages.engine import AddRequest, FinishReason, RequestOutput
 from stages.step import SamplingParams, TokenLogprobs
 
@@ -72,3 +72,35 @@ def test_only_completed_requests_count_for_latency_and_length(reason: FinishReas
     for histogram in (metrics.latencies, metrics.prompt_lengths, metrics.generation_lengths):
         assert sum(histogram.counts) == lengths
     assert metrics.generation_tokens == 1
+
+
+def test_what_dashboards_of_vllm_ask_for_besides() -> None:
+    clock = Clock()
+    metrics = RequestMetrics(256, clock)
+    for request_id in range(3):
+        metrics.began(request(request_id, prompt=10))
+    clock.now = 51.0
+    metrics.received([output(0), output(1, finish="stop")])
+    clock.now = 55.0
+    metrics.received([output(0, tokens=2)])
+    clock.now = 57.0
+    metrics.received([output(0, finish="length"), output(2, finish="error")])
+    # Three tokens after the first one came in 6 s; a single token has none after it.
+    assert (sum(metrics.times_per_token.counts), metrics.times_per_token.total) == (1, 2.0)
+    assert (sum(metrics.max_tokens.counts), metrics.max_tokens.total) == (2, 18)
+
+
+def test_a_prompt_that_is_only_scored_is_counted_at_its_end() -> None:
+    metrics = RequestMetrics(256, Clock())
+    metrics.began(AddRequest(request_id=0, tokens=[1] * 7, max_tokens=0, stop_token_ids=[], sampling=GREEDY))
+    metrics.received([output(0, tokens=0, finish="length")])
+    assert (metrics.prompt_tokens, metrics.generation_tokens, metrics.finished["length"]) == (7, 0, 1)
+    assert sum(metrics.max_tokens.counts) == sum(metrics.times_per_token.counts) == 0
+
+
+def test_the_completions_of_a_prompt_are_counted_together() -> None:
+    metrics = CompletionMetrics(256)
+    metrics.ended([3, 40, 5])
+    metrics.ended([7])
+    assert (sum(metrics.choices.counts), metrics.choices.total) == (2, 4)
+    assert (sum(metrics.longest.counts), metrics.longest.total) == (2, 47)

@@ -11,7 +11,7 @@ from prometheus_client import Histogram as PrometheusHistogram
 
 from actors.errors import ProtocolError
 from api.engine.meters import NS, NS_PER_S, RECENT_SECONDS, BusyWindow, EngineMeters, StepRecord
-from api.messages.engine import Counts, EngineMetrics
+from api.messages.engine import Counts, EngineMetrics, FinishReason, RequestOutput
 from api.messages.histogram import Histogram, one_two_five
 from stages.step import StageTiming, StepResult
 from tests.support.step_flows import EPOCH, Flow, flows, step_of
@@ -173,3 +173,40 @@ def test_bounds_of_token_counts_are_vllms() -> None:
     assert one_two_five(100) == [1, 2, 5, 10, 20, 50, 100]
     assert one_two_five(256) == [1, 2, 5, 10, 20, 50, 100, 200]
     assert one_two_five(1) == [1]
+
+
+def output(request_id: int, tokens: int, finish: FinishReason | None = None) -> RequestOutput:
+    return RequestOutput(request_id=request_id, tokens=[5] * tokens, finish_reason=finish, error=None)
+
+
+def test_a_request_prefills_from_its_first_slot_to_its_first_token_and_decodes_to_its_last() -> None:
+    meters = EngineMeters(1)
+    for request_id in range(4):
+        meters.request_waits(request_id, 0)
+        meters.request_runs(request_id, 1 * NS_PER_S)
+    meters.outputs_came([output(0, 1), output(1, 1), output(2, 0)], 3 * NS_PER_S)
+    meters.outputs_came([output(0, 1), output(2, 0, "length")], 7 * NS_PER_S)
+    meters.outputs_came([output(0, 1, "stop"), output(9, 1)], 8 * NS_PER_S)
+    meters.request_leaves(1)  # Aborted after a token,
+    meters.request_leaves(3)  # and before one.
+    metrics = measured(meters)
+    # Request 2 scores a prompt, and ends as its last chunk comes.
+    for histogram, seconds in (
+        (metrics.prefill_times, 2 + 2 + 6),
+        (metrics.decode_times, 5 + 0 + 0),
+        (metrics.inference_times, 7 + 2 + 6),
+    ):
+        assert sum(histogram.counts) == 3
+        assert histogram.total == pytest.approx(seconds)
+
+
+def test_the_tokens_of_each_step_are_counted() -> None:
+    meters = EngineMeters(1)
+    timing = StageTiming(received_ns=1, began_ns=2, ended_ns=3)
+    for step_id, tokens in enumerate((1, 40, 8)):
+        step = step_of(step_id, "decode", tokens)
+        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=[timing])
+        meters.step_done(StepRecord(step, 0, []), result, 10 * (step_id + 1))
+    steps = measured(meters).step_tokens
+    assert sum(steps.counts) == 3
+    assert steps.total == sum(StepRecord(step_of(0, "decode", tokens), 0, []).step.token_count for tokens in (1, 40, 8))

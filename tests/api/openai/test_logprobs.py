@@ -113,7 +113,7 @@ async def test_a_prompt_may_be_scored_with_nothing_generated(streamed: bool) -> 
     else:
         answer = await complete(engine, **fields)
         [choice], usage = answer["choices"], answer["usage"]
-    assert engine.streams[0].request.max_tokens == 1
+    assert engine.streams[0].request.max_tokens == 0
     assert (choice["text"], choice["finish_reason"], usage["completion_tokens"]) == (TEXT, "length", 0)
     assert len(choice["logprobs"]["tokens"]) == len(TEXT_TOKENS)
     assert choice["logprobs"]["token_logprobs"][0] is None

@@ -1,6 +1,7 @@
 """Stop strings, against a plain reading of their definition, however the text is cut."""
 
 import itertools
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,3 +56,23 @@ def test_just_what_may_become_a_stop_string_is_held_back(text: str, stops: list[
         beginnings = [text[begin:count] for begin in range(count)]
         possible = [start for start in beginnings if any(stop.startswith(start) for stop in stops)]
         assert held == max(possible, key=len, default="")
+
+
+def test_what_is_held_back_is_compared_once_however_long_it_is() -> None:
+    """A text that all but completes long stop strings again and again costs no more than its length times theirs."""
+    comparisons = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def startswith(self, *arguments: Any) -> bool:
+            nonlocal comparisons
+            comparisons += 1
+            return super().startswith(*arguments)
+
+    stops = [Counted("a" * 1000 + str(number)) for number in range(64)]
+    checker = StopStrings(stops)
+    text = ("a" * 999 + "c") * 3
+    released = "".join(checker.add_text(character) for character in text) + checker.flush()
+    assert released == text
+    assert comparisons <= 2 * len(text) * len(stops)

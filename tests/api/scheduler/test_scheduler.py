@@ -589,3 +589,30 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.parametrize("prompt", [1, 31, 32, 33, 127, 128])
+def test_a_prompt_that_is_only_scored_may_have_the_whole_length_and_ends_without_a_token(prompt: int) -> None:
+    """A pool has just the blocks of one request of the greatest length, with none for a token after it."""
+    options = scheduler_options(slots=6, blocks=4, max_model_len=128)
+    line = FakeLine(options)
+    outputs: list[RequestOutput] = []
+    for request_id in range(3):
+        line.scheduler.add_request(request(request_id, prompt, 0, sampling=SCORED))
+    while line.submit() or line.results:
+        outputs += line.deliver() if line.results else []
+    for request_id in range(3):
+        of_one = [output for output in outputs if output.request_id == request_id]
+        assert sum(len(output.prompt_logprobs) for output in of_one) == prompt - 1
+        assert [output.finish_reason for output in of_one if output.finish_reason] == ["length"]
+        assert not any(output.tokens or output.logprobs for output in of_one)
+    assert line.scheduler.counts() == nothing_in_use(options)
+    assert line.scheduler.preemptions == 0
+
+
+def test_what_is_neither_scored_nor_generated_is_refused() -> None:
+    scheduler = Scheduler(scheduler_options(), epoch=0)
+    with pytest.raises(RequestError, match="at least one token"):
+        scheduler.add_request(request(0, 10, 0))
+    with pytest.raises(RequestError, match="129"):
+        scheduler.add_request(request(0, 129, 0, sampling=SCORED))

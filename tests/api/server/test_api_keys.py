@@ -9,9 +9,9 @@ from structlog.testing import capture_logs
 
 from api.cli.status import read_view
 from api.errors import OptionError
-from api.server.app import Authentication, create_app
+from api.server.app import create_app
 from api.server.monitoring import add_monitoring_routes
-from api.settings.server import KEY_VARIABLES, ApiKeys, ServeSettings
+from api.settings.server import KEY_VARIABLES, ApiKeys, FrontSettings, ServeSettings
 from tests.support.api_client import error_of
 from tests.support.api_server import MODEL, AppServer, endless_text
 from tests.support.command_line import run
@@ -23,8 +23,7 @@ ENVIRONMENT = dict(zip(KEY_VARIABLES, ("ours", "vllms"), strict=True))
 
 
 def client(engine: FakeEngine) -> httpx.AsyncClient:
-    app = create_app(MODEL, engine)
-    app.add_middleware(Authentication, keys=ApiKeys(KEYS))
+    app = create_app(MODEL, engine, front=FrontSettings(api_keys=ApiKeys(KEYS)))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
@@ -46,7 +45,7 @@ async def test_without_a_key_only_health_is_told(authorization: str | None) -> N
     headers = {} if authorization is None else {"authorization": authorization}
     with capture_logs() as logs:
         async with client(engine) as opened:
-            for path in ("/health", "/live", "/ready"):
+            for path in ("/health", "/live", "/ready", "/ping"):
                 assert (await opened.get(path, headers=headers)).status_code == 200
             for path in ("/v1/models", "/openapi.json", "/version", "/metrics", "/nowhere", "//health", "/health/"):
                 refused = await opened.get(path, headers=headers)
@@ -55,6 +54,27 @@ async def test_without_a_key_only_health_is_told(authorization: str | None) -> N
             error_of(await opened.post("/v1/completions", json={"prompt": "hello"}, headers=headers), 401)
     assert not engine.streams
     assert not any(key in str(logs) for key in KEYS)
+
+
+async def test_a_narrower_scope_leaves_monitoring_open_as_vllm_does() -> None:
+    app = create_app(MODEL, FakeEngine(endless_text), front=FrontSettings(api_keys=ApiKeys(KEYS, "v1")))
+    add_monitoring_routes(app, MODEL.name, [ReportingEngine(at_work())])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as opened:
+        for path in ("/v1/models", "/v1/completions", "/v1", "/v1/nowhere"):
+            error_of(await opened.get(path), 401)
+        for path in ("/metrics", "/pipeline", "/version", "/load", "/tokenizer_info", "/openapi.json"):
+            assert (await opened.get(path)).status_code == 200
+        paths = (await opened.get("/openapi.json")).json()["paths"]
+    assert paths["/v1/completions"]["post"]["security"] == [{"API key": []}]
+    assert paths["/metrics"]["get"]["security"] == []
+
+
+async def test_the_description_says_what_needs_a_key() -> None:
+    async with client(FakeEngine(endless_text)) as opened:
+        document = (await opened.get("/openapi.json", headers={"authorization": f"Bearer {KEYS[0]}"})).json()
+    assert document["components"]["securitySchemes"] == {"API key": {"type": "http", "scheme": "bearer"}}
+    guarded = {path for path, methods in document["paths"].items() if any(m["security"] for m in methods.values())}
+    assert {"/health", "/live", "/ready", "/ping"} == document["paths"].keys() - guarded
 
 
 def test_keys_come_from_flags_and_file_or_else_from_the_environment(tmp_path: Path) -> None:
@@ -108,9 +128,8 @@ def test_serve_takes_them_out_of_the_environment_and_shows_none(
 
 def test_status_brings_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ReportingEngine(at_work())
-    app = create_app(MODEL, engine)
+    app = create_app(MODEL, engine, front=FrontSettings(api_keys=ApiKeys(KEYS)))
     add_monitoring_routes(app, MODEL.name, [engine])
-    app.add_middleware(Authentication, keys=ApiKeys(KEYS))
     server = AppServer(app)
     server.start()
     try:

@@ -86,7 +86,7 @@ def test_openais_client_tells_errors_apart() -> None:
     ):
         with pytest.raises(openai.NotFoundError, match="'small'"):
             client.completions.create(model="other", prompt="hello")
-        refused: list[dict[str, Any]] = [{"temperature": 9}, {"logprobs": 21}, {"suffix": "end"}]
+        refused: list[dict[str, Any]] = [{"temperature": -1}, {"logprobs": 21}, {"suffix": "end"}]
         for fields in (*refused, {"extra_body": {"min_p": 2}}):
             with pytest.raises(openai.BadRequestError) as caught:
                 client.completions.create(model="small", prompt="hello", **fields)
@@ -163,10 +163,10 @@ def test_long_prompts_are_tokenised_on_a_thread(monkeypatch: pytest.MonkeyPatch)
     held, reached = threading.Event(), threading.Event()
     encode = type(TOKENIZER).encode
 
-    def slow_encode(self: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    def slow_encode(self: Any, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
         reached.set()
         assert held.wait(DEADLINE_S)
-        return encode(self, text, add_special_tokens)
+        return encode(self, text, add_special_tokens, **options)
 
     monkeypatch.setattr(type(TOKENIZER), "encode", slow_encode)
     body = {"prompt": "hello" * 20, "max_tokens": 1, "user": "x" * 5000}

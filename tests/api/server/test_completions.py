@@ -276,7 +276,7 @@ def test_a_stream_says_what_one_answer_says(data: st.DataObject) -> None:
         ({"min_tokens": 17}, "min_tokens", "more than the 16 of max_tokens"),
         ({"truncate_prompt_tokens": 241}, "truncate_prompt_tokens", "more than the 240 tokens"),
         ({"truncate_prompt_tokens": 0}, "prompt", "no tokens"),
-        ({"prompt": [5] * 256, "echo": True, "logprobs": 0, "max_tokens": 0}, "prompt", "maximum context length"),
+        ({"prompt": [5] * 257, "echo": True, "logprobs": 0, "max_tokens": 0}, "prompt", "maximum context length"),
     ],
 )
 async def test_a_request_that_does_not_fit_gets_400(fields: dict[str, Any], param: str, message: str) -> None:
@@ -312,7 +312,7 @@ async def test_a_defect_gets_500_and_no_details() -> None:
     assert "secret" not in error_of(await post(engine), 500)["message"]
 
 
-async def test_until_the_engine_is_ready_everything_but_names_is_503() -> None:
+async def test_until_the_engine_is_ready_everything_is_503() -> None:
     engine = FakeEngine(endless_text)
     async with client(engine) as opened:
         progress = StageProgress(stage=0, host="host-a", rows=[0], phase="loading", layers_done=2, layers=3)
@@ -322,10 +322,13 @@ async def test_until_the_engine_is_ready_everything_but_names_is_503() -> None:
             (failed_state(PlacementError("2 stages need 2 rows.")), "The engine failed: 2 stages need 2 rows."),
         ):
             engine.state = state
-            for response in (await opened.get("/health"), await opened.post("/v1/completions", content=b"junk")):
+            asked = ("/health", "/ping", "/v1/models", "/v1/models/small")
+            for response in (
+                *[await opened.get(path) for path in asked],
+                await opened.post("/v1/completions", content=b"junk"),
+            ):
                 assert error_of(response, 503)["message"].endswith(shown)
                 assert response.headers["retry-after"].isdecimal()
-            assert (await opened.get("/v1/models")).status_code == 200
         engine.state = EngineState(phase="ready", detail="")
         assert (await opened.get("/health")).status_code == 200
 
@@ -337,6 +340,45 @@ async def test_models_say_their_name_and_length() -> None:
         assert card["object"] == "model"
         assert (await opened.get("/v1/models/small")).json() == card
         error_of(await opened.get("/v1/models/org/other"), 404)
+
+
+async def test_a_model_may_have_several_names() -> None:
+    named = msgspec.structs.replace(MODEL, aliases=["r1", "org/r1"])
+    async with client(FakeEngine(endless_text), named) as opened:
+        cards = (await opened.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in cards] == ["small", "r1", "org/r1"]
+        assert (await opened.get("/v1/models/org/r1")).json() == cards[2]
+        for name in ("small", "r1", "org/r1"):
+            answer = await opened.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1})
+            assert answer.json()["model"] == "small"
+        error = error_of(await opened.post("/v1/completions", json={"model": "r2", "prompt": "a"}), 404)
+        assert "'small', 'r1', 'org/r1'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "hello"}, "prompt"),
+        ({"prompt": ["a", "hello"]}, "prompt"),
+        ({"prompt": "hello", "truncate_prompt_tokens": 1, "add_special_tokens": False}, "prompt"),
+        ({"prompt": [1], "bad_words": ["hello"]}, "bad_words"),
+        ({"prompt": [265]}, "prompt"),
+        ({"prompt": [1], "stop_token_ids": [265]}, "stop_token_ids"),
+        ({"prompt": [1], "allowed_token_ids": [265]}, "allowed_token_ids"),
+        ({"prompt": [1], "logit_bias": {"265": 1}}, "logit_bias"),
+    ],
+)
+async def test_a_token_that_the_model_does_not_have_is_refused_however_it_came(
+    fields: dict[str, Any], param: str
+) -> None:
+    """The tokenizer has more tokens than the model, as one with tokens that were added later."""
+    [hello] = TOKENIZER.encode("hello", add_special_tokens=False)
+    model = msgspec.structs.replace(MODEL, vocab_size=hello)
+    engine = FakeEngine(endless_text)
+    async with client(engine, model) as opened:
+        answer = await opened.post("/v1/completions", json={"max_tokens": 1, **fields})
+        assert error_of(answer, 400)["param"] == param
+    assert not engine.streams
 
 
 async def test_other_paths_and_methods_get_errors_of_the_same_form() -> None:

@@ -14,9 +14,12 @@ import pytest
 from fastapi import FastAPI
 
 from api.client.engine_client import EngineClient
+from api.client.request_metrics import CompletionMetrics
 from api.errors import EngineError
 from api.messages.engine import AddRequest
 from api.messages.pipeline_view import PipelineView
+from api.server.access import RequestWatch
+from api.server.metrics import FrontMetrics
 from api.server.monitoring import add_monitoring_routes
 from stages.step import SamplingParams
 from tests import ROOT
@@ -24,6 +27,7 @@ from tests.support.engine_fakes import HOP_NS, QUEUE_NS, STEP_NS, engine_options
 from tests.support.scrape import MODEL, Scrape
 
 SECONDS = 20.0
+MAX_MODEL_LEN = 256
 Seen = TypeVar("Seen")
 
 
@@ -56,7 +60,13 @@ class Monitored:
 async def monitored(start: str = "start_sound") -> AsyncIterator[Monitored]:
     async with EngineClient.start(engine_options(start)) as engine:
         app = FastAPI()
-        add_monitoring_routes(app, MODEL, [engine])
+        cache = {"block_size": "32", "cache_dtype": "float32"}
+        completions = CompletionMetrics(MAX_MODEL_LEN)
+        completions.ended([3, 5])
+        front = FrontMetrics(watch=RequestWatch(), completions=completions, cache_config=cache)
+        front.watch.answered("POST", "/v1/completions", 200, 0.2)
+        front.watch.answered("GET", "none", 404, 0.0)
+        add_monitoring_routes(app, MODEL, [engine], front)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://monitored", timeout=SECONDS) as client:
             yield Monitored(engine, client)
@@ -110,6 +120,12 @@ async def test_a_scrape_tells_what_was_served() -> None:
     assert scrape.model("vllm:request_generation_tokens_bucket", le="5.0") == 21
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert scrape.model(f"vllm:{name}") == 0
+    for name in ("request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds"):
+        assert scrape.model(f"vllm:{name}_count") == 21
+    # All but the one that stopped at its first token.
+    assert scrape.model("vllm:request_time_per_output_token_seconds_count") == 20
+    assert scrape.model("vllm:request_params_max_tokens_count") == 21
+    assert scrape.model("vllm:iteration_tokens_total_sum") == scrape.model("vllm:prompt_tokens_total") + 80
     assert scrape.model("vllm:prefix_cache_queries_total") == scrape.model("vllm:prefix_cache_hits_total") == 0
     assert scrape.of("galaxyline:steps_in_flight", engine="0") == 0 == counts.steps_in_flight
     assert scrape.of("process_resident_memory_bytes") > 1 << 20
@@ -165,6 +181,14 @@ async def test_requests_that_run_wait_and_leave_are_counted() -> None:
 async def test_metrics_have_the_types_and_bounds_of_vllm() -> None:
     async with monitored() as around:
         scrape = await around.scrape()
+    assert scrape.model("vllm:request_params_n_sum") == 2
+    assert scrape.model("vllm:request_max_num_generation_tokens_sum") == 5
+    assert scrape.of("vllm:cache_config_info", block_size="32", cache_dtype="float32", engine="0") == 1
+    assert scrape.of("http_requests_total", method="POST", handler="/v1/completions", status="200") == 1
+    assert scrape.of("http_requests_total", method="GET", handler="none", status="404") == 1
+    assert scrape.of("http_request_duration_seconds_sum", method="POST", handler="/v1/completions") == 0.2
+    histograms = ("request_params_n", "iteration_tokens_total", "request_time_per_output_token_seconds")
+    assert {scrape.families[f"vllm:{name}"].type for name in histograms} == {"histogram"}
     counters = ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_hits")
     assert {scrape.families[f"vllm:{name}"].type for name in counters} == {"counter"}
     gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")

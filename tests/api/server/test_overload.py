@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from api.server.admission import RETRY_AFTER_S, AdmissionControl
 from api.server.app import create_app
-from api.settings.server import QueueLimits
+from api.settings.server import FrontSettings, QueueLimits
 from tests.support.api_client import error_of
 from tests.support.api_server import MODEL, TEXT_TOKENS, endless_text, never_ending
 from tests.support.fake_engine import FakeEngine
@@ -20,7 +20,7 @@ HOUR = 3600.0
 
 def client(engine: FakeEngine, limits: QueueLimits | None = None, timeout_s: float | None = None) -> httpx.AsyncClient:
     admission = None if limits is None else AdmissionControl(limits)
-    app = create_app(MODEL, engine, admission=admission, request_timeout_s=timeout_s)
+    app = create_app(MODEL, engine, admission=admission, front=FrontSettings(request_timeout_s=timeout_s))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -114,9 +114,9 @@ async def test_a_time_that_is_none_is_refused(timeout: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 129),
+        ("n", 257),
         ("best_of", 2),
-        ("stop", ["a"] * 5),
+        ("stop", ["a"] * 65),
         ("stop", "a" * 1025),
         ("bad_words", ["a"] * 4097),
         ("bad_words", ["a" * 1025]),

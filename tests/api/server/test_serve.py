@@ -21,7 +21,7 @@ from api.messages.engine import AddRequest, EngineState, PipelineReport, loading
 from api.server import serve
 from api.server.serve import listen
 from api.settings.engine import EngineSettings
-from api.settings.server import ApiKeys, FrontSettings, ServeSettings
+from api.settings.server import ApiKeys, CorsOptions, FrontSettings, ServeSettings
 from benchmarks.support.ports import free_port
 from tests.support.api_server import DEADLINE_S, endless_text
 from tests.support.fake_engine import SAMPLE, FakeEngineClient
@@ -30,12 +30,7 @@ from tests.support.fake_engine import SAMPLE, FakeEngineClient
 class Server:
     """`serve` as a task of the test's loop."""
 
-    def __init__(
-        self,
-        tmp_path: Path,
-        shutdown_timeout_s: float = 0.2,
-        front: FrontSettings = FrontSettings(),  # noqa: B008
-    ) -> None:
+    def __init__(self, tmp_path: Path, shutdown_timeout_s: float = 0.2, front: FrontSettings | None = None) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         settings = ServeSettings(
@@ -44,7 +39,7 @@ class Server:
             host="127.0.0.1",
             port=port,
             shutdown_timeout_s=shutdown_timeout_s,
-            front=front,
+            front=front or FrontSettings(),
         )
         self.running = asyncio.create_task(serve.serve(settings))
         self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
@@ -251,3 +246,33 @@ def test_progress_of_several_replicas_says_which_one() -> None:
         "Replica 0: Stage 1 on host-a: ready",
         "Replica 1: Being placed.",
     ]
+
+
+async def test_pages_of_the_allowed_origins_may_ask_behind_a_proxy_with_a_root_path(
+    engine: FakeEngineClient, tmp_path: Path
+) -> None:
+    engine.loaded.set()
+    front = FrontSettings(root_path="/models/r1", cors=CorsOptions(allowed_origins=['["https://a.example"]']))
+    server = Server(tmp_path, front=front)
+    await server.until(200)
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    for origin, status in (("https://a.example", 200), ("https://b.example", 400)):
+        headers = {"origin": origin, **asked}
+        preflight = await server.client.options("/v1/completions", headers=headers)
+        assert preflight.status_code == status
+        assert preflight.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+    for prefix in ("", "/models/r1"):
+        headers = {"origin": "https://a.example"}
+        answer = await server.client.post(f"{prefix}/v1/completions", json={"prompt": "a"}, headers=headers)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, headers["origin"])
+    schema = (await server.client.get("/models/r1/openapi.json")).json()
+    assert schema["servers"] == [{"url": "/models/r1"}]
+    await server.stop(signal.SIGTERM)
+
+
+def test_values_that_make_no_sense_are_refused_with_their_option() -> None:
+    with pytest.raises(OptionError, match=r"--allowed-methods .* not a JSON list"):
+        CorsOptions(allowed_methods=['["GET", 1]'])
+    for path in ("models", "/models/", "/"):
+        with pytest.raises(OptionError, match="--root-path"):
+            FrontSettings(root_path=path)

@@ -1,6 +1,10 @@
 """Clients that send or read too slowly, or send too much: they are cut off, and nobody else waits for them."""
 
+import contextlib
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +14,13 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from api.client.open_requests import OUTPUTS_WAITING_MAX, RequestStream
 from api.errors import EngineError
 from api.messages.engine import AddRequest, RequestOutput
-from api.server.client_protocol import HEADER_BYTES_MAX
+from api.server.access import UNKNOWN, RequestWatch
+from api.server.client_protocol import HEADER_BYTES_MAX, PROBES_MAX
 from tests.support.api_server import DEADLINE_S, MODEL, TEXT_TOKENS, endless_text, never_ending, serving_app
 from tests.support.fake_engine import FakeEngine
 from tests.support.scheduling import GREEDY
@@ -49,6 +55,16 @@ def read_all(client: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return b"".join(parts)
+
+
+def read_answer(client: socket.socket) -> bytes:
+    """One answer whose body is a JSON object, of a connection that stays open."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        part = client.recv(1 << 16)
+        assert part, answer
+        answer += part
+    return answer
 
 
 def drip(client: socket.socket, data: bytes) -> None:
@@ -186,3 +202,96 @@ async def test_the_last_token_always_has_room() -> None:
     stream.push(output(finish=True))
     outputs = [output async for output in stream]
     assert len(outputs) == OUTPUTS_WAITING_MAX + 1
+
+
+def test_a_client_of_http_1_0_gets_its_stream_as_it_is() -> None:
+    body = b'{"prompt": "hello", "max_tokens": 3, "stream": true}'
+    with serving_app(FakeEngine(endless_text)) as url, connected(url) as client:
+        head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"content-length: %d\r\n\r\n" % len(body)
+        client.sendall(head + body)
+        header, _, events = read_all(client).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in header.lower()
+    assert b"connection: close" in header.lower()
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01", b"GET http://[ HTTP/1.1\r\n\r\n"]
+)
+def test_what_is_not_http_gets_an_error_of_the_usual_form_and_is_counted(sent: bytes) -> None:
+    watch = RequestWatch()
+    with capture_logs() as logs, serving_app(FakeEngine(endless_text), watch=watch) as url, connected(url) as client:
+        client.sendall(sent)
+        header, _, body = read_all(client).partition(b"\r\n\r\n")
+        address = "{}:{}".format(*client.getsockname())
+    assert header.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in header
+    assert msgspec.json.decode(body)["error"]["type"] == "BadRequestError"
+    assert watch.requests == {(UNKNOWN, UNKNOWN, "400"): 1}
+    assert [line["client"] for line in logs if line["event"] == "request refused"] == [address]
+
+
+def test_a_client_that_is_cut_off_is_named() -> None:
+    with (
+        capture_logs() as logs,
+        serving_app(FakeEngine(endless_text), client_timeout_s=PATIENCE_S) as url,
+        connected(url) as client,
+    ):
+        client.sendall(b"GET /he")
+        read_all(client)
+        address = "{}:{}".format(*client.getsockname())
+    assert [line["client"] for line in logs if line["event"] == "client cut off"] == [address]
+
+
+def test_a_client_that_reads_its_answer_and_resets_is_not_said_to_be_slow() -> None:
+    """The connection's state goes at once: what follows on other connections is served long after both timers."""
+    with (
+        capture_logs() as logs,
+        serving_app(FakeEngine(endless_text), client_timeout_s=PATIENCE_S, keep_alive_s=PATIENCE_S / 10) as url,
+    ):
+        for _ in range(5):
+            with connected(url) as client:
+                client.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY))
+                assert read_answer(client).startswith(b"HTTP/1.1 200 ")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # By the server's own clock: a silent connection is closed when the others' timers have long passed.
+        for _ in range(2):
+            with connected(url) as silent:
+                assert read_all(silent) == b""
+    cut = [line["cause"] for line in logs if line["event"] == "client cut off"]
+    assert not [cause for cause in cut if "read" in cause]
+
+
+def test_connections_beyond_the_limit_are_refused_but_for_probes() -> None:
+    watch = RequestWatch()
+    with (
+        serving_app(FakeEngine(endless_text), watch=watch, connections=2) as url,
+        connected(url) as first,
+        connected(url) as second,
+    ):
+        for client in (first, second):
+            client.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_answer(client).startswith(b"HTTP/1.1 200 ")
+        assert httpx.get(f"{url}/health").status_code == 200
+        refused = httpx.post(f"{url}/v1/completions", content=BODY)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert refused.headers["connection"] == "close"
+        with contextlib.ExitStack() as stack:
+            crowd = [stack.enter_context(connected(url)) for _ in range(PROBES_MAX + 1)]
+            assert read_all(crowd[-1]).startswith(b"HTTP/1.1 503 ")
+        first.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY))
+        assert read_answer(first).startswith(b"HTTP/1.1 200 ")
+    assert watch.requests[UNKNOWN, UNKNOWN, "503"] >= 1
+
+
+def test_the_limit_of_files_is_raised_as_far_as_it_may_be() -> None:
+    code = (
+        "import resource; from api.server.client_protocol import raise_descriptor_limit;"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard));"
+        "most = raise_descriptor_limit(); soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0];"
+        "print(soft == min(hard, 1 << 20) if hard >= 0 else soft == 1 << 20, 0 < most < soft)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "True"]

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -30,8 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-async def answer(folder: Path, tmp_path: Path, front: FrontSettings, brings_certificate: bool) -> int:
-    """Returns the status of a completion over HTTPS."""
+Ask = Callable[[httpx.AsyncClient, int], Awaitable[Any]]
+
+
+async def complete(client: httpx.AsyncClient, _: int) -> int:
+    """The status of a completion."""
+    return (await client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 3})).status_code
+
+
+async def answer(
+    folder: Path, tmp_path: Path, front: FrontSettings, brings_certificate: bool, ask: Ask = complete
+) -> Any:
+    """Returns what `ask` does, which gets a client of a server over HTTPS and its port."""
     port = free_port()
     settings = ServeSettings(
         engine=EngineSettings.of(cache_dir=tmp_path, spare=False),
@@ -55,7 +67,7 @@ async def answer(folder: Path, tmp_path: Path, front: FrontSettings, brings_cert
                     if (await client.get("/health")).status_code == 200:
                         break
                 await asyncio.sleep(0.01)
-            return (await client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 3})).status_code
+            return await ask(client, port)
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
@@ -93,6 +105,24 @@ async def test_clients_without_a_certificate_are_kept_out(
     monkeypatch.setattr("tests.api.server.test_tls.DEADLINE_S", 0.5)
     with pytest.raises(httpx.TransportError):
         await answer(folder, tmp_path, front, brings_certificate=False)
+
+
+async def test_a_handshake_has_no_longer_than_a_request(folder: Path, engine: FakeEngineClient, tmp_path: Path) -> None:
+    """The loop itself would wait for a minute."""
+
+    async def begin_only(_: httpx.AsyncClient, port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"\x16\x03\x01")
+        try:
+            return await asyncio.wait_for(reader.read(), DEADLINE_S)
+        except ConnectionResetError:
+            return b""
+        finally:
+            writer.close()
+
+    tls = TlsFiles.of(folder / "cert.pem", folder / "key.pem", None)
+    front = FrontSettings(tls=tls, client_timeout_s=0.5)
+    assert await answer(folder, tmp_path, front, brings_certificate=False, ask=begin_only) == b""
 
 
 def test_files_that_make_no_identity_are_refused(folder: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from api.text import tokenizer as tokenizer_module
 from api.text.served_model import GenerationConfig
 from api.text.tokenizer import HELD_TOKENS_MAX, REPLACEMENT, TextTokenizer
 from tests.support.small_tokenizer import (
@@ -300,3 +301,63 @@ def test_special_tokens_that_contradict_the_ranks_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=sentence):
         TextTokenizer.load(write_tiktoken(tmp_path, added_tokens_decoder=added))
+
+
+SENTENCES = st.lists(
+    st.sampled_from(
+        ["hello", "wörld", "€", "12345", "a.", "<｜end▁of▁sentence｜>", "\n", "\n\n", "  ", " ", "x" * 40, "?!"]
+    ),
+    max_size=60,
+).map("".join)
+LOADED = TextTokenizer.load(SAMPLE_DIR)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=SENTENCES, count=st.integers(0, 80), which=st.sampled_from([SMALL, LOADED]))
+def test_a_text_in_slices_gives_the_tokens_of_the_whole(text: str, count: int, which: TextTokenizer) -> None:
+    """Slices that are short enough to be cut many times, at white space as there is some within each of them."""
+    whole = which.encode(text, add_special_tokens=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "SLICE_CHARACTERS", 100)
+        patch.setattr(tokenizer_module, "SEAM_SEARCHED", 90)
+        cuts = [*which._slices(text)]
+        assert "".join(cuts) == text == "".join(reversed([*which._slices_from_end(text)]))
+        is_sound = which.encode(text, add_special_tokens=False) == whole
+        # A slice without white space at which it may be cut is cut anyway.
+        assert is_sound or any(len(cut) == 100 for cut in cuts)
+        if is_sound:
+            assert which.encode_part(text, count, "right", add_special_tokens=False) == whole[:count]
+        if all(len(cut) < 100 for cut in which._slices_from_end(text)):
+            assert which.encode_part(text, count, "left", False) == whole[len(whole) - min(count, len(whole)) :]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_long_text_only_what_is_kept_is_tokenised(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenised: list[int] = []
+    encoded = TextTokenizer._encoded
+
+    def counting(self: TextTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        tokenised.append(len(text))
+        return encoded(self, text, add_special_tokens)
+
+    monkeypatch.setattr(TextTokenizer, "_encoded", counting)
+    text = ("ab" * 50 + " ") * 100_000
+    assert len(LOADED.encode_part(text, 5, side)) == 5
+    assert sum(tokenised) < 2 * tokenizer_module.SLICE_CHARACTERS
+    tokenised.clear()
+    assert len(LOADED.encode("ab" * (1 << 20), most=10)) > 10
+    assert sum(tokenised) < 2 * tokenizer_module.SLICE_CHARACTERS
+
+
+def test_a_long_text_may_be_given_up_between_slices() -> None:
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        LOADED.encode("a word and another. " * 100_000, check=check)
+    assert checks == 3
