@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import structlog
 
+from actors.log import keep_logs_off_stdout
 from tests import ROOT
 from tests.support.ray_cluster import running_ray
 
@@ -103,6 +104,8 @@ def loggers_not_cached() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structlog, "configure", configure_without_cache)
+        # Not to stdout, where commands that run in this process print their results.
+        keep_logs_off_stdout()
         yield
 
 

@@ -107,7 +107,7 @@ async def test_two_replicas_in_one_cluster_give_the_text_of_one_and_a_killed_eng
         assert sum(ended) == 2 * len(PROMPTS)
         assert min(ended) >= len(PROMPTS) // 2
         pid = view["replicas"][0]["engine"]["pid"]
-        await check_survivor(client, server, pid, "The engine process ended with exit code -9")
+        await check_survivor(client, server, pid, "The engine process was killed by signal 9")
 
 
 async def test_a_killed_stage_of_one_replica_with_a_cluster_of_its_own_is_survived_by_the_other(

@@ -83,7 +83,7 @@ def test_the_demo_runs_on_the_timed_device(tmp_path: Path, ray_cluster: Mapping[
         ((*TIMED, "--stages", "3", "--stage-time", "1,2"), "--stage-time gives 2 times for 3 stages"),
         ((*TIMED, "--stage-time", "1,-2"), "'1,-2' is not a list of times: write it like 10 or 10,12.5."),
         ((*TIMED, "--stage-time", "inf"), "'inf' is not a list of times"),
-        ((*TIMED, "--stages", "2", "--transport", "mesh"), "joins chips, and the timed device has none"),
+        ((*TIMED, "--stage-time", "1", "--transport", "mesh"), "joins chips, and the timed device has none"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: tuple[str, ...], error: str) -> None:

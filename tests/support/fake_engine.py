@@ -174,8 +174,11 @@ class FakeEngineClient(FakeEngine):
         """Waits for ever, as it does not fail."""
         await asyncio.Event().wait()
 
-    async def counts(self, timeout_s: float) -> None:
+    async def probe(self) -> None:
         """Answers at once."""
+
+    def kill(self) -> None:
+        """Has no process."""
 
     async def close(self) -> None:
         self.closed = True

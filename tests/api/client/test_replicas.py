@@ -93,7 +93,7 @@ async def test_a_killed_engine_leaves_the_other_serving_and_gives_it_what_it_had
             assert isinstance(got, EngineError) or got == reference_answer(added.tokens, added.max_tokens, [])
         assert len(first.tokens) == 1
         assert replicas.state.phase == "ready"
-        assert replicas.state.detail.startswith("Replica 0: The engine process ended with exit code -9")
+        assert replicas.state.detail.startswith("Replica 0: The engine process was killed by signal 9")
         assert [engine.requests.finished["error"] for engine in replicas.engines] == [sum(lost), 0]
         assert replicas.engines[1].requests.finished["length"] == 40 - sum(lost)
         later = request(replicas.next_request_id())

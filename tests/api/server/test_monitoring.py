@@ -223,7 +223,7 @@ async def test_a_scrape_gives_the_front_ends_part_when_the_engine_is_gone() -> N
     assert scrape.model("vllm:generation_tokens_total") >= 20
     assert "vllm:num_requests_running" not in scrape.families
     assert (view.phase, view.engine, view.stages) == ("failed", None, [])
-    assert "The engine process ended with exit code -9" in view.detail
+    assert "The engine process was killed by signal 9" in view.detail
 
 
 async def test_questions_that_the_engine_answers_too_late_mix_up_no_later_ones() -> None:

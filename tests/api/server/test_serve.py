@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from actors.stage.health import Phase, StageProgress
 from api.client import replicas
 from api.client.progress import StartProgress
-from api.errors import EngineError, OptionError
+from api.errors import EngineError, OptionError, StoppedError, exit_code
 from api.messages.engine import AddRequest, EngineState, PipelineReport, loading_state
 from api.server import serve
 from api.server.serve import listen
@@ -54,10 +54,15 @@ class Server:
             await asyncio.sleep(0.01)
         raise AssertionError(f"/health was not {status} within {DEADLINE_S} s")
 
-    async def stop(self, number: signal.Signals) -> None:
+    async def stop(self, number: signal.Signals) -> int:
+        """Sends the signal, and returns the exit code that the command has then."""
         signal.raise_signal(number)
-        await asyncio.wait_for(self.running, DEADLINE_S)
+        [outcome] = await asyncio.wait_for(asyncio.gather(self.running, return_exceptions=True), DEADLINE_S)
         await self.client.aclose()
+        if outcome is None:
+            return 0
+        assert isinstance(outcome, StoppedError)
+        return exit_code(outcome)
 
 
 @pytest.fixture
@@ -107,7 +112,7 @@ async def test_a_signal_while_loading_ends_everything(
 ) -> None:
     server = Server(tmp_path)
     await server.until(503)
-    await server.stop(number)
+    assert await server.stop(number) == 128 + number
     assert engine.closed
 
 
@@ -169,7 +174,7 @@ async def test_open_streams_end_with_an_error_when_their_time_is_up(engine: Fake
     async with an_open_stream(server) as lines:
         stopping = asyncio.create_task(server.stop(signal.SIGTERM))
         rest = [line async for line in lines if line]
-    await stopping
+    assert await stopping == 143
     assert "The engine was closed." in rest[-2]
     assert rest[-1] == "data: [DONE]"
 
@@ -182,9 +187,9 @@ async def test_a_second_signal_ends_everything_at_once(engine: FakeEngineClient,
     async with an_open_stream(server) as lines:
         signal.raise_signal(signal.SIGTERM)
         await server.until(503)
-        stopping = asyncio.create_task(server.stop(signal.SIGTERM))
+        stopping = asyncio.create_task(server.stop(signal.SIGINT))
         rest = [line async for line in lines if line]
-    await stopping
+    assert await stopping == 143
     assert "The engine was closed." in rest[-2]
 
 
