@@ -219,7 +219,7 @@ class Scheduler:
         )
 
     def _end_for_nan(self, step_id: int, run: Run) -> RequestOutput:
-        """Ends a request for which there is no token, or no log-probability: nothing that follows would be right."""
+        """Ends a request whose token, or log-probability, is not a number: nothing that follows would be right."""
         self._end(run.sequence)
         self._leave(run)
         sentence = f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
