@@ -146,6 +146,7 @@ class EngineMeters:
         self._running: dict[int, RequestTimes] = {}
         self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
         self._returned_ns = 0
+        self._non_finite_logits = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
         """Notes that a request has come."""
@@ -161,6 +162,8 @@ class EngineMeters:
     def outputs_came(self, outputs: Sequence[RequestOutput], came_ns: int) -> None:
         """Notes what a step gave to requests, and the ends among it."""
         for output in outputs:
+            # A step that came back has no other error for a request.
+            self._non_finite_logits += output.finish_reason == "error"
             times = self._running.get(output.request_id)
             if times is not None and (output.tokens or output.finish_reason == "length"):
                 times.first_ns = times.first_ns or came_ns
@@ -219,6 +222,7 @@ class EngineMeters:
         return EngineMetrics(
             counts=counts,
             preemptions=preemptions,
+            non_finite_logits=self._non_finite_logits,
             prefill_seconds=self._inference_ns["prefill"] * NS,
             decode_seconds=self._inference_ns["decode"] * NS,
             queue_times=self._queue_times,

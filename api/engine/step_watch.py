@@ -61,6 +61,9 @@ class StepWatch:
         record = self._in_flight.popleft()
         self._meters.step_done(record, result, returned_ns)
         self._meters.outputs_came(outputs, returned_ns)
+        for output in outputs:
+            if output.finish_reason == "error":
+                log.error("a request has no token", request_id=output.request_id, error=output.error)
         if not self._in_flight:
             self._meters.pipeline_empties(returned_ns)
         if self.timeline is not None:

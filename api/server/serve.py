@@ -13,6 +13,7 @@ from http import HTTPStatus
 import click
 import structlog
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -150,37 +151,7 @@ async def _serve(
 ) -> None:
     progress = StartProgress(Console(stderr=True), settings.replicas)
     async with Replicas.open(options, progress.update) as replicas:
-        front, cache = settings.front, options[0].pipeline.stage.cache
-        watch, completions = RequestWatch(), CompletionMetrics(cache.max_model_len)
-        app = create_app(
-            model,
-            replicas,
-            settings.engine.seed,
-            admission=AdmissionControl(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
-            front=front,
-            probe=replicas.probe,
-            metrics=completions,
-        )
-        front_metrics = FrontMetrics(watch=watch, completions=completions, cache_config=cache_config(options[0]))
-        add_monitoring_routes(app, model.name, replicas.engines, front_metrics)
-        drain = Drain(app)
-        shared = CORSMiddleware(drain, **front.cors.middleware_options) if front.cors.allowed_origins else drain
-        server = HttpServer(
-            uvicorn.Config(
-                AccessLog(shared, watch, plain_paths(app), front.root_path or ""),
-                http=client_protocol(front.client_timeout_s, watch, raise_descriptor_limit()),
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=CLOSE_MARGIN_S,
-                timeout_keep_alive=math.ceil(front.timeout_keep_alive_s),
-                **({} if front.tls is None else front.tls.uvicorn_options),
-            ),
-            front.client_timeout_s,
-        )
+        app, drain, server = _http_server(settings, options, model, replicas)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         failing: asyncio.Task[None] | None = None
         try:
@@ -194,22 +165,15 @@ async def _serve(
                 # every request, which took a tenth of the front end's time.
                 gc.collect()
                 gc.freeze()
-                click.echo(_welcome(_address(listener, front), model, options, has_keys=front.api_keys is not None))
+                has_keys = settings.front.api_keys is not None
+                click.echo(_welcome(_address(listener, settings.front), model, options, has_keys=has_keys))
                 failing = asyncio.create_task(replicas.wait_failed())
                 await _wait_for(signals.asked, serving, failing)
                 failing.cancel()
             ready.cancel()
         finally:
             setattr(app.state, STOPPING, True)
-            drain.begin()
-            drained = asyncio.create_task(drain.wait())
-            await _wait_for(signals.forced, drained, timeout_s=settings.shutdown_timeout_s)
-            is_drained = drained.done()
-            # Requests that are still open end with the engine's error rather than without a word.
-            closing = asyncio.create_task(replicas.close())
-            await _wait_for(signals.forced, closing)
-            replicas.kill()
-            await closing
+            is_drained = await _end(drain, replicas, signals, settings.shutdown_timeout_s)
             server.should_exit = True
             await serving
         if signals.first == signal.SIGTERM and failing is not None and is_drained:
@@ -219,6 +183,58 @@ async def _serve(
         if failing is not None and not failing.cancelled():
             # No request can be served any more: the error ends this process, so that its supervisor starts a new one.
             failing.result()
+
+
+def _http_server(
+    settings: ServeSettings, options: list[EngineOptions], model: ServedModel, replicas: Replicas
+) -> tuple[FastAPI, Drain, HttpServer]:
+    """The application, what drains it, and the server around both."""
+    front, cache = settings.front, options[0].pipeline.stage.cache
+    watch, completions = RequestWatch(), CompletionMetrics(cache.max_model_len)
+    app = create_app(
+        model,
+        replicas,
+        settings.engine.seed,
+        admission=AdmissionControl(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
+        front=front,
+        probe=replicas.probe,
+        metrics=completions,
+    )
+    front_metrics = FrontMetrics(watch=watch, completions=completions, cache_config=cache_config(options[0]))
+    add_monitoring_routes(app, model.name, replicas.engines, front_metrics)
+    drain = Drain(app)
+    shared = CORSMiddleware(drain, **front.cors.middleware_options) if front.cors.allowed_origins else drain
+    config = uvicorn.Config(
+        AccessLog(shared, watch, plain_paths(app), front.root_path or ""),
+        http=client_protocol(front.client_timeout_s, watch, raise_descriptor_limit()),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_MARGIN_S,
+        timeout_keep_alive=math.ceil(front.timeout_keep_alive_s),
+        **({} if front.tls is None else front.tls.uvicorn_options),
+    )
+    return app, drain, HttpServer(config, front.client_timeout_s)
+
+
+async def _end(drain: Drain, replicas: Replicas, signals: StopSignals, drain_s: float) -> bool:
+    """Lets open requests end for `drain_s` seconds, then ends the engines; another signal ends either wait.
+
+    Returns whether all requests could end.
+    """
+    drain.begin()
+    drained = asyncio.create_task(drain.wait())
+    await _wait_for(signals.forced, drained, timeout_s=drain_s)
+    is_drained = drained.done()
+    # Requests that are still open end with the engine's error rather than without a word.
+    closing = asyncio.create_task(replicas.close())
+    await _wait_for(signals.forced, closing)
+    replicas.kill()
+    await closing
+    return is_drained
 
 
 def cache_config(options: EngineOptions) -> dict[str, str]:

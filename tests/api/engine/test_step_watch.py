@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from api.engine.engine import Engine
-from api.messages.engine import AbortRequest, AddRequest
+from api.messages.engine import AbortRequest, AddRequest, EngineMetrics, FromEngine, GetMetrics, Outputs
 from api.scheduler.scheduler import Scheduler
-from stages.step import SamplingParams, Step
+from stages.step import NO_TOKEN, SamplingParams, Step, StepResult
 from tests.support.engine_fakes import FakePipeline, engine_options
 
 Logs = list[MutableMapping[str, Any]]
@@ -103,3 +104,42 @@ async def test_above_the_debug_level_nothing_is_looked_up_or_logged(monkeypatch:
     assert logs == []
     assert asked == [step for step in pipeline.steps if step.admissions]
     assert len(asked) < len(pipeline.steps)
+
+
+class TokenlessPipeline(FakePipeline):
+    """A pipeline whose last stage gets logits that are not numbers."""
+
+    async def receive(self) -> StepResult:
+        """The next result, without a token."""
+        result = await super().receive()
+        return msgspec.structs.replace(result, tokens=[NO_TOKEN] * len(result.tokens))
+
+
+async def test_a_request_without_a_token_is_logged_and_counted() -> None:
+    options = engine_options()
+    pipeline = TokenlessPipeline(options.pipeline)
+    sent: list[FromEngine] = []
+    answered = asyncio.Event()
+
+    def send(message: FromEngine) -> None:
+        sent.append(message)
+        if isinstance(message, Outputs):
+            answered.set()
+
+    async def start(*_: object) -> FakePipeline:
+        return pipeline
+
+    engine = Engine(options, start, send)
+    with capture_logs() as logs:
+        engine.handle_message(request(7))
+        serving = asyncio.create_task(engine.run())
+        await answered.wait()
+        engine.handle_message(GetMetrics())
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await engine.close()
+    sentence = "Stage 1 got logits that are not numbers at step 0."
+    [line] = [entry for entry in logs if entry["event"] == "a request has no token"]
+    assert (line["request_id"], line["error"], line["log_level"]) == (7, sentence, "error")
+    [metrics] = [message for message in sent if isinstance(message, EngineMetrics)]
+    assert metrics.non_finite_logits == 1
