@@ -1,6 +1,7 @@
 """Serve and demo as Ray jobs, on the cluster that cluster.yaml describes."""
 
 import asyncio
+import contextlib
 import json
 import re
 import subprocess
@@ -58,6 +59,23 @@ def await_stopped(cluster: FileCluster, name: str) -> None:
     assert "was stopped" in cluster.ray("job", "status", name)
     until(lambda: not cluster.our_processes(), "processes of the job end")
     assert list((cluster.folder / "tmp").glob("galaxyline-*")) == []
+
+
+def test_every_port_of_ray_that_speaks_http_wants_the_token(cluster: FileCluster) -> None:
+    connections = [
+        connection
+        for process in cluster.head.children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    answers: dict[int, int] = {}
+    for connection in connections:
+        # What speaks gRPC alone is not heard.
+        with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError):
+            url = f"http://{connection.laddr.ip.removeprefix('::ffff:').replace('0.0.0.0', '127.0.0.1')}"
+            answers[connection.laddr.port] = httpx.get(f"{url}:{connection.laddr.port}/metrics", timeout=5).status_code
+    assert answers
+    assert set(answers.values()) <= {401, 403}
 
 
 def test_only_this_host_and_those_with_the_token_reach_the_job_server(cluster: FileCluster) -> None:

@@ -17,7 +17,7 @@ from tests.hosts.network import CANNOT_BE_MADE, Host, network
 from tests.hosts.ray_nodes import ray_cluster
 from tests.support.gated_serve import PROGRAM, SHUT, environment
 from tests.support.greetings import UNTRUSTED
-from tests.support.servers import Server, complete, sample_prompts, serving
+from tests.support.servers import Server, complete, launch, sample_prompts, serving, wait_until_ready
 from tests.support.untrusted_peers import besiege, heard_anew, is_unix, nobody_listens, overheard, refusals
 
 pytestmark = [
@@ -139,3 +139,22 @@ def test_stages_of_a_lost_host_find_other_rows(hosts: Hosts) -> None:
     assert "2 stages of 1 rows need 2 Galaxy rows, and they were not free" in refused
     assert f"the cluster has 2: {kept} (2, 2 in use)" in refused
     assert found == [[kept, [0]], [kept, [1]]]
+
+
+def test_a_server_whose_last_rows_are_lost_says_so_and_ends(hosts: Hosts, tmp_path: Path) -> None:
+    """Runs last: it takes the host that the others have left."""
+    with hosts.head.inside():
+        server = launch(tmp_path, "--placement-timeout", "2", environment=hosts.environment)
+        try:
+            wait_until_ready(server)
+            stages = httpx.get(f"{server.url}/pipeline", timeout=SECONDS).json()["stages"]
+            [last] = {stage["host"] for stage in stages}
+            [raylet] = [process for process in hosts.others[last].processes() if process.name() == "raylet"]
+            raylet.kill()
+            code = server.process.wait(2 * SECONDS)
+        finally:
+            server.process.kill()
+    log = server.log.read_text()
+    assert code == 2, log
+    assert f'"hosts": ["{last}"], "stages": [0, 1], "event": "hosts have left the cluster' in log
+    assert "Error: 2 stages of 1 rows need 2 Galaxy rows, and they were not free within 2 s: no host" in log

@@ -159,6 +159,10 @@ def test_files_directories_sockets_and_processes_are_closed_to_others(
     assert {name: outcome for name, outcome in outcomes.items() if outcome != "PermissionError"} == {}
 
 
+def test_stages_log_where_the_server_does(running: StoppedServer) -> None:
+    assert [f'"stage": {stage}, "rows": [{stage}]' in running.log for stage in (0, 1)] == [True, True]
+
+
 def test_ports_are_on_loopback_and_want_the_token_but_for_http(running: StoppedServer) -> None:
     listening = Traces(running).listening
     own = int(running.url.rpartition(":")[2])
