@@ -79,8 +79,7 @@ class StoppedServer:
                 env=environment,
                 stdout=log,
                 stderr=log,
-                # As a shell gives it: Ctrl-C goes to the whole group.
-                preexec_fn=leave_group,  # noqa: PLW1509 - a single system call
+                preexec_fn=_as_in_the_foreground,  # noqa: PLW1509 - two system calls
             )
         self._front_end = psutil.Process(self.process.pid)
 
@@ -189,6 +188,12 @@ class StoppedServer:
                 process.kill()
         self.process.wait(END_SECONDS)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _as_in_the_foreground() -> None:
+    """Gives a process what a shell gives a command in the foreground: a group of its own, and Ctrl-C."""
+    leave_group()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 Moment = tuple[str, Callable[[StoppedServer], bool]]

@@ -113,7 +113,9 @@ def test_a_terminal_of_another_encoding_gets_what_it_has(encoding: str, tmp_path
 def signalled(number: int, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Runs the program, which gets a signal when it imports `module`."""
     code = f"""
-import os, sys
+import os, signal, sys
+# What runs in the background of a shell has it ignored, and so do the tests then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder:
     def find_spec(self, name, path, target=None):
         if name == {module!r}:
@@ -136,7 +138,8 @@ def test_a_signal_while_a_command_is_imported_ends_it_without_a_word(number: int
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_command_works_has_it_tidy_up(number: int, tmp_path: Path) -> None:
     code = f"""
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import stages.converted_weights as converted
 load = converted.ConvertedWeights.load
 def interrupted(self, part):
