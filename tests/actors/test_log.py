@@ -15,7 +15,8 @@ WRITE = """
 import os, sys
 from actors.log import send_stderr_to
 send_stderr_to(sys.argv[1])
-print("by print", flush=True)
+sys.stdout.write("by Python\\n")
+sys.stdout.flush()
 os.write(2, b"by the system\\n")
 """
 
@@ -27,7 +28,7 @@ async def test_what_another_process_writes_comes_out_here(tmp_path: Path, capfd:
     assert [await asyncio.wait_for(writer.wait(), SECONDS) for writer in writers] == [0, 0]
     relay.close()
     said = capfd.readouterr()
-    assert sorted(said.err.splitlines()) == ["by print", "by print", "by the system", "by the system"]
+    assert sorted(said.err.splitlines()) == ["by Python", "by Python", "by the system", "by the system"]
     assert (said.out, relay.path.exists()) == ("", False)
 
 
