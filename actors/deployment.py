@@ -122,14 +122,21 @@ class Deployment:
         """Logs what the pipeline loses while nobody needs it, as it happens: hosts, Ray itself, and spares."""
         cluster, known = self._starter.cluster, set[str]()
         while not cluster.is_lost:
-            alive = {host.node_id for host in (await cluster.topology()).hosts}
-            for placed in self._stages.placement.stages:
-                if placed.host.node_id in known - alive:
-                    log.error("the host of a stage has left the cluster", host=placed.host.name, rows=placed.rows)
-            known = alive
-            await self._stages.spares.replace_lost()
+            try:
+                known = await self._watch_once(known)
+            except ClusterError as error:
+                log.warning("the cluster cannot be watched", cause=str(error))
             await asyncio.sleep(WATCH_SECONDS)
         log.error("Ray has ended on this host: requests go on, but no stage can be replaced")
+
+    async def _watch_once(self, known: set[str]) -> set[str]:
+        """Logs which of the `known` hosts of stages are gone, and replaces spares; returns the hosts that are there."""
+        alive = {host.node_id for host in (await self._starter.cluster.topology()).hosts}
+        for placed in self._stages.placement.stages:
+            if placed.host.node_id in known - alive:
+                log.error("the host of a stage has left the cluster", host=placed.host.name, rows=placed.rows)
+        await self._stages.spares.replace_lost()
+        return alive
 
     async def _rejoin_stages(self, links: EngineLinks, kill: Collection[int], deadline: float) -> Chain:
         starter, stages = self._starter, self._stages

@@ -4,6 +4,7 @@ Each is installed in an environment of its own below a temporary directory, make
 result. It is the newest release that the package index has, so that this shows what new releases of clients expect.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -52,13 +53,15 @@ Judge = Callable[[Place, str], bool]
 class ClientProgram(msgspec.Struct, frozen=True, kw_only=True):
     """A client: its packages, the first of which gives its version, and the command to run once they are installed.
 
-    One that `is_offline` is told not to ask Hugging Face's hub for what it has on the disk.
+    `needs` is what the packages need to run as clients, where they ask for much else, such as GPUs' libraries: they are
+    installed without that then. One that `is_offline` is told not to ask Hugging Face's hub for what it has on disk.
     """
 
     name: str
     packages: list[str]
     command: Callable[[Place], list[str]]
     passed: Judge
+    needs: list[str] = []
     is_node: bool = False
     is_offline: bool = True
 
@@ -195,6 +198,17 @@ def _exited(_: Place, __: str) -> bool:
     return True
 
 
+VLLM_NEEDS = [
+    # Where pip's configuration names a build of torch for the processor alone, that one.
+    f"torch=={importlib.metadata.version('torch').partition('+')[0]}",
+    *("aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "compressed-tensors", "datasets", "depyf", "einops"),
+    *("fastapi[standard]", "filelock", "ijson", "jsonschema", "llguidance", "msgspec", "openai", "orjson"),
+    *("oss-harmony", "opentelemetry-sdk", "pandas", "partial-json-parser", "pillow", "prometheus_client", "protobuf"),
+    *("psutil", "py-cpuinfo", "pybase64", "pydantic", "python-json-logger", "pyyaml", "pyzmq", "regex", "requests"),
+    *("sentencepiece", "setproctitle", "tiktoken", "tqdm", "transformers", "watchfiles", "xgrammar"),
+]
+"""What `vllm bench serve` imports of what vllm asks for."""
+
 PROGRAMS = [
     ClientProgram(name="openai", packages=["openai"], command=_script(OPENAI_PYTHON, "client.py"), passed=_says_passed),
     ClientProgram(
@@ -214,7 +228,7 @@ PROGRAMS = [
     ClientProgram(name="lm-eval", packages=["lm_eval[api]"], command=_humaneval, passed=_lm_eval_passed),
     ClientProgram(name="guidellm", packages=["guidellm"], command=_guidellm, passed=_exited),
     ClientProgram(name="aiperf", packages=["aiperf"], command=_aiperf, passed=_exited, is_offline=False),
-    ClientProgram(name="vllm", packages=["vllm"], command=_vllm, passed=_vllm_passed),
+    ClientProgram(name="vllm", packages=["vllm"], command=_vllm, passed=_vllm_passed, needs=VLLM_NEEDS),
 ]
 
 
@@ -241,6 +255,12 @@ def _install(program: ClientProgram, place: Place) -> None:
         _run(["npm", "install", "--no-fund", "--no-audit", *program.packages], place, INSTALL_S)
         return
     _run([sys.executable, "-m", "venv", str(place.folder / "env")], place, INSTALL_S)
+    if program.needs:
+        # By pip, whose configuration may name other builds than the index has.
+        pip = [place.python, "-m", "pip", "install", "--quiet"]
+        _run([*pip, *program.needs], place, INSTALL_S)
+        _run([*pip, "--no-deps", *program.packages], place, INSTALL_S)
+        return
     # In a fraction of pip's time, where it is there.
     fast = [sys.executable, "-m", "uv", "pip", "install", "--python", place.python]
     has_uv = importlib.util.find_spec("uv") is not None

@@ -115,7 +115,10 @@ class Cluster:
         _log.warning("Ray does not answer: what runs in it is left to end with this process")
 
     async def topology(self) -> Topology:
-        """Returns the hosts that are alive, and all rows they have, in use or not."""
+        """Returns the hosts that are alive, and all rows they have, in use or not.
+
+        Raises ClusterError where Ray does not tell them, as without its head.
+        """
         return await self.call(_topology)
 
     async def node_id(self) -> str:
@@ -229,7 +232,10 @@ def _refuse_outward_address() -> None:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    try:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    except Exception as error:  # what Ray raises without its head is not documented
+        raise ClusterError(f"Ray does not tell its hosts: {' '.join(str(error).split())}") from error
     return nodes
 
 
