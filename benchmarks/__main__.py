@@ -9,7 +9,7 @@ import click
 from benchmarks.support.options import benchmark_command
 from stages.device import Device
 
-BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload", "memory")
+BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload", "memory", "stopping")
 
 
 @benchmark_command("benchmarks")
@@ -19,6 +19,7 @@ def main(short: bool, device: Device, out: Path) -> None:
     for name in BENCHMARKS:
         # Scaling, overload and memory need stages that wait, not stages that share one processor.
         on = "timed" if name in {"overload", "memory"} or (name == "scaling" and device == "embedded") else device
+        on = "embedded" if name == "stopping" else on
         command = [sys.executable, "-m", f"benchmarks.{name}", "--device", on, *options]
         code = subprocess.run(command, check=False).returncode
         if code:
