@@ -17,7 +17,7 @@ from actors.pipeline import Pipeline
 from actors.stage.health import StageProgress
 from tests.support.early_runner import VARIABLE
 from tests.support.loops import on_uvloop
-from tests.support.pipelines import leftovers, options, receive, step
+from tests.support.pipelines import leftovers, options, receive, runs, step
 from tests.support.ray_cluster import ray_of_this_process
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def stop(pid: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("hurt", "cause"), [(kill, "its process died"), (stop, "no answer within 1 s")], ids=["killed", "stopped"]
+    ("hurt", "cause"), [(kill, "its process died"), (stop, "no answer within 0.9 s")], ids=["killed", "stopped"]
 )
 @pytest.mark.parametrize("victim", range(STAGES))
 @on_uvloop
@@ -91,7 +91,7 @@ async def test_a_lost_stage_is_replaced_and_the_others_stay(
         assert starts == [*range(STAGES), victim]
     finally:
         await pipeline.close()
-    assert not any(psutil.pid_exists(pid) for pid in [*before, *after])
+    assert not any(runs(pid) for pid in [*before, *after])
     assert leftovers() == []
 
 
@@ -220,7 +220,7 @@ async def test_a_spare_becomes_the_lost_stage_and_another_one_waits_then(cluster
         assert starts == [*range(STAGES), 1, 0, 1]
     finally:
         await pipeline.close()
-    assert not any(psutil.pid_exists(pid) for pid in [*seen, waiting])
+    assert not any(runs(pid) for pid in [*seen, waiting])
     assert leftovers() == []
 
 
@@ -267,7 +267,7 @@ async def test_a_spare_that_does_not_answer_is_not_used(cluster: "Cluster", hurt
         assert another not in {spare, *before, *after}
     finally:
         await pipeline.close()
-    assert not any(psutil.pid_exists(pid) for pid in [spare, another, *before, *after])
+    assert not any(runs(pid) for pid in [spare, another, *before, *after])
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ async def test_of_two_stages_that_are_lost_at_once_one_gets_the_spare(cluster: "
         await pass_steps(pipeline, 0)
     finally:
         await pipeline.close()
-    assert not any(psutil.pid_exists(pid) for pid in [spare, third, *before])
+    assert not any(runs(pid) for pid in [spare, third, *before])
 
 
 @pytest.mark.slow

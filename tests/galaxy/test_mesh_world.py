@@ -175,7 +175,9 @@ async def test_a_rank_that_stands_still_is_named_at_the_deadline(
     cluster: "Cluster", rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     how = options("stopped_in_barrier", rows[:2], tmp_path, start_timeout_s=60.0)
-    with pytest.raises(StartError, match=r"^stage 1 on \S+ \(no answer within 1 s\): did not pass the barrier in time"):
+    with pytest.raises(
+        StartError, match=r"^stage 1 on \S+ \(no answer within 0\.9 s\): did not pass the barrier in time"
+    ):
         await Pipeline.start(how, lambda _: None)
     assert leftovers() == []
 

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from actors.options import ClusterOptions, PipelineOptions
 from actors.pipeline import Pipeline
 from actors.stage.health import StageHealth, State
@@ -67,6 +69,14 @@ async def receive(pipeline: Pipeline) -> StepResult:
 
 def leftovers() -> list[str]:
     return [str(path) for path in Path(tempfile.gettempdir()).glob("galaxyline-*")]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs; one that its parent has not taken the exit code of does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def health(
