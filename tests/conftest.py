@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST_FILES = (
     "tests/benchmarks/test_benchmarks.py",
     "tests/actors/test_recovery.py",
+    "tests/program/test_stopping.py",
     "tests/deploy/test_jobs.py",
     "tests/api/demo/test_demo.py",
     "tests/actors/test_pipeline.py",
@@ -35,6 +36,7 @@ LONGEST_FILES = (
     "tests/program/test_seeded_tokens.py",
     "tests/program/test_replica_servers.py",
     "tests/program/test_shutdown.py",
+    "tests/program/test_other_users.py",
     "tests/weights/sample/test_sample_model.py",
     "tests/program/test_ray_faults.py",
     "tests/program/test_lm_eval.py",

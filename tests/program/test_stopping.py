@@ -1,5 +1,6 @@
 """Servers that are ended by signals at any moment of their start, under load, and after one of their processes died."""
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -25,17 +26,15 @@ IS_FULL = bool(os.environ.get("GALAXYLINE_FULL"))
 SHELL_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """128 and the number of the signal."""
 
-# One way at each moment, all of them in turn.
-STARTS = [
-    (moment, way)
-    for place, moment in enumerate(START_MOMENTS)
-    for way in (WAYS if IS_FULL else [WAYS[place % len(WAYS)]])
-]
-LOADS = [
-    (tokens, way)
-    for place, tokens in enumerate(TOKENS_SEEN)
-    for way in (WAYS if IS_FULL else [WAYS[place]] if place < len(WAYS) else [])
-]
+# Elsewhere every second moment in one way, all ways in turn, and two moments under load.
+STARTS: list[tuple[Moment, Way]] = (
+    list(itertools.product(START_MOMENTS, WAYS))
+    if IS_FULL
+    else list(zip(START_MOMENTS[1::2], [*WAYS, WAYS[0]], strict=True))
+)
+LOADS: list[tuple[int, Way]] = (
+    list(itertools.product(TOKENS_SEEN, WAYS)) if IS_FULL else [(TOKENS_SEEN[2], WAYS[1]), (TOKENS_SEEN[6], WAYS[3])]
+)
 
 
 @pytest.fixture(scope="module")
