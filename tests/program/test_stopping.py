@@ -26,15 +26,11 @@ IS_FULL = bool(os.environ.get("GALAXYLINE_FULL"))
 SHELL_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """128 and the number of the signal."""
 
-# Elsewhere every second moment in one way, all ways in turn, and two moments under load.
-STARTS: list[tuple[Moment, Way]] = (
-    list(itertools.product(START_MOMENTS, WAYS))
-    if IS_FULL
-    else list(zip(START_MOMENTS[1::2], [*WAYS, WAYS[0]], strict=True))
-)
-LOADS: list[tuple[int, Way]] = (
-    list(itertools.product(TOKENS_SEEN, WAYS)) if IS_FULL else [(TOKENS_SEEN[2], WAYS[1]), (TOKENS_SEEN[6], WAYS[3])]
-)
+ALL_STARTS = list(itertools.product(START_MOMENTS, WAYS))
+ALL_LOADS = list(itertools.product(TOKENS_SEEN, WAYS))
+# Unless all are asked for: every second moment of a start, all ways in turn, and two moments under load.
+STARTS = ALL_STARTS if IS_FULL else list(zip(START_MOMENTS[1::2], [*WAYS, WAYS[0]], strict=True))
+LOADS = ALL_LOADS if IS_FULL else [(TOKENS_SEEN[2], WAYS[1]), (TOKENS_SEEN[6], WAYS[3])]
 
 
 @pytest.fixture(scope="module")
