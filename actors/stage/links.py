@@ -119,7 +119,9 @@ class StageLinks:
         step_id = self._state.failed_step
         if not self._state.fail(kind, cause):
             return
-        self._log.error("stage failed", step_id=step_id, cause=cause)
+        # At every end of a pipeline links are lost too; where that was not meant, the engine's record says so.
+        log = self._log.info if kind == "lost_link" else self._log.error
+        log("stage failed", kind=kind, step_id=step_id, cause=cause)
         if self._downstream is not None:
             identity = self._state.identity
             self._downstream.post(
