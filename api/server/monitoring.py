@@ -102,7 +102,7 @@ def _pid(engine: MonitoredEngine) -> int | None:
 def _view(model_name: str, looks: Sequence[Look], *, is_stopping: bool) -> PipelineView:
     """Makes the body of GET /pipeline. Raises EngineError where no engine answers, but not all have failed.
 
-    In a server that was told to end, engines that do not answer are no more than that.
+    While the server ends, an engine that does not answer is part of that, and raises nothing.
     """
     silent = [look.cause for look in looks if look.report is None and look.state.phase != "failed"]
     if silent and all(look.report is None for look in looks) and not is_stopping:
