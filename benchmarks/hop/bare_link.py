@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import uvloop
 
 from actors.errors import LinkError
+from actors.sockets.frames import LinkMessage
 from actors.sockets.host import HostLink
 from actors.sockets.link import Arrival
 from actors.sockets.listener import HostListener, UnixAddress, connect
@@ -58,7 +59,7 @@ async def bare_link(directory: Path, share: CoreShare) -> AsyncIterator[BareLink
 
 
 class _Back:
-    """The benchmark's end: notes when a step is back, and sends it again from the callback."""
+    """The benchmark's end: notes when a step is back, and sends it again."""
 
     def expect(self, link: HostLink, step: Step, hidden: memoryview, count: int) -> "asyncio.Future[list[float]]":
         """Sends a step `count` times, each when the last one is back; the result has the times of this."""
@@ -82,8 +83,7 @@ class _Back:
             self._done.set_result(self._times)
             return
         self._left -= 1
-        # Only one message is under way at a time, so there is always a credit and the loop never waits for one.
-        self._link.send_from_thread(self._step, self._hidden, _nothing)
+        _send_in_next_turn(self._link, self._step, self._hidden, _nothing)
 
 
 class _Mirror:
@@ -95,7 +95,7 @@ class _Mirror:
     def arrived(self, arrival: Arrival) -> None:
         if self.back is None:
             raise RuntimeError("a step came before the link back was there")
-        self.back.send_from_thread(arrival.message, arrival.payload, arrival.release)
+        _send_in_next_turn(self.back, arrival.message, arrival.payload, arrival.release)
 
     def lost(self, error: LinkError) -> None:
         return
@@ -116,6 +116,15 @@ async def _mirror(pipe: Pipe, secret: Secret, there: UnixAddress, back: UnixAddr
     asyncio.get_running_loop().remove_reader(pipe.fileno())
     listener.close()
     mirror.back.close()
+
+
+def _send_in_next_turn(link: HostLink, message: LinkMessage, payload: memoryview, sent: Callable[[], None]) -> None:
+    """Sends from the loop without ever blocking it, as only one message is under way at a time.
+
+    uvloop reads a socket up to 32 times before it turns to the next one. Sent from the callback of one read, messages
+    could go round until all credits are spent, while the socket that brings more of them waits.
+    """
+    asyncio.get_running_loop().call_soon(link.send_from_thread, message, payload, sent)
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.stage.process import CoreShare
 from benchmarks.support.peer import Pipe, answer, running_peer
 
+TURN_SECONDS = 120
 TURN = struct.Struct("<QQ")
 """The size of messages in bytes, and their number."""
 
@@ -21,7 +22,10 @@ class PingPong:
         self._socket = connected
 
     def one_way_seconds(self, size: int, count: int) -> list[float]:
-        """Half the seconds of each of `count` round trips of `size` bytes, after one that is not counted."""
+        """Half the seconds of each of `count` round trips of `size` bytes, after one that is not counted.
+
+        Raises BlockingIOError if the peer does not answer within `TURN_SECONDS`.
+        """
         self._socket.sendall(TURN.pack(size, count + 1))
         message, received = memoryview(bytes(size)), memoryview(bytearray(size))
         times = []
@@ -44,6 +48,8 @@ def ping_pong(directory: Path, share: CoreShare) -> Iterator[PingPong]:
             answer(peer)
             connected, _ = listening.accept()
             with connected:
+                # A timeout of Python's own would make the socket non-blocking, and add a system call to each.
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", TURN_SECONDS, 0))
                 yield PingPong(connected)
 
 

@@ -40,7 +40,7 @@ class StagePair:
         """
         times = []
         for step_id in range(count + 1):
-            await self._to_first.send(step_of(step_id, tokens))
+            await asyncio.wait_for(self._to_first.send(step_of(step_id, tokens)), STEP_SECONDS)
             first, second = (await self._results.next()).timings
             times.append((second.began_ns - first.ended_ns) * 1e-9)
         return times[1:]
