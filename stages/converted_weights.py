@@ -10,20 +10,18 @@ import torch
 
 from stages.backend import DEVICE, set_float_dtype, ttnn
 from stages.errors import PlanError
+from stages.models.architecture import WeightSpecs, dtype_letters
 from stages.models.registry import architecture_of
 from stages.options import ITEM_BYTES, TRANSFORM_VERSION, Dtype, WeightOptions
 from stages.plan import StageSpec
 from stages.run_config import TORCH_DTYPES, StateDict, WeightConfig, load_weight_config, save_weight_config
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
-from stages.weight_specs import WeightSpecs, dtype_letters
-from weights.cache.cache import WeightCache
+from weights.cache.cache import Fingerprints, WeightCache
 from weights.cache.cache_key import CacheKey
-from weights.cache.fingerprints import Fingerprints
 from weights.checkpoint import open_weights
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig, directory_name
-from weights.source import WeightSource
-from weights.tensor_shapes import layer_prefix
+from weights.source import WeightSource, layer_prefix
 
 Convert = Callable[[ModelConfig, StateDict, Path, ttnn.MeshDevice, WeightDtypes], WeightConfig]
 

@@ -10,9 +10,9 @@ import torch
 
 from stages.backend import ttnn
 from stages.errors import DeviceError
+from stages.models.architecture import WeightSpec
 from stages.options import Dtype
 from stages.tensor_dtypes import TensorDtype
-from stages.weight_specs import WeightSpec
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -16,8 +16,7 @@ from weights.errors import CheckpointError
 from weights.model_config import FP8_BLOCK, UNCHANGED, ConfigChanges, ModelConfig
 from weights.safetensors_directory import SafetensorsDirectory
 from weights.sizes import ceil_div
-from weights.source import WeightSource
-from weights.tensor_shapes import EMBEDDING, HEAD, Shape
+from weights.source import EMBEDDING, HEAD, Shape, WeightSource
 
 SCALE_SUFFIX = "_scale_inv"
 

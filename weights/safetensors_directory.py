@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from weights.errors import CheckpointError
-from weights.tensor_shapes import Shape
+from weights.source import Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -18,8 +18,7 @@ from api.settings.paths import write_file
 from api.text.model_source import check_model_files, resolve_config
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import Deployment
-from stages.capacity.fit import Shape, check_fits, choose
-from stages.capacity.prediction import Prediction, PredictionOptions, predict
+from stages.capacity.fit import Prediction, PredictionOptions, Shape, check_fits, choose, predict
 from stages.capacity.step_time import ExpertKernel
 from stages.options import TRACE_REGION_BYTES
 from stages.tensor_dtypes import WeightDtypes

@@ -9,9 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from api.text.model_source import ModelSource
-from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
-from weights.model_config import ModelConfig
+from weights.model_config import ModelConfig, read_bounded
 
 if TYPE_CHECKING:
     from api.text.tokenizer import TextTokenizer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
+from weights.model_config import read_bounded
 
 TOKENIZER_BYTES_MAX = 1 << 27
 """Sixteen times the size of DeepSeek-R1's tokenizer.json."""

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from api.text.tiktoken import TIKTOKEN_FILE, TOKENIZER_BYTES_MAX, described_token, read_tiktoken
-from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
+from weights.model_config import read_bounded
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

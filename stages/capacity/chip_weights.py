@@ -10,11 +10,11 @@ from typing import Literal
 
 import msgspec
 
+from stages.models.architecture import WeightSpec, WeightSpecs
 from stages.models.registry import architecture_of
 from stages.options import CacheOptions
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, TILE_BYTES, VALUE_BYTES, TensorDtype, WeightDtypes
-from stages.weight_specs import WeightSpec, WeightSpecs
 from stages.wormhole import DRAM_ALIGNMENT, DRAM_BANKS, GALAXY_COLUMNS
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, round_up

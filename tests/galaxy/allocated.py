@@ -8,8 +8,8 @@ import pytest
 
 from stages.backend import ttnn
 from stages.converted_weights import ConvertedWeights, ModelPart
+from stages.models.architecture import WeightSpec, WeightSpecs
 from stages.run_config import FLOATS, WeightConfig, layout_of, weight_path
-from stages.weight_specs import WeightSpec, WeightSpecs
 
 
 def allocate(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.backend import ttnn
+from stages.models.architecture import WeightSpecs
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
 from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
@@ -21,7 +22,6 @@ from stages.models.deepseek_v3.weight_specs import (
     moe_weights,
 )
 from stages.step import Mode
-from stages.weight_specs import WeightSpecs
 from tests.galaxy.allocated import run_config
 from tests.galaxy.r1 import COLUMNS, PROMPT, R1, USERS_PER_ROW, FullSteps
 

@@ -8,9 +8,8 @@ import pytest
 from api.text.served_model import GENERATION_CONFIG_BYTES_MAX, GenerationConfig
 from api.text.tiktoken import TOKENIZER_BYTES_MAX
 from api.text.tokenizer import CONFIG_BYTES_MAX, TextTokenizer
-from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
-from weights.model_config import CONFIG_FILE_BYTES_MAX, ModelConfig
+from weights.model_config import CONFIG_FILE_BYTES_MAX, ModelConfig, read_bounded
 from weights.safetensors_directory import SafetensorsDirectory
 from weights.sample import SAMPLE_DIR
 

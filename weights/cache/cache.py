@@ -9,12 +9,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from weights.cache.cache_key import FINGERPRINT
 from weights.cache.manifest import MANIFEST_FILE, damaged_files, is_complete, note_damage, sync, write_manifest
 from weights.errors import CacheError
 from weights.sizes import in_words
+
+if TYPE_CHECKING:
+    # It imports torch, which `galaxyline cache` does without.
+    from weights.source import WeightSource
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 PUBLISH_ATTEMPTS = 3
@@ -178,3 +184,39 @@ def _locked(path: Path) -> int:
         os.close(lock)
         raise
     return lock
+
+
+FINGERPRINTS_DIRECTORY = ".fingerprints"
+
+
+class Fingerprints:
+    """Fingerprints by the inodes and times of a checkpoint's files, stored in a directory of the weight cache.
+
+    A fingerprint is valid as long as no file is replaced or written to, which changes its inode or its times.
+    """
+
+    def __init__(self, cache_directory: Path) -> None:
+        self._directory = cache_directory / FINGERPRINTS_DIRECTORY
+
+    def of(self, source: "WeightSource", *prefixes: str) -> str:
+        """Returns `source.fingerprint(*prefixes)`, from the cache if possible. Raises CheckpointError as that does."""
+        identity = source.identity(*prefixes)
+        if identity is None:
+            return source.fingerprint(*prefixes)
+        remembered = self._directory / identity
+        with suppress(OSError, UnicodeDecodeError):
+            fingerprint = remembered.read_text(encoding="ascii")
+            if re.fullmatch(FINGERPRINT, fingerprint):
+                return fingerprint
+        fingerprint = source.fingerprint(*prefixes)
+        # A fingerprint is not remembered if a file was written to while it was read.
+        if source.identity(*prefixes) == identity:
+            self._remember(remembered, fingerprint)
+        return fingerprint
+
+    def _remember(self, path: Path, fingerprint: str) -> None:
+        # If this fails, as on a full disk or in a read-only cache, the bytes are read again next time, and also if a
+        # kill leaves half a fingerprint, which does not match the pattern.
+        with suppress(OSError):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(fingerprint, encoding="ascii")

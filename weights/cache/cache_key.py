@@ -4,9 +4,12 @@ import re
 
 import msgspec
 
+FINGERPRINT = r"[0-9a-f]{64}"
+"""The pattern of a fingerprint in hexadecimal digits."""
+
 _PATTERN = re.compile(
     r"(?P<part>[a-z]+[0-9]*)-(?P<device>[a-z0-9]+)-(?P<dtype>[a-z0-9]+)-(?P<weights>[a-z0-9]+)"
-    r"-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)-v(?P<transform>[0-9]+)-(?P<fingerprint>[0-9a-f]{64})"
+    rf"-(?P<rows>[0-9]+)x(?P<columns>[0-9]+)-v(?P<transform>[0-9]+)-(?P<fingerprint>{FINGERPRINT})"
 )
 
 

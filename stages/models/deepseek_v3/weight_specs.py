@@ -3,9 +3,9 @@
 Keys of a `WeightSpecs` are those of a module's WeightConfig. Shapes are of the whole mesh unless they say otherwise.
 """
 
+from stages.models.architecture import WeightSpec, WeightSpecs
 from stages.options import CacheOptions
 from stages.tensor_dtypes import DEFAULT_DTYPES, TILE, WeightDtypes
-from stages.weight_specs import WeightSpec, WeightSpecs
 from weights.model_config import ModelConfig
 from weights.sizes import round_up
 

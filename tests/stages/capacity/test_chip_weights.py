@@ -21,8 +21,7 @@ from stages.tensor_dtypes import CHOICES, TILE_BYTES, WeightDtypes
 from tests.support.checkpoints import config_keys
 from weights.checkpoint import RandomCheckpoint
 from weights.model_config import ModelConfig
-from weights.source import PrefixView
-from weights.tensor_shapes import layer_prefix
+from weights.source import PrefixView, layer_prefix
 
 CONFIG = ModelConfig.from_dict(config_keys({"vocab_size": 500}), source="the test's model")
 MESHES = [(1, 1), (1, 8), (2, 8)]

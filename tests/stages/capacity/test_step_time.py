@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.capacity.chip_memory import chip_stages
-from stages.capacity.prediction import PredictionOptions, predict
+from stages.capacity.fit import PredictionOptions, predict
 from stages.capacity.step_time import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -34,8 +34,6 @@ R1 = r1_config()
 OPTIONS = PredictionOptions(context=2048, prompt_tokens=1024)
 TORCH_FREE = (
     "stages.capacity.step_time",
-    "stages.capacity.prediction",
-    "stages.capacity.fit",
     "stages.capacity.fit",
     "api.cli.plan",
 )

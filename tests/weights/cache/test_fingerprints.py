@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import write_checkpoint
 from weights import checkpoint as checkpoint_module
-from weights.cache.fingerprints import Fingerprints
+from weights.cache.cache import Fingerprints
 from weights.checkpoint import Checkpoint, RandomCheckpoint, open_weights
 
 LAYER = "model.layers.1."
