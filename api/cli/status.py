@@ -103,7 +103,7 @@ def _request(base: str, api_key: str | None) -> urllib.request.Request:
 def _refusal(
     base: str, error: urllib.error.HTTPError, api_key: str | None
 ) -> OptionError | EngineError | NoServerError:
-    from api.openai.responses import ErrorBody  # noqa: PLC0415 - imports starlette
+    from api.openai.bodies import ErrorBody  # noqa: PLC0415 - imports starlette
 
     if error.code == HTTPStatus.UNAUTHORIZED:
         what = "wants a key" if api_key is None else "does not know this key"

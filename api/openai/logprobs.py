@@ -4,14 +4,61 @@ from collections.abc import Iterable
 
 import msgspec
 
-from api.openai.choices import Prompt
-from api.openai.protocol import CompletionRequest
-from api.openai.responses import CompletionLogprobs, PromptLogprob, PromptLogprobs
+from api.openai.generation import DetailOptions, Prompt
 from api.text.tokenizer import CHARACTER_BYTES_MAX, REPLACEMENT, TextTokenizer
 from stages.step import VOCABULARY, TokenLogprobs
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have; vLLM has the same number."""
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities in the form of OpenAI's completions: four lists with an entry for each token.
+
+    `text_offset` counts characters of the answer's text before the token. `top_logprobs` are by text, the token's own
+    among them; of tokens with the same text the best is given. The prompt's first token has no log-probabilities.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class ChatTopEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the best tokens at a position; `bytes` are those of its text."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The token at a position, and the best ones there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTopEntry]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities in the form of OpenAI's chat: an entry for each token of the answer, thoughts included."""
+
+    content: list[ChatEntry]
+    refusal: None = None
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's entry for one token at one position of a prompt; `rank` 1 is the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""The entries of each token of a prompt, by token id, its own first; None for the first token."""
 
 
 class TokenTexts:
@@ -47,7 +94,7 @@ class TokenTexts:
         return ""
 
 
-class LegacyLogprobs:
+class CompletionEntries:
     """Collects the entries of one choice's tokens, in OpenAI's form for completions, until a chunk takes them."""
 
     def __init__(self, tokenizer: TextTokenizer, count: int, as_token_ids: bool) -> None:
@@ -111,8 +158,38 @@ class LegacyLogprobs:
         return [f"token_id:{token}" for token in tokens] if self._as_token_ids else self._texts.texts_here(tokens)
 
 
-def joined_logprobs(parts: list[CompletionLogprobs]) -> CompletionLogprobs | None:
-    """Joins the entries of all parts in their order; returns None without parts."""
+class ChatEntries:
+    """Collects the entries of one choice's tokens, in OpenAI's form for chat, until a chunk takes them."""
+
+    def __init__(self, tokenizer: TextTokenizer, count: int, as_token_ids: bool) -> None:
+        """`count` best tokens go into each entry, VOCABULARY for all; `as_token_ids` names tokens by id."""
+        self._count = count
+        self._as_token_ids = as_token_ids
+        self._texts = TokenTexts(tokenizer)
+        self._entries: list[ChatEntry] = []
+
+    def add_token(self, token: int, entry: TokenLogprobs) -> None:
+        """Adds the next token."""
+        count = len(entry.top_tokens) if self._count == VOCABULARY else self._count
+        own, *best = self._named([token, *entry.top_tokens[:count]], [entry.logprob, *entry.top_logprobs[:count]])
+        self._entries.append(ChatEntry(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=best))
+        self._texts.advance(token)
+
+    def take_logprobs(self) -> ChatLogprobs:
+        """Returns the entries since the last call."""
+        taken, self._entries = ChatLogprobs(content=self._entries), []
+        return taken
+
+    def _named(self, tokens: list[int], logprobs: list[float]) -> list[ChatTopEntry]:
+        texts = self._texts.texts_here(tokens)
+        names = [f"token_id:{token}" for token in tokens] if self._as_token_ids else texts
+        return [
+            ChatTopEntry(token=name, logprob=max(logprob, LOWEST), bytes=list(text.encode()))
+            for name, text, logprob in zip(names, texts, logprobs, strict=True)
+        ]
+
+
+def _joined_completion_logprobs(parts: list[CompletionLogprobs]) -> CompletionLogprobs | None:
     if not parts:
         return None
     return CompletionLogprobs(
@@ -151,7 +228,8 @@ class PromptEntries:
 class Details(msgspec.Struct, frozen=True, kw_only=True):
     """The details of a chunk's tokens; what was not asked for is None or unset. The first chunk has the prompt's."""
 
-    logprobs: CompletionLogprobs | None
+    completion_logprobs: CompletionLogprobs | None
+    chat_logprobs: ChatLogprobs | None
     token_ids: list[int] | msgspec.UnsetType
     prompt_token_ids: list[int] | msgspec.UnsetType
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType
@@ -160,28 +238,24 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 class TokenDetails:
     """Collects the details of one choice's tokens until its next chunk takes them."""
 
-    def __init__(self, request: CompletionRequest, prompt: Prompt, tokenizer: TextTokenizer) -> None:
+    def __init__(self, options: DetailOptions, prompt: Prompt, tokenizer: TextTokenizer) -> None:
         self._prompt = prompt
-        self._echoes = bool(request.echo)
-        self._logprobs: LegacyLogprobs | None = None
-        if request.logprobs is not None:
-            self._logprobs = LegacyLogprobs(tokenizer, request.logprobs, request.return_tokens_as_token_ids or False)
+        self._echoes = options.echoes
+        self._completion: CompletionEntries | None = None
+        self._chat: ChatEntries | None = None
+        if options.logprobs is not None and options.form == "completion":
+            self._completion = CompletionEntries(tokenizer, options.logprobs, options.as_token_ids)
+        elif options.logprobs is not None:
+            self._chat = ChatEntries(tokenizer, options.logprobs, options.as_token_ids)
         self._prompt_logprobs: PromptEntries | None = None
-        if request.prompt_logprobs is not None:
-            self._prompt_logprobs = PromptEntries(tokenizer, request.prompt_logprobs)
-        self._token_ids: list[int] | None = [] if request.return_token_ids else None
+        if options.prompt_logprobs is not None:
+            self._prompt_logprobs = PromptEntries(tokenizer, options.prompt_logprobs)
+        self._token_ids: list[int] | None = [] if options.token_ids else None
         self._is_first = True
         self._scored = 0
         self._add_prompt_token(None)
         if len(prompt.tokens) == 1:
             self._end_prompt()
-
-    @classmethod
-    def asked(cls, request: CompletionRequest, prompt: Prompt, tokenizer: TextTokenizer) -> "TokenDetails | None":
-        """Makes a collector of the details that a request asks for; None if it asks for text alone."""
-        if request.logprobs is None and request.prompt_logprobs is None and not request.return_token_ids:
-            return None
-        return cls(request, prompt, tokenizer)
 
     def add_prompt_entries(self, entries: list[TokenLogprobs]) -> None:
         """Adds the entries of the prompt's next tokens, from its second one on."""
@@ -192,8 +266,10 @@ class TokenDetails:
 
     def add_token(self, token: int, entry: TokenLogprobs | None, characters: int) -> None:
         """Adds the completion's next token, which gave the text so many characters."""
-        if self._logprobs is not None:
-            self._logprobs.add_token(token, entry, characters)
+        if self._completion is not None:
+            self._completion.add_token(token, entry, characters)
+        if self._chat is not None and entry is not None:
+            self._chat.add_token(token, entry)
         if self._token_ids is not None:
             self._token_ids.append(token)
 
@@ -201,7 +277,8 @@ class TokenDetails:
         """Returns the details since the last call."""
         token_ids = msgspec.UNSET if self._token_ids is None else self._token_ids
         details = Details(
-            logprobs=None if self._logprobs is None else self._logprobs.take_logprobs(),
+            completion_logprobs=None if self._completion is None else self._completion.take_logprobs(),
+            chat_logprobs=None if self._chat is None else self._chat.take_logprobs(),
             token_ids=token_ids,
             prompt_token_ids=self._prompt.tokens
             if self._is_first and token_ids is not msgspec.UNSET
@@ -217,11 +294,32 @@ class TokenDetails:
     def _add_prompt_token(self, entry: TokenLogprobs | None) -> None:
         token = self._prompt.tokens[self._scored]
         self._scored += 1
-        if self._logprobs is not None and self._echoes:
-            self._logprobs.add_echoed_token(token, entry)
+        if self._completion is not None and self._echoes:
+            self._completion.add_echoed_token(token, entry)
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.add_entry(token, entry)
 
     def _end_prompt(self) -> None:
-        if self._logprobs is not None:
-            self._logprobs.begin(len(self._prompt.echo))
+        if self._completion is not None:
+            self._completion.begin(len(self._prompt.echo))
+
+
+def joined_details(parts: list[Details]) -> Details | None:
+    """Joins the details of all chunks of a choice in their order; returns None without parts."""
+    if not parts:
+        return None
+    first = parts[0]
+    return msgspec.structs.replace(
+        first,
+        completion_logprobs=_joined_completion_logprobs(
+            [part.completion_logprobs for part in parts if part.completion_logprobs is not None]
+        ),
+        chat_logprobs=None
+        if first.chat_logprobs is None
+        else ChatLogprobs(
+            content=[entry for part in parts if part.chat_logprobs is not None for entry in part.chat_logprobs.content]
+        ),
+        token_ids=msgspec.UNSET
+        if first.token_ids is msgspec.UNSET
+        else [token for part in parts for token in part.token_ids or []],
+    )

@@ -1,6 +1,7 @@
-"""The fields of a completion request, with their types and ranges, and the checks that need no model."""
+"""The fields that requests of all routes share, with their types and ranges, and how a body is read."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -12,7 +13,6 @@ from api.errors import RequestError
 MESSAGE_CHARACTERS_MAX = 300
 """The most characters of a message that may repeat parts of a request."""
 
-PROMPTS_MAX = 4096
 CHOICES_MAX = 256
 STOPS_MAX = 64
 BAD_WORDS_MAX = 4096
@@ -22,31 +22,11 @@ WORD_CHARACTERS_MAX = 1024
 LOGIT_BIAS_MAX = 100.0
 """The largest bias: larger ones are cut to it, smaller ones to its negative, as in vLLM."""
 
-PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
 _WORD_LENGTHS = f"each of 1 to {WORD_CHARACTERS_MAX} characters"
 STOP_FORMS = f"a string or a list of up to {STOPS_MAX} strings, {_WORD_LENGTHS}"
 TOKEN_IDS_FORM = "a list of token ids"  # noqa: S105  # no secret
 WORDS_FORM = f"a list of up to {BAD_WORDS_MAX} strings, {_WORD_LENGTHS}"
 BIASES_FORM = 'an object of numbers by token id, like {"42": -1.5}'
-
-PromptField = str | list[str] | list[int] | list[list[int]]
-
-NOT_SERVED: dict[str, tuple[object, ...]] = {
-    "suffix": ("",),
-    "use_beam_search": (False,),
-    "prompt_embeds": (),
-    "priority": (0,),
-    "logprob_token_ids": (),
-    "repetition_detection": (),
-    "thinking_token_budget": (-1,),
-    "watermarking": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-}
-"""The fields that would change the answer but are not served, with the values that change nothing."""
 
 Fields = TypeVar("Fields", bound=pydantic.BaseModel)
 
@@ -83,24 +63,6 @@ def _request_error(error: pydantic.ValidationError) -> RequestError:
 
 
 # The lists are not checked by pydantic, which would collect an error for every element of a long one.
-def _is_prompt(value: object) -> bool:
-    if isinstance(value, str):
-        return True
-    if not isinstance(value, list):
-        return False
-    kinds = set(map(type, value))
-    if kinds == {list}:
-        return all(set(map(type, tokens)) <= {int} for tokens in value)
-    return kinds <= {str} or kinds == {int}
-
-
-def _prompt(value: Any) -> PromptField:
-    if not _is_prompt(value):
-        raise ValueError(PROMPT_FORMS)
-    prompt: PromptField = value
-    return prompt
-
-
 def _stops(value: Any) -> list[str]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not _are_words(stops) or len(stops) > STOPS_MAX:
@@ -164,17 +126,14 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class CompletionRequest(BaseModel):
-    """POST /v1/completions: the fields of OpenAI and vLLM. None is as good as absent; docs/api.md has their meaning."""
+class GenerationFields(BaseModel):
+    """The fields of OpenAI and vLLM that all routes share. None is as good as absent; docs/api.md has their meaning."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = None
-    prompt: Annotated[PromptField, PlainValidator(_prompt, json_schema_input_type=PromptField)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -200,7 +159,6 @@ class CompletionRequest(BaseModel):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
 
-    logprobs: LogprobCount | None = None
     prompt_logprobs: LogprobCount | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
@@ -210,89 +168,59 @@ class CompletionRequest(BaseModel):
     truncation_side: Literal["left", "right"] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    response_format: dict[str, Any] | None = None
 
-    suffix: Any = None
-    use_beam_search: Any = None
-    prompt_embeds: Any = None
-    priority: Any = None
-    logprob_token_ids: Any = None
-    repetition_detection: Any = None
-    thinking_token_budget: Any = None
-    watermarking: Any = None
+    response_format: dict[str, Any] | None = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    thinking_token_budget: Any = None
+
+    use_beam_search: Any = None
+    priority: Any = None
+    logprob_token_ids: Any = None
+    repetition_detection: Any = None
+    watermarking: Any = None
 
     @property
     def choice_count(self) -> int:
-        """The number of completions of each prompt."""
+        """The number of answers to each prompt."""
         return self.n or 1
 
-    @property
-    def completion_count(self) -> int:
-        """The number of completions of all prompts."""
-        return len(self.prompts()) * self.choice_count
 
-    def forget_input(self) -> None:
-        """Drops the fields that have become prompts and sampling parameters: as JSON they may be many megabytes."""
-        self.prompt = []
-        self.bad_words = []
-        self.logit_bias = {}
-        self.user = self.request_id = self.allowed_token_ids = self.response_format = None
-
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts as a list, whichever of the four forms they came in."""
-        prompt: Any = self.prompt
-        is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
-        prompts: list[str | list[int]] = [prompt] if is_one else prompt
-        return prompts
+NOT_SERVED: dict[str, tuple[object, ...]] = {
+    "use_beam_search": (False,),
+    "priority": (0,),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "watermarking": (False,),
+    "thinking_token_budget": (-1,),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+"""The fields that would change the answer but are not served, with the values that change nothing."""
 
 
-def parse_completion_request(body: bytes) -> CompletionRequest:
-    """Reads a request's body and checks what can be checked without the model.
-
-    Raises RequestError naming the field at fault, in a message of bounded length.
-    """
-    request = parse_body(CompletionRequest, body)
-    _refuse_not_served(request)
-    _refuse_contradictions(request)
-    return request
-
-
-def _refuse_not_served(request: CompletionRequest) -> None:
-    for param, neutral in NOT_SERVED.items():
+def refuse_not_served(request: GenerationFields, not_served: Mapping[str, tuple[object, ...]] = NOT_SERVED) -> None:
+    """Raises RequestError where a field asks for what is not served: `not_served` has the values that ask nothing."""
+    for param, neutral in not_served.items():
         value = getattr(request, param)
         if value is not None and value not in neutral:
             raise RequestError(f"{param} is not served: leave it out.", param)
-    if request.best_of not in {None, request.choice_count}:
-        raise RequestError("best_of other than n is not served: leave it out.", "best_of")
     if request.response_format is not None and request.response_format.get("type") != "text":
         raise RequestError(
             'response_format other than {"type": "text"} is not served: leave it out.', "response_format"
         )
 
 
-def _refuse_contradictions(request: CompletionRequest) -> None:
-    prompts = request.prompts()
-    if not prompts:
-        raise RequestError("prompt is empty: give at least one prompt.", "prompt")
-    if request.completion_count > PROMPTS_MAX:
-        raise RequestError(
-            f"{len(prompts)} prompts times n = {request.choice_count} are more than {PROMPTS_MAX} completions: "
-            "send several requests.",
-            "prompt",
-        )
-    if request.max_tokens == 0 and not request.echo:
-        raise RequestError("max_tokens must be at least 1, except with echo.", "max_tokens")
+def refuse_contradictions(request: GenerationFields) -> None:
+    """Raises RequestError where fields that all routes share contradict each other."""
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only allowed with stream.", "stream_options")
-    if request.prompt_logprobs is not None and request.stream:
-        raise RequestError(
-            "prompt_logprobs is not allowed with stream: use echo with logprobs, or no stream.", "prompt_logprobs"
-        )
     if request.allowed_token_ids == []:
         raise RequestError(
             "allowed_token_ids is empty: allow at least one token, or leave it out.", "allowed_token_ids"

@@ -13,9 +13,7 @@ from starlette.routing import Match, Route
 from api.client.open_requests import TokenSource
 from api.client.request_metrics import CompletionMetrics
 from api.messages.engine import not_ready, takes_requests
-from api.openai.choices import refuse_other_model
-from api.openai.protocol import CompletionRequest
-from api.openai.responses import (
+from api.openai.bodies import (
     INTERNAL_ERROR,
     ModelCard,
     ModelList,
@@ -24,9 +22,11 @@ from api.openai.responses import (
     refusal,
     status_body,
 )
+from api.openai.completions import CompletionRequest
+from api.openai.generation import refuse_other_model
 from api.server.access import Authentication
 from api.server.admission import AdmissionControl
-from api.server.completions import Completions
+from api.server.generations import Generations, parse_completion
 from api.server.health import Health, Probe
 from api.server.openapi import (
     DescribedApp,
@@ -86,13 +86,13 @@ def create_app(
     )
     app.bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
     admission = admission or AdmissionControl(QueueLimits.of(DEFAULT_SLOTS, model.max_model_len))
-    completions = Completions(
+    generations = Generations(
         model, engine, bodies, _seeds(seed), admission, front.request_timeout_s, metrics or CompletionMetrics()
     )
     add_route(
         app,
         "/v1/completions",
-        completions.create,
+        generations.handler(parse_completion(model)),
         completion_answers(),
         "Completes prompts, in one answer or as a stream of server-sent events.",
         method="POST",

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from actors.errors import StartError
-from api.openai.responses import encode, error_response, status_body
+from api.openai.bodies import encode, error_response, status_body
 from api.server.access import PROBES, RequestWatch, address
 from api.settings.server import DEFAULT_CLIENT_TIMEOUT_S
 

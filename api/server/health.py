@@ -8,7 +8,7 @@ from starlette.responses import Response
 from api.client.open_requests import TokenSource
 from api.errors import EngineError, NotReadyError
 from api.messages.engine import not_ready, takes_requests
-from api.openai.responses import Load, Status, Version, encode
+from api.openai.bodies import Load, Status, Version, encode
 from api.server.admission import AdmissionControl
 from api.server.openapi import add_route, answers_of
 

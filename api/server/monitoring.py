@@ -12,7 +12,7 @@ from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
 from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state
 from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
-from api.openai.responses import INTERNAL_ERROR, encode
+from api.openai.bodies import INTERNAL_ERROR, encode
 from api.server.metrics import FrontMetrics, Measured, MetricsText
 from api.server.openapi import add_route, object_answer, text_answer
 

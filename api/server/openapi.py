@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, Response
 
-from api.openai.responses import (
-    Completion,
+from api.openai.bodies import (
     DetokenizedText,
     ErrorBody,
     Load,
@@ -22,6 +21,7 @@ from api.openai.responses import (
     Tokens,
     Version,
 )
+from api.openai.completions import Completion
 from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"

@@ -24,7 +24,7 @@ from api.client.request_metrics import CompletionMetrics
 from api.engine.options import EngineOptions
 from api.engine.signals import StopSignals, on_stop_signal
 from api.errors import OptionError
-from api.openai.responses import error_response, status_body
+from api.openai.bodies import error_response, status_body
 from api.server.access import AccessLog, RequestWatch
 from api.server.admission import AdmissionControl
 from api.server.app import create_app, plain_paths

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.errors import RequestError
-from api.openai.protocol import MESSAGE_CHARACTERS_MAX, CompletionRequest, parse_completion_request
+from api.openai.completions import CompletionRequest, parse_completion_request
+from api.openai.protocol import MESSAGE_CHARACTERS_MAX
 from tests import ROOT
 
 JSON = st.recursive(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from actors.errors import PipelineError
 from api.errors import EngineError
-from api.openai.protocol import CompletionRequest
+from api.openai.completions import CompletionRequest
 from api.server.app import create_app
 from tests.support.api_server import MODEL, endless_text
 from tests.support.fake_engine import FakeEngine

@@ -1,7 +1,9 @@
-"""The route POST /v1/completions."""
+"""The routes that generate: what happens to a request of any of them between its body and its answer."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 import structlog
@@ -13,17 +15,16 @@ from api.client.open_requests import TokenSource
 from api.client.request_metrics import CompletionMetrics
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
-from api.openai.choices import Prompt, build_choices, read_prompts, refuse_other_model, sampling_params
-from api.openai.completion_stream import ChunkStream, CompletionStream, CompletionText
-from api.openai.protocol import CompletionRequest, parse_completion_request
-from api.openai.responses import Completion, encode, refusal
+from api.openai.answer_stream import AnswerFormat, AnswerStream, ChoiceText, ChunkStream
+from api.openai.bodies import encode, refusal
+from api.openai.completions import CompletionFormat, completion_generation, parse_completion_request
+from api.openai.generation import Check, CheckSize, GenerationRequest, build_choices, refuse_other_model
 from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
 from api.server.request import (
     CLIENT_LEFT,
     REQUEST_ID_HEADER,
     Bodies,
-    Check,
     ClientDisconnectedError,
     RequestDeadline,
     given_request_id,
@@ -31,24 +32,28 @@ from api.server.request import (
     run_while_connected,
 )
 from api.text.served_model import ServedModel
-from stages.step import SamplingParams
 from weights.errors import GalaxylineError
+
+Refuse = Callable[[GalaxylineError, Mapping[str, str]], Response]
+"""Writes the answer for an error, with these headers, as a route's clients know errors."""
 
 
 class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that fits the model: its fields, its prompts as tokens, and how its tokens are to be drawn.
+    """A request that fits the model, and what makes the format of its answer from the answer's id.
 
-    `request_id` is the one in its body. The fields in `request` that have become something else are empty.
+    The fields of the body are gone by then: as JSON they may be many megabytes.
     """
 
-    request: CompletionRequest
-    request_id: str | None
-    prompts: list[Prompt]
-    sampling: SamplingParams
+    generation: GenerationRequest
+    answer: Callable[[str], AnswerFormat]
 
 
-class Completions:
-    """Answers completion requests for one model with one engine."""
+Parse = Callable[[bytes, Check, CheckSize], ParsedRequest]
+"""Reads the body of one route's requests. May run on a thread; see `completion_generation` about the checks."""
+
+
+class Generations:
+    """Answers requests of all routes that generate, for one model with one engine."""
 
     def __init__(
         self,
@@ -69,8 +74,16 @@ class Completions:
         self._timeout_s = timeout_s
         self._metrics = metrics
 
-    async def create(self, http_request: Request) -> Response:
-        """The route's handler. The answer's id is that of the header, else of the request's own field, else a new one.
+    def handler(self, parse: Parse, refuse: Refuse = refusal) -> Callable[[Request], Awaitable[Response]]:
+        """Makes the handler of a route whose bodies `parse` reads, and whose refusals `refuse` writes."""
+
+        async def create(request: Request) -> Response:
+            return await self._create(request, parse, refuse)
+
+        return create
+
+    async def _create(self, http_request: Request, parse: Parse, refuse: Refuse) -> Response:
+        """The answer's id is that of the header, else of the request's own field, else a new one.
 
         All that is logged from here on in this task has the request's id.
         """
@@ -81,20 +94,20 @@ class Completions:
             self._refuse_unless_ready()
             self._admission.refuse_if_full()
             deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
-            parsed = await self._bodies.parse(http_request, self._parse, deadline)
-            request_id = given or given_request_id(parsed.request_id) or request_id
+            parsed = await self._bodies.parse(http_request, partial(self._parse, parse), deadline)
+            request_id = given or given_request_id(parsed.generation.request_id) or request_id
             structlog.contextvars.bind_contextvars(request_id=request_id)
             deadline.check()
             stream = await self._open(parsed, request_id)
             headers = {REQUEST_ID_HEADER: request_id}
-            if parsed.request.stream:
+            if parsed.generation.streams:
                 return EventStream(stream.events(), stream, headers, deadline)
-            completion = await self._whole(stream, http_request.receive, deadline)
+            answer = await self._whole(stream, http_request.receive, deadline)
         except ClientDisconnectedError:
             return Response(status_code=CLIENT_LEFT)
         except GalaxylineError as error:
-            return refusal(error, {REQUEST_ID_HEADER: request_id})
-        return Response(encode(completion), 200, headers, media_type="application/json")
+            return refuse(error, {REQUEST_ID_HEADER: request_id})
+        return Response(encode(answer), 200, headers, media_type="application/json")
 
     def _refuse_unless_ready(self) -> None:
         state = self._engine.state
@@ -102,7 +115,7 @@ class Completions:
         if not takes_requests(state):
             raise not_ready(state)
 
-    async def _whole(self, stream: CompletionStream, receive: Receive, deadline: RequestDeadline) -> Completion:
+    async def _whole(self, stream: AnswerStream, receive: Receive, deadline: RequestDeadline) -> msgspec.Struct:
         async with aclosing(stream):
             try:
                 return await run_while_connected(receive, stream.whole(), deadline)
@@ -110,34 +123,19 @@ class Completions:
                 stream.last_words(error)
                 raise
 
-    def _parse(self, body: bytes, check: Check) -> ParsedRequest:
-        request = parse_completion_request(body)
-        refuse_other_model(request.model, self._model)
-        parsed = ParsedRequest(
-            request=request,
-            request_id=request.request_id,
-            prompts=read_prompts(request, self._model, check, self._admission.check_size),
-            sampling=sampling_params(request, self._model, check),
-        )
-        request.forget_input()
-        return parsed
+    def _parse(self, parse: Parse, body: bytes, check: Check) -> ParsedRequest:
+        return parse(body, check, self._admission.check_size)
 
-    async def _open(self, parsed: ParsedRequest, request_id: str) -> CompletionStream:
+    async def _open(self, parsed: ParsedRequest, request_id: str) -> AnswerStream:
         """Sends all choices to the engine, or none: a request that cannot be served fails before its answer begins."""
-        choices = build_choices(
-            parsed.request,
-            parsed.prompts,
-            parsed.sampling,
-            self._model,
-            self._engine.next_request_id,
-            self._draw_seed,
-        )
+        request = parsed.generation
+        choices = build_choices(request, self._model, self._engine.next_request_id, self._draw_seed)
         prompt_tokens = {choice.index: len(choice.prompt.tokens) for choice in choices if choice.request is not None}
         ticket = self._admission.admit(prompt_tokens)
         chunks = ChunkStream()
         try:
             for choice in choices:
-                text = CompletionText(choice, parsed.request, self._model)
+                text = ChoiceText(choice, request, self._model)
                 if choice.request is None:
                     chunks.add_empty_choice(text)
                 else:
@@ -146,5 +144,20 @@ class Completions:
             await chunks.aclose()
             ticket.release()
             raise
-        name = f"cmpl-{request_id}"
-        return CompletionStream(name, self._model.name, parsed.request, choices, chunks, ticket, self._metrics)
+        return AnswerStream(request, choices, chunks, parsed.answer(request_id), ticket, self._metrics)
+
+
+def parse_completion(model: ServedModel) -> Parse:
+    """Makes what reads the bodies of /v1/completions."""
+
+    def parse(body: bytes, check: Check, check_size: CheckSize) -> ParsedRequest:
+        request = parse_completion_request(body)
+        refuse_other_model(request.model, model)
+        generation = completion_generation(request, model, check, check_size)
+        options = generation.stream_options
+        return ParsedRequest(
+            generation=generation,
+            answer=lambda request_id: CompletionFormat(request_id, model.name, int(time.time()), options),
+        )
+
+    return parse

@@ -13,8 +13,6 @@ from starlette.responses import Response
 from api.errors import OverloadedError, RequestError, http_status
 from weights.errors import GalaxylineError
 
-CompletionFinish = Literal["stop", "length"]
-
 DONE_EVENT = b"data: [DONE]\n\n"
 
 MESSAGE_CHARACTERS_MAX = 500
@@ -58,59 +56,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
             total_tokens=prompt_tokens + completion_tokens,
             completion_tokens=completion_tokens,
         )
-
-
-class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Log-probabilities in the form of OpenAI's completions: four lists with an entry for each token.
-
-    `text_offset` counts characters of the answer's text before the token. `top_logprobs` are by text, the token's own
-    among them; of tokens with the same text the best is given. The prompt's first token has no log-probabilities.
-    """
-
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's entry for one token at one position of a prompt; `rank` 1 is the most probable."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[int, PromptLogprob] | None]
-"""The entries of each token of a prompt, by token id, its own first; None for the first token."""
-
-
-class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One completion, or in a stream its next chunk; only the last chunk has a `finish_reason`.
-
-    `stop_reason` is the stop string or the id of the stop token that ended it, None for EOS. `token_ids` are those of
-    the completion alone; `prompt_token_ids` are in a choice's first chunk.
-    """
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: CompletionFinish | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
-
-
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /v1/completions, or one chunk of it; chunks have `usage` only where the client asked for it."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

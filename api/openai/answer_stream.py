@@ -1,11 +1,11 @@
-"""The way of a completion from the engine's outputs to the client: chunks of text, events, usage, and a log line."""
+"""The way of an answer from the engine's outputs to the client: chunks of text, a route's format, and a log line."""
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import structlog
@@ -14,25 +14,16 @@ from api.client.open_requests import OUTPUTS_WAITING_MAX, TOO_SLOW, TokenStream
 from api.client.request_metrics import CompletionMetrics
 from api.errors import EngineError
 from api.messages.engine import FinishReason, RequestOutput
-from api.openai.choices import Choice
-from api.openai.logprobs import Details, TokenDetails, joined_logprobs
-from api.openai.protocol import CompletionRequest, StreamOptions
-from api.openai.responses import (
-    DONE_EVENT,
-    INTERNAL_ERROR,
-    Completion,
-    CompletionChoice,
-    CompletionFinish,
-    Usage,
-    error_body,
-    event,
-    status_body,
-)
+from api.openai.bodies import INTERNAL_ERROR, ErrorBody, Usage, error_body, status_body
+from api.openai.generation import Choice, GenerationRequest
+from api.openai.logprobs import Details, TokenDetails
 from api.openai.stop_strings import StopStrings
 from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
 
-FINISHES: dict[FinishReason, CompletionFinish] = {"stop": "stop", "length": "length"}
+ChunkFinish = Literal["stop", "length"]
+
+FINISHES: dict[FinishReason, ChunkFinish] = {"stop": "stop", "length": "length"}
 """The reasons that clients get; with any other, the engine ended a request that was not complete."""
 
 DROPPED = "The engine dropped this request before it was complete."
@@ -49,26 +40,27 @@ class Chunk(msgspec.Struct, frozen=True):
     index: int
     text: str
     completion_tokens: int
-    finish_reason: CompletionFinish | None
+    finish_reason: ChunkFinish | None
     stop_reason: int | str | None
     details: Details | None
 
 
-class CompletionText:
+class ChoiceText:
     """Turns the tokens of one choice into chunks of text, each with the details of all tokens since the one before."""
 
-    def __init__(self, choice: Choice, request: CompletionRequest, model: ServedModel) -> None:
+    def __init__(self, choice: Choice, request: GenerationRequest, model: ServedModel) -> None:
         """An echo goes before the first chunk's text; stop strings are not looked for in it."""
         self._index = choice.index
         self._is_echo = choice.is_echo
         self._unsent = choice.prompt.echo
-        self._decoder = model.tokenizer.decoder(request.skip_special_tokens is not False)
-        self._shows_stop = request.include_stop_str_in_output or False
-        self._stops = StopStrings(request.stop, self._shows_stop)
-        self._min_tokens = request.min_tokens or 0
-        self._eos_token_ids = frozenset(() if request.ignore_eos else model.eos_token_ids)
-        self._details = TokenDetails.asked(request, choice.prompt, model.tokenizer)
-        self._has_logprobs = request.logprobs is not None
+        self._decoder = model.tokenizer.decoder(request.skips_special_tokens)
+        self._shows_stop = request.includes_stop
+        self._stops = StopStrings(request.stops, self._shows_stop)
+        self._min_tokens = request.min_tokens
+        self._eos_token_ids = frozenset(() if request.ignores_eos else model.eos_token_ids)
+        details = request.details
+        self._details = None if details.is_empty else TokenDetails(details, choice.prompt, model.tokenizer)
+        self._has_logprobs = details.logprobs is not None
         self._tokens = 0
 
     def add_output(self, output: RequestOutput) -> Iterator[Chunk]:
@@ -110,7 +102,7 @@ class CompletionText:
             self._details.add_token(output.tokens[index], entry, len(text or ""))
         return self._stops.add_text(text, self._tokens > self._min_tokens) if text else text
 
-    def _last_chunk(self, output: RequestOutput, finish: CompletionFinish) -> Chunk:
+    def _last_chunk(self, output: RequestOutput, finish: ChunkFinish) -> Chunk:
         token = output.tokens[-1]
         is_shown = finish == "length" or self._shows_stop
         text = ((self._decoder.add(token) or "") if is_shown else "") + self._decoder.flush()
@@ -120,7 +112,7 @@ class CompletionText:
         stop = token if finish == "stop" and token not in self._eos_token_ids else None
         return self._chunk(released + self._stops.flush(), finish, stop)
 
-    def _chunk(self, text: str, finish: CompletionFinish | None, stop: int | str | None = None) -> Chunk:
+    def _chunk(self, text: str, finish: ChunkFinish | None, stop: int | str | None = None) -> Chunk:
         text, self._unsent = self._unsent + text, ""
         details = None if self._details is None else self._details.take_details()
         return Chunk(self._index, text, self._tokens, finish, stop, details)
@@ -133,14 +125,14 @@ class ChunkStream:
     """
 
     def __init__(self) -> None:
-        self._choices: list[tuple[CompletionText, TokenStream]] = []
+        self._choices: list[tuple[ChoiceText, TokenStream]] = []
         self._empty: list[Chunk] = []
 
-    def add_choice(self, text: CompletionText, stream: TokenStream) -> None:
+    def add_choice(self, text: ChoiceText, stream: TokenStream) -> None:
         """Adds a choice whose tokens come from `stream`."""
         self._choices.append((text, stream))
 
-    def add_empty_choice(self, text: CompletionText) -> None:
+    def add_empty_choice(self, text: ChoiceText) -> None:
         """Adds a choice for which nothing is generated."""
         self._empty.append(text.empty())
 
@@ -159,7 +151,7 @@ class ChunkStream:
                 yield chunk
 
 
-async def _chunks_of(text: CompletionText, stream: TokenStream) -> AsyncGenerator[Chunk, None]:
+async def _chunks_of(text: ChoiceText, stream: TokenStream) -> AsyncGenerator[Chunk, None]:
     async for output in stream:
         for chunk in text.add_output(output):
             if chunk.finish_reason is not None:
@@ -170,7 +162,7 @@ async def _chunks_of(text: CompletionText, stream: TokenStream) -> AsyncGenerato
     raise EngineError.for_clients("The engine's answer ended before this request was complete.")
 
 
-async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGenerator[Chunk, None]:
+async def _merged(choices: list[tuple[ChoiceText, TokenStream]]) -> AsyncGenerator[Chunk, None]:
     # A client that does not read holds up all its choices, but not for ever: `_forward` ends them.
     queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
     most = OUTPUTS_WAITING_MAX * len(choices)
@@ -192,7 +184,7 @@ async def _merged(choices: list[tuple[CompletionText, TokenStream]]) -> AsyncGen
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _forward(text: CompletionText, stream: TokenStream, queue: asyncio.Queue[Chunk | None], most: int) -> None:
+async def _forward(text: ChoiceText, stream: TokenStream, queue: asyncio.Queue[Chunk | None], most: int) -> None:
     try:
         async for chunk in _chunks_of(text, stream):
             if queue.qsize() >= most:
@@ -216,38 +208,52 @@ class Ticket(Protocol):
         """Gives back what is left of the place. May be repeated."""
 
 
-class CompletionStream:
-    """One completion on its way to the client: iterate over `events`, or await `whole`.
+class AnswerFormat(Protocol):
+    """What a route makes of chunks. `usage` counts the tokens so far."""
+
+    id: str
+
+    def whole(self, choices: list[list[Chunk]], usage: Usage) -> msgspec.Struct:
+        """The answer that consists of these chunks of each choice."""
+
+    def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
+        """The server-sent events of a chunk; `usage` is that of its choice alone."""
+
+    def last_events(self, usage: Usage) -> Iterator[bytes]:
+        """The events after the last chunk."""
+
+    def failure(self, body: ErrorBody) -> bytes:
+        """The last events of a stream that ends early."""
+
+
+class AnswerStream:
+    """One answer on its way to the client: iterate over `events`, or await `whole`.
 
     Close it in any case: `contextlib.aclosing`.
     """
 
     def __init__(
         self,
-        completion_id: str,
-        model: str,
-        request: CompletionRequest,
+        request: GenerationRequest,
         choices: list[Choice],
         source: ChunkStream,
+        answer: AnswerFormat,
         ticket: Ticket,
         metrics: CompletionMetrics,
     ) -> None:
-        self._id = completion_id
-        self._model = model
         self._request = request
-        self._prompts = [choice.prompt for choice in choices[:: request.choice_count]]
         self._choices = choices
         self._source = source
+        self._answer = answer
         self._ticket = ticket
         self._metrics = metrics
-        self._created = int(time.time())
         self._began = time.monotonic()
         self._last: dict[int, Chunk] = {}
         self._failure: str | None = None
 
-    async def whole(self) -> Completion:
-        """Waits for the whole completion. Raises what the engine's streams raise."""
-        chunks: dict[int, list[Chunk]] = {choice.index: [] for choice in self._choices}
+    async def whole(self) -> msgspec.Struct:
+        """Waits for the whole answer. Raises what the engine's streams raise."""
+        chunks: list[list[Chunk]] = [[] for _ in self._choices]
         try:
             async for chunk in self._source:
                 self._record(chunk)
@@ -255,27 +261,30 @@ class CompletionStream:
         except Exception as error:
             self._failure = str(error)
             raise
-        return self._completion([_joined(parts) for parts in chunks.values()], self._usage())
+        return self._answer.whole(chunks, self._usage())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Gives the chunks as server-sent events. A failure is an event too, the last one before [DONE]."""
+        """Gives the chunks as server-sent events. A failure is an event too."""
         try:
-            async for chunk in self._chunks():
-                yield event(chunk)
+            async for chunk in self._source:
+                self._record(chunk)
+                usage = Usage.of(len(self._choices[chunk.index].prompt.tokens), chunk.completion_tokens)
+                for event in self._answer.events(chunk, usage):
+                    yield event
+            for event in self._answer.last_events(self._usage()):
+                yield event
         except GalaxylineError as error:
             self._failure = str(error)
-            yield event(error_body(error))
+            yield self._answer.failure(error_body(error))
         except Exception as error:
             self._failure = repr(error)
-            yield event(status_body(500, INTERNAL_ERROR))
-            yield DONE_EVENT
+            yield self._answer.failure(status_body(500, INTERNAL_ERROR))
             raise
-        yield DONE_EVENT
 
     def last_words(self, error: GalaxylineError) -> bytes:
         """The last events of a stream that ends early because of `error`."""
         self._failure = str(error)
-        return event(error_body(error)) + DONE_EVENT
+        return self._answer.failure(error_body(error))
 
     async def aclose(self) -> None:
         """Aborts what has not ended, and logs how the request went. Call it once, and not during an iteration."""
@@ -291,23 +300,9 @@ class CompletionStream:
         if chunk.finish_reason is not None:
             self._ticket.ended(chunk.index)
 
-    async def _chunks(self) -> AsyncGenerator[Completion, None]:
-        options = self._request.stream_options or StreamOptions()
-        usage: Usage | msgspec.UnsetType | None = None if options.include_usage else msgspec.UNSET
-        async for chunk in self._source:
-            self._record(chunk)
-            if options.continuous_usage_stats:
-                usage = Usage.of(len(self._choices[chunk.index].prompt.tokens), chunk.completion_tokens)
-            yield self._completion([_choice(chunk)], usage)
-        if options.include_usage:
-            yield self._completion([], self._usage())
-
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
-
     def _usage(self) -> Usage:
         """The counts so far: each prompt counts once, however many choices it has."""
-        prompt_tokens = sum(len(prompt.tokens) for prompt in self._prompts)
+        prompt_tokens = sum(len(prompt.tokens) for prompt in self._request.prompts)
         return Usage.of(prompt_tokens, sum(chunk.completion_tokens for chunk in self._last.values()))
 
     def _measure(self) -> None:
@@ -324,7 +319,7 @@ class CompletionStream:
         reasons = Counter(chunk.finish_reason or "abort" for chunk in self._last.values())
         reasons["abort"] += len(self._choices) - len(self._last)
         fields = {
-            "id": self._id,
+            "id": self._answer.id,
             "engine_requests": f"{ids[0]}-{ids[-1]}" if len(ids) > 1 else "".join(map(str, ids)),
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
@@ -335,39 +330,3 @@ class CompletionStream:
             log.info("completion ended", **fields)
         else:
             log.warning("completion failed", **fields, error=self._failure)
-
-
-def _choice(chunk: Chunk) -> CompletionChoice:
-    details = chunk.details
-    if details is None:
-        return CompletionChoice(
-            index=chunk.index, text=chunk.text, finish_reason=chunk.finish_reason, stop_reason=chunk.stop_reason
-        )
-    return CompletionChoice(
-        index=chunk.index,
-        text=chunk.text,
-        logprobs=details.logprobs,
-        finish_reason=chunk.finish_reason,
-        stop_reason=chunk.stop_reason,
-        token_ids=details.token_ids,
-        prompt_token_ids=details.prompt_token_ids,
-        prompt_logprobs=details.prompt_logprobs,
-    )
-
-
-def _joined(chunks: list[Chunk]) -> CompletionChoice:
-    """The choice that consists of these chunks."""
-    last = chunks[-1]
-    text = "".join(chunk.text for chunk in chunks)
-    details = [chunk.details for chunk in chunks if chunk.details is not None]
-    if not details:
-        return _choice(msgspec.structs.replace(last, text=text))
-    first = details[0]
-    whole = msgspec.structs.replace(
-        first,
-        logprobs=joined_logprobs([part.logprobs for part in details if part.logprobs is not None]),
-        token_ids=msgspec.UNSET
-        if first.token_ids is msgspec.UNSET
-        else [token for part in details for token in part.token_ids or []],
-    )
-    return _choice(msgspec.structs.replace(last, text=text, details=whole))
