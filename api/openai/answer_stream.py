@@ -208,7 +208,7 @@ class Ticket(Protocol):
         """Gives back what is left of the place. May be repeated."""
 
 
-class AnswerFormat(Protocol):
+class AnswerWriter(Protocol):
     """What a route makes of chunks. `usage` counts the tokens so far."""
 
     id: str
@@ -237,7 +237,7 @@ class AnswerStream:
         request: GenerationRequest,
         choices: list[Choice],
         source: ChunkStream,
-        answer: AnswerFormat,
+        answer: AnswerWriter,
         ticket: Ticket,
         metrics: CompletionMetrics,
     ) -> None:

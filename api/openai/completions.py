@@ -7,7 +7,7 @@ import msgspec
 from pydantic import Field, PlainValidator
 
 from api.errors import RequestError
-from api.openai.answer_stream import AnswerFormat, Chunk
+from api.openai.answer_stream import AnswerWriter, Chunk
 from api.openai.bodies import DONE_EVENT, ErrorBody, Usage, event
 from api.openai.generation import (
     Check,
@@ -183,7 +183,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionWriter(AnswerWriter):
     """Writes completions: one object, or a stream of objects with parts of it."""
 
     def __init__(self, request_id: str, model: str, created: int, options: StreamOptions) -> None:

@@ -15,9 +15,9 @@ from api.client.open_requests import TokenSource
 from api.client.request_metrics import CompletionMetrics
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
-from api.openai.answer_stream import AnswerFormat, AnswerStream, ChoiceText, ChunkStream
+from api.openai.answer_stream import AnswerStream, AnswerWriter, ChoiceText, ChunkStream
 from api.openai.bodies import encode, refusal
-from api.openai.completions import CompletionFormat, completion_generation, parse_completion_request
+from api.openai.completions import CompletionWriter, completion_generation, parse_completion_request
 from api.openai.generation import Check, CheckSize, GenerationRequest, build_choices, refuse_other_model
 from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
@@ -45,7 +45,7 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     generation: GenerationRequest
-    answer: Callable[[str], AnswerFormat]
+    answer: Callable[[str], AnswerWriter]
 
 
 Parse = Callable[[bytes, Check, CheckSize], ParsedRequest]
@@ -157,7 +157,7 @@ def parse_completion(model: ServedModel) -> Parse:
         options = generation.stream_options
         return ParsedRequest(
             generation=generation,
-            answer=lambda request_id: CompletionFormat(request_id, model.name, int(time.time()), options),
+            answer=lambda request_id: CompletionWriter(request_id, model.name, int(time.time()), options),
         )
 
     return parse
