@@ -22,11 +22,13 @@ from api.openai.bodies import (
     refusal,
     status_body,
 )
-from api.openai.completions import CompletionRequest
+from api.openai.chat import ChatModel, ChatRequest
+from api.openai.chat_answer import ChatCompletion
+from api.openai.completions import Completion, CompletionRequest
 from api.openai.generation import refuse_other_model
 from api.server.access import Authentication
 from api.server.admission import AdmissionControl
-from api.server.generations import Generations, parse_completion
+from api.server.generations import Generations, parse_chat, parse_completion
 from api.server.health import Health, Probe
 from api.server.openapi import (
     DescribedApp,
@@ -34,11 +36,12 @@ from api.server.openapi import (
     add_route,
     answers_of,
     body_of,
-    completion_answers,
+    generation_answers,
     timeout_header,
 )
 from api.server.request import Bodies
 from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
+from api.settings.chat import ChatOptions
 from api.settings.server import FrontSettings, QueueLimits
 from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
@@ -59,13 +62,15 @@ def create_app(
     front: FrontSettings | None = None,
     probe: Probe | None = None,
     metrics: CompletionMetrics | None = None,
+    chat: ChatOptions | None = None,
 ) -> FastAPI:
     """The application that serves `model` with `engine`.
 
     With `seed`, the seeds of requests that give none are the same in every run, in the order of their arrival.
     `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. Of `front`, the keys and the seconds of
     a request count here. `probe` finds out whether the engine answers: see `Health`. Completions that
-    have ended go into `metrics`.
+    have ended go into `metrics`. `chat` says how conversations become prompts. Raises CheckpointError where its template
+    cannot be used.
     """
     front = front or FrontSettings()
     bodies = Bodies()
@@ -84,8 +89,9 @@ def create_app(
         # A redirect would go to whatever host the client names.
         redirect_slashes=False,
     )
-    app.bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    app.bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
     admission = admission or AdmissionControl(QueueLimits.of(DEFAULT_SLOTS, model.max_model_len))
+    chat_model = ChatModel.of(model, chat or ChatOptions())
     generations = Generations(
         model, engine, bodies, _seeds(seed), admission, front.request_timeout_s, metrics or CompletionMetrics()
     )
@@ -93,10 +99,19 @@ def create_app(
         app,
         "/v1/completions",
         generations.handler(parse_completion(model)),
-        completion_answers(),
+        generation_answers(Completion, "a Completion"),
         "Completes prompts, in one answer or as a stream of server-sent events.",
         method="POST",
         more={**body_of(CompletionRequest), "parameters": [timeout_header()]},
+    )
+    add_route(
+        app,
+        "/v1/chat/completions",
+        generations.handler(parse_chat(chat_model), inline=False),
+        generation_answers(ChatCompletion, "a ChatCompletionChunk"),
+        "Answers a conversation, with tools and thoughts, in one answer or as a stream of server-sent events.",
+        method="POST",
+        more={**body_of(ChatRequest), "parameters": [timeout_header()]},
     )
     Tokenization(model, bodies).add_routes(app)
     _add_model_routes(app, model, engine)

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from api.errors import OptionError
+from api.settings.chat import ChatOptions
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
 from api.text.served_model import DEFAULT_MAX_LOGPROBS, MODELS_OWN, NO_ADVICE, WHOLE_VOCABULARY
@@ -361,5 +362,6 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             f"{NO_ADVICE}: vLLM's own; or a directory with such a file."
         ),
     ] = MODELS_OWN
+    chat: ChatOptions = ChatOptions()
     front: FrontSettings = FrontSettings()
     engine: EngineSettings
