@@ -250,7 +250,7 @@ class Chat:
             self._conversation.system = text
             self._reset()
         else:
-            self._terminal.tell(self._conversation.system or "There are no instructions: /system TEXT gives some.")
+            self._terminal.tell(self._conversation.system or "Nothing is set: /system TEXT sets instructions.")
 
     def _reset(self) -> None:
         self._conversation.reset()
