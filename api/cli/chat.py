@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -300,5 +301,7 @@ def chat_command(
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     terminal = Terminal(result_console(), is_interactive=is_interactive)
     if is_interactive:
+        # Elsewhere a second Ctrl-C ends the process at once; here each one ends an answer.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         terminal.tell(f"This is {model or models[0]}. /help lists the commands; Ctrl-D ends.")
     Chat(conversation, terminal).run()
