@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: its body, and the prompt that a conversation becomes."""
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -36,7 +35,18 @@ NO_THOUGHT = "none"
 """The reasoning_effort without a thought."""
 
 
-class ChatRequest(GenerationFields, Conversation):
+class PromptFields(Conversation):
+    """The fields that a conversation's prompt follows from."""
+
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+
+class ChatRequest(GenerationFields, PromptFields):
     """The body of POST /v1/chat/completions."""
 
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -45,14 +55,7 @@ class ChatRequest(GenerationFields, Conversation):
 
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
-    reasoning_effort: str | None = None
-
     echo: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
 
     functions: Any = None
     function_call: Any = None
@@ -132,16 +135,11 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         raise RequestError("top_logprobs is only allowed with logprobs.", "top_logprobs")
     if request.prompt_logprobs is not None and request.stream:
         raise RequestError("prompt_logprobs is not allowed with stream: use no stream.", "prompt_logprobs")
-    if request.continue_final_message and request.add_generation_prompt:
-        raise RequestError(
-            "add_generation_prompt and continue_final_message contradict each other: leave one of them out.",
-            "continue_final_message",
-        )
     return request
 
 
-def chat_turn(request: ChatRequest, model: ChatModel) -> ChatTurn:
-    """Renders the conversation of a request with the model's template, or with its own.
+def render_prompt(request: PromptFields, model: ChatModel) -> str:
+    """The text of a conversation's prompt, by the model's template or the request's own.
 
     Raises RequestError where the model has no template, or the template does not take the conversation.
     """
@@ -153,15 +151,24 @@ def chat_turn(request: ChatRequest, model: ChatModel) -> ChatTurn:
             "The model has no chat template: give one as chat_template, or start the server with --chat-template.",
             "messages",
         )
-    tools = None if request.tool_choice == "none" else request.template_tools()
     continues = request.continue_final_message or False
-    prompt = template.render(
+    if continues and request.add_generation_prompt:
+        raise RequestError(
+            "add_generation_prompt and continue_final_message contradict each other: leave one of them out.",
+            "continue_final_message",
+        )
+    return template.render(
         request.template_messages(),
-        tools=tools,
+        tools=_offered_tools(request),
         add_generation_prompt=not continues and request.add_generation_prompt is not False,
         continue_final_message=continues,
         template_kwargs=_template_kwargs(request),
     )
+
+
+def chat_turn(request: ChatRequest, model: ChatModel) -> ChatTurn:
+    """Renders the prompt of a request, and finds how the answer to it is read. Raises like `render_prompt`."""
+    prompt = render_prompt(request, model)
     in_thought = _ends_in_thought(prompt)
     if in_thought and request.reasoning_effort == NO_THOUGHT:
         prompt, in_thought = f"{prompt.rstrip()}\n{END_THINK}\n\n", False
@@ -169,14 +176,19 @@ def chat_turn(request: ChatRequest, model: ChatModel) -> ChatTurn:
         prompt=prompt,
         format=model.format,
         starts_in_thought=in_thought,
-        may_call=bool(tools),
+        may_call=bool(_offered_tools(request)),
         calls_max=1 if request.parallel_tool_calls is False else math.inf,
         shows_reasoning=request.include_reasoning is not False,
-        echo=request.final_content() if request.echo and continues else "",
+        echo=request.final_content() if request.echo and request.continue_final_message else "",
     )
 
 
-def _template_kwargs(request: ChatRequest) -> dict[str, Any]:
+def _offered_tools(request: PromptFields) -> list[dict[str, Any]] | None:
+    # A model that reads of tools calls them, whatever the request says of that.
+    return None if request.tool_choice == "none" else request.template_tools()
+
+
+def _template_kwargs(request: PromptFields) -> dict[str, Any]:
     """What the template gets beside the conversation, under the names that templates of reasoning models read."""
     kwargs: dict[str, Any] = {}
     if request.reasoning_effort is not None:

@@ -41,7 +41,6 @@ from api.server.openapi import (
 )
 from api.server.request import Bodies
 from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
-from api.settings.chat import ChatOptions
 from api.settings.server import FrontSettings, QueueLimits
 from api.text.served_model import ServedModel
 from weights.errors import GalaxylineError
@@ -62,15 +61,13 @@ def create_app(
     front: FrontSettings | None = None,
     probe: Probe | None = None,
     metrics: CompletionMetrics | None = None,
-    chat: ChatOptions | None = None,
 ) -> FastAPI:
     """The application that serves `model` with `engine`.
 
     With `seed`, the seeds of requests that give none are the same in every run, in the order of their arrival.
-    `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. Of `front`, the keys and the seconds of
-    a request count here. `probe` finds out whether the engine answers: see `Health`. Completions that
-    have ended go into `metrics`. `chat` says how conversations become prompts. Raises CheckpointError where its template
-    cannot be used.
+    `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. Of `front`, the keys, the seconds of a
+    request and the options of chat count here. `probe` finds out whether the engine answers: see `Health`. Completions
+    that have ended go into `metrics`. Raises CheckpointError where the chat template cannot be used.
     """
     front = front or FrontSettings()
     bodies = Bodies()
@@ -91,7 +88,7 @@ def create_app(
     )
     app.bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
     admission = admission or AdmissionControl(QueueLimits.of(DEFAULT_SLOTS, model.max_model_len))
-    chat_model = ChatModel.of(model, chat or ChatOptions())
+    chat_model = ChatModel.of(model, front.chat)
     generations = Generations(
         model, engine, bodies, _seeds(seed), admission, front.request_timeout_s, metrics or CompletionMetrics()
     )
@@ -113,7 +110,7 @@ def create_app(
         method="POST",
         more={**body_of(ChatRequest), "parameters": [timeout_header()]},
     )
-    Tokenization(model, bodies).add_routes(app)
+    Tokenization(chat_model, bodies).add_routes(app)
     _add_model_routes(app, model, engine)
     Health(engine, admission, probe).add_routes(app)
     add_docs_page(app)

@@ -27,7 +27,10 @@ from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"
 
-ANSWERS = (ChatCompletion, ChatCompletionChunk, Completion, DetokenizedText, ErrorBody, Load, ModelCard, ModelList, Status, Tokens, Version)
+ANSWERS = (
+    *(ChatCompletion, ChatCompletionChunk, Completion, DetokenizedText, ErrorBody, Load, ModelCard, ModelList),
+    *(Status, Tokens, Version),
+)
 
 ERRORS = {
     400: "A field is wrong, or does not fit the model.",

@@ -198,7 +198,6 @@ def _http_server(
         admission=AdmissionControl(front.queue_limits(len(options) * cache.slots, cache.max_model_len)),
         front=front,
         probe=replicas.probe,
-        chat=settings.chat,
         metrics=completions,
     )
     front_metrics = FrontMetrics(watch=watch, completions=completions, cache_config=cache_config(options[0]))

@@ -278,6 +278,7 @@ class FrontSettings(msgspec.Struct, frozen=True, kw_only=True):
         | None
     ) = None
     cors: CorsOptions = CorsOptions()
+    chat: ChatOptions = ChatOptions()
     api_keys: ApiKeys | None = None
     tls: TlsFiles | None = None
 
@@ -362,6 +363,5 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             f"{NO_ADVICE}: vLLM's own; or a directory with such a file."
         ),
     ] = MODELS_OWN
-    chat: ChatOptions = ChatOptions()
     front: FrontSettings = FrontSettings()
     engine: EngineSettings
