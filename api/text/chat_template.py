@@ -13,8 +13,8 @@ from api.text.template_budget import RENDER_SECONDS, Budget, within
 from api.text.template_messages import TEMPLATE_ERRORS, CallForm, Message, normalise_messages
 from api.text.template_sandbox import BoundedEnvironment
 from api.text.tokenizer import CONFIG_BYTES_MAX, TextTokenizer
-from weights.bounded_file import read_bounded
 from weights.errors import CheckpointError
+from weights.model_config import read_bounded
 
 DEFAULT_NAME = "default"
 """The name of the template for plain conversations, where there are several."""
