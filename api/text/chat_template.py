@@ -72,10 +72,11 @@ class ChatTemplate:
     @classmethod
     def of(cls, tokenizer: TextTokenizer, *, characters_max: int = RENDERED_CHARACTERS_MAX) -> "ChatTemplate":
         """Finds the templates that come with a tokenizer. Raises CheckpointError where there is none."""
-        source = tokenizer.config.get("chat_template")
+        source: Any = tokenizer.config.get("chat_template")
         if isinstance(source, list):
             source = {entry["name"]: entry["template"] for entry in source}
-        if not isinstance(source, str | dict):
+        texts = source.values() if isinstance(source, dict) else [source]
+        if not all(isinstance(text, str) for text in texts):
             raise CheckpointError("The model's tokenizer has no chat template.")
         return cls(source, tokenizer.special_tokens, characters_max=characters_max)
 
