@@ -4,12 +4,12 @@ import math
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from api.errors import RequestError
 from api.openai.answer import AnswerParser
 from api.openai.answer_format import END_THINK, THINK, AnswerFormat
-from api.openai.chat_messages import Conversation
+from api.openai.chat_messages import Messages, ToolChoice, Tools, parse_tool_choice
 from api.openai.generation import (
     Check,
     CheckSize,
@@ -35,15 +35,23 @@ NO_THOUGHT = "none"
 """The reasoning_effort without a thought."""
 
 
-class PromptFields(Conversation):
+class PromptFields(BaseModel):
     """The fields that a conversation's prompt follows from."""
 
+    messages: Messages
+    tools: Tools = []
+    tool_choice: Any = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+
+    @property
+    def calls(self) -> ToolChoice:
+        """Which calls are wanted. Raises RequestError where that does not fit the tools."""
+        return parse_tool_choice(self.tool_choice, self.tools)
 
 
 class ChatRequest(GenerationFields, PromptFields):
@@ -158,7 +166,7 @@ def render_prompt(request: PromptFields, model: ChatModel) -> str:
             "continue_final_message",
         )
     return template.render(
-        request.template_messages(),
+        request.messages,
         tools=_offered_tools(request),
         add_generation_prompt=not continues and request.add_generation_prompt is not False,
         continue_final_message=continues,
@@ -179,13 +187,13 @@ def chat_turn(request: ChatRequest, model: ChatModel) -> ChatTurn:
         may_call=bool(_offered_tools(request)),
         calls_max=1 if request.parallel_tool_calls is False else math.inf,
         shows_reasoning=request.include_reasoning is not False,
-        echo=request.final_content() if request.echo and request.continue_final_message else "",
+        echo=request.messages[-1]["content"] if request.echo and request.continue_final_message else "",
     )
 
 
 def _offered_tools(request: PromptFields) -> list[dict[str, Any]] | None:
     # A model that reads of tools calls them, whatever the request says of that.
-    return None if request.tool_choice == "none" else request.template_tools()
+    return None if request.calls.mode == "none" else [tool.for_template() for tool in request.tools]
 
 
 def _template_kwargs(request: PromptFields) -> dict[str, Any]:

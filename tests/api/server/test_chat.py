@@ -286,7 +286,7 @@ async def test_a_final_message_is_continued_and_echoed() -> None:
 )
 async def test_what_cannot_be_served_is_refused_with_its_field(fields: dict[str, Any], param: str) -> None:
     error = await refused(**fields)
-    assert error["param"] == param
+    assert error["param"].partition("[")[0] == param
     assert len(error["message"]) < 500
 
 
