@@ -2,19 +2,10 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import msgspec
 
-ReasoningParser = Literal["deepseek_r1", "deepseek_v3", "deepseek_v31", "none"]
-"""The values of --reasoning-parser.
-
-With deepseek_r1 the model may open a thought itself. With deepseek_v3 and deepseek_v31, which are the same, only the
-prompt opens one, where `thinking` is asked for.
-"""
-
-ToolCallParser = Literal["deepseek_v3", "deepseek_v31", "none"]
-"""The values of --tool-call-parser: V3's with a type, a name line and a fence, which R1-0528 has too, or V3.1's."""
+from api.settings.chat import ReasoningParser, ToolCallParser
 
 THINK = "<think>"
 END_THINK = "</think>"

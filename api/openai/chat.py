@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from api.errors import RequestError
 from api.openai.answer import AnswerParser
-from api.openai.answer_format import END_THINK, THINK, AnswerFormat
+from api.openai.answer_format import END_THINK, AnswerFormat, ends_in_thought
 from api.openai.chat_messages import Messages, ToolChoice, Tools, parse_tool_choice
 from api.openai.generation import (
     Check,
@@ -30,6 +30,9 @@ from api.openai.protocol import (
 from api.settings.chat import ChatOptions
 from api.text.chat_template import ChatTemplate
 from api.text.served_model import ServedModel
+
+TEMPLATE_ROOM = 4
+"""So many times the longest prompt's characters may come out of a template: a prompt may be truncated after that."""
 
 NO_THOUGHT = "none"
 """The reasoning_effort without a thought."""
@@ -99,7 +102,7 @@ class ChatModel(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, served: ServedModel, options: ChatOptions) -> "ChatModel":
         """Finds the template in the options, or where the tokenizer has it. Raises CheckpointError for a wrong one."""
-        tokenizer, most = served.tokenizer, served.prompt_characters_max
+        tokenizer, most = served.tokenizer, TEMPLATE_ROOM * served.prompt_characters_max
         if options.chat_template is not None:
             template = ChatTemplate.from_file(options.chat_template, tokenizer, characters_max=most)
         elif "chat_template" in tokenizer.config:
@@ -177,7 +180,7 @@ def render_prompt(request: PromptFields, model: ChatModel) -> str:
 def chat_turn(request: ChatRequest, model: ChatModel) -> ChatTurn:
     """Renders the prompt of a request, and finds how the answer to it is read. Raises like `render_prompt`."""
     prompt = render_prompt(request, model)
-    in_thought = _ends_in_thought(prompt)
+    in_thought = ends_in_thought(prompt)
     if in_thought and request.reasoning_effort == NO_THOUGHT:
         prompt, in_thought = f"{prompt.rstrip()}\n{END_THINK}\n\n", False
     return ChatTurn(
@@ -205,11 +208,6 @@ def _template_kwargs(request: PromptFields) -> dict[str, Any]:
     if request.documents is not None:
         kwargs["documents"] = request.documents
     return {**kwargs, **(request.chat_template_kwargs or {})}
-
-
-def _ends_in_thought(prompt: str) -> bool:
-    """Whether the answer begins inside a thought: behind the last tag of one, and that a beginning."""
-    return prompt.rstrip().endswith(THINK) or prompt.rfind(THINK) > prompt.rfind(END_THINK)
 
 
 def chat_generation(
