@@ -14,7 +14,7 @@ EXPECTED = [prompt.text for prompt in PROMPTS]
 """Hugging Face\'s greedy text of every prompt."""
 LAYERS = 6
 CLIENTS = 64
-FEW = 16
+FEW = 8
 """Tokens of an answer alone on several stages: the same are decoded for the crowd, whose answers are whole."""
 OF_ALL_LENGTHS = [*range(6), *range(22, 35, 6)]
 """Some prompts of a line each, and some of hundreds of tokens."""
