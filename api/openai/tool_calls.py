@@ -5,7 +5,8 @@ from collections.abc import Callable
 from re import Pattern
 
 from api.openai.answer_deltas import DeltaCollector
-from api.openai.answer_format import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR, TOOL_TAGS, ToolCallParser
+from api.openai.answer_format import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR, TOOL_TAGS
+from api.settings.chat import ToolCallParser
 
 HEADER_CHARACTERS_MAX = 512
 """The most characters between the beginning of a call and its arguments; names of functions have at most 64."""

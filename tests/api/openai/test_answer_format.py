@@ -2,7 +2,8 @@
 
 import pytest
 
-from api.openai.answer_format import AnswerFormat, ReasoningParser, ToolCallParser, detect_format, ends_in_thought
+from api.openai.answer_format import AnswerFormat, detect_format, ends_in_thought
+from api.settings.chat import ReasoningParser, ToolCallParser
 
 V3_SOURCE = (
     "{{'<｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>' + tool['function']['name'] + '\n' + '```json'}}"
