@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import structlog
 
@@ -50,6 +51,11 @@ LONGEST_FILES = (
     "tests/benchmarks/test_memory.py",
 )
 """Files whose slow tests take more than a quarter of a minute each, by that time."""
+
+# No test fails because the machine is busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
 ROWS = 8
 LOG_CHARACTERS = 8000
 """How much of each log of a failed test is shown."""
