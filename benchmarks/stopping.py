@@ -246,9 +246,9 @@ def stop_under_load(cache: Path, tokens: int, way: Way) -> StopRow:
         return row
 
 
-def kill_one(cache: Path, kind: str) -> StopRow:
-    """Starts a server and kills one of its processes."""
-    with server(cache, "--spare") as whole:
+def kill_one(cache: Path, kind: str, *options: str) -> StopRow:
+    """Starts a server, with these options, and kills one of its processes."""
+    with server(cache, "--spare", *options) as whole:
         whole.until(whole.is_ready)
         whole.until(lambda: "a spare process waits" in whole.log)
         return whole.kill(kind)

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import structlog
 
@@ -24,28 +25,37 @@ os.environ.setdefault("DEEPSEEK_V3_CACHE", str(ROOT / "generated" / "deepseek_v3
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONGEST_FILES = (
-    "tests/benchmarks/test_benchmarks.py",
-    "tests/actors/test_recovery.py",
-    "tests/program/test_stopping.py",
-    "tests/deploy/test_jobs.py",
-    "tests/api/demo/test_demo.py",
-    "tests/actors/test_pipeline.py",
     "tests/program/test_end_to_end.py",
-    "tests/hosts/test_lost_host.py",
-    "tests/hosts/test_hosts.py",
-    "tests/program/test_seeded_tokens.py",
+    "tests/deploy/test_jobs.py",
     "tests/program/test_replica_servers.py",
-    "tests/program/test_shutdown.py",
-    "tests/program/test_other_users.py",
-    "tests/weights/sample/test_sample_model.py",
-    "tests/program/test_ray_faults.py",
-    "tests/program/test_lm_eval.py",
-    "tests/scaling/test_timed_server.py",
-    "tests/benchmarks/test_overload.py",
-    "tests/scaling/test_scaling_benchmark.py",
+    "tests/api/demo/test_demo.py",
+    "tests/hosts/test_hosts.py",
+    "tests/hosts/test_lost_host.py",
+    "tests/program/test_stopping.py",
+    "tests/program/test_seeded_tokens.py",
+    "tests/actors/test_recovery.py",
     "tests/program/test_poisoned_requests.py",
+    "tests/program/test_shutdown.py",
+    "tests/program/test_lm_eval.py",
+    "tests/program/test_ray_faults.py",
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/weights/sample/test_sample_model.py",
+    "tests/actors/test_pipeline.py",
+    "tests/scaling/test_timed_server.py",
+    "tests/api/server/test_untrusted_peers.py",
+    "tests/program/test_load.py",
+    "tests/program/test_other_users.py",
+    "tests/benchmarks/test_overload.py",
+    "tests/program/test_monitored_server.py",
+    "tests/scaling/test_scaling_benchmark.py",
+    "tests/benchmarks/test_memory.py",
 )
-"""Files whose slow tests take more than half a minute each, by that time."""
+"""Files whose slow tests take more than a quarter of a minute each, by that time."""
+
+# No test fails because the machine is busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
 ROWS = 8
 LOG_CHARACTERS = 8000
 """How much of each log of a failed test is shown."""

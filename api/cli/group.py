@@ -17,6 +17,7 @@ from weights.release import VERSION
 
 SUMMARIES = {
     "cache": "List, check and clear the converted weights below --cache-dir.",
+    "chat": "Talk with the model of a running server.",
     "convert": "Convert the weights of MODEL, a directory or a hub id, into the weight cache, for any split.",
     "demo": "Complete PROMPTS, or those of a file, and print or write the completions and statistics.",
     "plan": "Say whether MODEL fits some Galaxy rows, and predict its speed there.",

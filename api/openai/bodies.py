@@ -41,12 +41,19 @@ INTERNAL_ERROR = "The server failed on this request; its log has the cause."
 _ENCODER = msgspec.json.Encoder()
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """The completion tokens by kind."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts. Completion tokens are all that were sampled, with the one that a completion stopped at (EOS)."""
 
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
     def of(cls, prompt_tokens: int, completion_tokens: int) -> "Usage":
@@ -56,6 +63,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
             total_tokens=prompt_tokens + completion_tokens,
             completion_tokens=completion_tokens,
         )
+
+    def with_reasoning(self, tokens: int) -> "Usage":
+        """The same counts, and how many of the completion tokens are thought."""
+        return msgspec.structs.replace(self, completion_tokens_details=CompletionTokensDetails(reasoning_tokens=tokens))
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,11 +22,13 @@ from api.openai.bodies import (
     refusal,
     status_body,
 )
-from api.openai.completions import CompletionRequest
+from api.openai.chat import ChatModel, ChatRequest
+from api.openai.chat_answer import ChatCompletion
+from api.openai.completions import Completion, CompletionRequest
 from api.openai.generation import refuse_other_model
 from api.server.access import Authentication
 from api.server.admission import AdmissionControl
-from api.server.generations import Generations, parse_completion
+from api.server.generations import Generations, parse_chat, parse_completion
 from api.server.health import Health, Probe
 from api.server.openapi import (
     DescribedApp,
@@ -34,7 +36,7 @@ from api.server.openapi import (
     add_route,
     answers_of,
     body_of,
-    completion_answers,
+    generation_answers,
     timeout_header,
 )
 from api.server.request import Bodies
@@ -63,9 +65,9 @@ def create_app(
     """The application that serves `model` with `engine`.
 
     With `seed`, the seeds of requests that give none are the same in every run, in the order of their arrival.
-    `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. Of `front`, the keys and the seconds of
-    a request count here. `probe` finds out whether the engine answers: see `Health`. Completions that
-    have ended go into `metrics`.
+    `admission` bounds what waits, by default as for an engine of DEFAULT_SLOTS. Of `front`, the keys, the seconds of a
+    request and the options of chat count here. `probe` finds out whether the engine answers: see `Health`. Completions
+    that have ended go into `metrics`. Raises CheckpointError where the chat template cannot be used.
     """
     front = front or FrontSettings()
     bodies = Bodies()
@@ -84,8 +86,9 @@ def create_app(
         # A redirect would go to whatever host the client names.
         redirect_slashes=False,
     )
-    app.bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    app.bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
     admission = admission or AdmissionControl(QueueLimits.of(DEFAULT_SLOTS, model.max_model_len))
+    chat_model = ChatModel.of(model, front.chat)
     generations = Generations(
         model, engine, bodies, _seeds(seed), admission, front.request_timeout_s, metrics or CompletionMetrics()
     )
@@ -93,12 +96,21 @@ def create_app(
         app,
         "/v1/completions",
         generations.handler(parse_completion(model)),
-        completion_answers(),
+        generation_answers(Completion, "a Completion"),
         "Completes prompts, in one answer or as a stream of server-sent events.",
         method="POST",
         more={**body_of(CompletionRequest), "parameters": [timeout_header()]},
     )
-    Tokenization(model, bodies).add_routes(app)
+    add_route(
+        app,
+        "/v1/chat/completions",
+        generations.handler(parse_chat(chat_model), inline=False),
+        generation_answers(ChatCompletion, "a ChatCompletionChunk"),
+        "Answers a conversation, with tools and thoughts, in one answer or as a stream of server-sent events.",
+        method="POST",
+        more={**body_of(ChatRequest), "parameters": [timeout_header()]},
+    )
+    Tokenization(chat_model, bodies).add_routes(app)
     _add_model_routes(app, model, engine)
     Health(engine, admission, probe).add_routes(app)
     add_docs_page(app)

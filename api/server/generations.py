@@ -17,6 +17,8 @@ from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.answer_stream import AnswerStream, AnswerWriter, ChoiceText, ChunkStream
 from api.openai.bodies import encode, refusal
+from api.openai.chat import ChatModel, chat_generation, chat_turn, parse_chat_request
+from api.openai.chat_answer import ChatWriter
 from api.openai.completions import CompletionWriter, completion_generation, parse_completion_request
 from api.openai.generation import Check, CheckSize, GenerationRequest, build_choices, refuse_other_model
 from api.server.admission import AdmissionControl
@@ -74,15 +76,20 @@ class Generations:
         self._timeout_s = timeout_s
         self._metrics = metrics
 
-    def handler(self, parse: Parse, refuse: Refuse = refusal) -> Callable[[Request], Awaitable[Response]]:
-        """Makes the handler of a route whose bodies `parse` reads, and whose refusals `refuse` writes."""
+    def handler(
+        self, parse: Parse, refuse: Refuse = refusal, *, inline: bool = True
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """Makes the handler of a route whose bodies `parse` reads, and whose refusals `refuse` writes.
+
+        Unless `inline`, even a small body is read on a thread: it may bring a template or a grammar, which take long.
+        """
 
         async def create(request: Request) -> Response:
-            return await self._create(request, parse, refuse)
+            return await self._create(request, parse, refuse, inline)
 
         return create
 
-    async def _create(self, http_request: Request, parse: Parse, refuse: Refuse) -> Response:
+    async def _create(self, http_request: Request, parse: Parse, refuse: Refuse, inline: bool) -> Response:
         """The answer's id is that of the header, else of the request's own field, else a new one.
 
         All that is logged from here on in this task has the request's id.
@@ -94,7 +101,7 @@ class Generations:
             self._refuse_unless_ready()
             self._admission.refuse_if_full()
             deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
-            parsed = await self._bodies.parse(http_request, partial(self._parse, parse), deadline)
+            parsed = await self._bodies.parse(http_request, partial(self._parse, parse), deadline, inline=inline)
             request_id = given or given_request_id(parsed.generation.request_id) or request_id
             structlog.contextvars.bind_contextvars(request_id=request_id)
             deadline.check()
@@ -145,6 +152,24 @@ class Generations:
             ticket.release()
             raise
         return AnswerStream(request, choices, chunks, parsed.answer(request_id), ticket, self._metrics)
+
+
+def parse_chat(model: ChatModel) -> Parse:
+    """Makes what reads the bodies of /v1/chat/completions."""
+    served = model.served
+
+    def parse(body: bytes, check: Check, check_size: CheckSize) -> ParsedRequest:
+        request = parse_chat_request(body)
+        refuse_other_model(request.model, served)
+        turn = chat_turn(request, model)
+        generation = chat_generation(request, turn, served, check, check_size)
+        options = generation.stream_options
+        return ParsedRequest(
+            generation=generation,
+            answer=lambda request_id: ChatWriter(request_id, served.name, int(time.time()), turn, options),
+        )
+
+    return parse
 
 
 def parse_completion(model: ServedModel) -> Parse:

@@ -21,12 +21,16 @@ from api.openai.bodies import (
     Tokens,
     Version,
 )
+from api.openai.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.openai.completions import Completion
 from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"
 
-ANSWERS = (Completion, DetokenizedText, ErrorBody, Load, ModelCard, ModelList, Status, Tokens, Version)
+ANSWERS = (
+    *(ChatCompletion, ChatCompletionChunk, Completion, DetokenizedText, ErrorBody, Load, ModelCard, ModelList),
+    *(Status, Tokens, Version),
+)
 
 ERRORS = {
     400: "A field is wrong, or does not fit the model.",
@@ -42,13 +46,6 @@ ERRORS = {
 }
 BODY_ERRORS = (400, 404, 408, 413, 431)
 EVERYWHERE = (401, 500)
-
-EVENT = {
-    "type": "object",
-    "description": "A server-sent event: a Completion or an ErrorBody as JSON; the last one is [DONE].",
-    "properties": {"data": {"type": "string"}},
-    "required": ["data"],
-}
 
 KEY = "API key"
 """The name of the security scheme in the document."""
@@ -175,10 +172,16 @@ def errors_of(*errors: int) -> dict[int | str, Description]:
     return described
 
 
-def completion_answers() -> dict[int | str, Description]:
-    """Describes the answers of /v1/completions: one object, or a stream of events."""
-    answers = answers_of(Completion, *BODY_ERRORS, 429, 503, 504)
-    answers[200]["content"]["text/event-stream"] = {"schema": EVENT}
+def generation_answers(kind: type[msgspec.Struct], chunk: str) -> dict[int | str, Description]:
+    """Describes the answers of a route that generates: one object of this `kind`, or events with `chunk` each."""
+    answers = answers_of(kind, *BODY_ERRORS, 429, 503, 504)
+    event = {
+        "type": "object",
+        "description": f"A server-sent event: {chunk} or an ErrorBody as JSON; the last one is [DONE].",
+        "properties": {"data": {"type": "string"}},
+        "required": ["data"],
+    }
+    answers[200]["content"]["text/event-stream"] = {"schema": event}
     answers[200]["headers"] = _REQUEST_ID
     return answers
 

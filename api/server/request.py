@@ -164,9 +164,14 @@ class Bodies:
         self._trimming: asyncio.TimerHandle | None = None
 
     async def parse(
-        self, request: Request, parse: Callable[[bytes, Check], Parsed], deadline: RequestDeadline
+        self,
+        request: Request,
+        parse: Callable[[bytes, Check], Parsed],
+        deadline: RequestDeadline,
+        *,
+        inline: bool = True,
     ) -> Parsed:
-        """Reads and parses a body.
+        """Reads and parses a body, on a thread unless it is small and may be parsed `inline`.
 
         Raises like `read_body` and `parse`, OverloadedError where too many large bodies are at work, DeadlineError, and
         ClientDisconnectedError if the client goes away first.
@@ -177,7 +182,7 @@ class Bodies:
         except BaseException:
             held.release()
             raise
-        if len(body) <= INLINE_BODY_BYTES_MAX:
+        if inline and len(body) <= INLINE_BODY_BYTES_MAX:
             held.release()
             return parse(body, lambda: None)
         is_over = threading.Event()

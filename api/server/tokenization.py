@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, PlainValidator
@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from api.errors import RequestError
 from api.openai.bodies import DetokenizedText, Tokens, encode
+from api.openai.chat import ChatModel, PromptFields, render_prompt
 from api.openai.generation import refuse_other_model, refuse_outside_vocabulary
 from api.openai.protocol import TOKEN_IDS_FORM, parse_body, token_ids
 from api.server.openapi import BODY_ERRORS, add_route, answers_of, body_of, object_answer
@@ -33,14 +34,21 @@ def _required_token_ids(value: object) -> list[int]:
 
 
 class TokenizeRequest(BaseModel):
-    """The body of POST /tokenize."""
+    """The body of POST /tokenize: a text or, with `messages`, that of a `TokenizeChatRequest`."""
 
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    prompt: str
+    prompt: str | None = None
+    messages: Any = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(PromptFields):
+    """The body of POST /tokenize with a conversation in place of a text."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class DetokenizeRequest(BaseModel):
@@ -55,15 +63,16 @@ class DetokenizeRequest(BaseModel):
 class Tokenization:
     """The routes that need the model's tokenizer alone: the engine need not be ready."""
 
-    def __init__(self, model: ServedModel, bodies: Bodies) -> None:
-        self._model = model
+    def __init__(self, chat: ChatModel, bodies: Bodies) -> None:
+        self._chat = chat
+        self._model = model = chat.served
         self._bodies = bodies
         self._info = json.dumps(_info(model), ensure_ascii=False).encode()
 
     def add_routes(self, app: FastAPI) -> None:
         """Adds the three routes to an application."""
         for path, handler, kind, answer, summary in (
-            ("/tokenize", self.tokenize, TokenizeRequest, Tokens, "Turns a text into tokens."),
+            ("/tokenize", self.tokenize, TokenizeRequest, Tokens, "Turns a text or a conversation into tokens."),
             ("/detokenize", self.detokenize, DetokenizeRequest, DetokenizedText, "Turns tokens into their text."),
         ):
             answers = answers_of(answer, *BODY_ERRORS, 429)
@@ -73,19 +82,19 @@ class Tokenization:
 
     async def tokenize(self, request: Request) -> Response:
         """Answers with the tokens of a text. Raises RequestError."""
-        return await self._answer(request, self._tokenized)
+        return await self._answer(request, self._tokenized, inline=False)
 
     async def detokenize(self, request: Request) -> Response:
         """Answers with the text of tokens, special ones included. Raises RequestError."""
-        return await self._answer(request, self._detokenized)
+        return await self._answer(request, self._detokenized, inline=True)
 
     async def tokenizer_info(self) -> Response:
         """Answers with the contents of tokenizer_config.json, each special token as its text."""
         return Response(self._info, media_type="application/json")
 
-    async def _answer(self, request: Request, answered: Callable[[bytes, Check], bytes]) -> Response:
+    async def _answer(self, request: Request, answered: Callable[[bytes, Check], bytes], *, inline: bool) -> Response:
         try:
-            answer = await self._bodies.parse(request, answered, RequestDeadline(None))
+            answer = await self._bodies.parse(request, answered, RequestDeadline(None), inline=inline)
         except ClientDisconnectedError:
             return Response(status_code=CLIENT_LEFT)
         return Response(answer, media_type="application/json")
@@ -93,11 +102,21 @@ class Tokenization:
     def _tokenized(self, body: bytes, check: Check) -> bytes:
         request = parse_body(TokenizeRequest, body)
         refuse_other_model(request.model, self._model)
+        if request.messages is not None:
+            prompt = render_prompt(parse_body(TokenizeChatRequest, body), self._chat)
+        elif request.prompt is not None:
+            prompt = request.prompt
+        else:
+            raise RequestError("prompt is missing: give a text, or messages.", "prompt")
         most = max(self._model.prompt_characters_max, CHARACTERS_MAX)
-        if len(request.prompt) > most:
-            raise RequestError(f"prompt has {len(request.prompt)} characters, more than {most}: send parts.", "prompt")
+        if len(prompt) > most:
+            raise RequestError(f"prompt has {len(prompt)} characters, more than {most}: send parts.", "prompt")
         tokenizer = self._model.tokenizer
-        tokens = tokenizer.encode(request.prompt, request.add_special_tokens is not False, check=check)
+        # A template writes the special tokens itself.
+        adds_special_tokens = request.add_special_tokens or (
+            request.add_special_tokens is None and request.messages is None
+        )
+        tokens = tokenizer.encode(prompt, adds_special_tokens, check=check)
         answer = Tokens(
             count=len(tokens),
             max_model_len=self._model.max_model_len,

@@ -49,7 +49,7 @@ class VainOption(NamedTuple):
     is_switch: bool = False
 
 
-_NO_CHAT = "only completions are served"
+_ALWAYS = "it is always on: see --reasoning-parser and --tool-call-parser"
 _NO_GRAPHS = "steps are launched op by op unless --enable-trace is given"
 _LOGS = "requests are counted in /metrics, and --log-level says what is logged"
 _MEMORY = "--num-blocks and --max-num-seqs say what the KV cache takes"
@@ -73,13 +73,10 @@ VAIN_OPTIONS = (
     VainOption(("--enable-chunked-prefill",), "prompts are always computed in chunks", is_switch=True),
     VainOption(("--num-scheduler-steps",), "each token is scheduled when its step returns"),
     VainOption(("--scheduling-policy",), "requests run in the order of their arrival"),
-    VainOption(("--reasoning-parser",), _NO_CHAT),
-    VainOption(("--enable-reasoning",), _NO_CHAT, is_switch=True),
-    VainOption(("--enable-auto-tool-choice",), _NO_CHAT, is_switch=True),
-    VainOption(("--tool-call-parser",), _NO_CHAT),
-    VainOption(("--chat-template",), _NO_CHAT),
-    VainOption(("--chat-template-content-format",), _NO_CHAT),
-    VainOption(("--response-role",), _NO_CHAT),
+    VainOption(("--enable-reasoning",), _ALWAYS, is_switch=True),
+    VainOption(("--enable-auto-tool-choice",), _ALWAYS, is_switch=True),
+    VainOption(("--chat-template-content-format",), "the content of messages is text"),
+    VainOption(("--response-role",), "answers are the assistant's"),
     VainOption(("--uvicorn-log-level",), _LOGS),
     VainOption(("--disable-log-requests",), _LOGS, is_switch=True),
     VainOption(("--enable-log-requests",), _LOGS, is_switch=True),

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from api.errors import OptionError
+from api.settings.chat import ChatOptions
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
 from api.text.served_model import DEFAULT_MAX_LOGPROBS, MODELS_OWN, NO_ADVICE, WHOLE_VOCABULARY
@@ -277,6 +278,7 @@ class FrontSettings(msgspec.Struct, frozen=True, kw_only=True):
         | None
     ) = None
     cors: CorsOptions = CorsOptions()
+    chat: ChatOptions = ChatOptions()
     api_keys: ApiKeys | None = None
     tls: TlsFiles | None = None
 

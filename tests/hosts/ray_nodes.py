@@ -13,6 +13,7 @@ from pathlib import Path
 
 from actors.cluster.placement import ROWS
 from tests.hosts.network import Host
+from tests.support.ray_nodes import BARE_HEAD, BARE_NODE
 
 PORT = 6379
 SECONDS = 120
@@ -48,7 +49,7 @@ def ray_cluster(head: Host, galaxies: Mapping[Host, int]) -> Iterator[Mapping[st
     }
     address = f"{head.address}:{PORT}"
     with contextlib.ExitStack() as running:
-        options = ["--head", "--include-dashboard", "false", "--port", str(PORT)]
+        options = ["--head", "--port", str(PORT), *BARE_HEAD]
         wait_for([running.enter_context(_node(head, environment, *options))])
         for host, rows in galaxies.items():
             joining = _node(host, environment, "--address", address, "--resources", json.dumps({ROWS: rows}))
@@ -63,7 +64,7 @@ def _node(host: Host, environment: Mapping[str, str], *options: str) -> Iterator
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         log = Path(directory) / "start.log"
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
-        own = ["--node-ip-address", host.address, "--temp-dir", directory]
+        own = ["--node-ip-address", host.address, "--temp-dir", directory, *BARE_NODE]
         sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20)]
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -31,7 +31,9 @@ SECONDS = 30
 ROWS = {"galaxy-a": 1, "galaxy-b": 2, "galaxy-c": 1}
 CHAIN = ["galaxy-a", "galaxy-b", "galaxy-b", "galaxy-c"]
 STAGES = len(CHAIN)
-PROMPTS = 8
+PROMPTS = sample_prompts()[:8]
+TEXTS = [prompt.text for prompt in PROMPTS]
+"""Hugging Face's greedy text of each, which is that of a server on one host: see tests/program/test_end_to_end.py."""
 ITEM_BYTES = 4
 """The sample model computes in float32."""
 
@@ -70,17 +72,8 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.fixture(scope="module")
-def of_one_host(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What a pipeline answers whose stages are all on one host: the one that has rows for them."""
-    folder = tmp_path_factory.mktemp("one")
-    with hosts.head.inside(), serving(folder, "--stages", "2", environment=hosts.environment) as server:
-        assert [stage.host for stage in stages(server)] == ["galaxy-b", "galaxy-b"]
-        return asyncio.run(ask_all(server))
-
-
-@pytest.fixture(scope="module")
-def server(hosts: Hosts, of_one_host: Answers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """On the head; the stages take all rows of all other hosts, once those of `of_one_host` are free."""
+def server(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """On the head; the stages take all rows of all other hosts."""
     folder = tmp_path_factory.mktemp("three")
     with (
         hosts.head.inside(),
@@ -104,14 +97,12 @@ async def ask_all(server: Server) -> Answers:
             answer: dict[str, Any] = response.json()
             return answer
 
-        return Answers(await asyncio.gather(*map(ask, sample_prompts()[:PROMPTS])))
+        return Answers(await asyncio.gather(*map(ask, PROMPTS)))
 
 
-def test_three_hosts_give_the_text_of_one_and_cross_each_boundary_once(
-    hosts: Hosts, server: Server, of_one_host: Answers
-) -> None:
+def test_three_hosts_give_the_text_of_one_and_cross_each_boundary_once(hosts: Hosts, server: Server) -> None:
     answers = asyncio.run(ask_all(server))
-    assert answers.texts == of_one_host.texts
+    assert answers.texts == TEXTS
     assert len(set(answers.texts)) > 1
     chain = stages(server)
     assert [stage.host for stage in chain] == CHAIN
@@ -150,7 +141,7 @@ def counted(hosts: Hosts, server: Server) -> tuple[list[StageView], dict[str, in
     return before, kernel, after
 
 
-def test_untrusted_peers_find_no_stage_that_listens(hosts: Hosts, server: Server, of_one_host: Answers) -> None:
+def test_untrusted_peers_find_no_stage_that_listens(hosts: Hosts, server: Server) -> None:
     addresses = [str(stage.sent_to) for stage in stages(server)]
     assert [is_unix(address) for address in addresses] == [False, True, False, False]
 
@@ -162,7 +153,7 @@ def test_untrusted_peers_find_no_stage_that_listens(hosts: Hosts, server: Server
             await asyncio.sleep(0)
         return await answering
 
-    assert asyncio.run(besieged()).texts == of_one_host.texts
+    assert asyncio.run(besieged()).texts == TEXTS
     assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
     assert "the pipeline failed" not in server.log.read_text()
 

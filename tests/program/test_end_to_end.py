@@ -14,6 +14,10 @@ EXPECTED = [prompt.text for prompt in PROMPTS]
 """Hugging Face\'s greedy text of every prompt."""
 LAYERS = 6
 CLIENTS = 64
+FEW = 8
+"""Tokens of an answer alone on several stages: the same are decoded for the crowd, whose answers are whole."""
+OF_ALL_LENGTHS = [*range(6), *range(22, 35, 6)]
+"""Some prompts of a line each, and some of hundreds of tokens."""
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ async def test_a_prompt_of_the_whole_length_is_scored_as_on_a_server_of_greater_
     for most in (length, 2 * length):
         folder = tmp_path / str(most)
         folder.mkdir()
-        with serving(folder, "--max-model-len", str(most), environment=ray_cluster) as server:
+        with serving(folder, "--max-model-len", str(most), "--stages", "1", environment=ray_cluster) as server:
             answer = (await client.post(server.completions, json=body)).json()
             assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 0, "total_tokens": length}
             longer = await client.post(server.completions, json={**body, "max_tokens": most - length + 1})
@@ -72,13 +76,18 @@ async def test_greedy_text_is_the_same_on_any_number_of_stages_with_any_prefill_
     client: httpx.AsyncClient,
     ray_cluster: Mapping[str, str],
 ) -> None:
-    """Every prompt alone and streamed, then all of them at once among as many others as make 64 and more."""
+    """Every prompt alone and streamed, then all of them at once among as many others as make 64."""
     options = ("--stages", str(stages), "--max-num-batched-tokens", str(chunk), *flags)
     with serving(tmp_path, *options, environment=ray_cluster) as server:
-        alone = ["".join(await stream(client, server, prompt)) for prompt in PROMPTS]
-        others = [Prompt(f"{number} boats on the sea", 24, False) for number in range(CLIENTS)]
+        length = {} if stages == 1 else {"max_tokens": FEW}
+        alone = ["".join(await stream(client, server, prompt, **length)) for prompt in PROMPTS]
+        others = [Prompt(f"{number} boats on the sea", 24, False) for number in range(CLIENTS - len(PROMPTS))]
         crowd = await asyncio.gather(*(complete(client, server, prompt) for prompt in [*PROMPTS, *others]))
-    assert alone == EXPECTED
+    if stages > 1:
+        assert all(alone)
+        assert alone == [whole[: len(text)] for text, whole in zip(alone, EXPECTED, strict=True)]
+    else:
+        assert alone == EXPECTED
     assert crowd[: len(PROMPTS)] == EXPECTED
 
 
@@ -88,5 +97,5 @@ async def test_a_split_given_by_hand_gives_the_same_text_also_where_prompts_go_t
 ) -> None:
     options = ("--layers-per-stage", "1,4,1", "--max-num-batched-tokens", "1")
     with serving(tmp_path, *options, environment=ray_cluster) as server:
-        texts = await asyncio.gather(*(complete(client, server, prompt) for prompt in PROMPTS))
-    assert texts == EXPECTED
+        texts = await asyncio.gather(*(complete(client, server, PROMPTS[place]) for place in OF_ALL_LENGTHS))
+    assert texts == [EXPECTED[place] for place in OF_ALL_LENGTHS]

@@ -17,7 +17,7 @@ from weights.sample import SAMPLE_DIR
 VOCABULARY = json.loads((SAMPLE_DIR / "config.json").read_text())["vocab_size"]
 RAISES, KILLS = VOCABULARY - 1, VOCABULARY - 2
 """The last tokens of the vocabulary: no prompt has them, and no answer."""
-TOKENS = 60
+TOKENS = 40
 SECONDS = 500
 NEIGHBOURS = 7
 
@@ -71,8 +71,11 @@ async def test_a_poisoned_request_ends_alone_with_the_reason(poison: int, reason
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
-async def test_a_stage_that_never_makes_a_token_ends_the_server_with_the_reason(tmp_path: Path) -> None:
-    server = launch(tmp_path, "--max-restarts", "3", program=PROGRAM, environment=environment("raise:1:all"))
+async def test_a_stage_that_never_makes_a_token_ends_the_server_with_the_reason(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    own = {**ray_cluster, **environment("raise:1:all")}
+    server = launch(tmp_path, "--max-restarts", "3", program=PROGRAM, environment=own)
     try:
         wait_until_ready(server)
         async with httpx.AsyncClient(timeout=SECONDS) as client:

@@ -21,7 +21,7 @@ PROMPTS = sample_prompts()[:12]
 EXPECTED = [prompt.text for prompt in PROMPTS]
 """Hugging Face\'s greedy text of every prompt."""
 STAGES = 2
-TOKENS = 600
+TOKENS = 400
 """Length of answers that are being made when a replica dies: the server takes seconds to show that both work."""
 OPTIONS = ("--replicas", "2", "--stages", str(STAGES))
 

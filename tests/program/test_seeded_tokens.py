@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.servers import Server, serving
 
-LENGTH = 96
-"""Tokens of an answer: three blocks, so that it asks for more while others do."""
+LENGTH = 64
+"""Tokens of an answer: two blocks and more, so that it asks for more while others do."""
 
 ASKED: list[dict[str, Any]] = [
     {"prompt": "The captain looked at the sea and", "seed": 1},
@@ -22,8 +22,8 @@ ASKED: list[dict[str, Any]] = [
     {"prompt": "Write a letter about the harbour", "seed": 4, "repetition_penalty": 1.2, "presence_penalty": 0.5},
     {"prompt": "San Francisco is a", "seed": 5, "min_p": 0.05, "frequency_penalty": 0.3, "logit_bias": {"40": 1.5}},
 ]
-COMPANY = [{"prompt": f"{number} boats on the river", "seed": 100 + number} for number in range(24)]
-FULL_BATCH = ("--max-num-seqs", "20")
+COMPANY = [{"prompt": f"{number} boats on the river", "seed": 100 + number} for number in range(12)]
+FULL_BATCH = ("--max-num-seqs", "15")
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ async def test_tokens_are_the_same_when_requests_give_way_in_the_middle(
     single_stage: SingleStage,
     ray_cluster: Mapping[str, str],
 ) -> None:
-    """Each of the seven needs four blocks in the end and one at the beginning; there are twelve blocks."""
-    options = ("--stages", stages, "--max-model-len", "128", "--num-blocks", "12")
+    """Each of the seven needs three blocks in the end and one at the beginning; there are nine blocks."""
+    options = ("--stages", stages, "--max-model-len", "96", "--num-blocks", "9")
     with serving(tmp_path, *options, environment=ray_cluster) as server:
         crowd = await asyncio.gather(*(answer(client, server, asked) for asked in ASKED))
         assert await preemptions(client, server) >= 3

@@ -32,7 +32,11 @@ async def complete(engine: FakeEngine, served: ServedModel = MODEL, /, **fields:
 
 async def stream(engine: FakeEngine, served: ServedModel = MODEL, /, **fields: Any) -> Events:
     """Returns the events of a stream, which must be framed as in the standard and end with [DONE]."""
-    response = await post(engine, served, stream=True, **fields)
+    return events_of(await post(engine, served, stream=True, **fields))
+
+
+def events_of(response: httpx.Response) -> Events:
+    """Returns the events of a stream, which must be framed as in the standard and end with [DONE]."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     parts = response.text.split("\n\n")

@@ -11,12 +11,12 @@ VARIABLES = (
 )
 
 
-def run(*arguments: str, **environment: str) -> Result:
-    """Runs the command with these arguments; of the VARIABLES, only those given are set."""
+def run(*arguments: str, stdin: str | None = None, **environment: str) -> Result:
+    """Runs the command with these arguments and this input; of the VARIABLES, only those given are set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parameters, "configure_logging", lambda: None)
         variables = {**dict.fromkeys(VARIABLES), **environment}
-        return CliRunner().invoke(group.main, arguments, env=variables, prog_name="galaxyline")
+        return CliRunner().invoke(group.main, arguments, input=stdin, env=variables, prog_name="galaxyline")
 
 
 def refused(*arguments: str, code: int = 2, **environment: str) -> str:

@@ -19,9 +19,12 @@ SECONDS = 200
 START_SECONDS = 60
 ATTEMPTS = 3
 """A raylet ends if its agent takes 15 s to start, as one may on a busy machine."""
-RECONNECT_SECONDS = 30
+RECONNECT_SECONDS = 20
 """How long Ray's processes do without the head before they end: a minute, if they are not told otherwise."""
 LOOPBACK = "127.0.0.1"
+BARE_NODE = ("--include-log-monitor", "false")
+BARE_HEAD = ("--include-dashboard", "false", "--no-monitor")
+"""Options of `ray start` without what nobody needs who joins the cluster: each is a process that imports Ray."""
 
 
 class Cluster:
@@ -44,9 +47,9 @@ class Cluster:
         """Starts the GCS and a node with so many rows; returns when they are up."""
         for _ in range(ATTEMPTS):
             port = self._address.rpartition(":")[2]
-            options = ["--head", "--port", port, "--include-dashboard", "false", "--disable-usage-stats"]
+            options = ["--head", "--port", port, "--disable-usage-stats", *BARE_HEAD]
             sizes = ["--num-cpus", "1", "--object-store-memory", str(80 << 20), "--resources", json.dumps({ROWS: rows})]
-            own = ["--node-ip-address", LOOPBACK, "--temp-dir", self._directory]
+            own = ["--node-ip-address", LOOPBACK, "--temp-dir", self._directory, *BARE_NODE]
             done = subprocess.run(
                 [str(Path(sys.executable).with_name("ray")), "start", *options, *own, *sizes],
                 env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},

@@ -272,14 +272,12 @@ class DemoRun:
     def kill_at(self, count: int, *options: str) -> None:
         """SIGKILL as soon as so many results are logged; returns when all that the run had started is gone."""
         process = self.start(*options)
-        descendants: list[psutil.Process] = []
         deadline = time.monotonic() + DEADLINE_S
         while len(self.lines()) < count:
             assert process.poll() is None
             assert time.monotonic() < deadline
-            descendants = psutil.Process(process.pid).children(recursive=True)
-            # Seldom enough not to keep the run itself from the core: to list processes takes a while.
-            time.sleep(0.05)
+            time.sleep(0.02)
+        descendants = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=DEADLINE_S)
         _, left = psutil.wait_procs(descendants, timeout=60)

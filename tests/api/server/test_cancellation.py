@@ -15,7 +15,7 @@ from tests.support.servers import Server, serving
 CLIENTS = 12
 MICROBATCHES = 3
 SLOTS = 12
-TOKENS = 200
+TOKENS = 100
 DEADLINE_S = 60.0
 
 

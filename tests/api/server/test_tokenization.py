@@ -47,12 +47,23 @@ async def test_tokens_are_those_of_transformers(text: str) -> None:
             assert answer["prompt"] == reference.decode(tokens)
 
 
+async def test_a_conversation_gives_the_tokens_that_chat_computes() -> None:
+    fields = {"messages": [{"role": "user", "content": "naïve 🙂"}], "chat_template_kwargs": {"thinking": True}}
+    engine = FakeEngine(lambda _: [1])
+    async with client(engine, SAMPLE) as opened:
+        answer = (await opened.post("/tokenize", json=fields)).json()
+        await opened.post("/v1/chat/completions", json=fields)
+        with_bos = (await opened.post("/tokenize", json={**fields, "add_special_tokens": True})).json()
+    assert answer["tokens"] == engine.streams[0].request.tokens
+    assert with_bos["tokens"] == [0, *answer["tokens"]]
+
+
 async def test_what_cannot_be_read_is_refused() -> None:
     async with client(FakeEngine(endless_text)) as opened:
         for path, body, param in (
             ("/tokenize", {}, "prompt"),
             ("/tokenize", {"prompt": [1]}, "prompt"),
-            ("/tokenize", {"messages": []}, "prompt"),
+            ("/tokenize", {"messages": []}, "messages"),
             ("/detokenize", {}, "tokens"),
             ("/detokenize", {"tokens": None}, "tokens"),
             ("/detokenize", {"tokens": ["a"]}, "tokens"),
