@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 
 from api.server.app import create_app
+from api.settings.server import FrontSettings
 from api.text.served_model import ServedModel
 from tests.support.api_server import MODEL
 from tests.support.fake_engine import FakeEngine
@@ -13,8 +14,10 @@ from tests.support.fake_engine import FakeEngine
 Events = list[dict[str, Any]]
 
 
-def client(engine: FakeEngine, model: ServedModel = MODEL, seed: int | None = None) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(model, engine, seed), raise_app_exceptions=False)
+def client(
+    engine: FakeEngine, model: ServedModel = MODEL, seed: int | None = None, front: FrontSettings | None = None
+) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(model, engine, seed, front=front), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 

@@ -10,6 +10,8 @@ import pytest
 from openai import OpenAI
 
 from api.messages.engine import AddRequest
+from api.settings.chat import ChatOptions
+from api.settings.server import FrontSettings
 from api.text.model_source import resolve_model
 from api.text.served_model import ServedModel
 from tests.support.api_client import Events, client, error_of, events_of
@@ -21,6 +23,7 @@ SOURCE = resolve_model(None, {})
 SAMPLE = msgspec.structs.replace(
     ServedModel.load(SOURCE, ModelConfig.from_file(SOURCE.path / "config.json"), 1024), name="sample"
 )
+FRONT = FrontSettings(chat=ChatOptions(reasoning_parser="deepseek_v3", tool_call_parser="deepseek_v3"))
 EOS = SAMPLE.eos_token_ids[0]
 CALL = (
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
@@ -54,7 +57,7 @@ def saying(*texts: str) -> FakeEngine:
 
 
 async def ask(engine: FakeEngine, **fields: Any) -> dict[str, Any]:
-    async with client(engine, SAMPLE) as opened:
+    async with client(engine, SAMPLE, front=FRONT) as opened:
         response = await opened.post("/v1/chat/completions", json={"messages": [HELLO], **fields})
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -62,13 +65,13 @@ async def ask(engine: FakeEngine, **fields: Any) -> dict[str, Any]:
 
 
 async def chunks(engine: FakeEngine, **fields: Any) -> Events:
-    async with client(engine, SAMPLE) as opened:
+    async with client(engine, SAMPLE, front=FRONT) as opened:
         response = await opened.post("/v1/chat/completions", json={"messages": [HELLO], "stream": True, **fields})
     return events_of(response)
 
 
 async def refused(**fields: Any) -> dict[str, Any]:
-    async with client(saying(""), SAMPLE) as opened:
+    async with client(saying(""), SAMPLE, front=FRONT) as opened:
         response = await opened.post("/v1/chat/completions", json={"messages": [HELLO], **fields})
     return error_of(response, 400)
 
@@ -298,7 +301,10 @@ async def test_a_requests_own_template_is_used() -> None:
 
 @contextmanager
 def openai_client(engine: FakeEngine) -> Iterator[OpenAI]:
-    with serving_app(engine, SAMPLE) as url, OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as opened:
+    with (
+        serving_app(engine, SAMPLE, front=FRONT) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as opened,
+    ):
         yield opened
 
 
