@@ -125,7 +125,11 @@ TRIED_OBJECT = re.compile(rf'\{{\s*"{TRIED_KEY}"\s*:\s*1\s*\}}')
 
 
 def _shown(form: CallForm, render: Callable[[list[Message]], str]) -> int:
-    """2 where the call's arguments stand in the text as JSON, 1 where they stand there otherwise, 0 without them."""
+    """How well a template shows a call of this form.
+
+    2 where the call's arguments stand in the text as JSON, 1 where they stand there otherwise, 0 where the template has
+    no calls in its text, and -1 where it fails.
+    """
     function = {"name": TRIED_NAME, "arguments": json.dumps({TRIED_KEY: 1})}
     call = {"id": "call_1", "type": "function", "function": function}
     messages = form.apply(
@@ -138,7 +142,7 @@ def _shown(form: CallForm, render: Callable[[list[Message]], str]) -> int:
     try:
         text = render(messages)
     except TEMPLATE_ERRORS:
-        return 0
+        return -1
     if TRIED_NAME not in text or TRIED_KEY not in text:
         return 0
     return 2 if TRIED_OBJECT.search(text) else 1
