@@ -17,7 +17,7 @@ class Part(msgspec.Struct, kw_only=True):
     """One part of an answer, as far as it has come.
 
     A call has the `name` of its function, and `call` says which of the answer's calls it is. A text has the `logprobs`
-    of its tokens, where they were asked for.
+    of its tokens, where they were asked for. A part with `is_cut` is the one in which the answer came to its limit.
     """
 
     place: int
@@ -27,6 +27,7 @@ class Part(msgspec.Struct, kw_only=True):
     pieces: list[str] = []
     logprobs: list[ChatEntry] = []
     is_whole: bool = False
+    is_cut: bool = False
 
     @property
     def text(self) -> str:
@@ -87,7 +88,7 @@ class PartReader:
         if chunk.finish_reason is not None:
             if self._has_always_one and not self.parts:
                 yield from self._more("text", "")
-            yield from self._end()
+            yield from self._end(is_cut=chunk.finish_reason == "length")
 
     def read(self, chunks: list[Chunk]) -> list[Part]:
         """Returns the parts of a whole answer."""
@@ -97,7 +98,7 @@ class PartReader:
         return self.parts
 
     def _keep_entries(self, chunk: Chunk, is_dropped: bool) -> None:
-        """Keeps the entries of tokens until their text comes; those of a thought and of the tag behind it are dropped."""
+        """Keeps entries until the text of their tokens comes; those of a thought and the tag behind it are dropped."""
         if is_dropped:
             self._entries = []
         elif chunk.details is not None and chunk.details.chat_logprobs is not None:
@@ -116,7 +117,7 @@ class PartReader:
             last.logprobs += entries
             yield Step(part=last, kind="more", text=text, logprobs=entries)
 
-    def _end(self) -> Iterator[Step]:
+    def _end(self, *, is_cut: bool = False) -> Iterator[Step]:
         if self.parts and not self.parts[-1].is_whole:
-            self.parts[-1].is_whole = True
+            self.parts[-1].is_whole, self.parts[-1].is_cut = True, is_cut
             yield Step(part=self.parts[-1], kind="end")

@@ -21,6 +21,7 @@ from api.openai.responses_events import (
     ErrorEvent,
     Event,
     FunctionCall,
+    ItemStatus,
     OutputItem,
     OutputItemAdded,
     OutputItemDone,
@@ -224,21 +225,16 @@ class ResponseWriter(AnswerWriter):
 
     def _ended(self, usage: Usage) -> ResponseObject:
         is_complete = self._reader.finish_reason != "length"
-        parts = self._reader.parts
         return msgspec.structs.replace(
             self._draft,
             status="completed" if is_complete else "incomplete",
             completed_at=int(time.time()) if is_complete else None,
             incomplete_details=None if is_complete else IncompleteDetails(),
-            output=[self._item(part, self._status_at_end(part)) for part in parts],
+            output=[self._item(part, _status_at_end(part)) for part in self._reader.parts],
             usage=ResponseUsage.of(usage, self._reader.reasoning_tokens),
         )
 
-    def _status_at_end(self, part: Part) -> Literal["completed", "incomplete"]:
-        is_cut = self._reader.finish_reason == "length" and part is self._reader.parts[-1]
-        return "incomplete" if is_cut else "completed"
-
-    def _item(self, part: Part, status: Literal["in_progress", "completed", "incomplete"]) -> OutputItem:
+    def _item(self, part: Part, status: ItemStatus) -> OutputItem:
         """The item of a part: without what is in it as long as it is in progress."""
         begins = status == "in_progress"
         if part.kind == "thought":
@@ -267,7 +263,7 @@ class ResponseWriter(AnswerWriter):
             if part.kind != "call":
                 content = _content(part.kind, part.text, part.logprobs)
                 yield ContentPartDone(item_id=item_id, output_index=index, part=content)
-            yield OutputItemDone(output_index=index, item=self._item(part, self._status_at_end(part)))
+            yield OutputItemDone(output_index=index, item=self._item(part, _status_at_end(part)))
         elif part.kind == "thought":
             yield ReasoningTextDelta(item_id=item_id, output_index=index, delta=step.text)
         elif part.kind == "text":
@@ -287,6 +283,10 @@ class ResponseWriter(AnswerWriter):
         numbered = msgspec.structs.replace(event, sequence_number=self._number)
         self._number += 1
         return named_event(numbered)
+
+
+def _status_at_end(part: Part) -> ItemStatus:
+    return "incomplete" if part.is_cut else "completed"
 
 
 def _content(kind: PartKind, text: str, logprobs: list[ChatEntry]) -> OutputText | ReasoningText:
