@@ -1,5 +1,6 @@
 """What routes share whose requests become requests of chat."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,9 @@ def fields_named(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        error.param = names.get(error.param, error.param) if error.param else None
+        # What is behind a field's name counts messages of chat.
+        field = re.split(r"[.\[]", error.param or "")[0]
+        error.param = names.get(field, error.param)
         raise
 
 

@@ -11,6 +11,7 @@ from api.errors import RequestError
 from api.openai.answer_stream import Chunk, ChunkFinish
 from api.openai.anthropic_answer import CHUNKS_WITHOUT_EVENT_MAX, SIGNATURE, AnthropicWriter
 from api.openai.anthropic_errors import anthropic_error
+from api.openai.anthropic_input import chat_messages, chat_tool_choice, chat_tools
 from api.openai.anthropic_messages import (
     counted_chat,
     eager_tools,
@@ -37,8 +38,8 @@ def chat(*messages: Any, **fields: Any) -> Any:
 
 
 def messages(*given: Any, **fields: Any) -> list[dict[str, Any]]:
-    converted: list[dict[str, Any]] = chat(*given, **fields).template_messages()
-    return converted
+    request = parse_messages_request(body(*given, **fields))
+    return chat_messages(request.messages, request.system)
 
 
 def prompt(*given: Any, **fields: Any) -> str:
@@ -175,8 +176,9 @@ def test_refusals_say_what_is_wrong(fields: dict[str, Any], words: str) -> None:
 
 
 def test_fields_become_those_of_chat() -> None:
+    tools = [TOOL, {"type": "custom", "name": "g", "input_schema": {"type": "object"}, "strict": True}]
     request = chat(
-        tools=[TOOL, {"type": "custom", "name": "g", "input_schema": {"type": "object"}, "strict": True}],
+        tools=tools,
         tool_choice={"type": "tool", "name": "g", "disable_parallel_tool_use": True},
         stop_sequences=["a", "b"],
         temperature=0.5,
@@ -188,7 +190,7 @@ def test_fields_become_those_of_chat() -> None:
     )
     assert (request.stop, request.temperature, request.top_k, request.seed) == (["a", "b"], 0.5, 3, 4)
     assert request.parallel_tool_calls is False
-    first, second = request.template_tools()
+    first, second = chat_tools(tools)
     assert first["function"] == {"name": "get_weather", "description": "Asks.", "parameters": WEATHER}
     assert second["function"] == {"name": "g", "parameters": {"type": "object"}, "strict": True}
 
@@ -203,8 +205,9 @@ def test_fields_become_those_of_chat() -> None:
     ],
 )
 def test_tool_choices_have_other_names(given: Any, ours: Any) -> None:
-    assert chat(tools=[TOOL], tool_choice=given).tool_choice == ours
-    assert chat(tool_choice=given).tool_choice is None
+    assert chat_tool_choice(given) == ours
+    assert chat(tools=[TOOL], tool_choice=given).max_tokens == 9
+    assert chat(tool_choice=given).max_tokens == 9
 
 
 def test_whether_the_model_thinks_and_whether_the_client_sees_it() -> None:

@@ -12,6 +12,7 @@ from api.openai.answer_stream import ChunkFinish
 from api.openai.bodies import encode, status_body
 from api.openai.responses import parse_responses_request, responses_chat, responses_generation
 from api.openai.responses_answer import ResponseWriter, response_draft
+from api.openai.responses_input import chat_messages, chat_tool_choice, chat_tools
 from tests.support.answer_events import chunks_of, cut_answers, read_response, turn, usage_of
 from tests.support.chat_server import CHAT_TOKENIZER, WEATHER, call_text, chat_model, named_events
 
@@ -24,7 +25,8 @@ def body(**fields: Any) -> bytes:
 
 
 def messages(*items: Any, **fields: Any) -> list[dict[str, Any]]:
-    return responses_chat(parse_responses_request(body(input=list(items), **fields))).template_messages()
+    request = parse_responses_request(body(input=list(items), **fields))
+    return chat_messages(request.input, request.instructions)
 
 
 def refusal(**fields: Any) -> RequestError:
@@ -55,8 +57,7 @@ def whole(pieces: list[str], finish: ChunkFinish = "stop", **fields: Any) -> dic
 
 
 def test_a_text_is_a_message_of_the_user_behind_the_instructions() -> None:
-    chat = responses_chat(parse_responses_request(body(instructions="Be short.")))
-    assert chat.template_messages() == [{"role": "system", "content": "Be short."}, QUESTION]
+    assert chat_messages("hi", "Be short.") == [{"role": "system", "content": "Be short."}, QUESTION]
 
 
 def test_items_become_messages() -> None:
@@ -191,7 +192,8 @@ def test_fields_become_those_of_chat() -> None:
     assert (chat.temperature, chat.seed, chat.stop, chat.logit_bias) == (0.5, 3, ["x"], {7: -1.0})
     assert chat.parallel_tool_calls is False
     function = {"name": "get_weather", "parameters": WEATHER, "strict": True}
-    assert chat.template_tools() == [{"type": "function", "function": function}]
+    assert chat_tools([FUNCTION]) == [{"type": "function", "function": function}]
+    assert chat_tool_choice({"type": "function", "name": "f"}) == {"type": "function", "function": {"name": "f"}}
 
 
 def test_a_limit_above_the_models_room_is_cut_to_it() -> None:
