@@ -107,7 +107,7 @@ def messages_chat(request: MessagesRequest) -> ChatRequest:
         **shared_fields(request),
         **_prompt_fields(request),
         "stop": [*request.stop_sequences, *request.stop],
-        "response_format": _response_format(request.output_config),
+        "response_format": response_format(request.output_config),
     }
     budget = None if request.thinking is None else request.thinking.budget_tokens
     if budget is not None and "thinking_token_budget" not in NOT_SERVED_HERE:
@@ -146,7 +146,7 @@ def _prompt_fields(prompt: MessagesPrompt) -> dict[str, Any]:
             "the results of its tools.",
             "messages",
         )
-    choice = prompt.tool_choice if prompt.tools else None
+    choice = prompt.tool_choice
     return {
         "messages": messages,
         "tools": chat_tools(prompt.tools) if prompt.tools else None,
@@ -176,7 +176,8 @@ def _thinking_fields(prompt: MessagesPrompt) -> dict[str, Any]:
     }
 
 
-def _response_format(config: OutputConfig | None) -> dict[str, Any] | None:
+def response_format(config: OutputConfig | None) -> dict[str, Any] | None:
+    """The format of the answer in the form of chat. Raises RequestError for another one than a schema."""
     form = None if config is None else config.format
     if form is None:
         return None

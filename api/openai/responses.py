@@ -126,10 +126,10 @@ def responses_chat(request: ResponsesRequest) -> ChatRequest:
         **shared_fields(request),
         "messages": chat_messages(request.input, request.instructions),
         "tools": chat_tools(request.tools) if request.tools else None,
-        "tool_choice": chat_tool_choice(request.tool_choice) if request.tools else None,
+        "tool_choice": chat_tool_choice(request.tool_choice),
         "parallel_tool_calls": request.parallel_tool_calls,
         "reasoning_effort": None if request.reasoning is None else request.reasoning.effort,
-        "response_format": _response_format(request.text),
+        "response_format": response_format(request.text),
         "logprobs": wants_logprobs or None,
         "top_logprobs": request.top_logprobs if wants_logprobs else None,
         "chat_template": request.chat_template,
@@ -138,7 +138,8 @@ def responses_chat(request: ResponsesRequest) -> ChatRequest:
     return chat_request(fields, NAMES)
 
 
-def _response_format(text: TextOptions | None) -> dict[str, Any] | None:
+def response_format(text: TextOptions | None) -> dict[str, Any] | None:
+    """The format of the answer in the form of chat. Raises RequestError where a schema is wanted and none is given."""
     given = None if text is None else text.format
     if given is None or given.type == "text":
         return None

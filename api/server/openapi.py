@@ -63,8 +63,11 @@ ERRORS = {
 BODY_ERRORS = (400, 404, 408, 413, 431)
 EVERYWHERE = (401, 500)
 
-KEY = "API key"
-"""The name of the security scheme in the document."""
+KEYS = {
+    "API key": {"type": "http", "scheme": "bearer"},
+    "API key of Anthropic's clients": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+"""The security schemes: each is enough."""
 
 _RETRY_AFTER = {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}
 _REQUEST_ID = {REQUEST_ID_HEADER: {"description": "The request's id.", "schema": {"type": "string"}}}
@@ -95,10 +98,10 @@ class DescribedApp(FastAPI):
             _, answers = msgspec.json.schema_components(self.answers, ref_template=REF.format("{name}"))
             schemas.update(answers)
             if self.guards is not None:
-                components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+                components["securitySchemes"] = KEYS
                 for path, operations in document["paths"].items():
                     for operation in operations.values():
-                        operation["security"] = [{KEY: []}] if self.guards(path) else []
+                        operation["security"] = [{name: []} for name in KEYS] if self.guards(path) else []
         return super().openapi()
 
 

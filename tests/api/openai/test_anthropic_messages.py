@@ -13,12 +13,14 @@ from api.openai.anthropic_answer import CHUNKS_WITHOUT_EVENT_MAX, SIGNATURE, Ant
 from api.openai.anthropic_errors import anthropic_error
 from api.openai.anthropic_input import chat_messages, chat_tool_choice, chat_tools
 from api.openai.anthropic_messages import (
+    OutputConfig,
     counted_chat,
     eager_tools,
     messages_chat,
     messages_generation,
     parse_count_request,
     parse_messages_request,
+    response_format,
 )
 from api.openai.bodies import encode, status_body
 from api.openai.chat import ChatTurn, chat_turn
@@ -163,6 +165,7 @@ def test_blocks_that_are_not_served_are_named(message: Any, words: str) -> None:
             "'web_search_20250305': only the client's",
         ),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name must be a string"),
+        ({"tool_choice": {"type": "any"}}, "no tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "some"}}, "tool_choice.type must be one of"),
         ({"thinking": {"type": "deep"}}, "thinking"),
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format must have the type json_schema"),
@@ -206,8 +209,7 @@ def test_fields_become_those_of_chat() -> None:
 )
 def test_tool_choices_have_other_names(given: Any, ours: Any) -> None:
     assert chat_tool_choice(given) == ours
-    assert chat(tools=[TOOL], tool_choice=given).max_tokens == 9
-    assert chat(tool_choice=given).max_tokens == 9
+    assert chat_turn(chat(tools=[TOOL], tool_choice=given), chat_model()).may_call == (ours != "none")
 
 
 def test_whether_the_model_thinks_and_whether_the_client_sees_it() -> None:
@@ -234,6 +236,13 @@ def test_a_count_is_that_of_the_same_prompt() -> None:
     fields = {"messages": [QUESTION], "tools": [TOOL], "system": "Be short.", "thinking": {"type": "adaptive"}}
     counted = chat_turn(counted_chat(parse_count_request(msgspec.json.encode(fields))), chat_model()).prompt
     assert counted == prompt(**fields)
+
+
+def test_a_schema_of_the_answer_is_that_of_chat() -> None:
+    config = OutputConfig(format={"type": "json_schema", "schema": WEATHER})
+    schema = {"name": "answer", "schema": WEATHER, "strict": True}
+    assert response_format(config) == {"type": "json_schema", "json_schema": schema}
+    assert response_format(OutputConfig(effort="low")) is None
 
 
 def test_only_eager_tools_are_eager() -> None:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from api.errors import RequestError
 from api.openai.answer_stream import ChunkFinish
 from api.openai.bodies import encode, status_body
-from api.openai.responses import parse_responses_request, responses_chat, responses_generation
+from api.openai.responses import (
+    TextFormat,
+    TextOptions,
+    parse_responses_request,
+    response_format,
+    responses_chat,
+    responses_generation,
+)
 from api.openai.responses_answer import ResponseWriter, response_draft
 from api.openai.responses_input import chat_messages, chat_tool_choice, chat_tools
 from tests.support.answer_events import chunks_of, cut_answers, read_response, turn, usage_of
@@ -150,6 +157,7 @@ def test_items_that_are_not_served_are_named(item: Any, words: str) -> None:
         ({"max_tokens": 7}, "max_tokens", "max_output_tokens"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
         ({"tools": [{"type": "web_search"}]}, "tools", "tools[0] is of type 'web_search': only functions are served"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tools": [{"name": "f"}]}, "tools", "tools[0] must be an object with a type"),
         (
             {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
@@ -194,6 +202,15 @@ def test_fields_become_those_of_chat() -> None:
     function = {"name": "get_weather", "parameters": WEATHER, "strict": True}
     assert chat_tools([FUNCTION]) == [{"type": "function", "function": function}]
     assert chat_tool_choice({"type": "function", "name": "f"}) == {"type": "function", "function": {"name": "f"}}
+
+
+def test_a_format_of_the_answer_is_that_of_chat() -> None:
+    named = {"type": "json_schema", "name": "Weather", "strict": True, "schema": WEATHER}
+    schema = {"name": "Weather", "strict": True, "schema": WEATHER}
+    assert response_format(TextOptions(format=TextFormat(**named))) == {"type": "json_schema", "json_schema": schema}
+    assert response_format(TextOptions(format=TextFormat(type="json_object"))) == {"type": "json_object"}
+    assert response_format(TextOptions(format=TextFormat(type="text"))) is None
+    assert response_format(None) is None
 
 
 def test_a_limit_above_the_models_room_is_cut_to_it() -> None:
