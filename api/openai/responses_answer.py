@@ -1,7 +1,8 @@
 """The answers of /v1/responses as its clients know them: one object, or a stream of typed events."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -34,6 +35,7 @@ from api.openai.responses_events import (
     TextDelta,
     TextDone,
 )
+from api.openai.responses_input import CalledName
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -181,11 +183,20 @@ def response_draft(request: ResponsesRequest, generation: GenerationRequest, mod
 class ResponseWriter(AnswerWriter):
     """Writes responses: one object, or a stream of events that are numbered from 0."""
 
-    def __init__(self, request_id: str, created: int, draft: ResponseObject, turn: ChatTurn) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        created: int,
+        draft: ResponseObject,
+        turn: ChatTurn,
+        names: Mapping[str, CalledName] = MappingProxyType({}),
+    ) -> None:
+        """`names` are the client's of functions that have others in chat."""
         self.id = f"resp_{request_id}"
         self._request_id = request_id
         self._draft = msgspec.structs.replace(draft, id=self.id, created_at=created)
         self._reader = PartReader(turn, has_always_one=True)
+        self._names = names
         self._number = 0
 
     def whole(self, choices: list[list[Chunk]], usage: Usage) -> ResponseObject:
@@ -244,8 +255,18 @@ class ResponseWriter(AnswerWriter):
             content = [] if begins else [OutputText(text=part.text, logprobs=part.logprobs)]
             return OutputMessage(id=self._id(part), status=status, content=content)
         call_id = f"call_{self._request_id}_{part.call}"
-        arguments = "" if begins else part.text
-        return FunctionCall(id=self._id(part), call_id=call_id, name=part.name, arguments=arguments, status=status)
+        called = self._called(part)
+        return FunctionCall(
+            id=self._id(part),
+            call_id=call_id,
+            name=called.name,
+            namespace=called.namespace or msgspec.UNSET,
+            arguments="" if begins else part.text,
+            status=status,
+        )
+
+    def _called(self, part: Part) -> CalledName:
+        return self._names.get(part.name) or CalledName(part.name)
 
     def _id(self, part: Part) -> str:
         prefix = {"thought": "rs", "text": "msg", "call": "fc"}[part.kind]
@@ -277,7 +298,7 @@ class ResponseWriter(AnswerWriter):
             return ReasoningTextDone(item_id=item_id, output_index=index, text=text)
         if part.kind == "text":
             return TextDone(item_id=item_id, output_index=index, text=text, logprobs=part.logprobs)
-        return ArgumentsDone(item_id=item_id, output_index=index, name=part.name, arguments=text)
+        return ArgumentsDone(item_id=item_id, output_index=index, name=self._called(part).name, arguments=text)
 
     def _event(self, event: Event) -> bytes:
         numbered = msgspec.structs.replace(event, sequence_number=self._number)

@@ -48,6 +48,7 @@ class FunctionCall(msgspec.Struct, frozen=True, kw_only=True, tag="function_call
     id: str
     call_id: str
     name: str
+    namespace: str | msgspec.UnsetType = msgspec.UNSET
     arguments: str
     status: ItemStatus
 

@@ -1,7 +1,10 @@
 """What a request of /v1/responses says, as a conversation of chat: its items become messages, its tools functions."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from api.errors import RequestError
 from api.openai.as_chat import NAME_CHARACTERS_MAX
@@ -9,6 +12,13 @@ from api.text.template_messages import joined_parts
 
 SYSTEM_ROLES = {"system": "system", "developer": "system"}
 """The roles that instruct the model: templates of models that are served know the first name alone."""
+
+FUNCTION = "function"
+NAMESPACE = "namespace"
+NAMESPACE_END = "__"
+"""What stands between a namespace and a name in chat, which knows no namespaces."""
+
+TOOL_NAME_CHARACTERS_MAX = 64
 
 Message = dict[str, Any]
 
@@ -74,7 +84,8 @@ class _ItemReader:
             self._begin_answer()["content"] = content
 
     def _add_call(self, item: Mapping[str, Any], field: str) -> None:
-        function = {"name": _text(item, "name", field), "arguments": _text(item, "arguments", field)}
+        name = chat_name(_text(item, "name", field), item.get("namespace"))
+        function = {"name": name, "arguments": _text(item, "arguments", field)}
         call = {"id": _text(item, "call_id", field), "type": "function", "function": function}
         message = self._open_message()
         if message is None:
@@ -106,17 +117,51 @@ def _thought(item: Mapping[str, Any], field: str) -> list[str]:
     return [_text(part, "text", field) for part in parts]
 
 
-def chat_tools(tools: list[Any], field: str = "tools") -> list[dict[str, Any]]:
-    """The functions in the form of chat. Raises RequestError naming the type of a tool that is none."""
-    return [_chat_tool(tool, f"{field}[{place}]") for place, tool in enumerate(tools)]
+class CalledName(msgspec.Struct, frozen=True):
+    """A function as the client knows it: by its name, within a namespace or not."""
+
+    name: str
+    namespace: str | None = None
 
 
-def _chat_tool(tool: Any, field: str) -> dict[str, Any]:
+def chat_name(name: str, namespace: object) -> str:
+    """The name in chat of a function: behind its namespace, unless that makes it longer than names may be."""
+    joined = f"{namespace}{NAMESPACE_END}{name}"
+    return joined if isinstance(namespace, str) and namespace and len(joined) <= TOOL_NAME_CHARACTERS_MAX else name
+
+
+def called_names(tools: list[dict[str, Any]]) -> dict[str, CalledName]:
+    """The functions in namespaces by the names that a model may give them: the plain one too, where one has it."""
+    spaces = [tool for tool in tools if tool.get("type") == NAMESPACE]
+    inner = [CalledName(function["name"], space["name"]) for space in spaces for function in space["tools"]]
+    plain = Counter([*(name.name for name in inner), *(tool["name"] for tool in tools if tool["type"] == FUNCTION)])
+    unique = {name.name: name for name in inner if plain[name.name] == 1}
+    return {**unique, **{chat_name(name.name, name.namespace): name for name in inner}}
+
+
+def chat_tools(tools: list[Any]) -> list[dict[str, Any]]:
+    """The functions in the form of chat, with those in namespaces. Raises RequestError naming another tool's type."""
+    functions: list[dict[str, Any]] = []
+    for place, tool in enumerate(tools):
+        field = f"tools[{place}]"
+        if _type_of(tool, field) != NAMESPACE:
+            functions.append(_chat_tool(tool, field, None))
+            continue
+        inner = tool.get("tools")
+        if not isinstance(inner, list):
+            raise RequestError(f"{field}.tools must be a list.", "tools")
+        namespace = _text(tool, "name", field)
+        functions += [_chat_tool(one, f"{field}.tools[{index}]", namespace) for index, one in enumerate(inner)]
+    return functions
+
+
+def _chat_tool(tool: Any, field: str, namespace: str | None) -> dict[str, Any]:
     kind = _type_of(tool, field)
-    if kind != "function":
+    if kind != FUNCTION:
         raise RequestError(f"{field} is of type {kind!r}: only functions are served, so leave it out.", "tools")
-    given = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool[name] for name in given if tool.get(name) is not None}}
+    function = {"name": chat_name(_text(tool, "name", field), namespace)}
+    given = ("description", "parameters", "strict")
+    return {"type": FUNCTION, FUNCTION: function | {name: tool[name] for name in given if tool.get(name) is not None}}
 
 
 def chat_tool_choice(choice: Any) -> Any:
@@ -124,7 +169,7 @@ def chat_tool_choice(choice: Any) -> Any:
     if not isinstance(choice, Mapping):
         return choice
     kind = _type_of(choice, "tool_choice")
-    if kind != "function":
+    if kind != FUNCTION:
         raise RequestError(
             f"tool_choice is of type {kind!r}: only none, auto, required and functions are served.", "tool_choice"
         )

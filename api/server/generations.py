@@ -25,6 +25,7 @@ from api.openai.completions import CompletionWriter, completion_generation, pars
 from api.openai.generation import Check, CheckSize, GenerationRequest, build_choices, refuse_other_model
 from api.openai.responses import parse_responses_request, responses_generation
 from api.openai.responses_answer import ResponseWriter, response_draft
+from api.openai.responses_input import called_names
 from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
 from api.server.request import (
@@ -184,10 +185,10 @@ def parse_responses(model: ChatModel) -> Parse:
         request = parse_responses_request(body)
         refuse_other_model(request.model, served)
         generation, turn = responses_generation(request, model, check, check_size)
-        draft = response_draft(request, generation, served.name)
+        draft, names = response_draft(request, generation, served.name), called_names(request.tools or [])
         return ParsedRequest(
             generation=generation,
-            answer=lambda request_id: ResponseWriter(request_id, int(time.time()), draft, turn),
+            answer=lambda request_id: ResponseWriter(request_id, int(time.time()), draft, turn, names),
         )
 
     return parse

@@ -1,5 +1,6 @@
 """Requests of /v1/responses become requests of chat, and answers become items and events."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from api.openai.responses import (
     responses_generation,
 )
 from api.openai.responses_answer import ResponseWriter, response_draft
-from api.openai.responses_input import chat_messages, chat_tool_choice, chat_tools
+from api.openai.responses_input import CalledName, called_names, chat_messages, chat_tool_choice, chat_tools
 from tests.support.answer_events import chunks_of, cut_answers, read_response, turn, usage_of
 from tests.support.chat_server import CHAT_TOKENIZER, WEATHER, call_text, chat_model, named_events
 
@@ -42,10 +43,10 @@ def refusal(**fields: Any) -> RequestError:
     return error.value
 
 
-def writer(**fields: Any) -> ResponseWriter:
+def writer(names: Mapping[str, CalledName] | None = None, **fields: Any) -> ResponseWriter:
     request = parse_responses_request(body(**fields))
     generation, _ = responses_generation(request, chat_model())
-    return ResponseWriter("7", 1, response_draft(request, generation, "small"), turn())
+    return ResponseWriter("7", 1, response_draft(request, generation, "small"), turn(), names or {})
 
 
 def streamed(pieces: list[str], finish: ChunkFinish = "stop", **fields: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -204,8 +205,37 @@ def test_fields_become_those_of_chat() -> None:
     assert chat_tool_choice({"type": "function", "name": "f"}) == {"type": "function", "function": {"name": "f"}}
 
 
+def test_functions_in_namespaces_have_longer_names_in_chat_and_their_own_in_answers() -> None:
+    space = {
+        "type": "namespace",
+        "name": "agents",
+        "description": "x",
+        "tools": [FUNCTION, {**FUNCTION, "name": "stop"}],
+    }
+    long = {"type": "namespace", "name": "n" * 60, "tools": [{**FUNCTION, "name": "run_it"}]}
+    tools = [FUNCTION, space, long]
+    named = [tool["function"]["name"] for tool in chat_tools(tools)]
+    assert named == ["get_weather", "agents__get_weather", "agents__stop", "run_it"]
+    names = called_names(tools)
+    # What the model may leave out where only one function has the name.
+    assert {name: (called.namespace, called.name) for name, called in names.items()} == {
+        "agents__get_weather": ("agents", "get_weather"),
+        "agents__stop": ("agents", "stop"),
+        "stop": ("agents", "stop"),
+        "run_it": ("n" * 60, "run_it"),
+    }
+    chunks = chunks_of(["</think>", call_text(*((name, {}) for name in ("agents__stop", "get_weather", "other")))])
+    answer = msgspec.json.decode(encode(writer(names).whole([chunks], usage_of(chunks))))
+    called = [(call.get("namespace"), call["name"]) for call in answer["output"]]
+    assert called == [("agents", "stop"), (None, "get_weather"), (None, "other")]
+    [back] = messages(answer["output"][0])
+    assert back["tool_calls"][0]["function"]["name"] == "agents__stop"
+    for tool in ({**space, "tools": 7}, {**space, "tools": [{"type": "custom", "name": "x"}]}):
+        assert "tools[0].tools" in str(refusal(tools=[tool]))
+
+
 def test_a_format_of_the_answer_is_that_of_chat() -> None:
-    named = {"type": "json_schema", "name": "Weather", "strict": True, "schema": WEATHER}
+    named: dict[str, Any] = {"type": "json_schema", "name": "Weather", "strict": True, "schema": WEATHER}
     schema = {"name": "Weather", "strict": True, "schema": WEATHER}
     assert response_format(TextOptions(format=TextFormat(**named))) == {"type": "json_schema", "json_schema": schema}
     assert response_format(TextOptions(format=TextFormat(type="json_object"))) == {"type": "json_object"}
@@ -300,7 +330,7 @@ def test_thoughts_count_as_output() -> None:
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_stream_that_fails_says_so_in_both_ways_that_clients_look_for(begun: bool) -> None:
     answer = writer()
-    events = []
+    events: list[bytes] = []
     if begun:
         events += answer.first_events(usage_of([]))
         for chunk in chunks_of(["hm</think>", "half", "more"])[:2]:

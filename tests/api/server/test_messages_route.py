@@ -176,7 +176,7 @@ def test_anthropics_client_calls_a_tool_and_gives_its_result_back() -> None:
 @pytest.mark.parametrize("eager", [False, True])
 def test_anthropics_client_streams_blocks_as_they_grow(eager: bool) -> None:
     with client_of(FakeEngine(says(CALLING))) as client:
-        tools = [{**TOOLS[0], "eager_input_streaming": eager}]
+        tools: list[Any] = [{**TOOLS[0], "eager_input_streaming": eager}]
         seen: dict[str, str] = {}
         with client.messages.stream(
             model="small", max_tokens=500, messages=[QUESTION], tools=tools, thinking=THINKS

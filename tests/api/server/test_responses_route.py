@@ -120,7 +120,7 @@ async def test_it_wants_a_key_like_all_others() -> None:
 def test_openais_client_asks_and_reads_a_text() -> None:
     with client_of(FakeEngine(says("Hello!"))) as client:
         answer = client.responses.create(model="small", input="hi", store=True, metadata={"a": "b"})
-        assert (answer.output_text, answer.status, answer.store) == ("Hello!", "completed", False)
+        assert (answer.output_text, answer.status, answer.metadata) == ("Hello!", "completed", {"a": "b"})
         assert answer.usage is not None
         assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
         cut = client.responses.create(model="small", input="hi", max_output_tokens=2)
@@ -159,7 +159,7 @@ def test_openais_client_streams_items_as_they_grow() -> None:
                     "response.reasoning_text.delta",
                     "response.function_call_arguments.delta",
                 }:
-                    texts[event.type] = texts.get(event.type, "") + event.delta  # type: ignore[union-attr]
+                    texts[event.type] = texts.get(event.type, "") + event.delta
             final = stream.get_final_response()
     assert list(texts.values()) == ["I should ask.", "Let me see.", '{"city": "Lisbon"}']
     assert final.output_text == "Let me see."
