@@ -213,7 +213,7 @@ def test_functions_in_namespaces_have_longer_names_in_chat_and_their_own_in_answ
         "tools": [FUNCTION, {**FUNCTION, "name": "stop"}],
     }
     long = {"type": "namespace", "name": "n" * 60, "tools": [{**FUNCTION, "name": "run_it"}]}
-    tools = [FUNCTION, space, long]
+    tools: list[dict[str, Any]] = [FUNCTION, space, long]
     named = [tool["function"]["name"] for tool in chat_tools(tools)]
     assert named == ["get_weather", "agents__get_weather", "agents__stop", "run_it"]
     names = called_names(tools)
