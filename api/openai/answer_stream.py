@@ -216,6 +216,10 @@ class AnswerWriter(Protocol):
     def whole(self, choices: list[list[Chunk]], usage: Usage) -> msgspec.Struct:
         """The answer that consists of these chunks of each choice."""
 
+    def first_events(self, usage: Usage) -> Iterator[bytes]:
+        """The events before the first chunk, when nothing is generated yet: none, unless a route has some."""
+        yield from ()
+
     def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
         """The server-sent events of a chunk; `usage` is that of its choice alone."""
 
@@ -266,6 +270,8 @@ class AnswerStream:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Gives the chunks as server-sent events. A failure is an event too."""
         try:
+            for event in self._answer.first_events(self._usage()):
+                yield event
             async for chunk in self._source:
                 self._record(chunk)
                 usage = Usage.of(len(self._choices[chunk.index].prompt.tokens), chunk.completion_tokens)

@@ -3,7 +3,7 @@
 msgspec encodes them in a microsecond, where a dict takes ten.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Literal
 
@@ -136,6 +136,10 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
+WriteError = Callable[[ErrorBody], bytes]
+"""Writes an error as the clients of a route know errors."""
+
+
 def encode(message: msgspec.Struct) -> bytes:
     """Encodes one of the structs above as JSON."""
     return _ENCODER.encode(message)
@@ -146,17 +150,23 @@ def event(message: msgspec.Struct) -> bytes:
     return b"data: " + _ENCODER.encode(message) + b"\n\n"
 
 
+def named_event(message: msgspec.Struct) -> bytes:
+    """Encodes one server-sent event whose name is the type that the struct's tag says."""
+    name = f"{type(message).__struct_config__.tag}"
+    return b"event: " + name.encode() + b"\n" + event(message)
+
+
 def error_body(error: GalaxylineError) -> ErrorBody:
     """The body for one of the project's errors: its public sentence, never its text."""
     param = error.param if isinstance(error, RequestError) else None
     return status_body(http_status(error), error.public or INTERNAL_ERROR, param)
 
 
-def refusal(error: GalaxylineError, headers: Mapping[str, str]) -> Response:
+def refusal(error: GalaxylineError, headers: Mapping[str, str], write: WriteError = encode) -> Response:
     """The HTTP answer for one of the project's errors, with these headers; an overload adds when to try again."""
     if isinstance(error, OverloadedError):
         headers = {**headers, "retry-after": str(error.retry_after_s)}
-    return error_response(error_body(error), headers)
+    return error_response(error_body(error), headers, write)
 
 
 def status_body(status: int, message: str, param: str | None = None) -> ErrorBody:
@@ -165,9 +175,9 @@ def status_body(status: int, message: str, param: str | None = None) -> ErrorBod
     return ErrorBody(error=ErrorDetail(message=message[:MESSAGE_CHARACTERS_MAX], type=kind, param=param, code=status))
 
 
-def error_response(body: ErrorBody, headers: Mapping[str, str] | None = None) -> Response:
-    """The HTTP answer for a body, with Retry-After where trying again may help."""
+def error_response(body: ErrorBody, headers: Mapping[str, str] | None = None, write: WriteError = encode) -> Response:
+    """The HTTP answer for a body, with Retry-After where trying again may help; `write` knows the route's form."""
     headers = dict(headers or {})
     if body.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["retry-after"] = str(RETRY_AFTER_S)
-    return Response(encode(body), body.error.code, headers, media_type="application/json")
+    return Response(write(body), body.error.code, headers, media_type="application/json")

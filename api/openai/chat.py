@@ -138,6 +138,12 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     Raises RequestError naming the field at fault, in a message of bounded length.
     """
     request = parse_body(ChatRequest, body)
+    check_chat_request(request)
+    return request
+
+
+def check_chat_request(request: ChatRequest) -> None:
+    """Checks what can be checked without the model. Raises RequestError naming the field at fault."""
     refuse_not_served(request, NOT_SERVED_HERE)
     refuse_contradictions(request)
     if request.max_tokens == 0:
@@ -146,7 +152,6 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         raise RequestError("top_logprobs is only allowed with logprobs.", "top_logprobs")
     if request.prompt_logprobs is not None and request.stream:
         raise RequestError("prompt_logprobs is not allowed with stream: use no stream.", "prompt_logprobs")
-    return request
 
 
 def render_prompt(request: PromptFields, model: ChatModel) -> str:

@@ -110,6 +110,11 @@ class MessageReader:
         """The number of tool calls that the client gets."""
         return int(min(self._parser.calls, self._turn.calls_max))
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the message so far ends in its thought."""
+        return self._parser.is_thinking
+
     def add(self, chunk: Chunk) -> list[Delta]:
         """Returns what the chunk adds to the message."""
         deltas = self._parser.add(chunk.text)

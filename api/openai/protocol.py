@@ -43,6 +43,11 @@ def parse_body(kind: type[Fields], body: bytes) -> Fields:
         raise RequestError(f"The body is not valid JSON: {error}."[:MESSAGE_CHARACTERS_MAX]) from None
     if not isinstance(fields, dict):
         raise RequestError("The body is not a request of this kind: send a JSON object.")
+    return validated(kind, fields)
+
+
+def validated(kind: type[Fields], fields: Mapping[str, object]) -> Fields:
+    """Checks the fields of a request. Raises RequestError naming the field at fault."""
     try:
         return kind.model_validate(fields)
     except pydantic.ValidationError as error:
@@ -112,6 +117,8 @@ TokenIds = Annotated[list[int] | None, PlainValidator(token_ids, json_schema_inp
 
 Words = Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str] | None)]
 
+Stops = Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 LogprobCount = Annotated[int, Field(ge=-1)]
@@ -153,7 +160,7 @@ class GenerationFields(BaseModel):
     allowed_token_ids: TokenIds = None
     bad_words: Words = []
 
-    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)] = []
+    stop: Stops = []
     stop_token_ids: TokenIds = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None

@@ -9,6 +9,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.messages.histogram import Histogram
+from api.openai.anthropic_errors import error_writer
 from api.openai.bodies import error_response, status_body
 from api.server.request import CLIENT_LEFT, REQUEST_ID_HEADER
 from api.settings.server import ApiKeys
@@ -25,7 +26,10 @@ LINES_MAX = 10
 PERIOD_S = 10.0
 """At most so many lines of one kind are written in this time; then one says how many more there were."""
 
-UNAUTHORIZED = "No valid API key came with the request: send the header Authorization: Bearer KEY."
+UNAUTHORIZED = (
+    "No valid API key came with the request: send the header Authorization: Bearer KEY, or x-api-key: KEY as "
+    "Anthropic's clients do."
+)
 
 log = structlog.get_logger()
 
@@ -149,15 +153,25 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request, or the application's lifespan."""
-        if scope["type"] != "http" or not self._keys.guard(scope["path"]) or self._keys.accepts(_bearer(scope)):
+        if scope["type"] != "http" or not self._keys.guard(scope["path"]) or self._has_key(scope):
             await self._app(scope, receive, send)
             return
         body = status_body(HTTPStatus.UNAUTHORIZED, UNAUTHORIZED)
-        await error_response(body, {"www-authenticate": "Bearer"})(scope, receive, send)
+        refusal = error_response(body, {"www-authenticate": "Bearer"}, error_writer(scope["path"]))
+        await refusal(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        # Clients of Anthropic that know keys of both kinds send both.
+        return any([self._keys.accepts(_bearer(scope)), self._keys.accepts(_first(scope, b"x-api-key"))])
 
 
 def _bearer(scope: Scope) -> bytes:
-    """The key of a request; empty where it has none."""
-    header: bytes = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    scheme, _, key = header.partition(b" ")
+    """The key of a request in OpenAI's form; empty where it has none."""
+    scheme, _, key = _first(scope, b"authorization").partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else b""
+
+
+def _first(scope: Scope, name: bytes) -> bytes:
+    """A header's first value; empty where it is not there."""
+    value: bytes = next((value for given, value in scope["headers"] if given == name), b"")
+    return value.strip()

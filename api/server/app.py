@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -13,6 +14,9 @@ from starlette.routing import Match, Route
 from api.client.open_requests import TokenSource
 from api.client.request_metrics import CompletionMetrics
 from api.messages.engine import not_ready, takes_requests
+from api.openai.anthropic_answer import AnthropicMessage, TokenCount
+from api.openai.anthropic_errors import MESSAGES_PATH, AnthropicError, anthropic_refusal, error_writer
+from api.openai.anthropic_messages import CountTokensRequest, MessagesRequest
 from api.openai.bodies import (
     INTERNAL_ERROR,
     ModelCard,
@@ -26,12 +30,16 @@ from api.openai.chat import ChatModel, ChatRequest
 from api.openai.chat_answer import ChatCompletion
 from api.openai.completions import Completion, CompletionRequest
 from api.openai.generation import refuse_other_model
+from api.openai.responses import ResponsesRequest
+from api.openai.responses_answer import ResponseObject
 from api.server.access import Authentication
 from api.server.admission import AdmissionControl
-from api.server.generations import Generations, parse_chat, parse_completion
+from api.server.generations import Generations, parse_chat, parse_completion, parse_messages, parse_responses
 from api.server.health import Health, Probe
 from api.server.openapi import (
+    BODY_ERRORS,
     DescribedApp,
+    Description,
     add_docs_page,
     add_route,
     answers_of,
@@ -40,6 +48,7 @@ from api.server.openapi import (
     timeout_header,
 )
 from api.server.request import Bodies
+from api.server.token_counts import TokenCounts
 from api.server.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
 from api.settings.server import FrontSettings, QueueLimits
 from api.text.served_model import ServedModel
@@ -86,30 +95,25 @@ def create_app(
         # A redirect would go to whatever host the client names.
         redirect_slashes=False,
     )
-    app.bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    app.bodies = (
+        CompletionRequest,
+        ChatRequest,
+        ResponsesRequest,
+        MessagesRequest,
+        CountTokensRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    )
     admission = admission or AdmissionControl(QueueLimits.of(DEFAULT_SLOTS, model.max_model_len))
     chat_model = ChatModel.of(model, front.chat)
     generations = Generations(
         model, engine, bodies, _seeds(seed), admission, front.request_timeout_s, metrics or CompletionMetrics()
     )
-    add_route(
-        app,
-        "/v1/completions",
-        generations.handler(parse_completion(model)),
-        generation_answers(Completion, "a Completion"),
-        "Completes prompts, in one answer or as a stream of server-sent events.",
-        method="POST",
-        more={**body_of(CompletionRequest), "parameters": [timeout_header()]},
-    )
-    add_route(
-        app,
-        "/v1/chat/completions",
-        generations.handler(parse_chat(chat_model), inline=False),
-        generation_answers(ChatCompletion, "a ChatCompletionChunk"),
-        "Answers a conversation, with tools and thoughts, in one answer or as a stream of server-sent events.",
-        method="POST",
-        more={**body_of(ChatRequest), "parameters": [timeout_header()]},
-    )
+    _add_generation_routes(app, chat_model, generations)
+    counted = answers_of(TokenCount, *BODY_ERRORS, 429, error=AnthropicError)
+    summary = "Counts the tokens of a conversation, for clients of Anthropic."
+    count, more = TokenCounts(chat_model, bodies).count, body_of(CountTokensRequest)
+    add_route(app, f"{MESSAGES_PATH}/count_tokens", count, counted, summary, method="POST", more=more)
     Tokenization(chat_model, bodies).add_routes(app)
     _add_model_routes(app, model, engine)
     Health(engine, admission, probe).add_routes(app)
@@ -135,6 +139,50 @@ def _routes(app: FastAPI) -> list[Route]:
 def _seeds(seed: int | None) -> Callable[[], int]:
     source = random.SystemRandom() if seed is None else random.Random(seed)  # noqa: S311  # no secrets are drawn
     return lambda: source.getrandbits(63)
+
+
+def _add_generation_routes(app: FastAPI, model: ChatModel, generations: Generations) -> None:
+    def more(body: type[BaseModel]) -> Description:
+        return {**body_of(body), "parameters": [timeout_header()]}
+
+    add_route(
+        app,
+        "/v1/completions",
+        generations.handler(parse_completion(model.served)),
+        generation_answers(Completion, "a Completion or an ErrorBody as JSON; the last one is [DONE]"),
+        "Completes prompts, in one answer or as a stream of server-sent events.",
+        method="POST",
+        more=more(CompletionRequest),
+    )
+    add_route(
+        app,
+        "/v1/chat/completions",
+        generations.handler(parse_chat(model), inline=False),
+        generation_answers(ChatCompletion, "a ChatCompletionChunk or an ErrorBody as JSON; the last one is [DONE]"),
+        "Answers a conversation, with tools and thoughts, in one answer or as a stream of server-sent events.",
+        method="POST",
+        more=more(ChatRequest),
+    )
+    add_route(
+        app,
+        "/v1/responses",
+        generations.handler(parse_responses(model), inline=False),
+        generation_answers(ResponseObject, "of the type that its name says, from response.created on"),
+        "Answers a conversation in the form of OpenAI's Responses API, without storing anything.",
+        method="POST",
+        more=more(ResponsesRequest),
+    )
+    add_route(
+        app,
+        MESSAGES_PATH,
+        generations.handler(parse_messages(model), anthropic_refusal, inline=False),
+        generation_answers(
+            AnthropicMessage, "of the type that its name says, from message_start to message_stop", AnthropicError
+        ),
+        "Answers a conversation in the form of Anthropic's Messages API.",
+        method="POST",
+        more=more(MessagesRequest),
+    )
 
 
 def _add_model_routes(app: FastAPI, model: ServedModel, engine: TokenSource) -> None:
@@ -171,16 +219,17 @@ def _json(body: bytes) -> Response:
 
 
 # Starlette's type of a handler takes any exception; each of these is registered for the class it handles.
-async def _galaxyline_error(_: Request, error: Exception) -> Response:
+async def _galaxyline_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, GalaxylineError):
         raise TypeError(f"{error!r} is not a GalaxylineError")
-    return refusal(error, {})
+    return refusal(error, {}, error_writer(request.scope["path"]))
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise TypeError(f"{error!r} is not an HTTPException")
     message, headers = f"{error.detail}", dict(error.headers or {})
+    write = error_writer(request.scope["path"])
     path = request.scope["path"][:PATH_CHARACTERS_MAX]
     if error.status_code == HTTPStatus.NOT_FOUND:
         message = f"This server has no {path}. It serves: {_served(request.app)}."
@@ -188,7 +237,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         allowed = _methods(request)
         message = f"{path} takes {' or '.join(allowed)}, not {request.method}."
         headers = {"allow": ", ".join(allowed)}
-    return error_response(status_body(error.status_code, message), headers)
+    return error_response(status_body(error.status_code, message), headers, write)
 
 
 def _served(app: FastAPI) -> str:
@@ -205,5 +254,5 @@ def _methods(request: Request) -> list[str]:
     return sorted({method for route in matching for method in route.methods or ()})
 
 
-async def _unexpected_error(_: Request, __: Exception) -> Response:
-    return error_response(status_body(500, INTERNAL_ERROR))
+async def _unexpected_error(request: Request, _: Exception) -> Response:
+    return error_response(status_body(500, INTERNAL_ERROR), write=error_writer(request.scope["path"]))

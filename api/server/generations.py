@@ -16,11 +16,16 @@ from api.client.request_metrics import CompletionMetrics
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.answer_stream import AnswerStream, AnswerWriter, ChoiceText, ChunkStream
+from api.openai.anthropic_answer import AnthropicWriter
+from api.openai.anthropic_messages import eager_tools, messages_generation, parse_messages_request
 from api.openai.bodies import encode, refusal
 from api.openai.chat import ChatModel, chat_generation, chat_turn, parse_chat_request
 from api.openai.chat_answer import ChatWriter
 from api.openai.completions import CompletionWriter, completion_generation, parse_completion_request
 from api.openai.generation import Check, CheckSize, GenerationRequest, build_choices, refuse_other_model
+from api.openai.responses import parse_responses_request, responses_generation
+from api.openai.responses_answer import ResponseWriter, response_draft
+from api.openai.responses_input import called_names
 from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
 from api.server.request import (
@@ -167,6 +172,40 @@ def parse_chat(model: ChatModel) -> Parse:
         return ParsedRequest(
             generation=generation,
             answer=lambda request_id: ChatWriter(request_id, served.name, int(time.time()), turn, options),
+        )
+
+    return parse
+
+
+def parse_responses(model: ChatModel) -> Parse:
+    """Makes what reads the bodies of /v1/responses."""
+    served = model.served
+
+    def parse(body: bytes, check: Check, check_size: CheckSize) -> ParsedRequest:
+        request = parse_responses_request(body)
+        refuse_other_model(request.model, served)
+        generation, turn = responses_generation(request, model, check, check_size)
+        draft, names = response_draft(request, generation, served.name), called_names(request.tools or [])
+        return ParsedRequest(
+            generation=generation,
+            answer=lambda request_id: ResponseWriter(request_id, int(time.time()), draft, turn, names),
+        )
+
+    return parse
+
+
+def parse_messages(model: ChatModel) -> Parse:
+    """Makes what reads the bodies of /v1/messages."""
+    served = model.served
+
+    def parse(body: bytes, check: Check, check_size: CheckSize) -> ParsedRequest:
+        request = parse_messages_request(body)
+        refuse_other_model(request.model, served)
+        generation, turn = messages_generation(request, model, check, check_size)
+        eager, most = eager_tools(request.tools), request.max_tokens
+        return ParsedRequest(
+            generation=generation,
+            answer=lambda request_id: AnthropicWriter(request_id, served.name, turn, most, eager),
         )
 
     return parse

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, Response
 
+from api.openai.anthropic_answer import AnthropicMessage, TokenCount
+from api.openai.anthropic_errors import AnthropicError
 from api.openai.bodies import (
     DetokenizedText,
     ErrorBody,
@@ -23,13 +25,27 @@ from api.openai.bodies import (
 )
 from api.openai.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.openai.completions import Completion
+from api.openai.responses_answer import ResponseObject
 from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"
 
 ANSWERS = (
-    *(ChatCompletion, ChatCompletionChunk, Completion, DetokenizedText, ErrorBody, Load, ModelCard, ModelList),
-    *(Status, Tokens, Version),
+    AnthropicError,
+    AnthropicMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    DetokenizedText,
+    ErrorBody,
+    Load,
+    ModelCard,
+    ModelList,
+    ResponseObject,
+    Status,
+    TokenCount,
+    Tokens,
+    Version,
 )
 
 ERRORS = {
@@ -47,8 +63,11 @@ ERRORS = {
 BODY_ERRORS = (400, 404, 408, 413, 431)
 EVERYWHERE = (401, 500)
 
-KEY = "API key"
-"""The name of the security scheme in the document."""
+KEYS = {
+    "API key": {"type": "http", "scheme": "bearer"},
+    "API key of Anthropic's clients": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+"""The security schemes: each is enough."""
 
 _RETRY_AFTER = {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}
 _REQUEST_ID = {REQUEST_ID_HEADER: {"description": "The request's id.", "schema": {"type": "string"}}}
@@ -79,10 +98,10 @@ class DescribedApp(FastAPI):
             _, answers = msgspec.json.schema_components(self.answers, ref_template=REF.format("{name}"))
             schemas.update(answers)
             if self.guards is not None:
-                components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+                components["securitySchemes"] = KEYS
                 for path, operations in document["paths"].items():
                     for operation in operations.values():
-                        operation["security"] = [{KEY: []}] if self.guards(path) else []
+                        operation["security"] = [{name: []} for name in KEYS] if self.guards(path) else []
         return super().openapi()
 
 
@@ -144,10 +163,12 @@ def timeout_header() -> Description:
     return {"name": TIMEOUT_HEADER, "in": "header", "required": False, "schema": schema}
 
 
-def answers_of(kind: type[msgspec.Struct], *errors: int) -> dict[int | str, Description]:
+def answers_of(
+    kind: type[msgspec.Struct], *errors: int, error: type[msgspec.Struct] = ErrorBody
+) -> dict[int | str, Description]:
     """Describes the answers of a route, for `responses`: 200 with `kind`, these errors, and those of every route."""
     ok: Description = {"description": "OK", "content": _json_of(kind)}
-    return {200: ok, **errors_of(*errors)}
+    return {200: ok, **errors_of(*errors, error=error)}
 
 
 def object_answer(*errors: int) -> dict[int | str, Description]:
@@ -162,26 +183,28 @@ def text_answer() -> dict[int | str, Description]:
     return {200: ok, **errors_of()}
 
 
-def errors_of(*errors: int) -> dict[int | str, Description]:
-    """Describes these errors and those of every route, for `responses`."""
+def errors_of(*errors: int, error: type[msgspec.Struct] = ErrorBody) -> dict[int | str, Description]:
+    """Describes these errors and those of every route, for `responses`, with `error` as their body."""
     described: dict[int | str, Description] = {}
     for status in sorted({*errors, *EVERYWHERE}):
-        described[status] = {"description": ERRORS[status], "content": _json_of(ErrorBody)}
+        described[status] = {"description": ERRORS[status], "content": _json_of(error)}
         if status in {429, 503}:
             described[status]["headers"] = _RETRY_AFTER
     return described
 
 
-def generation_answers(kind: type[msgspec.Struct], chunk: str) -> dict[int | str, Description]:
-    """Describes the answers of a route that generates: one object of this `kind`, or events with `chunk` each."""
-    answers = answers_of(kind, *BODY_ERRORS, 429, 503, 504)
-    event = {
+def generation_answers(
+    kind: type[msgspec.Struct], event: str, error: type[msgspec.Struct] = ErrorBody
+) -> dict[int | str, Description]:
+    """Describes the answers of a route that generates: one object of this `kind`, or events, each of them `event`."""
+    answers = answers_of(kind, *BODY_ERRORS, 429, 503, 504, error=error)
+    schema = {
         "type": "object",
-        "description": f"A server-sent event: {chunk} or an ErrorBody as JSON; the last one is [DONE].",
+        "description": f"A server-sent event: {event}.",
         "properties": {"data": {"type": "string"}},
         "required": ["data"],
     }
-    answers[200]["content"]["text/event-stream"] = {"schema": event}
+    answers[200]["content"]["text/event-stream"] = {"schema": schema}
     answers[200]["headers"] = _REQUEST_ID
     return answers
 

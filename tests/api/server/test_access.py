@@ -43,7 +43,7 @@ async def test_each_refusal_leaves_a_line_and_a_count() -> None:
         ("POST", "/v1/completions", 400, "/v1/completions", {"json": {**BODY, "top_p": 9}}),
         ("POST", "/v1/completions", 401, "/v1/completions", {"json": BODY, "headers": {"authorization": "Bearer no"}}),
         ("GET", "/v1/models/other", 404, "/v1/models/{name:path}", {}),
-        ("POST", "/v1/chat/completions", 404, UNKNOWN, {"json": {}}),
+        ("POST", "/v1/embeddings", 404, UNKNOWN, {"json": {}}),
         ("GET", "/v1/completions", 405, "/v1/completions", {}),
         ("POST", "/tokenize", 413, "/tokenize", {"content": b" " * (BODY_BYTES_MAX + 1)}),
     ]
@@ -113,10 +113,9 @@ async def test_a_storm_of_lines_is_cut_short_and_summed_up(monkeypatch: pytest.M
 
 async def test_a_path_that_is_not_served_says_what_is() -> None:
     async with client(RequestWatch()) as opened:
-        error = error_of(await opened.post("/v1/chat/completions", json={}, headers=KEY), 404)
-        assert error["message"].startswith(
-            "This server has no /v1/chat/completions. It serves: POST /v1/completions, POST /tokenize"
-        )
+        error = error_of(await opened.post("/v1/embeddings", json={}, headers=KEY), 404)
+        served = "POST /v1/completions, POST /v1/chat/completions, POST /v1/responses, POST /v1/messages"
+        assert error["message"].startswith(f"This server has no /v1/embeddings. It serves: {served}")
         assert "GET /v1/models" in error["message"]
         refused = await opened.delete("/ping", headers=KEY)
         assert error_of(refused, 405)["message"] == "/ping takes GET or HEAD or POST, not DELETE."

@@ -65,14 +65,15 @@ async def test_a_narrower_scope_leaves_monitoring_open_as_vllm_does() -> None:
         for path in ("/metrics", "/pipeline", "/version", "/load", "/tokenizer_info", "/openapi.json"):
             assert (await opened.get(path)).status_code == 200
         paths = (await opened.get("/openapi.json")).json()["paths"]
-    assert paths["/v1/completions"]["post"]["security"] == [{"API key": []}]
+    assert paths["/v1/completions"]["post"]["security"] == [{"API key": []}, {"API key of Anthropic's clients": []}]
     assert paths["/metrics"]["get"]["security"] == []
 
 
 async def test_the_description_says_what_needs_a_key() -> None:
     async with client(FakeEngine(endless_text)) as opened:
         document = (await opened.get("/openapi.json", headers={"authorization": f"Bearer {KEYS[0]}"})).json()
-    assert document["components"]["securitySchemes"] == {"API key": {"type": "http", "scheme": "bearer"}}
+    schemes = document["components"]["securitySchemes"].values()
+    assert [scheme["type"] for scheme in schemes] == ["http", "apiKey"]
     guarded = {path for path, methods in document["paths"].items() if any(m["security"] for m in methods.values())}
     assert {"/health", "/live", "/ready", "/ping"} == document["paths"].keys() - guarded
 
