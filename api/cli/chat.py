@@ -285,9 +285,9 @@ def chat_command(
     think: bool | None,
     **options: Any,
 ) -> None:
-    """Talk with the model of a running server; /help lists the commands of the conversation.
+    """Talk with the model of a running server.
 
-    Without a terminal, every line of the input is a question.
+    /help lists the commands of the conversation. Without a terminal, every line of the input is a question.
     """
     server = Server(url, api_key)
     models = [entry.id for entry in server.get("/v1/models", _Models).data]
