@@ -18,8 +18,10 @@ from stages.step import Grammar
 
 CHOICES_MAX = 10_000
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-"""White space between the parts of a JSON answer: a model that goes on with it has to stop after so much."""
+WHITESPACE = r"\x20|\r?\n[\x20\t]{0,48}"
+"""White space between the parts of a JSON answer: a space, or a new line and its indentation.
+
+If any was allowed, as in JSON itself, weak models would write nothing else until `max_tokens`."""
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 OPTIONS = ("disable_any_whitespace", "whitespace_pattern", "disable_fallback", "disable_additional_properties")
@@ -106,7 +108,9 @@ def _structured(fields: Any) -> Grammar:
     param = "structured_outputs"
     if not isinstance(fields, dict):
         raise RequestError(f"{param} must be an object with one of {', '.join(KINDS)}.", param)
-    given = {kind: fields[kind] for kind in KINDS if fields.get(kind) not in (None, False)}
+    given = {kind: fields[kind] for kind in KINDS if fields.get(kind) is not None}
+    if given.get("json_object") is False:
+        del given["json_object"]
     unknown = [key for key in fields if key not in KINDS and key not in OPTIONS and not key.startswith("_")]
     if unknown:
         raise RequestError(f"{param} has {unknown[0][:50]!r}, which is not served: leave it out.", param)

@@ -86,13 +86,16 @@ class GrammarChecker:
         return verdict
 
     def _asked(self, source: str) -> Verdict:
-        try:
-            if self._process is None:
-                self._process = _Process(self._vocabulary)
-            return self._process.judge(source)
-        except GrammarError as error:
-            self._end_process()
-            raise EngineError.for_clients(str(error)) from error
+        # One that has ended since the last grammar is no reason to refuse this one.
+        for _ in range(2):
+            try:
+                if self._process is None:
+                    self._process = _Process(self._vocabulary)
+                return self._process.judge(source)
+            except GrammarError as error:
+                self._end_process()
+                failure = error
+        raise EngineError.for_clients(str(failure)) from failure
 
     def _end_process(self) -> None:
         if self._process is not None:
