@@ -18,7 +18,7 @@ from stages.step import Grammar
 
 CHOICES_MAX = 10_000
 
-WHITESPACE = r"\x20|\r?\n[\x20\t]{0,48}"
+WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 """White space between the parts of a JSON answer: a space, or a new line and its indentation.
 
 If any was allowed, as in JSON itself, weak models would write nothing else until `max_tokens`."""
