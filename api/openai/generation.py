@@ -11,10 +11,10 @@ import msgspec
 from api.errors import RequestError, UnknownModelError
 from api.messages.engine import AddRequest
 from api.openai.protocol import GenerationFields, StreamOptions
-from api.openai.structured_output import requested_grammar
+from api.openai.structured_output import served_grammar
 from api.openai.thought import ThoughtOptions, thought_of
 from api.text.served_model import WHOLE_VOCABULARY, ServedModel
-from stages.step import GREEDY_BELOW, VOCABULARY, Grammar, SamplingParams
+from stages.step import GREEDY_BELOW, VOCABULARY, SamplingParams
 
 ALL_THAT_FITS = -1
 
@@ -263,23 +263,6 @@ def generation_request(
         request_id=fields.request_id,
         thought=ThoughtOptions(budget=fields.thinking_token_budget),
     )
-
-
-def served_grammar(fields: GenerationFields, model: ServedModel) -> Grammar | None:
-    """The grammar that the fields of a request stand for, tried out; None where they leave the answer free.
-
-    Raises RequestError where it cannot be served.
-    """
-    requested = requested_grammar(fields.response_format, fields.structured_outputs, fields.guided)
-    if requested is None:
-        return None
-    grammar, param = requested
-    if fields.ignore_eos:
-        raise RequestError(f"{param} with ignore_eos is not served, as no answer could end: leave one out.", param)
-    if model.grammars is None:
-        raise RequestError(f"{param} is not served with this model: leave it out.", param)
-    model.grammars.check(grammar.source, param)
-    return grammar
 
 
 def sampling_params(

@@ -14,6 +14,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from api.errors import RequestError
 from api.openai.json_schema import checked_schema, refuse_large
+from api.openai.protocol import GenerationFields
+from api.text.served_model import ServedModel
 from stages.step import Grammar
 
 CHOICES_MAX = 10_000
@@ -72,6 +74,23 @@ def requested_grammar(
         first, second = list(wishes)[:2]
         raise RequestError(f"{first} and {second} both say what the answer has to be: give one of them.", second)
     return next((Requested(grammar, param) for param, grammar in wishes.items()), None)
+
+
+def served_grammar(fields: GenerationFields, model: ServedModel) -> Grammar | None:
+    """The grammar that the fields of a request stand for, tried out; None where they leave the answer free.
+
+    Raises RequestError where it cannot be served.
+    """
+    requested = requested_grammar(fields.response_format, fields.structured_outputs, fields.guided)
+    if requested is None:
+        return None
+    grammar, param = requested
+    if fields.ignore_eos:
+        raise RequestError(f"{param} with ignore_eos is not served, as no answer could end: leave one out.", param)
+    if model.grammars is None:
+        raise RequestError(f"{param} is not served with this model: leave it out.", param)
+    model.grammars.check(grammar.source, param)
+    return grammar
 
 
 def schema_grammar(schema: Any, param: str, *, whitespace: str | None = WHITESPACE) -> Grammar:
