@@ -26,6 +26,11 @@ class ThoughtOptions(msgspec.Struct, frozen=True, kw_only=True):
     budget: int | None = None
 
 
+def has_thoughts(tokenizer: TextTokenizer) -> bool:
+    """Whether a tokenizer has the tags of thoughts."""
+    return tokenizer.token_id(OPENING) is not None and tokenizer.token_id(CLOSING) is not None
+
+
 def thought_of(
     tokenizer: TextTokenizer, prompt: Sequence[int], options: ThoughtOptions, *, has_grammar: bool
 ) -> Thought | None:
