@@ -9,7 +9,19 @@ import click
 from benchmarks.support.options import benchmark_command
 from stages.device import Device
 
-BENCHMARKS = ("hop", "overhead", "model", "trace", "loading", "scaling", "replicas", "overload", "memory", "stopping")
+BENCHMARKS = (
+    "hop",
+    "overhead",
+    "model",
+    "trace",
+    "loading",
+    "scaling",
+    "replicas",
+    "grammars",
+    "overload",
+    "memory",
+    "stopping",
+)
 
 
 @benchmark_command("benchmarks")
@@ -19,7 +31,7 @@ def main(short: bool, device: Device, out: Path) -> None:
     for name in BENCHMARKS:
         # Scaling, overload and memory need stages that wait, not stages that share one processor.
         on = "timed" if name in {"overload", "memory"} or (name == "scaling" and device == "embedded") else device
-        on = "embedded" if name == "stopping" else on
+        on = "embedded" if name in {"grammars", "stopping"} else on
         command = [sys.executable, "-m", f"benchmarks.{name}", "--device", on, *options]
         code = subprocess.run(command, check=False).returncode
         if code:

@@ -13,3 +13,7 @@ class StepError(GalaxylineError):
 
 class DeviceError(GalaxylineError):
     """A request that a device, mesh or op refused."""
+
+
+class GrammarError(GalaxylineError):
+    """A grammar that cannot be compiled, or not be followed any further; the sentence has the reason."""

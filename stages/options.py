@@ -108,12 +108,23 @@ class ExecutionOptions(msgspec.Struct, frozen=True, kw_only=True):
     )
 
 
+class VocabularyOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the last stage finds what tokens stand for, which grammars need.
+
+    `tokenizer` is the directory of the tokenizer's files on its host; `eos_token_ids` are the tokens that end answers.
+    """
+
+    tokenizer: str
+    eos_token_ids: list[int]
+
+
 class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that all stages of a pipeline have in common.
 
     `model_path` is a checkpoint directory; with `weights.load_format` "dummy" only its config.json is read and the
     weights are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
-    Only the layers that `changes` leave are the model. `timed` is for the timed device alone.
+    Only the layers that `changes` leave are the model. `timed` is for the timed device alone. Without a `vocabulary`
+    requests can have no grammar.
     """
 
     model_path: str
@@ -125,3 +136,4 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     execution: ExecutionOptions = ExecutionOptions()
     changes: ConfigChanges = UNCHANGED
     timed: TimedOptions | None = None
+    vocabulary: VocabularyOptions | None = None

@@ -8,6 +8,7 @@ from stages.backend import ttnn
 from stages.batch import BatchBuilder
 from stages.model_slice import HiddenStates, ModelSlice
 from stages.models.registry import architecture_of
+from stages.options import VocabularyOptions
 from stages.sampling.logprobs import Floats, token_logprobs
 from stages.sampling.sampler import Sampler
 from stages.step import Step, StepResult, TokenLogprobs
@@ -22,19 +23,28 @@ class OutputHead:
     """The part of the last stage that follows its layers: the head, the sampler and the requests it samples for."""
 
     def __init__(
-        self, config: ModelConfig, mesh_device: ttnn.MeshDevice, model: ModelSlice, batches: BatchBuilder
+        self,
+        config: ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        model: ModelSlice,
+        batches: BatchBuilder,
+        vocabulary: VocabularyOptions | None,
     ) -> None:
-        """Takes a model with a head, and the builder that makes the inputs of its steps."""
+        """Takes a model with a head, the builder that makes the inputs of its steps, and what grammars need."""
         self._config = config
         self._mesh_device = mesh_device
         self._model = model
         self._module = architecture_of(config).load_modules().head
         self._batches = batches
-        self._sampler = Sampler(config.vocab_size)
+        self._sampler = Sampler(config.vocab_size, vocabulary)
 
     def clear(self) -> None:
         """Forgets all requests, as at the start of an epoch."""
         self._sampler.clear()
+
+    def close(self) -> None:
+        """Ends the sampler's thread."""
+        self._sampler.close()
 
     def apply(self, step: Step) -> None:
         """Applies a step's ends and admissions. Raises StepError as Sampler.apply does."""

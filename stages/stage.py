@@ -67,7 +67,7 @@ class Stage:
         rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.execution.enable_trace)
         self._traces = DecodeTraces(model, mesh_device) if options.execution.enable_trace else None
-        self._head = OutputHead(config, mesh_device, model, self._batches) if spec.is_last else None
+        self._head = OutputHead(config, mesh_device, model, self._batches, options.vocabulary) if spec.is_last else None
         self._prepared: tuple[Step, Batch | None] | None = None
 
     @classmethod
@@ -162,6 +162,8 @@ class Stage:
         """Releases the traces and closes the mesh."""
         if self._traces is not None:
             self._traces.release()
+        if self._head is not None:
+            self._head.close()
         close_mesh(self.mesh_device)
 
     def _run(self, step: Step, hidden: torch.Tensor | None) -> HiddenStates | None:

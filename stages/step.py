@@ -11,7 +11,7 @@ import msgspec
 
 from stages.mesh_spec import HiddenShard
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 Mode = Literal["prefill", "decode"]
 
@@ -29,6 +29,28 @@ class Message(
     """
 
 
+class Grammar(Message, frozen=True, kw_only=True):
+    """What an answer has to look like: a grammar that llguidance compiles, as its list of grammars in JSON."""
+
+    source: str
+
+
+class Thought(Message, frozen=True, kw_only=True):
+    """How the thought of an answer begins and ends, by token ids, and how long it may be.
+
+    `opening` are the tokens of `<think>`, `closing` those of `</think>`. Where the prompt has opened the thought
+    (`is_open`) the answer begins inside it, else it may open one with its first tokens. After `budget` tokens of it
+    `closing` is forced, and `after_budget` behind it. A budget of 0 closes an open thought at once, and forbids to open
+    one.
+    """
+
+    opening: list[int]
+    closing: list[int]
+    is_open: bool
+    budget: int | None = None
+    after_budget: list[int] = []
+
+
 class SamplingParams(Message, frozen=True, kw_only=True):
     """How to choose the tokens of one request: a function of the request alone. Defaults change nothing.
 
@@ -40,6 +62,9 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     `logit_bias` is added by token id. Only `allowed_token_ids` are drawn, unless empty; none that would complete one of
     `bad_words`, each a sequence of token ids, within the answer; and before the answer has `min_tokens`, none of
     `stop_token_ids`. Ids outside the vocabulary change nothing.
+
+    With a `grammar` only tokens are drawn with which the answer can still become what it describes, and the model's EOS
+    tokens only where it is that. A `thought` stands before it: the grammar describes what follows `closing`.
 
     `logprobs` asks for the log-probability of each sampled token and of so many best ones (0: of the token alone),
     `prompt_logprobs` for those of the prompt's tokens; None asks for none, and VOCABULARY for all tokens.
@@ -61,6 +86,8 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = []
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    thought: Thought | None = None
 
     @property
     def reads_tokens(self) -> bool:
@@ -71,6 +98,8 @@ class SamplingParams(Message, frozen=True, kw_only=True):
             or self.frequency_penalty != 0
             or bool(self.bad_words)
             or self.prompt_logprobs is not None
+            or self.grammar is not None
+            or self.thought is not None
         )
 
 
@@ -168,9 +197,13 @@ class TokenLogprobs(Message, frozen=True, kw_only=True):
 NO_TOKEN = -1
 """Stands for a token that could not be drawn, as the logits are not numbers."""
 
+GRAMMAR_FAILED = -2
+"""Stands for a token that could not be drawn, as the request's grammar could not be followed any further."""
+
 
 class StepResult(Message, frozen=True, kw_only=True):
-    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments, or NO_TOKEN.
+    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments, NO_TOKEN or
+    GRAMMAR_FAILED.
 
     `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of

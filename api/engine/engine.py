@@ -74,8 +74,8 @@ class Engine:
             counts = self._scheduler.counts()
             self._send(msgspec.structs.replace(counts, tasks=len(asyncio.all_tasks())))
         elif isinstance(message, GetMetrics):
-            counts, preemptions = self._scheduler.counts(), self._scheduler.preemptions
-            self._send(self._meters.metrics(counts, preemptions, self._reports.roster.hosts))
+            counts, tallies = self._scheduler.counts(), self._scheduler.tallies
+            self._send(self._meters.metrics(counts, tallies, self._reports.roster.hosts))
         elif isinstance(message, GetPipelineReport):
             self._reports.send_report(self._pipeline)
 
@@ -215,7 +215,7 @@ class PipelineReports:
             epoch=None if pipeline is None else pipeline.epoch,
             microbatches=self._microbatches,
             counts=counts,
-            preemptions=self._scheduler.preemptions,
+            preemptions=self._scheduler.tallies.preemptions,
             stages=self.roster.views(healths, self._meters.busy_share, counts.blocks - counts.free_blocks),
         )
         while self._owed:

@@ -7,6 +7,7 @@ from actors.clock import now_ns
 from actors.errors import ProtocolError
 from api.messages.engine import Counts, EngineMetrics, RequestOutput, StageMetrics
 from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
+from api.scheduler.sequence import Tallies
 from stages.step import Mode, StageTiming, Step, StepResult
 
 NS_PER_S = 1_000_000_000
@@ -146,7 +147,6 @@ class EngineMeters:
         self._running: dict[int, RequestTimes] = {}
         self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
         self._returned_ns = 0
-        self._non_finite_logits = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
         """Notes that a request has come."""
@@ -162,8 +162,6 @@ class EngineMeters:
     def outputs_came(self, outputs: Sequence[RequestOutput], came_ns: int) -> None:
         """Notes what a step gave to requests, and the ends among it."""
         for output in outputs:
-            # A step that came back has no other error for a request.
-            self._non_finite_logits += output.finish_reason == "error"
             times = self._running.get(output.request_id)
             if times is not None and (output.tokens or output.finish_reason == "length"):
                 times.first_ns = times.first_ns or came_ns
@@ -216,13 +214,14 @@ class EngineMeters:
         """The share of the last RECENT_SECONDS that a stage computed in."""
         return self.stages[stage].recent.share(now_ns())
 
-    def metrics(self, counts: Counts, preemptions: int, hosts: Sequence[str]) -> EngineMetrics:
-        """The sums so far; `hosts` has the host of each stage."""
+    def metrics(self, counts: Counts, tallies: Tallies, hosts: Sequence[str]) -> EngineMetrics:
+        """The sums so far, with those of the scheduler; `hosts` has the host of each stage."""
         asked_ns = now_ns()
         return EngineMetrics(
             counts=counts,
-            preemptions=preemptions,
-            non_finite_logits=self._non_finite_logits,
+            preemptions=tallies.preemptions,
+            non_finite_logits=tallies.non_finite_logits,
+            grammar_failures=tallies.grammar_failures,
             prefill_seconds=self._inference_ns["prefill"] * NS,
             decode_seconds=self._inference_ns["decode"] * NS,
             queue_times=self._queue_times,

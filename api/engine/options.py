@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from actors.options import PipelineOptions
 from api.scheduler.options import ScheduleOptions, SchedulerOptions
+from stages.options import VocabularyOptions
 
 DEFAULT_MAX_RESTARTS = 10
 """Enough to find the one request of 256 in a step that makes a stage fail: it fails twice with all others, seven times
@@ -43,6 +44,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     close_timeout_s: float = 30.0
     pipeline_start: str = PIPELINE_START
     timeline: str | None = None
+
+    def with_vocabulary(self, vocabulary: VocabularyOptions | None) -> "EngineOptions":
+        """The same options, with what the last stage needs for grammars."""
+        stage = msgspec.structs.replace(self.pipeline.stage, vocabulary=vocabulary)
+        return msgspec.structs.replace(self, pipeline=msgspec.structs.replace(self.pipeline, stage=stage))
 
     @property
     def scheduler(self) -> SchedulerOptions:

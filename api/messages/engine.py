@@ -166,7 +166,8 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     from the last stage to the engine. `recoveries` are the times from each loss of a stage until steps could go on.
     `prefill_times` are those of requests from their slot to their first token, `decode_times` from there to the last
     and `inference_times` from slot to last, however a request ended; `step_tokens` counts the tokens of steps.
-    `non_finite_logits` counts the requests that ended because their logits were not numbers.
+    `non_finite_logits` counts the requests that ended because their logits were not numbers, `grammar_failures` those
+    whose grammar could not be followed.
     """
 
     counts: Counts
@@ -184,6 +185,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     step_tokens: Histogram
     stages: list[StageMetrics]
     non_finite_logits: int = 0
+    grammar_failures: int = 0
 
 
 class PipelineReport(EngineMessage, frozen=True, kw_only=True):

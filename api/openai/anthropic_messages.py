@@ -2,14 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.errors import RequestError
 from api.openai.anthropic_input import chat_messages, chat_tool_choice, chat_tools
 from api.openai.as_chat import Refused, chat_request, fields_named, limited, refuse_elsewhere, shared_fields
-from api.openai.chat import NO_THOUGHT, NOT_SERVED_HERE, ChatModel, ChatRequest, ChatTurn, chat_generation, chat_turn
+from api.openai.chat import NO_THOUGHT, ChatModel, ChatRequest, ChatTurn, chat_generation, chat_turn
 from api.openai.generation import Check, CheckSize, GenerationRequest, go_on
 from api.openai.protocol import GenerationFields, Stops, parse_body
+from api.openai.thought import ThoughtOptions, has_thoughts
 
 
 class Thinking(BaseModel):
@@ -110,7 +112,7 @@ def messages_chat(request: MessagesRequest) -> ChatRequest:
         "response_format": response_format(request.output_config),
     }
     budget = None if request.thinking is None else request.thinking.budget_tokens
-    if budget is not None and "thinking_token_budget" not in NOT_SERVED_HERE:
+    if budget is not None:
         fields["thinking_token_budget"] = budget
     return chat_request(fields, NAMES)
 
@@ -129,6 +131,9 @@ def messages_generation(
     with fields_named(NAMES):
         turn = chat_turn(chat, model)
         generation = chat_generation(chat, turn, model.served, check, check_size)
+    if not has_thoughts(model.served.tokenizer):
+        # Clients send a budget to every model; one without thoughts keeps it.
+        generation = msgspec.structs.replace(generation, thought=ThoughtOptions())
     return limited(generation, request.max_tokens), turn
 
 

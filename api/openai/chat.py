@@ -27,9 +27,11 @@ from api.openai.protocol import (
     refuse_contradictions,
     refuse_not_served,
 )
+from api.openai.tool_grammar import DEEPSEEK_V3, DEEPSEEK_V31, Choice, Function, tool_grammar
 from api.settings.chat import ChatOptions
 from api.text.chat_template import ChatTemplate
 from api.text.served_model import ServedModel
+from stages.step import Grammar
 
 TEMPLATE_ROOM = 4
 """So many times the longest prompt's characters may come out of a template: a prompt may be truncated after that."""
@@ -246,6 +248,52 @@ def chat_generation(
         token_ids=request.return_token_ids or False,
         as_token_ids=request.return_tokens_as_token_ids or False,
     )
-    return generation_request(
+    opened_by_model = turn.format.reasoning == "deepseek_r1" and not turn.prompt.rstrip().endswith(END_THINK)
+    generation = generation_request(
         request, [prompt], details, model, max_tokens=max_tokens, default_max_tokens=default, check=check
     )
+    thought = msgspec.structs.replace(generation.thought, is_open=turn.starts_in_thought, may_open=opened_by_model)
+    sampling = generation.sampling
+    if (grammar := _call_grammar(request, turn.format, model)) is not None:
+        sampling = msgspec.structs.replace(sampling, grammar=grammar)
+    return msgspec.structs.replace(generation, thought=thought, sampling=sampling)
+
+
+def _call_grammar(request: ChatRequest, form: AnswerFormat, model: ServedModel) -> Grammar | None:
+    """The grammar of an answer that has to call functions, or may call strict ones; None where it is free.
+
+    Functions that are not strict are held to their schemas where these can be served. Raises RequestError where that
+    of a strict one cannot.
+    """
+    calls = request.calls
+    is_asked = calls.mode == "required" or (calls.mode == "auto" and not has_form(request))
+    if model.grammars is None or request.ignore_eos or form.tools == "none" or not is_asked:
+        return None
+    functions = [
+        Function(name=tool.function.name, parameters=tool.function.parameters, strict=tool.function.strict or False)
+        for tool in request.tools
+    ]
+    named = next((function for function in functions if function.name == calls.name), None)
+    choice: Choice = named or ("required" if calls.mode == "required" else "auto")
+    style = DEEPSEEK_V31 if form.tools == "deepseek_v31" else DEEPSEEK_V3
+    parallel = request.parallel_tool_calls is not False
+    for only_strict in (False, True):
+        grammar = tool_grammar(
+            functions, choice, style, model.tokenizer.token_id, parallel=parallel, only_strict=only_strict
+        )
+        if grammar is None:
+            return None
+        try:
+            model.grammars.check(grammar.source, "tools")
+        except RequestError:
+            if only_strict or all(function.strict for function in functions):
+                raise
+        else:
+            return grammar
+    return None
+
+
+def has_form(request: ChatRequest) -> bool:
+    """Whether a field says what the answer has to be where it calls no function."""
+    fields = (request.response_format, request.structured_outputs, *request.guided.values())
+    return any(field is not None and field != {"type": "text"} for field in fields)

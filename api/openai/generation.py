@@ -11,6 +11,8 @@ import msgspec
 from api.errors import RequestError, UnknownModelError
 from api.messages.engine import AddRequest
 from api.openai.protocol import GenerationFields, StreamOptions
+from api.openai.structured_output import served_grammar
+from api.openai.thought import ThoughtOptions, thought_of
 from api.text.served_model import WHOLE_VOCABULARY, ServedModel
 from stages.step import GREEDY_BELOW, VOCABULARY, SamplingParams
 
@@ -105,6 +107,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     streams: bool
     stream_options: StreamOptions
     request_id: str | None
+    thought: ThoughtOptions = ThoughtOptions()
 
     @property
     def is_echo(self) -> bool:
@@ -239,13 +242,15 @@ def generation_request(
 
     Raises RequestError where a field does not fit the model.
     """
+    sampling = sampling_params(fields, len(prompts), details, model, check)
+    grammar = served_grammar(fields, model)
     return GenerationRequest(
         prompts=prompts,
         choice_count=fields.choice_count,
         max_tokens=max_tokens,
         default_max_tokens=default_max_tokens,
         min_tokens=fields.min_tokens or 0,
-        sampling=sampling_params(fields, len(prompts), details, model, check),
+        sampling=msgspec.structs.replace(sampling, grammar=grammar),
         seed=None if fields.seed == RANDOM_SEED else fields.seed,
         stops=fields.stop,
         includes_stop=fields.include_stop_str_in_output or False,
@@ -256,6 +261,7 @@ def generation_request(
         streams=fields.stream or False,
         stream_options=fields.stream_options or StreamOptions(),
         request_id=fields.request_id,
+        thought=ThoughtOptions(budget=fields.thinking_token_budget),
     )
 
 
@@ -368,6 +374,8 @@ def build_choices(
     choices: list[Choice] = []
     for prompt in request.prompts:
         max_tokens = _max_tokens(request, len(prompt.tokens), model)
+        has_grammar = request.sampling.grammar is not None
+        thought = thought_of(model.tokenizer, prompt.tokens, request.thought, has_grammar=has_grammar)
         seed = draw_seed() if request.seed is None else request.seed
         for choice in range(request.choice_count):
             added = AddRequest(
@@ -375,7 +383,7 @@ def build_choices(
                 tokens=prompt.tokens,
                 max_tokens=max_tokens,
                 stop_token_ids=stop_token_ids,
-                sampling=msgspec.structs.replace(request.sampling, seed=seed, choice=choice),
+                sampling=msgspec.structs.replace(request.sampling, seed=seed, choice=choice, thought=thought),
             )
             choices.append(
                 Choice(

@@ -177,12 +177,12 @@ class GenerationFields(BaseModel):
     spaces_between_special_tokens: bool | None = None
 
     response_format: dict[str, Any] | None = None
-    structured_outputs: Any = None
+    structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    thinking_token_budget: Any = None
+    thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
 
     use_beam_search: Any = None
     priority: Any = None
@@ -195,6 +195,16 @@ class GenerationFields(BaseModel):
         """The number of answers to each prompt."""
         return self.n or 1
 
+    @property
+    def guided(self) -> dict[str, Any]:
+        """The older fields that say what the answer has to be, by name."""
+        return {
+            "guided_json": self.guided_json,
+            "guided_regex": self.guided_regex,
+            "guided_choice": self.guided_choice,
+            "guided_grammar": self.guided_grammar,
+        }
+
 
 NOT_SERVED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
@@ -202,12 +212,6 @@ NOT_SERVED: dict[str, tuple[object, ...]] = {
     "logprob_token_ids": (),
     "repetition_detection": (),
     "watermarking": (False,),
-    "thinking_token_budget": (-1,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 """The fields that would change the answer but are not served, with the values that change nothing."""
 
@@ -218,10 +222,6 @@ def refuse_not_served(request: GenerationFields, not_served: Mapping[str, tuple[
         value = getattr(request, param)
         if value is not None and value not in neutral:
             raise RequestError(f"{param} is not served: leave it out.", param)
-    if request.response_format is not None and request.response_format.get("type") != "text":
-        raise RequestError(
-            'response_format other than {"type": "text"} is not served: leave it out.', "response_format"
-        )
 
 
 def refuse_contradictions(request: GenerationFields) -> None:

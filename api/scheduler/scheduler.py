@@ -19,20 +19,19 @@ from api.messages.engine import AddRequest, Counts, FinishReason, RequestOutput,
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
 from api.scheduler.quarantine import Quarantine
-from api.scheduler.sequence import Run, Sequence, Snapshot, StepInFlight, check_request
+from api.scheduler.sequence import Run, Sequence, Snapshot, StepInFlight, Tallies, check_request
 from api.scheduler.slots import BlockPool, Slots
-from stages.step import NO_TOKEN, Admission, Mode, Segment, Step, StepResult, TokenLogprobs
+from stages.step import GRAMMAR_FAILED, NO_TOKEN, Admission, Mode, Segment, Step, StepResult, TokenLogprobs
 from weights.errors import GalaxylineError
 from weights.sizes import ceil_div
 
 BY_ARRIVAL = attrgetter("arrival")
 
+GRAMMAR_SENTENCE = "The grammar could not be followed any further; the record of the last stage has the reason."
+
 
 class Scheduler:
-    """Turns requests into steps, and the results of steps into outputs. A request waits, or it runs in a slot.
-
-    `preemptions` counts how often a request had to give up its slot to another since the start.
-    """
+    """Turns requests into steps, and the results of steps into outputs. A request waits, or it runs in a slot."""
 
     def __init__(self, options: SchedulerOptions, epoch: int) -> None:
         self._options = options
@@ -43,7 +42,7 @@ class Scheduler:
         self._last_decode = [0] * options.steps_in_flight
         self._prefill_next = True
         self._quarantine = Quarantine()
-        self.preemptions = 0
+        self.tallies = Tallies()
         self._budget = PrefillBudget(options)
         self.reset(epoch)
 
@@ -195,6 +194,8 @@ class Scheduler:
         only_scores = sequence.is_whole
         if _has_nan(scores) or (token == NO_TOKEN and not only_scores):
             return self._end_for_nan(step.step_id, run)
+        if token == GRAMMAR_FAILED and not only_scores:
+            return self._end_for_grammar(run)
         reason: FinishReason | None = "length" if only_scores else sequence.append(token)
         if reason is None:
             self._decodable[run.microbatch].append(run)
@@ -220,9 +221,18 @@ class Scheduler:
 
     def _end_for_nan(self, step_id: int, run: Run) -> RequestOutput:
         """Ends a request whose token, or log-probability, is not a number: nothing that follows would be right."""
+        self.tallies.non_finite_logits += 1
+        return self._end_with(
+            run, f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
+        )
+
+    def _end_for_grammar(self, run: Run) -> RequestOutput:
+        self.tallies.grammar_failures += 1
+        return self._end_with(run, GRAMMAR_SENTENCE)
+
+    def _end_with(self, run: Run, sentence: str) -> RequestOutput:
         self._end(run.sequence)
         self._leave(run)
-        sentence = f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
         return failed_output(run.request_id, EngineError.for_clients(sentence))
 
     def _decode_step(self) -> Step | None:
@@ -362,7 +372,7 @@ class Scheduler:
     def _preempt(self, run: Run) -> None:
         """Frees the run's slot and blocks; its sequence waits again, before all that arrived later."""
         self._leave(run)
-        self.preemptions += 1
+        self.tallies.preemptions += 1
         position = 0
         while position < len(self._waiting) and self._waiting[position].arrival < run.arrival:
             position += 1

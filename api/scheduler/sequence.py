@@ -119,6 +119,19 @@ class Run:
 
 
 @dataclass(slots=True)
+class Tallies:
+    """What happened to requests since the start.
+
+    `preemptions` counts how often one had to give up its slot to another, `non_finite_logits` those that ended because
+    their logits were not numbers, and `grammar_failures` those that ended because their grammar could not be followed.
+    """
+
+    preemptions: int = 0
+    non_finite_logits: int = 0
+    grammar_failures: int = 0
+
+
+@dataclass(slots=True)
 class StepInFlight:
     """A step whose result is awaited.
 

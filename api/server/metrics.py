@@ -187,6 +187,8 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _counter("vllm:num_preemptions", text, each(lambda one: one.preemptions), MODEL)
     text = "Requests that ended because their logits were not numbers."
     yield _counter("galaxyline:non_finite_logits", text, each(lambda one: one.non_finite_logits), MODEL)
+    text = "Requests that ended because their grammar could not be followed."
+    yield _counter("galaxyline:grammar_failures", text, each(lambda one: one.grammar_failures), MODEL)
     yield _counter("vllm:prefix_cache_queries", "0, as prefixes are not cached.", none, MODEL)
     yield _counter("vllm:prefix_cache_hits", "0, as prefixes are not cached.", none, MODEL)
     text = "From a request's arrival in the engine to its slot."

@@ -136,7 +136,11 @@ async def serve(settings: ServeSettings) -> None:
         settings.max_logprobs,
         settings.generation_config,
     )
-    with contextlib.closing(listen(settings.host, settings.port)) as listener:
+    options = [one.with_vocabulary(model.vocabulary) for one in options]
+    with contextlib.ExitStack() as closing:
+        listener = closing.enter_context(contextlib.closing(listen(settings.host, settings.port)))
+        if model.grammars is not None:
+            closing.callback(model.grammars.close)
         signals = StopSignals()
         with on_stop_signal(signals.note):
             await _serve(settings, options, model, listener, signals)

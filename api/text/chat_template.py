@@ -12,9 +12,10 @@ from api.errors import RequestError
 from api.text.template_budget import RENDER_SECONDS, Budget, within
 from api.text.template_messages import TEMPLATE_ERRORS, CallForm, Message, normalise_messages
 from api.text.template_sandbox import BoundedEnvironment
-from api.text.tokenizer import CONFIG_BYTES_MAX, TextTokenizer
+from api.text.tokenizer import TextTokenizer
 from weights.errors import CheckpointError
 from weights.model_config import read_bounded
+from weights.tokenizer_files import CONFIG_BYTES_MAX
 
 DEFAULT_NAME = "default"
 """The name of the template for plain conversations, where there are several."""

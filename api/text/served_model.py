@@ -9,10 +9,12 @@ import msgspec
 from msgspec import Meta
 
 from api.text.model_source import ModelSource
+from stages.options import VocabularyOptions
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig, read_bounded
 
 if TYPE_CHECKING:
+    from api.text.grammar_checker import GrammarChecker
     from api.text.tokenizer import TextTokenizer
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -87,7 +89,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     `name` is its name in answers, `root` where it came from; requests may call it by one of `aliases` too. A prompt
     and its completion have at most `max_model_len` tokens, and log-probabilities of at most `max_logprobs` tokens at
     each position, or of all with WHOLE_VOCABULARY. `eos_token_ids` end a completion. `created` is in seconds since
-    1970.
+    1970. `vocabulary` is where the last stage finds the tokenizer, and `grammars` tries out what is to be followed
+    there; without both no request can have a grammar.
     """
 
     name: str
@@ -100,6 +103,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
     aliases: list[str] = []
+    vocabulary: VocabularyOptions | None = None
+    grammars: "GrammarChecker | None" = None
 
     @property
     def names(self) -> list[str]:
@@ -125,6 +130,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
         A token that is EOS in any of the model's files ends a completion. Raises CheckpointError.
         """
         # The options of a server come from this module too, and --help needs no tokenizer.
+        from api.text.grammar_checker import GrammarChecker  # noqa: PLC0415
         from api.text.tokenizer import TextTokenizer  # noqa: PLC0415
 
         text = TextTokenizer.load(source.tokenizer or source.path)
@@ -132,6 +138,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
         eos = {*config.eos_token_ids, *generation.eos_token_ids}
         if text.eos_token_id is not None:
             eos.add(text.eos_token_id)
+        vocabulary = VocabularyOptions(tokenizer=str(source.tokenizer or source.path), eos_token_ids=sorted(eos))
         return cls(
             name=source.name,
             root=source.root,
@@ -143,4 +150,6 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
             created=int(time.time()),
             max_logprobs=max_logprobs,
             aliases=source.aliases,
+            vocabulary=vocabulary,
+            grammars=GrammarChecker(vocabulary),
         )

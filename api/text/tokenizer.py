@@ -12,9 +12,17 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from api.text.tiktoken import TIKTOKEN_FILE, TOKENIZER_BYTES_MAX, described_token, read_tiktoken
+from api.text.tiktoken import read_tiktoken
 from weights.errors import CheckpointError
 from weights.model_config import read_bounded
+from weights.tokenizer_files import (
+    CONFIG_BYTES_MAX,
+    TIKTOKEN_FILE,
+    TOKENIZER_BYTES_MAX,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    described_token,
+)
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -76,15 +84,9 @@ class IncrementalDecoder:
         return text
 
 
-TOKENIZER_FILE = "tokenizer.json"
-
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 TOKENIZER_FILES = (TOKENIZER_FILE, TIKTOKEN_FILE)
-
-CONFIG_BYTES_MAX = 1 << 24
 
 Side = Literal["left", "right"]
 
@@ -237,6 +239,10 @@ class TextTokenizer:
     def token_string(self, token: int) -> str:
         """Returns a token as the vocabulary spells it, such as "Ġthe"; empty for an unknown id."""
         return self._tokenizer.id_to_token(token) or ""
+
+    def token_id(self, text: str) -> int | None:
+        """Returns the id of the token that the vocabulary spells like this, such as "<think>"; None for none."""
+        return _token_id(self._tokenizer, text)
 
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves the token out."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stages.sampling.grammar import Mask
 from stages.sampling.logprobs import Floats, to_floats, token_ids
 from stages.step import SamplingParams
 
@@ -62,9 +63,10 @@ class Penalties:
 class LogitsOptions:
     """One request's allowed tokens, bad words, minimum answer, bias and penalties, applied in this order.
 
-    The order is that of vLLM's Sampler. Banned tokens get minus infinity, which neither bias nor penalties change.
-    Bad words and the minimum answer are ignored where they would leave no token at all, and so are allowed tokens that
-    are not in the vocabulary; vLLM does not define these cases.
+    The order is that of vLLM's Sampler, where what a grammar allows comes first. Banned tokens get minus infinity,
+    which neither bias nor penalties change. Allowed tokens, then bad words and the minimum answer are ignored where
+    they would leave no token at all, so that a grammar wins over all of them; and so are allowed tokens that are not in
+    the vocabulary. vLLM does not define these cases.
     """
 
     def __init__(self, sampling: SamplingParams, vocabulary: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
@@ -82,15 +84,16 @@ class LogitsOptions:
         if self._penalties is not None:
             self._penalties.note(token)
 
-    def apply(self, logits: Floats, answer: Sequence[int], answered: int) -> Floats:
+    def apply(self, logits: Floats, answer: Sequence[int], answered: int, mask: Mask | None = None) -> Floats:
         """Returns `logits` [vocabulary] themselves if no option changes them, else a changed copy.
 
-        `answered` is the number of tokens sampled so far; `answer` contains them if bad words read them.
+        `answered` is the number of tokens sampled so far; `answer` contains them if bad words read them. Tokens that
+        `mask` [vocabulary] does not have are banned, if there is one.
         """
         banned = self._banned(answer, answered)
-        if not (banned or len(self._allowed) or len(self._biased) or self._penalties):
+        if not (banned or len(self._allowed) or len(self._biased) or self._penalties or mask is not None):
             return logits
-        changed = self._restricted(logits)
+        changed = self._restricted(logits if mask is None else _masked(logits, mask))
         _ban(changed, banned)
         if len(self._biased):
             changed[self._biased] = to_floats(changed[self._biased] + self._bias)
@@ -111,7 +114,13 @@ class LogitsOptions:
             return np.array(logits)
         restricted = np.full(len(logits), -np.inf, dtype=np.float32)
         restricted[self._allowed] = logits[self._allowed]
-        return restricted
+        return np.array(logits) if np.isneginf(restricted.max()) else restricted
+
+
+def _masked(logits: Floats, mask: Mask) -> Floats:
+    """The logits of the mask's tokens, and minus infinity; where the model gives all of these none, they are alike."""
+    masked = np.where(mask, logits, np.float32(-np.inf))
+    return np.where(mask, np.float32(0), masked) if np.isneginf(masked.max()) else masked
 
 
 def _ban(logits: Floats, tokens: list[int]) -> None:

@@ -31,6 +31,7 @@ ROW_NAMES: dict[str, dict[str, type]] = {
     "trace": {"batch": int},
     "loading": {"checkpoint": str, "bytes": int},
     "replicas": {"replicas": int, "streams": int},
+    "grammars": {"case": str},
 }
 FIGURES = {
     "hop": ["floor_us", "event_loop_us", "framing_us", "bare_us", "whole_us", "bare_ratio", "whole_ratio"],
@@ -38,6 +39,7 @@ FIGURES = {
     "model": ["tokens_per_s", "first_token_s", "beside_hugging_face"],
     "trace": ["plain_ms", "replayed_ms", "faster"],
     "replicas": ["tokens_per_s", "times_one"],
+    "grammars": ["tokens_per_s", "times_free"],
     "loading": ["converted_s", "cached_s", "ratio", "converted_disk_mb", "cached_disk_mb"],
 }
 

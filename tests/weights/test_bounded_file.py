@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from api.text.served_model import GENERATION_CONFIG_BYTES_MAX, GenerationConfig
-from api.text.tiktoken import TOKENIZER_BYTES_MAX
-from api.text.tokenizer import CONFIG_BYTES_MAX, TextTokenizer
+from api.text.tokenizer import TextTokenizer
 from weights.errors import CheckpointError
 from weights.model_config import CONFIG_FILE_BYTES_MAX, ModelConfig, read_bounded
 from weights.safetensors_directory import SafetensorsDirectory
 from weights.sample import SAMPLE_DIR
+from weights.tokenizer_files import CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX
 
 
 def grow(path: Path, size: int) -> None:

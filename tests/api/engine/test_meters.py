@@ -13,6 +13,7 @@ from actors.errors import ProtocolError
 from api.engine.meters import NS, NS_PER_S, RECENT_SECONDS, BusyWindow, EngineMeters, StepRecord
 from api.messages.engine import Counts, EngineMetrics, FinishReason, RequestOutput
 from api.messages.histogram import Histogram, one_two_five
+from api.scheduler.sequence import Tallies
 from stages.step import StageTiming, StepResult
 from tests.support.step_flows import EPOCH, Flow, flows, step_of
 
@@ -20,7 +21,7 @@ NO_COUNTS = Counts(waiting=0, running=0, steps_in_flight=0, free_slots=1, slots=
 
 
 def measured(meters: EngineMeters) -> EngineMetrics:
-    return meters.metrics(NO_COUNTS, 0, [f"host-{stage}" for stage in range(len(meters.stages))])
+    return meters.metrics(NO_COUNTS, Tallies(), [f"host-{stage}" for stage in range(len(meters.stages))])
 
 
 def run(flow: Flow, meters: EngineMeters, until: float = math.inf) -> int:

@@ -195,7 +195,7 @@ def test_forced_tokens_take_the_place_of_sampled_ones_which_are_handed_out() -> 
             msgspec.structs.replace(request(number, prompts[number], 100), forced=forced[number])
         )
     ended = line.drain()
-    assert line.scheduler.preemptions > 0
+    assert line.scheduler.tallies.preemptions > 0
     for number in range(4):
         sampled, reason = ended[number]
         followed = [next_token([*prompts[number], *forced[number][:place]]) for place in range(91)]
@@ -322,7 +322,7 @@ def test_prompt_logprobs_come_chunk_by_chunk_and_once_in_spite_of_preemption() -
         for output in line.deliver():
             if output.prompt_logprobs:
                 told[output.request_id].append(output.prompt_logprobs)
-    assert line.scheduler.preemptions > 0
+    assert line.scheduler.tallies.preemptions > 0
     for added in requests:
         assert [entry for chunk in told[added.request_id] for entry in chunk] == scores(added.tokens, 0, 70)
     # The first chunk ends at position 63, whose logits score the token at 64.
@@ -607,7 +607,7 @@ def test_a_prompt_that_is_only_scored_may_have_the_whole_length_and_ends_without
         assert [output.finish_reason for output in of_one if output.finish_reason] == ["length"]
         assert not any(output.tokens or output.logprobs for output in of_one)
     assert line.scheduler.counts() == nothing_in_use(options)
-    assert line.scheduler.preemptions == 0
+    assert line.scheduler.tallies.preemptions == 0
 
 
 def test_what_is_neither_scored_nor_generated_is_refused() -> None:
