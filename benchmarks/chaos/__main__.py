@@ -17,7 +17,7 @@ import msgspec
 import uvloop
 from rich.table import Table
 
-from benchmarks.chaos.chats import conversations
+from benchmarks.chaos.chats import conversations, questions_of_other_routes
 from benchmarks.chaos.faults import KINDS, FaultRow, Faults
 from benchmarks.chaos.findings import Findings, Run, losses_of, recoveries_in, speeds_of
 from benchmarks.chaos.leaks import Holdings, Memory, settled
@@ -37,7 +37,8 @@ FULL_MINUTES = 10.0
 async def work(run: Run, server: ChaosServer, findings: Findings) -> Holdings:
     """Runs the load and the faults; returns the holdings of the server before. Raises ServerError or ClientError."""
     loop = asyncio.get_running_loop()
-    asked: list[Asked] = [*questions(QUESTIONS, run.seed), *conversations(CONVERSATIONS, run.seed)]
+    chats: list[Asked] = [*conversations(CONVERSATIONS, run.seed), *questions_of_other_routes(run.seed)]
+    asked: list[Asked] = [*questions(QUESTIONS, run.seed), *chats]
     load = Load(server.url, asked, run.seed)
     findings.totals = load.totals
     await load.learn()

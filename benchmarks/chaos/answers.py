@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.chaos.typed_events import parts_of
+
 
 class Transcript(msgspec.Struct):
     """A message as one text that only grows while it comes: thought, content, calls and the reason of its end.
@@ -49,8 +51,14 @@ class Answer(msgspec.Struct):
         """The transcripts' texts."""
         return [transcript.text for transcript in self.transcripts]
 
+    def add_event(self, event: Mapping[str, Any]) -> bool:
+        """Adds a whole answer, or an event of a stream, of any route; returns whether it tells of tokens."""
+        for kind, text in [] if "choices" in event else parts_of(event):
+            self.transcripts[0].add(kind, text)
+        return sum(map(self.add, event.get("choices", []))) > 0
+
     def add(self, choice: Mapping[str, Any]) -> bool:
-        """Adds a choice, or a chunk of one, of either of OpenAI's routes; returns whether it has tokens."""
+        """Adds a choice, or a chunk of one, of completions or chat; returns whether it has tokens."""
         index, tokens = choice["index"], choice.get("token_ids") or []
         self.tokens[index] += tokens
         if choice.get("logprobs"):

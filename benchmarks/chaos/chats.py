@@ -1,4 +1,4 @@
-"""The conversations of the chaos benchmark's clients: with and without thoughts, tools and grammars."""
+"""The conversations of the chaos benchmark's clients, on three routes: with thoughts, tools and grammars."""
 
 import random
 from typing import Any, Literal
@@ -16,6 +16,10 @@ CHAT_STYLES: tuple[ChatStyle, ...] = (
     "plain",
     "schema after a thought",
 )
+"""The styles that conversations take in turn."""
+
+Route = Literal["responses", "messages"]
+ROUTES: tuple[Route, ...] = ("responses", "messages")
 LENGTHS = (24, 64, 128)
 """The most tokens of an answer; many end before."""
 STREAMED_SHARE = 0.75
@@ -109,6 +113,38 @@ class ChatQuestion(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+class RouteQuestion(msgspec.Struct, frozen=True, kw_only=True):
+    """A body of POST /v1/responses or /v1/messages with tools, whose answer always is the same; see `Question`."""
+
+    route: Route
+    question: str
+    max_tokens: int
+    seed: int
+    is_streamed: bool
+
+    choices = 1
+
+    @property
+    def path(self) -> str:
+        """The route's path."""
+        return f"/v1/{self.route}"
+
+    def __str__(self) -> str:
+        way = "streamed" if self.is_streamed else "whole"
+        return f"{self.route}, {way}, {self.max_tokens} tokens after {self.question!r}"
+
+    def body(self) -> dict[str, object]:
+        """The JSON object of the body."""
+        tools = [tool["function"] for tool in TOOLS]
+        fields = {**SAMPLED, "seed": self.seed, "stream": self.is_streamed}
+        if self.route == "responses":
+            own = [{"type": "function", **tool} for tool in tools]
+            return {**fields, "input": self.question, "max_output_tokens": self.max_tokens, "tools": own}
+        own = [{"name": tool["name"], "input_schema": tool["parameters"]} for tool in tools]
+        messages = [{"role": "user", "content": self.question}]
+        return {**fields, "messages": messages, "max_tokens": self.max_tokens, "tools": own}
+
+
 def conversations(count: int, seed: int) -> list[ChatQuestion]:
     """Makes `count` questions of all styles, which follow from the seed; a third of them come after another turn."""
     draw = random.Random(f"chat {seed}")
@@ -121,4 +157,20 @@ def conversations(count: int, seed: int) -> list[ChatQuestion]:
             is_streamed=draw.random() < STREAMED_SHARE,
         )
         for number in range(count)
+    ]
+
+
+def questions_of_other_routes(seed: int) -> list[RouteQuestion]:
+    """Makes a streamed and a whole question of each other route, which follow from the seed."""
+    draw = random.Random(f"routes {seed}")
+    return [
+        RouteQuestion(
+            route=route,
+            question=draw.choice(QUESTIONS),
+            max_tokens=draw.choice(LENGTHS),
+            seed=draw.randrange(1 << 31),
+            is_streamed=is_streamed,
+        )
+        for route in ROUTES
+        for is_streamed in (True, False)
     ]

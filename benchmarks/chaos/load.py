@@ -11,6 +11,7 @@ import msgspec
 
 from benchmarks.chaos.answers import Answer
 from benchmarks.chaos.requests import Asked, Damage, damage
+from benchmarks.chaos.typed_events import LAST_EVENTS, is_failure
 from benchmarks.support.server_process import ServerError
 
 TOKEN_SECONDS = 240.0
@@ -18,7 +19,7 @@ TOKEN_SECONDS = 240.0
 ABORTED_SHARE = 0.15
 FAILURES_MAX = 50
 """Client errors after which the run ends, as more would tell nothing new."""
-DATA = "data: "
+NAME, DATA = "event: ", "data: "
 COMPLETIONS = "/v1/completions"
 LOGPROB_TOLERANCE = 1e-3
 
@@ -155,12 +156,11 @@ class Load:
 
     def _read_event(self, answer: Answer, event: str) -> None:
         body = json.loads(event)
-        if "error" in body:
+        if is_failure(body):
             raise ClientError(event)
-        for choice in body["choices"]:
-            if answer.add(choice):
-                self.last_token_at = asyncio.get_running_loop().time()
-                self._token_came.set()
+        if answer.add_event(body):
+            self.last_token_at = asyncio.get_running_loop().time()
+            self._token_came.set()
 
 
 def client() -> httpx.AsyncClient:
@@ -169,10 +169,15 @@ def client() -> httpx.AsyncClient:
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """The events of a stream without the last one, [DONE]. Raises ClientError if that is missing."""
+    """The events of a stream. Raises ClientError if the last one is missing: [DONE], or one of LAST_EVENTS."""
+    name = ""
     async for line in response.aiter_lines():
         if line == "data: [DONE]":
             return
-        if line:
+        if line.startswith(NAME):
+            name = line.removeprefix(NAME)
+        elif line:
             yield line.removeprefix(DATA)
-    raise ClientError("The stream ended without [DONE].")
+            if name in LAST_EVENTS:
+                return
+    raise ClientError("The stream ended before its last event.")

@@ -17,6 +17,7 @@ from benchmarks.chaos.leaks import Holdings, slope
 from benchmarks.chaos.load import Totals
 from benchmarks.chaos.requests import STYLES, Damage, Question, damage, questions
 from benchmarks.chaos.stage import FaultyStage, give_order, is_obeyed, order_file, withdraw
+from benchmarks.chaos.typed_events import is_failure
 from stages.plan import StageSpec
 from stages.step import Segment, Step
 from tests.support.runners import EchoRunner
@@ -115,6 +116,56 @@ def test_a_change_of_a_message_damages_it() -> None:
         totals = Totals()
         totals.count_answer(ASKED, answer_of(WHOLE), answer)
         assert totals.messages == 1
+
+
+CALLED = {"type": "tool_use", "id": "call_1", "name": "look"}
+TYPED: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
+    (
+        [
+            {"type": "message_start", "message": {"type": "message", "content": [], "stop_reason": None}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "I "}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "look."}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "content_block_start", "index": 1, "content_block": {**CALLED, "input": {}}},
+            {"type": "message_delta", "delta": {"stop_reason": "tool_use"}},
+            {"type": "message_stop"},
+        ],
+        {
+            "type": "message",
+            "content": [{"type": "text", "text": "I look."}, {**CALLED, "input": {}}],
+            "stop_reason": "tool_use",
+        },
+    ),
+    (
+        [
+            {"type": "response.created", "response": {"object": "response", "output": [], "status": "in_progress"}},
+            {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message", "content": []}},
+            {"type": "response.output_text.delta", "output_index": 0, "delta": "I "},
+            {"type": "response.output_text.delta", "output_index": 0, "delta": "look."},
+            {"type": "response.output_text.done", "output_index": 0, "text": "I look."},
+            {"type": "response.completed", "response": {"object": "response", "status": "completed"}},
+        ],
+        {
+            "object": "response",
+            "error": None,
+            "output": [{"type": "message", "content": [{"type": "output_text", "text": "I look."}]}],
+            "status": "completed",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("events", "whole"), TYPED)
+def test_typed_events_make_the_transcript_of_the_whole_answer(
+    events: list[dict[str, Any]], whole: dict[str, Any]
+) -> None:
+    streamed, at_once = Answer.of(1), Answer.of(1)
+    assert not any(is_failure(event) or streamed.add_event(event) for event in events)
+    at_once.add_event(whole)
+    assert not is_failure(whole)
+    assert streamed.texts == at_once.texts
+    assert "I look." in at_once.texts[0]
 
 
 def test_log_probabilities_of_both_routes_are_read() -> None:
