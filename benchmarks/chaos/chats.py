@@ -31,13 +31,13 @@ QUESTIONS = (
     "What can you do?",
     "What is a pipeline?",
     "What is the capital of Norway?",
-    "What is the weather in Oslo and Lisbon?",
-    "What is 12 plus 30?",
     "Tell me a long story about the lighthouse keeper.",
     "Repeat after me: The old captain counts seven boats.",
     "Give me Oslo as JSON with the keys city, country and population.",
     "Why is the sky blue?",
 )
+TOOL_QUESTIONS = ("What is the weather in Oslo and Lisbon?", "What is 12 plus 30?", "What is the weather in Rome?")
+"""Questions for which the sample model calls tools."""
 
 
 def _tool(name: str, description: str, **types: str) -> dict[str, Any]:
@@ -148,16 +148,21 @@ class RouteQuestion(msgspec.Struct, frozen=True, kw_only=True):
 def conversations(count: int, seed: int) -> list[ChatQuestion]:
     """Makes `count` questions of all styles, which follow from the seed; a third of them come after another turn."""
     draw = random.Random(f"chat {seed}")
+    styles = [CHAT_STYLES[number % len(CHAT_STYLES)] for number in range(count)]
     return [
         ChatQuestion(
-            style=CHAT_STYLES[number % len(CHAT_STYLES)],
-            turns=[*(["Hello!", "Hello."] if draw.random() < 1 / 3 else []), draw.choice(QUESTIONS)],
+            style=style,
+            turns=[*(["Hello!", "Hello."] if draw.random() < 1 / 3 else []), _question(style, draw)],
             max_tokens=draw.choice(LENGTHS),
             seed=draw.randrange(1 << 31),
             is_streamed=draw.random() < STREAMED_SHARE,
         )
-        for number in range(count)
+        for style in styles
     ]
+
+
+def _question(style: ChatStyle, draw: random.Random) -> str:
+    return draw.choice(TOOL_QUESTIONS if style == "tools" else QUESTIONS)
 
 
 def questions_of_other_routes(seed: int) -> list[RouteQuestion]:
@@ -166,7 +171,7 @@ def questions_of_other_routes(seed: int) -> list[RouteQuestion]:
     return [
         RouteQuestion(
             route=route,
-            question=draw.choice(QUESTIONS),
+            question=draw.choice(TOOL_QUESTIONS),
             max_tokens=draw.choice(LENGTHS),
             seed=draw.randrange(1 << 31),
             is_streamed=is_streamed,

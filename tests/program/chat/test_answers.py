@@ -15,7 +15,10 @@ NEEDS_NO_TOOL = "What is a pipeline?"
 WEATHER_QUESTION = "What is the weather in Oslo?"
 CITY: Json = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 30}, "population": {"type": "integer", "minimum": 0}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 30},
+        "population": {"type": "integer", "minimum": 0, "maximum": 40_000_000},
+    },
     "required": ["city", "population"],
     "additionalProperties": False,
 }
@@ -29,6 +32,15 @@ LISTED: Json = {
     "maxItems": 5,
 }
 AS_LIST: Json = {"response_format": {"type": "json_schema", "json_schema": {"name": "tags", "schema": LISTED}}}
+
+BOUNDED = [
+    {"type": "function", "function": {"name": name, "parameters": parameters}}
+    for name, parameters in (
+        ("say", {"type": "object", "properties": {"text": {"type": "string", "maxLength": 20}}, "required": ["text"]}),
+        ("pick", {"type": "object", "properties": {"number": {"enum": [1, 2, 3]}}, "required": ["number"]}),
+    )
+]
+"""Tools whose calls are short, however hot they are sampled."""
 
 PLAIN: list[tuple[str | list[Json], Json]] = [
     (QUESTION, {}),
@@ -75,10 +87,10 @@ def in_city(name: str) -> Call:
     return Call("get_weather", json.dumps({"city": name}))
 
 
-def arguments_of(calls: list[Call]) -> list[tuple[str, Json]]:
+def arguments_of(calls: list[Call], tools: list[Json] = TOOLS) -> list[tuple[str, Json]]:
     """The calls with their arguments read, which must be those of the tools' parameters."""
     read = [(call.name, json.loads(call.arguments)) for call in calls]
-    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     for name, arguments in read:
         Draft202012Validator(schemas[name]).validate(arguments)
     return read
@@ -188,20 +200,22 @@ async def test_tools_that_may_not_be_called_or_need_not_be_are_not(chat: Chat) -
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
 async def test_tools_that_have_to_be_called_are(chat: Chat, temperature: float) -> None:
-    fields: Json = {"tools": TOOLS, "temperature": temperature, "seed": 8, "max_tokens": 160}
+    fields: Json = {"tools": BOUNDED, "parallel_tool_calls": False, "temperature": temperature, "seed": 8}
     required, named = await asyncio.gather(
-        chat.message(NEEDS_NO_TOOL, tool_choice="required", **fields),
-        chat.message(WEATHER_QUESTION, **function("add"), **fields),
+        chat.message(NEEDS_NO_TOOL, tool_choice="required", max_tokens=160, **fields),
+        chat.message(NEEDS_NO_TOOL, **function("pick"), max_tokens=160, **fields),
     )
-    assert arguments_of(required.calls)
-    assert [name for name, _ in arguments_of(named.calls)] == ["add"]
+    assert len(arguments_of(required.calls, BOUNDED)) == 1
+    assert [name for name, _ in arguments_of(named.calls, BOUNDED)] == ["pick"]
     assert (required.content, named.content) == ("", "")
 
 
 @pytest.mark.parametrize("effort", ["none", "high"])
 async def test_json_is_what_the_schema_says(chat: Chat, effort: str) -> None:
     schemas = [(CITY, AS_CITY), (LISTED, AS_LIST), ({"type": "object"}, {"response_format": {"type": "json_object"}})]
-    hot = {"temperature": 1.2, "seed": 9, "max_tokens": 240, "reasoning_effort": effort}
+    hot: Json = {"temperature": 1.2, "seed": 9, "max_tokens": 240, "reasoning_effort": effort}
+    if effort == "high":
+        hot["thinking_token_budget"] = 24
     answers = await asyncio.gather(*(chat.message("Tell me about Rome.", **hot, **form) for _, form in schemas))
     for (schema, _), answer in zip(schemas, answers, strict=True):
         assert bool(answer.reasoning) == (effort == "high")
