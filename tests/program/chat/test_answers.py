@@ -33,6 +33,7 @@ LISTED: Json = {
 }
 AS_LIST: Json = {"response_format": {"type": "json_schema", "json_schema": {"name": "tags", "schema": LISTED}}}
 
+HOT: Json = {"temperature": 1.5, "seed": 2, "max_tokens": 60, "ignore_eos": True}
 BOUNDED = [
     {"type": "function", "function": {"name": name, "parameters": parameters}}
     for name, parameters in (
@@ -44,8 +45,8 @@ BOUNDED = [
 
 PLAIN: list[tuple[str | list[Json], Json]] = [
     (QUESTION, {}),
-    ("Hello!", {"temperature": 2, "seed": 1, "max_tokens": 60}),
-    ("Write something about the boats.", {"temperature": 1.5, "seed": 2, "n": 2, "max_tokens": 60, "ignore_eos": True}),
+    ("Hello!", {**HOT, "temperature": 2}),
+    ("Write something about the boats.", {**HOT, "n": 2, "frequency_penalty": 1}),
     (QUESTION, {"reasoning_effort": "high"}),
     ("What is fog?", {"reasoning_effort": "high", "temperature": 1.5, "seed": 3, "max_tokens": 60}),
     (WEATHER_QUESTION, {"tools": TOOLS}),
