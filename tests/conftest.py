@@ -32,6 +32,8 @@ LONGEST_FILES = (
     "tests/hosts/test_hosts.py",
     "tests/hosts/test_lost_host.py",
     "tests/program/test_stopping.py",
+    "tests/program/chat/test_parameters.py",
+    "tests/program/chat/test_answers.py",
     "tests/program/test_seeded_tokens.py",
     "tests/actors/test_recovery.py",
     "tests/program/test_poisoned_requests.py",

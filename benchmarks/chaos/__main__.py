@@ -1,8 +1,8 @@
 """`python -m benchmarks.chaos`: whether anything is lost while stages are killed, stopped and cut off, or devices fail.
 
-The real server with the sample model in float32 is under load by streaming clients, each of whose answers is compared
-with the one that the server gave before the first fault. The last line is a summary in JSON; the exit code is 1 if
-anything was lost, and from FULL_MINUTES on also if a bound is not kept.
+The real server with the sample model in float32 is under load by clients that complete prompts and chat, with thoughts,
+tools and grammars. Each answer is compared with the one that the server gave before the first fault. The last line is a
+summary in JSON; the exit code is 1 if anything was lost, and from FULL_MINUTES on also if a bound is not kept.
 """
 
 import asyncio
@@ -17,11 +17,12 @@ import msgspec
 import uvloop
 from rich.table import Table
 
+from benchmarks.chaos.chats import conversations, questions_of_other_routes
 from benchmarks.chaos.faults import KINDS, FaultRow, Faults
 from benchmarks.chaos.findings import Findings, Run, losses_of, recoveries_in, speeds_of
 from benchmarks.chaos.leaks import Holdings, Memory, settled
 from benchmarks.chaos.load import ClientError, Load, client
-from benchmarks.chaos.requests import questions
+from benchmarks.chaos.requests import Asked, questions
 from benchmarks.chaos.server import ChaosServer, chaos_server
 from benchmarks.support.machine import Machine
 from benchmarks.support.options import DEFAULT_OUT, BenchmarkCommand
@@ -29,13 +30,16 @@ from benchmarks.support.report import Report, publish, table_of
 from benchmarks.support.server_process import ServerError
 
 QUESTIONS = 32
+CONVERSATIONS = 16
 FULL_MINUTES = 10.0
 
 
 async def work(run: Run, server: ChaosServer, findings: Findings) -> Holdings:
     """Runs the load and the faults; returns the holdings of the server before. Raises ServerError or ClientError."""
     loop = asyncio.get_running_loop()
-    load = Load(server.url, questions(QUESTIONS, run.seed), run.seed)
+    chats: list[Asked] = [*conversations(CONVERSATIONS, run.seed), *questions_of_other_routes(run.seed)]
+    asked: list[Asked] = [*questions(QUESTIONS, run.seed), *chats]
+    load = Load(server.url, asked, run.seed)
     findings.totals = load.totals
     await load.learn()
     async with client() as http:
@@ -92,7 +96,7 @@ def _table(rows: Sequence[FaultRow]) -> Table:
 @click.command("chaos", cls=BenchmarkCommand, context_settings={"max_content_width": 120})
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=FULL_MINUTES, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of faults, victims and questions.")
-@click.option("--clients", type=click.IntRange(min=1), default=32, show_default=True, help="Streams at once.")
+@click.option("--clients", type=click.IntRange(min=1), default=32, show_default=True, help="Requests at once.")
 @click.option("--stages", type=click.IntRange(min=2), default=4, show_default=True)
 @click.option("--without-faults", is_flag=True, help="No faults, and nothing may be restarted.")
 @click.option(
@@ -108,7 +112,7 @@ def main(
     pause_s: float,
     out: Path,
 ) -> None:
-    """Hurt a server's stages at random while clients stream, and count what the clients notice."""
+    """Hurt a server's stages at random while clients ask, and count what the clients notice."""
     machine = Machine.here()
     run = Run(
         seconds=60 * minutes, seed=seed, clients=clients, stages=stages, has_faults=not without_faults, pause_s=pause_s

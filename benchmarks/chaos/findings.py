@@ -18,7 +18,7 @@ FAULTS_A_MINUTE_MIN = 5
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The last line of the output.
+    """The last line of the output; `chats` are those of the requests that were for a message.
 
     Recoveries are in seconds, from the fault to the first token after it; those of the server are by its log, from the
     detection of the fault until it is ready. Slopes are in percent a minute.
@@ -26,6 +26,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     seconds: float
     requests: int
+    chats: int
     aborted: int
     tokens: int
     faults: dict[str, int]
@@ -33,6 +34,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tokens_lost: int
     tokens_repeated: int
     tokens_changed: int
+    messages_damaged: int
     recovery_p50_s: float
     recovery_p99_s: float
     server_recovery_p50_s: float
@@ -63,6 +65,7 @@ class Findings(msgspec.Struct, kw_only=True):
         return Summary(
             seconds=round(self.seconds, 1),
             requests=totals.requests,
+            chats=totals.chats,
             aborted=totals.aborted,
             tokens=totals.tokens,
             faults=dict(Counter(row.kind for row in self.faults)),
@@ -70,6 +73,7 @@ class Findings(msgspec.Struct, kw_only=True):
             tokens_lost=totals.lost,
             tokens_repeated=totals.repeated,
             tokens_changed=totals.changed,
+            messages_damaged=totals.messages,
             recovery_p50_s=percentile(recoveries, 50),
             recovery_p99_s=percentile(recoveries, 99),
             server_recovery_p50_s=percentile(self.server_recoveries, 50),
@@ -119,6 +123,7 @@ def losses_of(run: Run, summary: Summary) -> list[Target]:
         Target(name="tokens lost", bound=0, figure=summary.tokens_lost),
         Target(name="tokens repeated", bound=0, figure=summary.tokens_repeated),
         Target(name="tokens changed", bound=0, figure=summary.tokens_changed),
+        Target(name="messages damaged", bound=0, figure=summary.messages_damaged),
         Target(name="things held on to", bound=0, figure=sum(summary.leaks.values())),
         Target(name="did not get to its end", bound=0, figure=summary.failure is not None),
     ]

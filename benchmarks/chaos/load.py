@@ -1,4 +1,4 @@
-"""The clients of the chaos benchmark, which stream answers and compare every token with the fault-free one."""
+"""The clients of the chaos benchmark, which compare every token and message with the fault-free one."""
 
 import asyncio
 import json
@@ -9,7 +9,9 @@ from contextlib import aclosing
 import httpx
 import msgspec
 
-from benchmarks.chaos.requests import Damage, Question, damage
+from benchmarks.chaos.answers import Answer
+from benchmarks.chaos.requests import Asked, Damage, damage
+from benchmarks.chaos.typed_events import LAST_EVENTS, is_failure
 from benchmarks.support.server_process import ServerError
 
 TOKEN_SECONDS = 240.0
@@ -17,54 +19,45 @@ TOKEN_SECONDS = 240.0
 ABORTED_SHARE = 0.15
 FAILURES_MAX = 50
 """Client errors after which the run ends, as more would tell nothing new."""
-DATA = "data: "
+NAME, DATA = "event: ", "data: "
+COMPLETIONS = "/v1/completions"
 LOGPROB_TOLERANCE = 1e-3
-
-Tokens = list[list[int]]
-"""Token ids by choice."""
 
 
 class ClientError(Exception):
     """A client did not get what it asked for."""
 
 
-class StreamedAnswer(msgspec.Struct):
-    """An answer as far as it has come: its tokens by choice, and their log-probabilities if they were asked for."""
-
-    tokens: Tokens
-    logprobs: list[float]
-    is_whole: bool = False
-
-    @property
-    def token_count(self) -> int:
-        """The number of tokens of all choices."""
-        return sum(map(len, self.tokens))
-
-
 class Totals(msgspec.Struct):
-    """What all clients got; `errors` are messages."""
+    """What all clients got; `errors` are sentences. Damaged messages need not have damaged tokens."""
 
     requests: int = 0
+    chats: int = 0
     aborted: int = 0
     tokens: int = 0
     lost: int = 0
     repeated: int = 0
     changed: int = 0
+    messages: int = 0
     errors: list[str] = []
 
-    def count_answer(self, question: Question, reference: StreamedAnswer, answer: StreamedAnswer) -> None:
+    def count_answer(self, question: Asked, reference: Answer, answer: Answer) -> None:
         """Counts an answer that has ended, by itself or by its client, and compares it with the reference."""
         self.requests += 1
+        self.chats += question.path != COMPLETIONS
         self.aborted += not answer.is_whole
         self.tokens += answer.token_count
         for expected, got in zip(reference.tokens, answer.tokens, strict=True):
-            found = damage(expected, got, is_whole=answer.is_whole)
-            self._note(question, found)
+            self._note(question, damage(expected, got, is_whole=answer.is_whole))
+        for text, got_text in zip(reference.texts, answer.texts, strict=True):
+            if found := damage(text, got_text, is_whole=answer.is_whole):
+                self.messages += 1
+                self.errors.append(f"The message of {question}, in characters: {found}")
         for expected_logprob, logprob in zip(reference.logprobs, answer.logprobs, strict=False):
             if abs(expected_logprob - logprob) > LOGPROB_TOLERANCE:
                 self._note(question, Damage(changed=1))
 
-    def _note(self, question: Question, found: Damage) -> None:
+    def _note(self, question: Asked, found: Damage) -> None:
         if found:
             self.lost += found.lost
             self.repeated += found.repeated
@@ -75,13 +68,13 @@ class Totals(msgspec.Struct):
 class Load:
     """Clients that each ask one question after the other until `stop`."""
 
-    def __init__(self, url: str, questions: Sequence[Question], seed: int) -> None:
+    def __init__(self, url: str, questions: Sequence[Asked], seed: int) -> None:
         self.totals = Totals()
         self.last_token_at = 0.0
-        self._url = f"{url}/v1/completions"
+        self._url = url
         self._questions = questions
         self._seed = seed
-        self._references: list[StreamedAnswer] = []
+        self._references: list[Answer] = []
         self._token_came = asyncio.Event()
         self._stopping = False
         self._clients: list[asyncio.Task[None]] = []
@@ -100,14 +93,14 @@ class Load:
             self._references = await self._ask_all(http, self._questions)
             again = await self._ask_all(http, self._questions[::-1])
         for question, one, other in zip(self._questions, self._references, again[::-1], strict=True):
-            if one.tokens != other.tokens:
+            if (one.tokens, one.texts) != (other.tokens, other.texts):
                 raise ClientError(f"Without any fault the server answered differently the second time: {question}.")
 
-    async def _ask_all(self, http: httpx.AsyncClient, questions: Sequence[Question]) -> list[StreamedAnswer]:
+    async def _ask_all(self, http: httpx.AsyncClient, questions: Sequence[Asked]) -> list[Answer]:
         return list(await asyncio.gather(*(self._whole(http, question) for question in questions)))
 
-    async def _whole(self, http: httpx.AsyncClient, question: Question) -> StreamedAnswer:
-        answer = StreamedAnswer([[] for _ in range(question.choices)], [])
+    async def _whole(self, http: httpx.AsyncClient, question: Asked) -> Answer:
+        answer = Answer.of(question.choices)
         await self._follow(http, question, answer, None)
         return answer
 
@@ -136,22 +129,24 @@ class Load:
         while not self._stopping and not self.has_given_up:
             number = draw.randrange(len(self._questions))
             question, reference = self._questions[number], self._references[number]
-            is_aborted = draw.random() < ABORTED_SHARE
+            is_aborted = draw.random() < ABORTED_SHARE and question.is_streamed and reference.token_count > 1
             most = draw.randrange(1, reference.token_count) if is_aborted else None
-            answer = StreamedAnswer([[] for _ in range(question.choices)], [])
+            answer = Answer.of(question.choices)
             try:
                 await self._follow(http, question, answer, most)
             except (ClientError, httpx.HTTPError, asyncio.TimeoutError) as error:
                 self.totals.errors.append(f"{question}, after {answer.token_count} tokens: {error!r:.300}")
             self.totals.count_answer(question, reference, answer)
 
-    async def _follow(
-        self, http: httpx.AsyncClient, question: Question, answer: StreamedAnswer, most: int | None
-    ) -> None:
-        """Asks a question and adds tokens to the answer, `most` at most. Raises ClientError or httpx.HTTPError."""
-        async with http.stream("POST", self._url, json=question.body()) as response:
+    async def _follow(self, http: httpx.AsyncClient, question: Asked, answer: Answer, most: int | None) -> None:
+        """Asks a question and adds what comes to the answer, `most` at most. Raises ClientError or httpx.HTTPError."""
+        async with http.stream("POST", f"{self._url}{question.path}", json=question.body()) as response:
             if response.status_code != httpx.codes.OK:
                 raise ClientError(f"{response.status_code}: {(await response.aread()).decode()}")
+            if not question.is_streamed:
+                self._read_event(answer, (await response.aread()).decode())
+                answer.is_whole = True
+                return
             async with aclosing(_events(response)) as events:
                 async for event in events:
                     self._read_event(answer, event)
@@ -159,18 +154,13 @@ class Load:
                         return
         answer.is_whole = True
 
-    def _read_event(self, answer: StreamedAnswer, event: str) -> None:
+    def _read_event(self, answer: Answer, event: str) -> None:
         body = json.loads(event)
-        if "error" in body:
+        if is_failure(body):
             raise ClientError(event)
-        for choice in body["choices"]:
-            tokens = choice["token_ids"]
-            answer.tokens[choice["index"]] += tokens
-            if choice.get("logprobs"):
-                answer.logprobs += choice["logprobs"]["token_logprobs"]
-            if tokens:
-                self.last_token_at = asyncio.get_running_loop().time()
-                self._token_came.set()
+        if answer.add_event(body):
+            self.last_token_at = asyncio.get_running_loop().time()
+            self._token_came.set()
 
 
 def client() -> httpx.AsyncClient:
@@ -179,10 +169,15 @@ def client() -> httpx.AsyncClient:
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """The events of a stream without the last one, [DONE]. Raises ClientError if that is missing."""
+    """The events of a stream. Raises ClientError if the last one is missing: [DONE], or one of LAST_EVENTS."""
+    name = ""
     async for line in response.aiter_lines():
         if line == "data: [DONE]":
             return
-        if line:
+        if line.startswith(NAME):
+            name = line.removeprefix(NAME)
+        elif line:
             yield line.removeprefix(DATA)
-    raise ClientError("The stream ended without [DONE].")
+            if name in LAST_EVENTS:
+                return
+    raise ClientError("The stream ended before its last event.")

@@ -3,8 +3,8 @@
 import difflib
 import json
 import random
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Hashable, Sequence
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -17,6 +17,25 @@ LENGTHS = (24, 48, 96, 128)
 PROMPT_CHARACTERS = 1200
 
 
+class Asked(Protocol):
+    """A request whose answer is the same every time."""
+
+    @property
+    def path(self) -> str:
+        """The route."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the body asks for a stream."""
+
+    @property
+    def choices(self) -> int:
+        """The number of choices."""
+
+    def body(self) -> dict[str, object]:
+        """The JSON object of the body."""
+
+
 class Question(msgspec.Struct, frozen=True, kw_only=True):
     """A body of POST /v1/completions whose answer always has the same tokens."""
 
@@ -24,6 +43,9 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     max_tokens: int
     seed: int
+
+    path = "/v1/completions"
+    is_streamed = True
 
     @property
     def choices(self) -> int:
@@ -51,7 +73,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Damage(msgspec.Struct, frozen=True, kw_only=True):
-    """The number of tokens by which an answer differs from the fault-free one."""
+    """The number of tokens, or characters of a message, by which an answer differs from the fault-free one."""
 
     lost: int = 0
     repeated: int = 0
@@ -76,8 +98,11 @@ def questions(count: int, seed: int) -> list[Question]:
     ]
 
 
-def damage(expected: Sequence[int], got: Sequence[int], *, is_whole: bool) -> Damage:
-    """The damage to the tokens of an answer; one that its client left half-way (not `is_whole`) may lack its end."""
+def damage(expected: Sequence[Hashable], got: Sequence[Hashable], *, is_whole: bool) -> Damage:
+    """The damage to the tokens of an answer, or to a message's characters.
+
+    An answer that its client left half-way (not `is_whole`) may lack its end.
+    """
     if not is_whole:
         expected = expected[: len(got)]
     if list(expected) == list(got):

@@ -3,22 +3,27 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.chaos.answers import Answer
+from benchmarks.chaos.chats import CHAT_STYLES, conversations
 from benchmarks.chaos.faults import FaultRow
 from benchmarks.chaos.findings import Findings, Run, losses_of, percentile, recoveries_in, speeds_of
 from benchmarks.chaos.leaks import Holdings, slope
-from benchmarks.chaos.load import StreamedAnswer, Totals
+from benchmarks.chaos.load import Totals
 from benchmarks.chaos.requests import STYLES, Damage, Question, damage, questions
 from benchmarks.chaos.stage import FaultyStage, give_order, is_obeyed, order_file, withdraw
+from benchmarks.chaos.typed_events import is_failure
 from stages.plan import StageSpec
 from stages.step import Segment, Step
 from tests.support.runners import EchoRunner
 
 TOKENS = st.lists(st.integers(0, 3), max_size=30)
+ASKED = conversations(1, 0)[0]
 QUESTION = Question(style="greedy", prompt="How many boats?", max_tokens=4, seed=0)
 
 
@@ -50,12 +55,130 @@ def test_damage_is_told_apart(got: list[int], found: Damage) -> None:
 
 def test_totals_hold_tokens_and_log_probabilities_against_the_first_answer() -> None:
     totals = Totals()
-    reference = StreamedAnswer([[1, 2, 3, 4]], [-1.0, -2.0, -3.0, -4.0], is_whole=True)
-    totals.count_answer(QUESTION, reference, StreamedAnswer([[1, 2, 3, 4]], [-1.0, -2.0, -3.0, -4.0], is_whole=True))
-    totals.count_answer(QUESTION, reference, StreamedAnswer([[1, 2]], [-1.0, -2.0]))
+    reference = Answer([[1, 2, 3, 4]], logprobs=[-1.0, -2.0, -3.0, -4.0], is_whole=True)
+    totals.count_answer(QUESTION, reference, Answer([[1, 2, 3, 4]], logprobs=[-1.0, -2.0, -3.0, -4.0], is_whole=True))
+    totals.count_answer(QUESTION, reference, Answer([[1, 2]], logprobs=[-1.0, -2.0]))
     assert (totals.requests, totals.aborted, totals.tokens, totals.errors) == (2, 1, 6, [])
-    totals.count_answer(QUESTION, reference, StreamedAnswer([[1, 2, 4]], [-1.0, -2.5, -3.0], is_whole=True))
+    totals.count_answer(QUESTION, reference, Answer([[1, 2, 4]], logprobs=[-1.0, -2.5, -3.0], is_whole=True))
     assert (totals.lost, totals.repeated, totals.changed, len(totals.errors)) == (1, 0, 1, 2)
+
+
+CHUNKS: list[dict[str, Any]] = [
+    {"delta": {"role": "assistant", "content": ""}},
+    {"delta": {"reasoning": "Rain", "reasoning_content": "Rain"}, "token_ids": [1]},
+    {"delta": {"reasoning": "?", "reasoning_content": "?"}, "token_ids": [2]},
+    {"delta": {"content": "I look."}, "token_ids": [3]},
+    {"delta": {"tool_calls": [{"index": 0, "function": {"name": "look", "arguments": ""}}]}, "token_ids": [4]},
+    {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}, "token_ids": [5]},
+    {"delta": {}, "token_ids": [6], "finish_reason": "tool_calls"},
+]
+MESSAGE: dict[str, Any] = {
+    "content": "I look.",
+    "reasoning": "Rain?",
+    "tool_calls": [{"id": "call_1", "function": {"name": "look", "arguments": "{}"}}],
+}
+WHOLE = {"message": MESSAGE, "token_ids": [1, 2, 3, 4, 5, 6], "finish_reason": "tool_calls"}
+
+
+def answer_of(*choices: dict[str, Any], is_whole: bool = True) -> Answer:
+    answer = Answer.of(1)
+    for choice in choices:
+        answer.add({"index": 0, **choice})
+    answer.is_whole = is_whole
+    return answer
+
+
+def test_a_message_has_the_same_transcript_streamed_and_whole() -> None:
+    whole = answer_of(WHOLE)
+    assert answer_of(*CHUNKS) == whole
+    assert whole.texts == ["\nreasoning: Rain?\ncontent: I look.\ncall 0: look\narguments 0: {}\nend: tool_calls"]
+    totals = Totals()
+    for count in range(len(CHUNKS)):
+        totals.count_answer(ASKED, whole, answer_of(*CHUNKS[:count], is_whole=False))
+    assert (totals.chats, totals.errors) == (len(CHUNKS), [])
+
+
+@pytest.mark.parametrize("place", range(1, len(CHUNKS)))
+def test_a_part_of_a_message_that_is_lost_or_repeated_damages_it(place: int) -> None:
+    reference = answer_of(WHOLE)
+    for changed in ([*CHUNKS[:place], *CHUNKS[place + 1 :]], [*CHUNKS[: place + 1], *CHUNKS[place:]]):
+        # The tokens are as they should be: what came of them is not.
+        answer = answer_of(*changed)
+        answer.tokens = reference.tokens
+        totals = Totals()
+        totals.count_answer(ASKED, reference, answer)
+        assert (totals.messages, totals.lost + totals.repeated + totals.changed, len(totals.errors)) == (1, 0, 1)
+
+
+def test_a_change_of_a_message_damages_it() -> None:
+    for changed in ({"content": "I look!"}, {"reasoning": "Rain!"}, {"content": "I look.Rain", "reasoning": "?"}):
+        answer = answer_of({**WHOLE, "message": {**MESSAGE, **changed}})
+        totals = Totals()
+        totals.count_answer(ASKED, answer_of(WHOLE), answer)
+        assert totals.messages == 1
+
+
+CALLED = {"type": "tool_use", "id": "call_1", "name": "look"}
+TYPED: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
+    (
+        [
+            {"type": "message_start", "message": {"type": "message", "content": [], "stop_reason": None}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "I "}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "look."}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "content_block_start", "index": 1, "content_block": {**CALLED, "input": {}}},
+            {"type": "message_delta", "delta": {"stop_reason": "tool_use"}},
+            {"type": "message_stop"},
+        ],
+        {
+            "type": "message",
+            "content": [{"type": "text", "text": "I look."}, {**CALLED, "input": {}}],
+            "stop_reason": "tool_use",
+        },
+    ),
+    (
+        [
+            {"type": "response.created", "response": {"object": "response", "output": [], "status": "in_progress"}},
+            {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message", "content": []}},
+            {"type": "response.output_text.delta", "output_index": 0, "delta": "I "},
+            {"type": "response.output_text.delta", "output_index": 0, "delta": "look."},
+            {"type": "response.output_text.done", "output_index": 0, "text": "I look."},
+            {"type": "response.completed", "response": {"object": "response", "status": "completed"}},
+        ],
+        {
+            "object": "response",
+            "error": None,
+            "output": [{"type": "message", "content": [{"type": "output_text", "text": "I look."}]}],
+            "status": "completed",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("events", "whole"), TYPED)
+def test_typed_events_make_the_transcript_of_the_whole_answer(
+    events: list[dict[str, Any]], whole: dict[str, Any]
+) -> None:
+    streamed, at_once = Answer.of(1), Answer.of(1)
+    assert not any(is_failure(event) or streamed.add_event(event) for event in events)
+    at_once.add_event(whole)
+    assert not is_failure(whole)
+    assert streamed.texts == at_once.texts
+    assert "I look." in at_once.texts[0]
+
+
+def test_log_probabilities_of_both_routes_are_read() -> None:
+    chat = answer_of({"delta": {"content": "a"}, "logprobs": {"content": [{"logprob": -1.0}]}})
+    completion = answer_of({"text": "a", "logprobs": {"token_logprobs": [-1.0]}})
+    assert chat == completion
+
+
+def test_conversations_follow_from_their_seed_and_have_all_styles() -> None:
+    assert conversations(24, 1) == conversations(24, 1) != conversations(24, 2)
+    assert {question.style for question in conversations(24, 1)} == set(CHAT_STYLES)
+    assert {question.is_streamed for question in conversations(24, 1)} == {True, False}
+    assert [question.body()["n"] for question in conversations(8, 1) if question.choices == 2] == [2]
 
 
 def test_questions_follow_from_their_seed_and_have_all_styles() -> None:
@@ -114,6 +237,7 @@ def damaged() -> Iterator[Totals]:
     yield Totals(lost=1)
     yield Totals(repeated=1)
     yield Totals(changed=1)
+    yield Totals(messages=1)
     yield Totals(errors=["It was 503."])
 
 
