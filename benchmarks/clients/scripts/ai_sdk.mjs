@@ -57,7 +57,9 @@ const parts = {
     const schema = jsonSchema(task.city_schema);
     const asked = { model, prompt: task.city_question, ...limits };
     assert.equal((await generateObject({ ...asked, schema })).object.city, "Oslo");
-    assert.equal((await streamObject({ ...asked, schema }).object).city, "Oslo");
+    let streamed;
+    for await (const part of streamObject({ ...asked, schema }).partialObjectStream) streamed = part;
+    assert.equal(streamed.city, "Oslo");
     assert.equal((await generateText({ ...asked, output: Output.object({ schema }) })).output.city, "Oslo");
   },
 

@@ -8,6 +8,8 @@ import anthropic
 
 TASK = json.loads(Path("task.json").read_text(encoding="utf-8"))
 MODEL = TASK["model"]
+GREEDY = {"extra_body": {"temperature": 0}}
+"""Not an option of the client's own any more."""
 
 client = anthropic.Anthropic(base_url=TASK["url"], api_key="-")
 
@@ -17,25 +19,24 @@ def user(text):
 
 
 def messages():
-    asked = {"model": MODEL, "system": TASK["system"], "messages": user(TASK["question"]), "max_tokens": 64}
-    asked["temperature"] = 0
+    asked = {"model": MODEL, "messages": user(TASK["question"]), "system": TASK["system"], "max_tokens": 64, **GREEDY}
     whole = client.messages.create(**asked)
     assert (whole.role, whole.type) == ("assistant", "message"), whole
     assert whole.content[0].text, whole
     with client.messages.stream(**asked) as stream:
         assert "".join(stream.text_stream) == whole.content[0].text
         final = stream.get_final_message()
-    assert (final.content, final.stop_reason) == (whole.content, whole.stop_reason)
+    assert (final.content[0].text, final.stop_reason) == (whole.content[0].text, whole.stop_reason)
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
 def thought():
-    asked = {"model": MODEL, "messages": user(TASK["question"]), "max_tokens": 1200}
+    asked = {"model": MODEL, "messages": user(TASK["question"]), "max_tokens": 1200, **GREEDY}
     asked["thinking"] = {"type": "enabled", "budget_tokens": 1024}
-    whole = client.messages.create(**asked, extra_body={"temperature": 0})
+    whole = client.messages.create(**asked)
     assert [block.type for block in whole.content] == ["thinking", "text"], whole
     assert whole.content[0].thinking
-    with client.messages.stream(**asked, extra_body={"temperature": 0}) as stream:
+    with client.messages.stream(**asked) as stream:
         final = stream.get_final_message()
     assert [block.type for block in final.content] == ["thinking", "text"], final
     assert final.content[0].thinking == whole.content[0].thinking
@@ -45,7 +46,7 @@ def tools():
     tool = TASK["tool"]
     offered = [{"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}]
     conversation = user(TASK["weather_question"])
-    asked = {"model": MODEL, "tools": offered, "max_tokens": 96, "temperature": 0}
+    asked = {"model": MODEL, "tools": offered, "max_tokens": 128, **GREEDY}
     first = client.messages.create(**asked, messages=conversation)
     assert first.stop_reason == "tool_use", first
     call = next(block for block in first.content if block.type == "tool_use")

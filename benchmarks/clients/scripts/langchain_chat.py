@@ -27,7 +27,7 @@ def get_weather(city: str) -> str:
 
 
 model = ChatOpenAI(
-    model=TASK["model"], base_url=f"{TASK['url']}/v1", api_key="-", temperature=0, max_completion_tokens=96
+    model=TASK["model"], base_url=f"{TASK['url']}/v1", api_key="-", temperature=0, max_completion_tokens=128
 )
 
 

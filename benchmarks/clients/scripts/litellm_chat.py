@@ -42,7 +42,12 @@ def thought():
 
 def tools():
     messages = user(TASK["weather_question"])
-    asked = {**ASKED, "messages": messages, "tools": [{"type": "function", "function": TASK["tool"]}], "max_tokens": 96}
+    asked = {
+        **ASKED,
+        "messages": messages,
+        "tools": [{"type": "function", "function": TASK["tool"]}],
+        "max_tokens": 128,
+    }
     choice = litellm.completion(**asked, tool_choice="auto").choices[0]
     assert choice.finish_reason == "tool_calls", choice
     call = choice.message.tool_calls[0]
@@ -55,7 +60,7 @@ def tools():
 
 
 def structured():
-    asked = {**ASKED, "messages": user(TASK["city_question"]), "max_tokens": 96}
+    asked = {**ASKED, "messages": user(TASK["city_question"]), "max_tokens": 128}
     answer = litellm.completion(**asked, response_format=City).choices[0].message.content
     assert City.model_validate_json(answer).city == "Oslo"
 

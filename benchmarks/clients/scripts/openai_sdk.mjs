@@ -47,7 +47,7 @@ const parts = {
   async tools() {
     const messages = user(task.weather_question);
     const offered = [{ type: "function", function: task.tool }];
-    const body = { model, messages, tools: offered, tool_choice: "auto", max_completion_tokens: 96, temperature: 0 };
+    const body = { model, messages, tools: offered, tool_choice: "auto", max_completion_tokens: 128, temperature: 0 };
     const choice = (await client.chat.completions.create(body)).choices[0];
     assert.equal(choice.finish_reason, "tool_calls");
     const call = choice.message.tool_calls[0];
@@ -64,14 +64,14 @@ const parts = {
     const asked = [];
     const get = ({ city }) => (asked.push(city), task.weather);
     const tool = { type: "function", function: { ...task.tool, function: get, parse: JSON.parse } };
-    const body = { model, messages: user(task.weather_question), tools: [tool], max_completion_tokens: 96, temperature: 0 };
+    const body = { model, messages: user(task.weather_question), tools: [tool], max_completion_tokens: 128, temperature: 0 };
     const answer = await client.chat.completions.runTools(body).finalContent();
     assert.deepEqual(asked, ["Oslo"]);
     assert.ok(answer.includes(task.weather), answer);
   },
 
   async structured() {
-    const body = { model, messages: user(task.city_question), max_completion_tokens: 96, temperature: 0 };
+    const body = { model, messages: user(task.city_question), max_completion_tokens: 128, temperature: 0 };
     const form = { type: "json_schema", json_schema: { name: "city", schema: task.city_schema, strict: true } };
     const plain = await client.chat.completions.create({ ...body, response_format: form });
     assert.equal(City.parse(JSON.parse(plain.choices[0].message.content)).city, "Oslo");

@@ -77,7 +77,7 @@ def thought():
 def tools():
     offered = [{"type": "function", "function": TASK["tool"]}]
     messages = user(TASK["weather_question"])
-    asked = {"model": MODEL, "messages": messages, "tools": offered, "temperature": 0, "max_completion_tokens": 96}
+    asked = {"model": MODEL, "messages": messages, "tools": offered, "temperature": 0, "max_completion_tokens": 128}
     choice = client.chat.completions.create(**asked, tool_choice="auto").choices[0]
     assert choice.finish_reason == "tool_calls", choice
     call = choice.message.tool_calls[0]
@@ -99,12 +99,12 @@ def strict_tools():
     strict = openai.pydantic_function_tool(GetWeather, name="get_weather")
     asked = {"model": MODEL, "messages": user(TASK["weather_question"]), "tools": [strict], "temperature": 0}
     for tool_choice in ("auto", "required", {"type": "function", "function": {"name": "get_weather"}}):
-        parsed = client.chat.completions.parse(**asked, tool_choice=tool_choice, max_completion_tokens=96)
+        parsed = client.chat.completions.parse(**asked, tool_choice=tool_choice, max_completion_tokens=128)
         assert parsed.choices[0].message.tool_calls[0].function.parsed_arguments == GetWeather(city="Oslo"), tool_choice
 
 
 def structured():
-    asked = {"model": MODEL, "messages": user(TASK["city_question"]), "temperature": 0, "max_completion_tokens": 96}
+    asked = {"model": MODEL, "messages": user(TASK["city_question"]), "temperature": 0, "max_completion_tokens": 128}
     form = {"type": "json_schema", "json_schema": SCHEMA}
     whole = client.chat.completions.create(**asked, response_format=form).choices[0].message.content
     assert City.model_validate_json(whole).city == "Oslo"
@@ -136,7 +136,7 @@ def responses():
 def responses_tools():
     offered = [{"type": "function", **TASK["tool"], "strict": False}]
     items = user(TASK["weather_question"])
-    asked = {"model": MODEL, "tools": offered, "temperature": 0, "max_output_tokens": 96}
+    asked = {"model": MODEL, "tools": offered, "temperature": 0, "max_output_tokens": 128}
     first = client.responses.create(**asked, input=items)
     call = next(item for item in first.output if item.type == "function_call")
     assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Oslo"})
@@ -148,7 +148,7 @@ def responses_tools():
 
 
 def responses_structured():
-    asked = {"model": MODEL, "input": TASK["city_question"], "temperature": 0, "max_output_tokens": 96}
+    asked = {"model": MODEL, "input": TASK["city_question"], "temperature": 0, "max_output_tokens": 128}
     assert client.responses.parse(**asked, text_format=City).output_parsed.city == "Oslo"
 
 
