@@ -9,6 +9,7 @@ const task = JSON.parse(readFileSync("task.json", "utf8"));
 const baseURL = `${task.url}/v1`;
 const provider = createOpenAICompatible({ name: "galaxyline", baseURL, supportsStructuredOutputs: true });
 const model = provider.chatModel(task.model);
+const responsesModel = createOpenAI({ baseURL, apiKey: "-" })(task.model);
 const limits = { maxOutputTokens: 128, temperature: 0 };
 
 async function sameStreamed(asked) {
@@ -64,9 +65,11 @@ const parts = {
   },
 
   async responses() {
-    const responses = createOpenAI({ baseURL, apiKey: "-" })(task.model);
-    await sameStreamed({ model: responses, prompt: task.question, ...limits });
-    await callsTools(responses);
+    await sameStreamed({ model: responsesModel, prompt: task.question, ...limits });
+  },
+
+  async responses_tools() {
+    await callsTools(responsesModel);
   },
 };
 
