@@ -103,7 +103,7 @@ def checked_schema(schema: Any, param: str) -> Any:
 
 
 def refuse_large(text: str, param: str) -> None:
-    """Raises RequestError where a text has more than SCHEMA_BYTES_MAX bytes, or is no Unicode."""
+    """Raises RequestError where a text has more than SCHEMA_BYTES_MAX bytes, or is not Unicode."""
     try:
         size = len(text) if len(text) > SCHEMA_BYTES_MAX else len(text.encode())
     except UnicodeEncodeError:
