@@ -86,7 +86,7 @@ class GrammarChecker:
         return verdict
 
     def _asked(self, source: str) -> Verdict:
-        # One that has ended since the last grammar does not refuse this one.
+        # This grammar need not be refused because the process ended after the last one.
         for _ in range(2):
             try:
                 if self._process is None:

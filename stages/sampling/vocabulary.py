@@ -27,7 +27,7 @@ from weights.tokenizer_files import (
 def load_vocabulary(options: VocabularyOptions) -> LLTokenizer:
     """Reads tokenizer.json or tiktoken.model: a second of one thread for DeepSeek's 129 thousand tokens, and 100 MB.
 
-    Added tokens that look like tags, such as `<think>`, do not count as text of a grammar: they are there by id alone.
+    Added tokens that look like tags, such as `<think>`, do not belong to a grammar's text: they are there by id alone.
     Raises GrammarError where the files are not there, or cannot be used.
     """
     directory = Path(options.tokenizer)

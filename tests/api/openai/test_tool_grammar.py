@@ -57,7 +57,7 @@ def token_id(request: pytest.FixtureRequest) -> TokenId:
 def accepted(
     functions: Sequence[Function], choice: Choice, style: ToolFormat, token_id: TokenId, **options: Any
 ) -> "list[str]":
-    """Lists the CASES that the grammar accepts."""
+    """The names of the cases that the grammar accepts."""
     grammar = tool_grammar(functions, choice, style, token_id, **options)
     assert grammar is not None
     compiled = compile_grammar(TOKENS, grammar.source)
