@@ -268,10 +268,10 @@ def _call_grammar(request: ChatRequest, form: AnswerFormat, model: ServedModel) 
     calls = request.calls
     is_asked = calls.mode == "required" or (calls.mode == "auto" and not has_form(request))
     if model.grammars is None or request.ignore_eos or form.tools == "none" or not is_asked:
-        if calls.mode == "required":
+        if calls.mode == "required" and form.tools == "none":
             raise RequestError(
-                "tool_choice can ask for a call only where the answer may end, and the server knows how the model writes "
-                "calls: leave it or ignore_eos out, or start the server with --tool-call-parser.",
+                "tool_choice asks for a call, and the server does not know how the model writes calls: start it with "
+                "--tool-call-parser.",
                 "tool_choice",
             )
         return None

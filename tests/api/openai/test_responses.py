@@ -300,7 +300,7 @@ def test_the_answer_repeats_what_was_asked_for() -> None:
         ["</think>x"],
         instructions="Be short.",
         tools=[{"type": "function", "name": "f"}],
-        tool_choice="required",
+        tool_choice="none",
         reasoning={"effort": "low"},
         metadata={"a": "b"},
         max_output_tokens=9,
@@ -310,7 +310,7 @@ def test_the_answer_repeats_what_was_asked_for() -> None:
         prompt_cache_key="key",
     )
     assert answer["tools"] == [{"type": "function", "name": "f", "parameters": None, "strict": None}]
-    assert (answer["instructions"], answer["tool_choice"], answer["metadata"]) == ("Be short.", "required", {"a": "b"})
+    assert (answer["instructions"], answer["tool_choice"], answer["metadata"]) == ("Be short.", "none", {"a": "b"})
     assert (answer["max_output_tokens"], answer["temperature"], answer["prompt_cache_key"]) == (9, 0.5, "key")
     assert answer["text"] == {"format": {"type": "text"}, "verbosity": "low"}
     assert (answer["store"], answer["previous_response_id"], answer["reasoning"]["effort"]) == (False, None, "low")
