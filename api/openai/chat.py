@@ -10,16 +10,9 @@ from api.errors import RequestError
 from api.openai.answer import AnswerParser
 from api.openai.answer_format import END_THINK, AnswerFormat, ends_in_thought
 from api.openai.chat_messages import Messages, ToolChoice, Tools, parse_tool_choice
-from api.openai.generation import (
-    Check,
-    CheckSize,
-    DetailOptions,
-    GenerationRequest,
-    PromptReader,
-    generation_request,
-    go_on,
-    logprob_count,
-)
+from api.openai.generation import DetailOptions, GenerationRequest, generation_request, logprob_count
+from api.openai.grammars.tool_calls import DEEPSEEK_V3, DEEPSEEK_V31, Choice, Function, tool_grammar
+from api.openai.prompts import Check, CheckSize, PromptReader, go_on
 from api.openai.protocol import (
     NOT_SERVED,
     GenerationFields,
@@ -27,7 +20,6 @@ from api.openai.protocol import (
     refuse_contradictions,
     refuse_not_served,
 )
-from api.openai.tool_grammar import DEEPSEEK_V3, DEEPSEEK_V31, Choice, Function, tool_grammar
 from api.settings.chat import ChatOptions
 from api.text.chat_template import ChatTemplate
 from api.text.served_model import ServedModel

@@ -9,18 +9,9 @@ from pydantic import Field, PlainValidator
 from api.errors import RequestError
 from api.openai.answer_stream import AnswerWriter, Chunk
 from api.openai.bodies import DONE_EVENT, ErrorBody, Usage, event
-from api.openai.generation import (
-    Check,
-    CheckSize,
-    DetailOptions,
-    GenerationRequest,
-    Prompt,
-    PromptReader,
-    generation_request,
-    go_on,
-    logprob_count,
-)
+from api.openai.generation import DetailOptions, GenerationRequest, generation_request, logprob_count
 from api.openai.logprobs import CompletionLogprobs, PromptLogprobs, joined_details
+from api.openai.prompts import Check, CheckSize, Prompt, PromptReader, go_on
 from api.openai.protocol import (
     NOT_SERVED,
     GenerationFields,

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from api.openai.generation import DetailOptions, Prompt
+from api.openai.generation import DetailOptions
+from api.openai.prompts import Prompt
 from api.text.tokenizer import CHARACTER_BYTES_MAX, REPLACEMENT, TextTokenizer
 from stages.step import VOCABULARY, TokenLogprobs
 

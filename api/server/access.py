@@ -9,7 +9,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.messages.histogram import Histogram
-from api.openai.anthropic_errors import error_writer
+from api.openai.anthropic.errors import error_writer
 from api.openai.bodies import error_response, status_body
 from api.server.request import CLIENT_LEFT, REQUEST_ID_HEADER
 from api.settings.server import ApiKeys

@@ -14,9 +14,9 @@ from starlette.routing import Match, Route
 from api.client.open_requests import TokenSource
 from api.client.request_metrics import CompletionMetrics
 from api.messages.engine import not_ready, takes_requests
-from api.openai.anthropic_answer import AnthropicMessage, TokenCount
-from api.openai.anthropic_errors import MESSAGES_PATH, AnthropicError, anthropic_refusal, error_writer
-from api.openai.anthropic_messages import CountTokensRequest, MessagesRequest
+from api.openai.anthropic.answer import AnthropicMessage, TokenCount
+from api.openai.anthropic.errors import MESSAGES_PATH, AnthropicError, anthropic_refusal, error_writer
+from api.openai.anthropic.messages import CountTokensRequest, MessagesRequest
 from api.openai.bodies import (
     INTERNAL_ERROR,
     ModelCard,
@@ -29,9 +29,9 @@ from api.openai.bodies import (
 from api.openai.chat import ChatModel, ChatRequest
 from api.openai.chat_answer import ChatCompletion
 from api.openai.completions import Completion, CompletionRequest
-from api.openai.generation import refuse_other_model
-from api.openai.responses import ResponsesRequest
-from api.openai.responses_answer import ResponseObject
+from api.openai.prompts import refuse_other_model
+from api.openai.responses.answer import ResponseObject
+from api.openai.responses.request import ResponsesRequest
 from api.server.access import Authentication
 from api.server.admission import AdmissionControl
 from api.server.generations import Generations, parse_chat, parse_completion, parse_messages, parse_responses

@@ -16,16 +16,17 @@ from api.client.request_metrics import CompletionMetrics
 from api.errors import DeadlineError
 from api.messages.engine import not_ready, takes_requests
 from api.openai.answer_stream import AnswerStream, AnswerWriter, ChoiceText, ChunkStream
-from api.openai.anthropic_answer import AnthropicWriter
-from api.openai.anthropic_messages import eager_tools, messages_generation, parse_messages_request
+from api.openai.anthropic.answer import AnthropicWriter
+from api.openai.anthropic.messages import eager_tools, messages_generation, parse_messages_request
 from api.openai.bodies import encode, refusal
 from api.openai.chat import ChatModel, chat_generation, chat_turn, parse_chat_request
 from api.openai.chat_answer import ChatWriter
 from api.openai.completions import CompletionWriter, completion_generation, parse_completion_request
-from api.openai.generation import Check, CheckSize, GenerationRequest, build_choices, refuse_other_model
-from api.openai.responses import parse_responses_request, responses_generation
-from api.openai.responses_answer import ResponseWriter, response_draft
-from api.openai.responses_input import called_names
+from api.openai.generation import GenerationRequest, build_choices
+from api.openai.prompts import Check, CheckSize, refuse_other_model
+from api.openai.responses.answer import ResponseWriter, response_draft
+from api.openai.responses.input import called_names
+from api.openai.responses.request import parse_responses_request, responses_generation
 from api.server.admission import AdmissionControl
 from api.server.event_stream import EventStream
 from api.server.request import (

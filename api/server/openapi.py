@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, Response
 
-from api.openai.anthropic_answer import AnthropicMessage, TokenCount
-from api.openai.anthropic_errors import AnthropicError
+from api.openai.anthropic.answer import AnthropicMessage, TokenCount
+from api.openai.anthropic.errors import AnthropicError
 from api.openai.bodies import (
     DetokenizedText,
     ErrorBody,
@@ -25,7 +25,7 @@ from api.openai.bodies import (
 )
 from api.openai.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.openai.completions import Completion
-from api.openai.responses_answer import ResponseObject
+from api.openai.responses.answer import ResponseObject
 from api.server.request import REQUEST_ID_HEADER, TIMEOUT_HEADER
 
 REF = "#/components/schemas/{}"

@@ -3,11 +3,11 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.openai.anthropic_answer import TokenCount
-from api.openai.anthropic_messages import counted_chat, parse_count_request
+from api.openai.anthropic.answer import TokenCount
+from api.openai.anthropic.messages import counted_chat, parse_count_request
 from api.openai.bodies import encode
 from api.openai.chat import ChatModel, chat_turn
-from api.openai.generation import refuse_other_model
+from api.openai.prompts import refuse_other_model
 from api.server.request import CLIENT_LEFT, Bodies, Check, ClientDisconnectedError, RequestDeadline
 
 

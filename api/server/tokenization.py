@@ -12,7 +12,7 @@ from starlette.responses import Response
 from api.errors import RequestError
 from api.openai.bodies import DetokenizedText, Tokens, encode
 from api.openai.chat import ChatModel, PromptFields, render_prompt
-from api.openai.generation import refuse_other_model, refuse_outside_vocabulary
+from api.openai.prompts import refuse_other_model, refuse_outside_vocabulary
 from api.openai.protocol import TOKEN_IDS_FORM, parse_body, token_ids
 from api.server.openapi import BODY_ERRORS, add_route, answers_of, body_of, object_answer
 from api.server.request import CLIENT_LEFT, Bodies, Check, ClientDisconnectedError, RequestDeadline

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from api.errors import RequestError
 from api.openai.answer_stream import Chunk, ChunkFinish
-from api.openai.anthropic_answer import CHUNKS_WITHOUT_EVENT_MAX, SIGNATURE, AnthropicWriter
-from api.openai.anthropic_errors import anthropic_error
-from api.openai.anthropic_input import chat_messages, chat_tool_choice, chat_tools
-from api.openai.anthropic_messages import (
+from api.openai.anthropic.answer import CHUNKS_WITHOUT_EVENT_MAX, SIGNATURE, AnthropicWriter
+from api.openai.anthropic.errors import anthropic_error
+from api.openai.anthropic.input import chat_messages, chat_tool_choice, chat_tools
+from api.openai.anthropic.messages import (
     OutputConfig,
     counted_chat,
     eager_tools,

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from api.errors import RequestError
 from api.openai.answer_stream import ChunkFinish
 from api.openai.bodies import encode, status_body
-from api.openai.responses import (
+from api.openai.responses.answer import ResponseWriter, response_draft
+from api.openai.responses.input import CalledName, called_names, chat_messages, chat_tool_choice, chat_tools
+from api.openai.responses.request import (
     TextFormat,
     TextOptions,
     parse_responses_request,
@@ -19,8 +21,6 @@ from api.openai.responses import (
     responses_chat,
     responses_generation,
 )
-from api.openai.responses_answer import ResponseWriter, response_draft
-from api.openai.responses_input import CalledName, called_names, chat_messages, chat_tool_choice, chat_tools
 from tests.support.answer_events import chunks_of, cut_answers, read_response, turn, usage_of
 from tests.support.chat_server import CHAT_TOKENIZER, WEATHER, call_text, chat_model, named_events
 

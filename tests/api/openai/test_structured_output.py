@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from api.errors import RequestError
-from api.openai.json_schema import DEPTH_MAX, SCHEMA_BYTES_MAX
-from api.openai.structured_output import requested_grammar, schema_grammar
+from api.openai.grammars.json_schema import DEPTH_MAX, SCHEMA_BYTES_MAX
+from api.openai.grammars.structured_output import requested_grammar, schema_grammar
 from stages.sampling.grammar import compile_grammar
 from tests.support.grammar_answers import TOKENS
 

@@ -3,7 +3,7 @@
 import pytest
 
 from api.errors import RequestError
-from api.openai.thought import ThoughtOptions, thought_of
+from api.openai.grammars.thought import ThoughtOptions, thought_of
 from stages.step import Thought
 from tests.support.grammar_answers import END_THINK, THINK, TOKENIZER
 from tests.support.small_tokenizer import small_text_tokenizer

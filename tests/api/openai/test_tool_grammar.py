@@ -7,7 +7,15 @@ import pytest
 from llguidance import LLMatcher
 
 from api.errors import RequestError
-from api.openai.tool_grammar import DEEPSEEK_V3, DEEPSEEK_V31, Choice, Function, TokenId, ToolFormat, tool_grammar
+from api.openai.grammars.tool_calls import (
+    DEEPSEEK_V3,
+    DEEPSEEK_V31,
+    Choice,
+    Function,
+    TokenId,
+    ToolFormat,
+    tool_grammar,
+)
 from stages.sampling.grammar import compile_grammar
 from tests.support.grammar_answers import TOKENIZER, TOKENS
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from jsonschema import Draft202012Validator
 
-from api.openai.structured_output import requested_grammar, schema_grammar
+from api.openai.grammars.structured_output import requested_grammar, schema_grammar
 from stages.sampling.grammar import compile_grammar
 from stages.sampling.sampler import Sampler
 from stages.step import GRAMMAR_FAILED, Grammar

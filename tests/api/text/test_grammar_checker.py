@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from api.errors import RequestError
-from api.openai.structured_output import requested_grammar, schema_grammar
+from api.openai.grammars.structured_output import requested_grammar, schema_grammar
 from api.text.grammar_checker import CHECK_SECONDS, GrammarChecker
 from stages.options import VocabularyOptions
 from tests.support.grammar_answers import VOCABULARY

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.openai.structured_output import lark_grammar, requested_grammar, schema_grammar
+from api.openai.grammars.structured_output import lark_grammar, requested_grammar, schema_grammar
 from stages.options import VocabularyOptions
 from stages.sampling import masks_ahead
 from stages.sampling.constraint import Constraint

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.openai.structured_output import lark_grammar
+from api.openai.grammars.structured_output import lark_grammar
 from stages.sampling.sampler import Sampler
 from stages.sampling.thought import ThoughtState
 from stages.step import Thought

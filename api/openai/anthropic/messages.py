@@ -6,12 +6,13 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.errors import RequestError
-from api.openai.anthropic_input import chat_messages, chat_tool_choice, chat_tools
+from api.openai.anthropic.input import chat_messages, chat_tool_choice, chat_tools
 from api.openai.as_chat import Refused, chat_request, fields_named, limited, refuse_elsewhere, shared_fields
 from api.openai.chat import NO_THOUGHT, ChatModel, ChatRequest, ChatTurn, chat_generation, chat_turn
-from api.openai.generation import Check, CheckSize, GenerationRequest, go_on
+from api.openai.generation import GenerationRequest
+from api.openai.grammars.thought import ThoughtOptions, has_thoughts
+from api.openai.prompts import Check, CheckSize, go_on
 from api.openai.protocol import GenerationFields, Stops, parse_body
-from api.openai.thought import ThoughtOptions, has_thoughts
 
 
 class Thinking(BaseModel):

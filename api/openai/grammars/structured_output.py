@@ -13,7 +13,7 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from api.errors import RequestError
-from api.openai.json_schema import checked_schema, refuse_large
+from api.openai.grammars.json_schema import checked_schema, refuse_large
 from api.openai.protocol import GenerationFields
 from api.text.served_model import ServedModel
 from stages.step import Grammar

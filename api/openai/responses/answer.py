@@ -13,8 +13,7 @@ from api.openai.bodies import ErrorBody, Usage, named_event
 from api.openai.chat import ChatTurn
 from api.openai.generation import GenerationRequest
 from api.openai.logprobs import ChatEntry
-from api.openai.responses import ResponsesRequest
-from api.openai.responses_events import (
+from api.openai.responses.events import (
     ArgumentsDelta,
     ArgumentsDone,
     ContentPartAdded,
@@ -35,7 +34,8 @@ from api.openai.responses_events import (
     TextDelta,
     TextDone,
 )
-from api.openai.responses_input import CalledName
+from api.openai.responses.input import CalledName
+from api.openai.responses.request import ResponsesRequest
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 

@@ -8,7 +8,7 @@ import msgspec
 
 from api.openai.answer_parts import Part, PartReader, Step
 from api.openai.answer_stream import AnswerWriter, Chunk
-from api.openai.anthropic_errors import anthropic_error_event
+from api.openai.anthropic.errors import anthropic_error_event
 from api.openai.bodies import ErrorBody, Usage, named_event
 from api.openai.chat import ChatTurn
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from api.errors import RequestError
-from api.openai.structured_output import ANY_TEXT, guided_schema, lark_grammar, lark_text
+from api.openai.grammars.structured_output import ANY_TEXT, guided_schema, lark_grammar, lark_text
 from stages.step import Grammar
 
 TokenId = Callable[[str], int | None]

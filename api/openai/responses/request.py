@@ -7,9 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from api.errors import RequestError
 from api.openai.as_chat import Refused, chat_request, fields_named, limited, refuse_elsewhere, shared_fields
 from api.openai.chat import ChatModel, ChatRequest, ChatTurn, chat_generation, chat_turn
-from api.openai.generation import ALL_THAT_FITS, Check, CheckSize, GenerationRequest, go_on
+from api.openai.generation import GenerationRequest
+from api.openai.prompts import ALL_THAT_FITS, Check, CheckSize, go_on
 from api.openai.protocol import GenerationFields, parse_body
-from api.openai.responses_input import chat_messages, chat_tool_choice, chat_tools
+from api.openai.responses.input import chat_messages, chat_tool_choice, chat_tools
 
 INPUT_FORMS = "a string or a list of items"
 LOGPROBS = "message.output_text.logprobs"
