@@ -11,6 +11,7 @@ from api.openai.answer import AnswerParser
 from api.openai.answer_format import END_THINK, AnswerFormat, ends_in_thought
 from api.openai.chat_messages import Messages, ToolChoice, Tools, parse_tool_choice
 from api.openai.generation import DetailOptions, GenerationRequest, generation_request, logprob_count
+from api.openai.grammars.thought import has_thoughts
 from api.openai.grammars.tool_calls import DEEPSEEK_V3, DEEPSEEK_V31, Choice, Function, tool_grammar
 from api.openai.prompts import Check, CheckSize, PromptReader, go_on
 from api.openai.protocol import (
@@ -240,11 +241,14 @@ def chat_generation(
         token_ids=request.return_token_ids or False,
         as_token_ids=request.return_tokens_as_token_ids or False,
     )
-    opened_by_model = turn.format.reasoning == "deepseek_r1" and not turn.prompt.rstrip().endswith(END_THINK)
+    may_open = turn.format.reasoning == "deepseek_r1" and not turn.prompt.rstrip().endswith(END_THINK)
     generation = generation_request(
         request, [prompt], details, model, max_tokens=max_tokens, default_max_tokens=default, check=check
     )
-    thought = msgspec.structs.replace(generation.thought, is_open=turn.starts_in_thought, may_open=opened_by_model)
+    thought = msgspec.structs.replace(generation.thought, is_open=turn.starts_in_thought, may_open=may_open)
+    if may_open and request.reasoning_effort == NO_THOUGHT and has_thoughts(model.tokenizer):
+        # A thought of no tokens is not begun.
+        thought = msgspec.structs.replace(thought, may_open=False, budget=0)
     sampling = generation.sampling
     if (grammar := _call_grammar(request, turn.format, model)) is not None:
         sampling = msgspec.structs.replace(sampling, grammar=grammar)

@@ -82,10 +82,12 @@ def test_strict_calls_follow_their_schema_and_others_are_free(served: ServedMode
 def test_a_schema_that_costs_too_much_is_dropped_unless_it_is_strict(served: ServedModel) -> None:
     chain = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1200)}
     deep = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": {**chain, "d1200": {}}}
-    loose = generation(served, tools=[tool(deep)], tool_choice="required")
+    # The model's own would write the whole schema.
+    asked = {"tool_choice": "required", "chat_template": "{{ messages[0]['content'] }}"}
+    loose = generation(served, tools=[tool(deep)], **asked)
     assert accepts(loose, call('{"a": 1}'))
     with pytest.raises(RequestError, match="tools takes too much memory"):
-        generation(served, tools=[tool(deep, strict=True)], tool_choice="required")
+        generation(served, tools=[tool(deep, strict=True)], **asked)
 
 
 def test_what_the_answer_has_to_be_goes_before_calls_that_may_be(served: ServedModel) -> None:
@@ -121,3 +123,12 @@ def test_the_grammar_begins_behind_the_thought(served: ServedModel) -> None:
     )
     assert thought(served, R1) is None
     assert thought(served, R1, thinking_token_budget=0) == msgspec.structs.replace(opened, is_open=False, budget=0)
+
+
+def test_an_effort_of_none_forbids_the_thought_that_a_model_would_open(served: ServedModel) -> None:
+    form = AnswerFormat("deepseek_r1", "deepseek_v3")
+    forbidden = thought(served, form, reasoning_effort="none")
+    assert forbidden is not None
+    assert (forbidden.is_open, forbidden.budget) == (False, 0)
+    assert thought(served, form) is None
+    assert thought(served, form, reasoning_effort="none", response_format={"type": "json_object"}) is None

@@ -15,11 +15,6 @@ STORY = "Tell me a long story about the lighthouse keeper."
 OPEN = "Write something about the boats on the river."
 RANDOM: dict[str, Any] = {"temperature": 2, "max_tokens": 8}
 """So hot that no two answers are the same, whatever the model knows by heart."""
-SENTENCES = (
-    "The old captain counts seven boats.",
-    "Bread and water for the second stage!",
-    "We have 42 apples, 7 clocks and no time",
-)
 LONG = 200
 
 
@@ -173,20 +168,6 @@ async def test_bad_words_are_not_said(chat: Chat) -> None:
     without = await chat.message(QUESTION, max_tokens=16, bad_words=[word["prompt"].strip()])
     assert without.tokens[:5] == plain.tokens[:5]
     assert plain.tokens[5] not in without.tokens
-
-
-@pytest.mark.parametrize("sentence", SENTENCES)
-async def test_a_sentence_is_repeated_word_by_word(chat: Chat, sentence: str) -> None:
-    wordings = (f"Repeat after me: {sentence}", f"Echo exactly: {sentence}", f'Say "{sentence}"')
-    answers = await asyncio.gather(*(chat.message(wording) for wording in wordings))
-    assert [(answer.content, answer.finish_reason) for answer in answers] == [(sentence, "stop")] * 3
-
-
-async def test_a_long_answer_has_two_hundred_tokens_and_an_end(chat: Chat) -> None:
-    message = await chat.message(STORY)
-    assert message.finish_reason == "stop"
-    assert len(message.tokens) >= LONG
-    assert len(set(message.content.split())) >= LONG / 4
 
 
 CONVERSATIONS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
