@@ -83,7 +83,7 @@ def test_a_schema_that_costs_too_much_is_dropped_unless_it_is_strict(served: Ser
     chain = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1200)}
     deep = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": {**chain, "d1200": {}}}
     # The model's own would write the whole schema.
-    asked = {"tool_choice": "required", "chat_template": "{{ messages[0]['content'] }}"}
+    asked: dict[str, Any] = {"tool_choice": "required", "chat_template": "{{ messages[0]['content'] }}"}
     loose = generation(served, tools=[tool(deep)], **asked)
     assert accepts(loose, call('{"a": 1}'))
     with pytest.raises(RequestError, match="tools takes too much memory"):
