@@ -262,7 +262,10 @@ class ChatWriter(AnswerWriter):
         return f"call_{self._request_id}_{choice}_{index}"
 
     def _reader(self, index: int) -> MessageReader:
-        return self._readers.setdefault(index, MessageReader(self._turn))
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._readers[index] = MessageReader(self._turn)
+        return reader
 
     def _with_reasoning(self, usage: Usage) -> Usage:
         return usage.with_reasoning(sum(reader.reasoning_tokens for reader in self._readers.values()))

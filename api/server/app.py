@@ -157,7 +157,7 @@ def _add_generation_routes(app: FastAPI, model: ChatModel, generations: Generati
     add_route(
         app,
         "/v1/chat/completions",
-        generations.handler(parse_chat(model), inline=False),
+        generations.handler(parse_chat(model)),
         generation_answers(ChatCompletion, "a ChatCompletionChunk or an ErrorBody as JSON; the last one is [DONE]"),
         "Answers a conversation, with tools and thoughts, in one answer or as a stream of server-sent events.",
         method="POST",
@@ -166,7 +166,7 @@ def _add_generation_routes(app: FastAPI, model: ChatModel, generations: Generati
     add_route(
         app,
         "/v1/responses",
-        generations.handler(parse_responses(model), inline=False),
+        generations.handler(parse_responses(model)),
         generation_answers(ResponseObject, "of the type that its name says, from response.created on"),
         "Answers a conversation in the form of OpenAI's Responses API, without storing anything.",
         method="POST",
@@ -175,7 +175,7 @@ def _add_generation_routes(app: FastAPI, model: ChatModel, generations: Generati
     add_route(
         app,
         MESSAGES_PATH,
-        generations.handler(parse_messages(model), anthropic_refusal, inline=False),
+        generations.handler(parse_messages(model), anthropic_refusal),
         generation_answers(
             AnthropicMessage, "of the type that its name says, from message_start to message_stop", AnthropicError
         ),

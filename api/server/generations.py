@@ -82,20 +82,15 @@ class Generations:
         self._timeout_s = timeout_s
         self._metrics = metrics
 
-    def handler(
-        self, parse: Parse, refuse: Refuse = refusal, *, inline: bool = True
-    ) -> Callable[[Request], Awaitable[Response]]:
-        """Makes the handler of a route whose bodies `parse` reads, and whose refusals `refuse` writes.
-
-        Unless `inline`, even a small body is read on a thread: it may bring a template or a grammar, which take long.
-        """
+    def handler(self, parse: Parse, refuse: Refuse = refusal) -> Callable[[Request], Awaitable[Response]]:
+        """Makes the handler of a route whose bodies `parse` reads, and whose refusals `refuse` writes."""
 
         async def create(request: Request) -> Response:
-            return await self._create(request, parse, refuse, inline)
+            return await self._create(request, parse, refuse)
 
         return create
 
-    async def _create(self, http_request: Request, parse: Parse, refuse: Refuse, inline: bool) -> Response:
+    async def _create(self, http_request: Request, parse: Parse, refuse: Refuse) -> Response:
         """The answer's id is that of the header, else of the request's own field, else a new one.
 
         All that is logged from here on in this task has the request's id.
@@ -107,7 +102,8 @@ class Generations:
             self._refuse_unless_ready()
             self._admission.refuse_if_full()
             deadline = RequestDeadline.of(http_request.headers, self._timeout_s)
-            parsed = await self._bodies.parse(http_request, partial(self._parse, parse), deadline, inline=inline)
+            # Even a small body may bring a template or a grammar, whose trial takes long.
+            parsed = await self._bodies.parse(http_request, partial(self._parse, parse), deadline, inline=False)
             request_id = given or given_request_id(parsed.generation.request_id) or request_id
             structlog.contextvars.bind_contextvars(request_id=request_id)
             deadline.check()
