@@ -16,7 +16,7 @@ from weights.sample import exercises, tools
 from weights.sample.spans import Document, Exchange, Span, entries, texts
 from weights.sample.tokenizer import EOS
 
-CONVERSATIONS = 12
+CONVERSATIONS = 16
 """The number of conversations of several turns in an epoch."""
 MAX_TURNS = 8
 LONG_TURNS = 14
@@ -29,9 +29,9 @@ EXERCISE_SHARE = 0.2
 """The share of turns that are exercises, which are made anew every time."""
 SYSTEM_PROMPTS = ("", "", "You are a helpful assistant.", "Answer in a few plain sentences.")
 
-ECHOES = 20
+ECHOES = 36
 """The number of conversations of repeated sentences in an epoch."""
-MAX_ECHO_TURNS = 4
+MAX_ECHO_TURNS = 3
 DESCRIBED = 10
 """The number of conversations about cities in JSON in an epoch."""
 MAX_DESCRIBED_TURNS = 4

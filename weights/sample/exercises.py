@@ -6,16 +6,19 @@ a city are the same every time, but their keys are asked for in any number and o
 
 import json
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from weights.sample.spans import Exchange, cities, words
 
-MAX_WORDS = 20
-"""The length of the longest sentence to repeat."""
+T = TypeVar("T")
+
+LENGTHS = (8, 20)
+"""The lengths in words of the longest sentence to repeat: most are short, as their beginning is hardest to find."""
 
 NUMBER_SHARE = 0.12
-LETTERS_SHARE = 0.08
+LETTERS_SHARE = 0.05
 """The shares of words in a sentence that are numbers, and that are letters without a meaning."""
 
 ECHO_WORDINGS = (
@@ -64,7 +67,7 @@ def random_words(count: int, rng: np.random.Generator) -> str:
 
 def sentence(rng: np.random.Generator) -> str:
     """Return a sentence of random words."""
-    text = random_words(int(rng.integers(1, MAX_WORDS + 1)), rng)
+    text = random_words(int(rng.integers(1, _choice(LENGTHS, rng) + 1)), rng)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:]
     return text + _choice(("", "", ".", ".", "!", "?"), rng)
@@ -114,5 +117,5 @@ def _word(rng: np.random.Generator) -> str:
     return words()[rng.integers(len(words()))]
 
 
-def _choice(options: Sequence[str], rng: np.random.Generator) -> str:
+def _choice(options: Sequence[T], rng: np.random.Generator) -> T:
     return options[int(rng.integers(len(options)))]

@@ -244,7 +244,7 @@ def without_tools(rng: np.random.Generator) -> Exchange:
 
 
 def _weather_question(rng: np.random.Generator) -> tuple[list[str], str]:
-    places = [_place(rng) for _ in range(int(rng.choice((1, 1, 2))))]
+    places = [_place(rng) for _ in range(int(rng.choice((1, 1, 1, 2, 2))))]
     wording, joint = _choice(WEATHER_QUESTIONS, rng), _choice((" and ", " and ", " and in "), rng)
     return places, wording.format(joint.join(places))
 
