@@ -83,4 +83,4 @@ def _weights(attention: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _by_head(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: weights[name].unflatten(0, (-1, 2 * HALF)) for name in ("q_b", "kv_b")}
+    return {name: weights[name].view(-1, 2 * HALF, weights[name].shape[1]) for name in ("q_b", "kv_b")}
