@@ -1,9 +1,10 @@
 """Weights to start from with which the model already copies: an induction head (arXiv:2209.11895) in two layers.
 
-A model of this size finds induction heads by itself only after millions of tokens, and sentences to repeat, arguments
-of tools and their results all need them. In the first layer, heads attend to the token before and store its code. In
-the second, heads attend to where the present token's code is stored, which is the token after its last occurrence, and
-write that token's code where the head of the model reads it. All of it is trained further like any other weight.
+Sentences to repeat, arguments of tools and their results all need copying, of which a model with the usual random
+weights had learned next to nothing after 330 steps of training. In the first layer, heads attend to the token before
+and store its code. In the second, heads attend to where the present token's code is stored, which is the token after
+its last occurrence, and write that token's code where the head of the model reads it. All of it is trained further like
+any other weight.
 """
 
 import torch
