@@ -16,31 +16,33 @@ from weights.sample import exercises, tools
 from weights.sample.spans import Document, Exchange, Span, entries, texts
 from weights.sample.tokenizer import EOS
 
-CONVERSATIONS = 16
+CONVERSATIONS = 12
 """The number of conversations of several turns in an epoch."""
 MAX_TURNS = 8
 LONG_TURNS = 14
 """The turns of the one long conversation of an epoch, which trains positions far beyond the rest."""
 REASONED_SHARE = 0.25
 """The share of conversations whose last answer has a thought; the template drops the thoughts of former turns."""
+TEXT_PERIOD, TEXT_EPOCHS = 5, 3
+"""A text is in TEXT_EPOCHS of TEXT_PERIOD epochs; that is enough to learn it by heart."""
 CUT_SHARE = 0.25
 """The share of texts that begin at a later sentence than their first."""
 EXERCISE_SHARE = 0.2
 """The share of turns that are exercises, which are made anew every time."""
 SYSTEM_PROMPTS = ("", "", "You are a helpful assistant.", "Answer in a few plain sentences.")
 
-ECHOES = 36
+ECHOES = 56
 """The number of conversations of repeated sentences in an epoch."""
-MAX_ECHO_TURNS = 3
-DESCRIBED = 10
+MAX_ECHO_TURNS = 5
+DESCRIBED = 26
 """The number of conversations about cities in JSON in an epoch."""
 MAX_DESCRIBED_TURNS = 4
-TOOL_CONVERSATIONS = 26
+TOOL_CONVERSATIONS = 46
 TOOL_TURNS = (1, 1, 1, 2, 2, 3)
-TOOL_REASONED_SHARE = 0.15
+TOOL_REASONED_SHARE = 0.2
 WITHOUT_TOOLS = 5
 """The number of questions in an epoch that would need a tool, without tools."""
-LONG_ANSWERS = 3
+LONG_ANSWERS = 4
 """The number of stories and essays in an epoch that answer a question."""
 
 LONG_REQUESTS = (
@@ -85,7 +87,10 @@ def haiku() -> list[Exchange]:
 def long_answers() -> list[tuple[str, str, int]]:
     """Return the subjects of long answers with the answer of each and the place of its wordings in LONG_REQUESTS."""
     stories = [(subject, text, 0) for subject, text in zip(STORIES, entries("stories.txt"), strict=True)]
-    essays = [(subject, "\n\n".join(entries(name)[:ESSAY_ENTRIES]), 1) for subject, name in ESSAYS]
+    essays = [
+        (subject, "\n\n".join([f"An essay about {subject}.", *entries(name)[:ESSAY_ENTRIES]]), 1)
+        for subject, name in ESSAYS
+    ]
     return [*stories, *essays]
 
 
@@ -98,7 +103,8 @@ def tokenizer_texts() -> list[str]:
 def epoch(seed: int, number: int) -> list[Document]:
     """Return the documents of one epoch in the order of training; the same for the same `seed` and `number`."""
     rng = np.random.default_rng([seed, number])
-    documents: list[Document] = [(Span(_cut(text, rng)),) for text in texts()]
+    due = [text for index, text in enumerate(texts()) if (index + number) % TEXT_PERIOD < TEXT_EPOCHS]
+    documents: list[Document] = [(Span(_cut(text, rng)),) for text in due]
     exchanges = [*haiku(), *questions()]
     for index, exchange in enumerate(exchanges):
         worded = replace(exchange, question=_reworded(exchange.question, rng))

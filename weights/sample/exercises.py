@@ -14,7 +14,7 @@ from weights.sample.spans import Exchange, cities, words
 
 T = TypeVar("T")
 
-LENGTHS = (8, 20)
+LENGTHS = (2, 2, 8, 20)
 """The lengths in words of the longest sentence to repeat: most are short, as their beginning is hardest to find."""
 
 NUMBER_SHARE = 0.12
