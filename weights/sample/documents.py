@@ -37,9 +37,9 @@ MAX_ECHO_TURNS = 5
 DESCRIBED = 26
 """The number of conversations about cities in JSON in an epoch."""
 MAX_DESCRIBED_TURNS = 4
-TOOL_CONVERSATIONS = 46
+TOOL_CONVERSATIONS = 52
 TOOL_TURNS = (1, 1, 1, 2, 2, 3)
-TOOL_REASONED_SHARE = 0.2
+TOOL_REASONED_SHARE = 0.3
 WITHOUT_TOOLS = 5
 """The number of questions in an epoch that would need a tool, without tools."""
 LONG_ANSWERS = 4

@@ -212,7 +212,7 @@ def conversation(
     for turn in range(turns):
         kind = rng.random()
         last = turn == turns - 1
-        task = weather_task(tools, rng) if kind < 0.45 else sum_task(tools, rng) if kind < 0.75 else None
+        task = weather_task(tools, rng) if kind < 0.55 else sum_task(tools, rng) if kind < 0.78 else None
         if task is None:
             task = others[int(rng.integers(len(others)))]
         if isinstance(task, Task):
@@ -244,7 +244,7 @@ def without_tools(rng: np.random.Generator) -> Exchange:
 
 
 def _weather_question(rng: np.random.Generator) -> tuple[list[str], str]:
-    places = [_place(rng) for _ in range(int(rng.choice((1, 1, 1, 2, 2))))]
+    places = [_place(rng) for _ in range(int(rng.choice((1, 1, 2, 2))))]
     wording, joint = _choice(WEATHER_QUESTIONS, rng), _choice((" and ", " and ", " and in "), rng)
     return places, wording.format(joint.join(places))
 

@@ -29,7 +29,7 @@ from weights.sample.packing import Batch, batches, encode
 from weights.sample.tokenizer import train_tokenizer
 
 SEED = 0
-EPOCHS = 64
+EPOCHS = 80
 """The seed and the length of the training that gave the checkpoint in the repository."""
 
 PEAK_LEARNING_RATE = 2e-3

@@ -19,7 +19,7 @@ from weights.sample.train import Reference
 
 CASES = json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
 CITIES = [row["city"] for row in cities()]
-SENTENCES, PLACES, DESCRIBED = 24, 28, 22
+SENTENCES, PLACES, DESCRIBED = 28, 33, 33
 """How many of 40 sentences are repeated, and of 36 places called and described: a little less than were."""
 
 SEED = 20_000
@@ -127,4 +127,4 @@ def test_most_second_tokens_are_drafted(reference: Reference) -> None:
     texts = [case["prompt"] for case in CASES]
     completions = reference.complete(texts, [case["max_tokens"] for case in CASES])
     drafted = [hit for text, c in zip(texts, completions, strict=True) for hit in reference.drafted(text, c)]
-    assert sum(drafted) / len(drafted) >= 0.75
+    assert sum(drafted) / len(drafted) >= 0.85
