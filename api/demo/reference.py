@@ -15,7 +15,7 @@ from api.text.model_source import ModelSource, check_model_files
 from api.text.tokenizer import TextTokenizer
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig
-from weights.sample.documents import texts
+from weights.sample.spans import texts
 
 if TYPE_CHECKING:
     import torch

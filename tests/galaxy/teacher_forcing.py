@@ -18,7 +18,7 @@ from stages.run_config import WeightConfig
 from tests.support.checkpoints import reference_model
 from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.sample import SAMPLE_DIR
-from weights.sample.documents import texts
+from weights.sample.spans import texts
 
 USERS = 8
 LENGTH = 129

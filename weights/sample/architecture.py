@@ -30,6 +30,9 @@ ROPE_SCALING = {
 }
 """YaRN (arXiv:2309.00071) from 256 to 2048 positions, in effect from the first step of training."""
 
+EXPERTS = 32
+"""The number of routed experts of a layer."""
+
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -42,21 +45,21 @@ CONFIG = {
     "hidden_act": "silu",
     "hidden_size": 256,
     "initializer_range": 0.02,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
     "kv_lora_rank": 64,
     "max_position_embeddings": MAX_POSITIONS,
     "moe_intermediate_size": 32,
     "moe_layer_freq": 1,
     "n_group": 8,
-    "n_routed_experts": 32,
+    "n_routed_experts": EXPERTS,
     "n_shared_experts": 1,
     "norm_topk_prob": True,
     "num_attention_heads": 8,
     "num_experts_per_tok": 4,
     "num_hidden_layers": 6,
     "num_key_value_heads": 8,
-    "num_nextn_predict_layers": 0,
-    "q_lora_rank": 96,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
     "rms_norm_eps": 1e-6,
@@ -99,6 +102,18 @@ def split_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             tensors[name] = tensor
     return tensors
+
+
+def stack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `tensors` with per-expert tensors stacked as transformers has them: the reverse of `split_experts`."""
+    state: dict[str, torch.Tensor] = {}
+    prefixes = sorted({name.partition(".experts.")[0] for name in tensors if ".experts." in name})
+    for prefix in prefixes:
+        experts = [f"{prefix}.experts.{number}" for number in range(EXPERTS)]
+        pairs = [torch.cat([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in experts]
+        state[f"{prefix}.experts.gate_up_proj"] = torch.stack(pairs)
+        state[f"{prefix}.experts.down_proj"] = torch.stack([tensors[f"{e}.down_proj.weight"] for e in experts])
+    return {**state, **{name: tensor for name, tensor in tensors.items() if ".experts." not in name}}
 
 
 def save_checkpoint(state: dict[str, torch.Tensor], tokenizer: Tokenizer, directory: Path) -> None:

@@ -8,12 +8,12 @@ import torch
 from tokenizers import Tokenizer
 
 from weights.sample.architecture import VOCABULARY
-from weights.sample.documents import Document
+from weights.sample.spans import Document
 from weights.sample.tokenizer import CONTROL_TOKENS, FORMAT_TOKENS
 
 BATCH_TOKENS = 1024
 ROW_LENGTHS = (256, 512, 1024)
-"""Row lengths in tokens. Attention costs their square, so a document goes into the shortest row that has room."""
+"""Row lengths in tokens. Attention costs their square, so a row is no longer than its longest document needs."""
 
 NOISY_SHARE = 0.5
 NOISE = 0.1
@@ -29,10 +29,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """A document in tokens, BOS and EOS included; a label is the token itself, or IGNORED if it is not learned."""
+    """A document in tokens, BOS and EOS included; a label is the token itself, or IGNORED if it is not learned.
+
+    Noise may replace a token in the input unless it is exact.
+    """
 
     tokens: list[int]
     labels: list[int]
+    exact: list[bool]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,13 @@ class Batch:
 def encode(document: Document, tokenizer: Tokenizer) -> Sample:
     """Return `document` in tokens; its first label is IGNORED, as a token is predicted from those before it."""
     bos, eos = 0, 1
-    tokens, labels = [bos], [IGNORED]
+    tokens, labels, exact = [bos], [IGNORED], [True]
     for span in document:
         piece = tokenizer.encode(span.text, add_special_tokens=False).ids
         tokens += piece
         labels += piece if span.learned else [IGNORED] * len(piece)
-    return Sample([*tokens, eos], [*labels, eos])
+        exact += [span.exact] * len(piece)
+    return Sample([*tokens, eos], [*labels, eos], [*exact, True])
 
 
 def batches(samples: Sequence[Sample], rng: np.random.Generator) -> list[Batch]:
@@ -61,48 +66,54 @@ def batches(samples: Sequence[Sample], rng: np.random.Generator) -> list[Batch]:
     Raises:
         ValueError: a sample is longer than the longest row.
     """
-    rows: dict[int, list[Sample]] = {length: [] for length in ROW_LENGTHS}
-    for sample in samples:
+    rows: list[_Row] = []
+    noisy = [_with_noise(sample, rng) for sample in samples]
+    # Those that need long rows come first, so that short ones fill up what is left of these.
+    for length, sample in sorted(((_length_for(s), s) for s in noisy), key=lambda pair: -pair[0]):
         size = len(sample.tokens)
-        length = next((length for length in ROW_LENGTHS if length >= size), None)
-        if length is None:
-            raise ValueError(f"A document has {size} tokens, more than a row of {ROW_LENGTHS[-1]}: shorten it.")
-        rows[length].append(_with_noise(sample, rng))
-    result = [batch for length, group in rows.items() for batch in _batches_of(group, length)]
+        row = next((row for row in rows if row.room >= size), None)
+        if row is None:
+            row = _Row(length, [], length)
+            rows.append(row)
+        row.samples.append(sample)
+        row.room -= size
+    result = [
+        batch for length in ROW_LENGTHS for batch in _batches_of([row for row in rows if row.length == length], length)
+    ]
     return [result[i] for i in rng.permutation(len(result))]
+
+
+@dataclass
+class _Row:
+    length: int
+    samples: list[Sample]
+    room: int
+
+
+def _length_for(sample: Sample) -> int:
+    size = len(sample.tokens)
+    length = next((length for length in ROW_LENGTHS if length >= size), None)
+    if length is None:
+        raise ValueError(f"A document has {size} tokens, more than a row of {ROW_LENGTHS[-1]}: shorten it.")
+    return length
 
 
 def _with_noise(sample: Sample, rng: np.random.Generator) -> Sample:
     if rng.random() >= NOISY_SHARE:
         return sample
     tokens = np.array(sample.tokens)
-    hit = (rng.random(len(tokens)) < NOISE) & (tokens >= SPECIAL_TOKENS)
+    hit = (rng.random(len(tokens)) < NOISE) & (tokens >= SPECIAL_TOKENS) & ~np.array(sample.exact)
     tokens[hit] = rng.integers(SPECIAL_TOKENS, VOCABULARY, hit.sum())
-    return Sample(tokens.tolist(), sample.labels)
+    return Sample(tokens.tolist(), sample.labels, sample.exact)
 
 
-def _batches_of(samples: Sequence[Sample], length: int) -> list[Batch]:
-    rows = [_row(group, length) for group in _groups(samples, length)]
+def _batches_of(rows: Sequence[_Row], length: int) -> list[Batch]:
+    filled = [_row(row.samples, length) for row in rows]
     size = BATCH_TOKENS // length
     return [
-        Batch(*(torch.tensor(column) for column in zip(*rows[start : start + size], strict=True)))
-        for start in range(0, len(rows), size)
+        Batch(*(torch.tensor(column) for column in zip(*filled[start : start + size], strict=True)))
+        for start in range(0, len(filled), size)
     ]
-
-
-def _groups(samples: Sequence[Sample], length: int) -> list[list[Sample]]:
-    # First fit: rows fill up to a few tokens, and the order of the samples stays random.
-    groups: list[list[Sample]] = []
-    room: list[int] = []
-    for sample in samples:
-        size = len(sample.tokens)
-        place = next((i for i, free in enumerate(room) if free >= size), len(groups))
-        if place == len(groups):
-            groups.append([])
-            room.append(length)
-        groups[place].append(sample)
-        room[place] -= size
-    return groups
 
 
 def _row(group: Sequence[Sample], length: int) -> tuple[list[int], list[int], list[int]]:

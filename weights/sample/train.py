@@ -20,14 +20,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from weights.sample import PROMPTS_FILE
+from weights.sample import PROMPTS_FILE, attention
 from weights.sample.architecture import CONFIG, VOCABULARY, save_checkpoint
 from weights.sample.documents import epoch, tokenizer_texts
+from weights.sample.induction import start_with_induction
+from weights.sample.mtp import MtpLayer, mtp_loss
 from weights.sample.packing import Batch, batches, encode
 from weights.sample.tokenizer import train_tokenizer
 
 SEED = 0
-EPOCHS = 60
+EPOCHS = 80
 """The seed and the length of the training that gave the checkpoint in the repository."""
 
 PEAK_LEARNING_RATE = 2e-3
@@ -35,6 +37,9 @@ WARMUP_STEPS = 40
 
 BALANCED_SHARE = 0.8
 """The share of the training in which the routers' biases move; after it, the weights settle around them."""
+
+MTP_SHARE = 0.4
+"""The share of the training, at its end, in which the multi-token-prediction layer is trained too."""
 
 BIAS_STEP = 0.001
 """The bias update speed, gamma, of the DeepSeek-V3 technical report (arXiv:2412.19437, section 4.2)."""
@@ -90,6 +95,11 @@ class Completion:
     margins: list[float]
 
 
+class _MainModel(DeepseekV3ForCausalLM):  # type: ignore[no-untyped-call]
+    # Hugging Face's model has no multi-token-prediction layer and leaves out DeepSeek-V3's own, which is number 61.
+    _keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{CONFIG['num_hidden_layers']}\."]  # noqa: RUF012
+
+
 class Reference:
     """A checkpoint run by Hugging Face's own model, in float32 with eager attention and experts.
 
@@ -98,8 +108,9 @@ class Reference:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = DeepseekV3ForCausalLM.from_pretrained(
+        self.model = _MainModel.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         )
 
@@ -113,6 +124,20 @@ class Reference:
             completions = self._decode([texts[i] for i in group], [max_tokens[i] for i in group])
             done.update(zip(group, completions, strict=True))
         return [done[index] for index in range(len(texts))]
+
+    def drafted(self, prompt: str, completion: Completion) -> list[bool]:
+        """Return for each token of `completion` but the first whether the multi-token-prediction layer drafts it.
+
+        The draft is made while the main model chooses the token before.
+        """
+        mtp = MtpLayer(self.model)
+        mtp.load(self._directory)
+        text = self.tokenizer.encode(prompt)
+        tokens = torch.tensor([text + completion.tokens])
+        with torch.inference_mode():
+            self.model(tokens, use_cache=False)
+            drafts = mtp(tokens)[0, len(text) - 1 : -2].argmax(-1)
+        return [draft == token for draft, token in zip(drafts.tolist(), completion.tokens[1:], strict=True)]
 
     def _decode(self, texts: Sequence[list[int]], limits: Sequence[int]) -> list[Completion]:
         width = max(len(text) for text in texts)
@@ -152,19 +177,23 @@ class Trainer:
     """Trains a new model of CONFIG in float32; `loss` is the mean over the last epoch, in nats per token."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, epochs: int) -> None:
+        attention.register()
         self.model = DeepseekV3ForCausalLM._from_config(  # type: ignore[no-untyped-call]
             DeepseekV3Config.from_dict(CONFIG),
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation=attention.PADDED,
             experts_implementation="grouped_mm",
         )
+        start_with_induction(self.model)
         self.loss = math.inf
         self._tokenizer = tokenizer
         self._seed = seed
         self._epochs = epochs
         self._steps = 0
-        self._balancers = balancers(self.model)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.mtp = MtpLayer(self.model)
+        self._balancers = [*balancers(self.model), *balancers(self.mtp)]
+        parameters = [*self.model.parameters(), *self.mtp.parameters()]
+        self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def run(self, progress: Progress) -> None:
         """Train for all epochs and report to `progress`."""
@@ -181,6 +210,10 @@ class Trainer:
             self.loss = sum(losses) / len(losses)
             progress.update(task, completed=number + 1, loss=self.loss)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the model and of its multi-token-prediction layer."""
+        return {**self.model.state_dict(), **self.mtp.tensors()}
+
     def _batches(self, number: int) -> list[Batch]:
         samples = [encode(document, self._tokenizer) for document in epoch(self._seed, number)]
         return batches(samples, np.random.default_rng([self._seed, number, 1]))
@@ -193,6 +226,10 @@ class Trainer:
         output = self.model(input_ids=batch.tokens, position_ids=batch.positions, labels=batch.labels, use_cache=False)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if progress >= 1 - MTP_SHARE:
+            second = mtp_loss(self.mtp(batch.tokens), batch.labels, batch.positions)
+            second.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self.mtp.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         for balancer in self._balancers:
@@ -237,7 +274,7 @@ def main() -> None:
     )
     with Progress(*columns, console=console) as progress:
         trainer.run(progress)
-    save_checkpoint(trainer.model.state_dict(), tokenizer, arguments.out)
+    save_checkpoint(trainer.state(), tokenizer, arguments.out)
     seconds = time.monotonic() - started
     console.print(f"final loss {trainer.loss:.4f} after {seconds:.0f} s; checkpoint in {arguments.out}")
     margin, prompt = worst_margin(arguments.out, PROMPTS_FILE)
