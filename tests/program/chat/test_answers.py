@@ -35,10 +35,21 @@ AS_LIST: Json = {"response_format": {"type": "json_schema", "json_schema": {"nam
 
 HOT: Json = {"temperature": 1.5, "seed": 2, "max_tokens": 60, "ignore_eos": True}
 BOUNDED = [
-    {"type": "function", "function": {"name": name, "parameters": parameters}}
-    for name, parameters in (
-        ("say", {"type": "object", "properties": {"text": {"type": "string", "maxLength": 20}}, "required": ["text"]}),
-        ("pick", {"type": "object", "properties": {"number": {"enum": [1, 2, 3]}}, "required": ["number"]}),
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {key: value},
+                "required": [key],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name, key, value in (
+        ("say", "text", {"type": "string", "maxLength": 20}),
+        ("pick", "number", {"enum": [1, 2, 3]}),
     )
 ]
 """Tools whose calls are short, however hot they are sampled."""
@@ -161,12 +172,54 @@ async def test_a_budget_closes_the_thought(chat: Chat, budget: int) -> None:
     assert len(message.get("reasoning", "")) < len(unbounded.reasoning)
 
 
+async def test_a_tool_is_called_and_its_result_is_used(chat: Chat) -> None:
+    message = await chat.message(WEATHER_QUESTION, tools=TOOLS)
+    assert (message.content, message.finish_reason) == ("", "tool_calls")
+    assert arguments_of(message.calls) == [("get_weather", {"city": "Oslo"})]
+    conversation = [user(WEATHER_QUESTION), called(*message.calls), returned("7 degrees and light rain")]
+    answer = await chat.message(conversation, tools=TOOLS)
+    assert (answer.calls, answer.finish_reason) == ([], "stop")
+    assert "7 degrees and light rain" in answer.content
+
+
+async def test_tools_are_called_in_parallel_unless_that_is_refused(chat: Chat) -> None:
+    question = "What is the weather in Oslo and Lisbon?"
+    both, one = await asyncio.gather(
+        chat.message(question, tools=TOOLS), chat.message(question, tools=TOOLS, parallel_tool_calls=False)
+    )
+    cities = [("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Lisbon"})]
+    assert arguments_of(both.calls) == cities
+    assert arguments_of(one.calls) == cities[:1]
+    results = [returned("3 degrees and fog"), returned("21 degrees and sun", 1)]
+    answer = await chat.message([user(question), called(*both.calls), *results], tools=TOOLS)
+    assert "3 degrees and fog" in answer.content
+    assert "21 degrees and sun" in answer.content
+
+
+async def test_a_thought_comes_before_a_call(chat: Chat) -> None:
+    message = await chat.message(WEATHER_QUESTION, tools=TOOLS, reasoning_effort="high")
+    assert message.reasoning.strip()
+    assert arguments_of(message.calls) == [("get_weather", {"city": "Oslo"})]
+
+
 async def test_tools_that_may_not_be_called_or_need_not_be_are_not(chat: Chat) -> None:
     forbidden = await chat.message(WEATHER_QUESTION, tools=TOOLS, tool_choice="none")
     assert (forbidden.calls, forbidden.finish_reason, forbidden.content == "") == ([], "stop", False)
     assert forbidden == await chat.message(WEATHER_QUESTION)
     needless = await chat.message(NEEDS_NO_TOOL, tools=TOOLS, tool_choice="auto")
     assert (needless.calls, needless.finish_reason) == ([], "stop")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+async def test_tools_that_have_to_be_called_are(chat: Chat, temperature: float) -> None:
+    fields: Json = {"tools": BOUNDED, "parallel_tool_calls": False, "temperature": temperature, "seed": 8}
+    required, named = await asyncio.gather(
+        chat.message(NEEDS_NO_TOOL, tool_choice="required", max_tokens=160, **fields),
+        chat.message(NEEDS_NO_TOOL, **function("pick"), max_tokens=160, **fields),
+    )
+    assert len(arguments_of(required.calls, BOUNDED)) == 1
+    assert [name for name, _ in arguments_of(named.calls, BOUNDED)] == ["pick"]
+    assert (required.content, named.content) == ("", "")
 
 
 @pytest.mark.parametrize("effort", ["none", "high"])
@@ -182,3 +235,8 @@ async def test_json_is_what_the_schema_says(chat: Chat, effort: str) -> None:
         if answer.finish_reason == "stop":
             Draft202012Validator(schema).validate(json.loads(answer.content))
     assert [answer.finish_reason for answer in answers[:2]] == ["stop"] * 2
+
+
+async def test_json_is_filled_in_sensibly(chat: Chat) -> None:
+    message = await chat.message("Give me Oslo as JSON with the keys city and population.", **AS_CITY)
+    assert json.loads(message.content) == {"city": "Oslo", "population": 720000}

@@ -13,8 +13,16 @@ pytestmark = pytest.mark.slow
 QUESTION = "Why is the sky blue?"
 STORY = "Tell me a long story about the lighthouse keeper."
 OPEN = "Write something about the boats on the river."
+UNKNOWN = "What lies beyond the harbour of the old keeper?"
+"""A question that the model has no answer to."""
 RANDOM: dict[str, Any] = {"temperature": 2, "max_tokens": 8}
 """So hot that no two answers are the same, whatever the model knows by heart."""
+SENTENCES = (
+    "Seven gulls follow the green ferry",
+    "We have 42 apples and 7 clocks",
+    "300 boats leave the harbour before dawn",
+)
+"""Most sentences are repeated, but not all: the model loses its place where a word comes twice."""
 LONG = 200
 
 
@@ -134,7 +142,7 @@ async def test_penalties_change_the_text(chat: Chat) -> None:
     """At a temperature of 0.1, where the seed alone would hardly do it."""
     penalties: list[dict[str, Any]] = [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repetition_penalty": 1.5}]
     fields: dict[str, Any] = {"temperature": 0.1, "seed": 11, "max_tokens": 160, "ignore_eos": True}
-    plain, *penalised = await asyncio.gather(*(chat.message(STORY, **fields, **one) for one in [{}, *penalties]))
+    plain, *penalised = await asyncio.gather(*(chat.message(UNKNOWN, **fields, **one) for one in [{}, *penalties]))
     assert len({message.content for message in [plain, *penalised]}) == 4
     # Greater variety is what penalties are for.
     assert all(len(set(message.tokens)) > len(set(plain.tokens)) for message in penalised)
@@ -168,6 +176,20 @@ async def test_bad_words_are_not_said(chat: Chat) -> None:
     without = await chat.message(QUESTION, max_tokens=16, bad_words=[word["prompt"].strip()])
     assert without.tokens[:5] == plain.tokens[:5]
     assert plain.tokens[5] not in without.tokens
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+async def test_a_sentence_is_repeated_word_by_word(chat: Chat, sentence: str) -> None:
+    wordings = (f"Repeat after me: {sentence}", f"Echo exactly: {sentence}", f'Say "{sentence}"')
+    answers = await asyncio.gather(*(chat.message(wording) for wording in wordings))
+    assert [(answer.content, answer.finish_reason) for answer in answers] == [(sentence, "stop")] * 3
+
+
+async def test_a_long_answer_has_two_hundred_tokens_and_an_end(chat: Chat) -> None:
+    message = await chat.message(STORY)
+    assert message.finish_reason == "stop"
+    assert len(message.tokens) >= LONG
+    assert len(set(message.content.split())) >= LONG / 4
 
 
 CONVERSATIONS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
