@@ -158,7 +158,7 @@ def test_tokens_are_the_same_among_others_with_grammars(single_stage: SingleStag
 async def test_tokens_are_the_same_when_requests_give_way_and_when_a_stage_is_lost(
     tmp_path: Path, client: httpx.AsyncClient, single_stage: SingleStage, ray_cluster: Mapping[str, str]
 ) -> None:
-    options = ("--stages", "2", "--max-model-len", "128", "--num-blocks", "10")
+    options = ("--stages", "2", "--max-model-len", "128", "--num-blocks", "7")
     with serving(tmp_path, *options, environment=ray_cluster) as server:
         crowd = await asyncio.gather(*(tokens(client, server, asked) for asked in ASKED))
         assert await count(client, server, "vllm:num_preemptions_total") >= 1

@@ -14,9 +14,9 @@ from tests.support.poisoned_serve import PROGRAM, environment
 from tests.support.servers import EXIT_DEADLINE, Server, complete, launch, sample_prompts, serving, wait_until_ready
 from weights.sample import SAMPLE_DIR
 
-VOCABULARY = json.loads((SAMPLE_DIR / "config.json").read_text())["vocab_size"]
-RAISES, KILLS = VOCABULARY - 1, VOCABULARY - 2
-"""The last tokens of the vocabulary: no prompt has them, and no answer."""
+VOCABULARY = json.loads((SAMPLE_DIR / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+RAISES, KILLS = VOCABULARY["ÿ"], VOCABULARY["þ"]
+"""The tokens of bytes 255 and 254, which are in no UTF-8: no prompt has them, and no answer."""
 TOKENS = 40
 SECONDS = 500
 NEIGHBOURS = 7

@@ -17,11 +17,12 @@ LENGTH = 64
 
 ASKED: list[dict[str, Any]] = [
     {"prompt": "The captain looked at the sea and", "seed": 1},
-    {"prompt": "The captain looked at the sea and", "seed": 2, "n": 3},
+    {"prompt": "The captain looked at the sea and", "seed": 12, "n": 3},
     {"prompt": "Once there was a village where", "seed": 3, "top_p": 0.9, "top_k": 20},
-    {"prompt": "Write a letter about the harbour", "seed": 4, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+    {"prompt": "Write a letter about the harbour", "seed": 14, "repetition_penalty": 1.2, "presence_penalty": 0.5},
     {"prompt": "San Francisco is a", "seed": 5, "min_p": 0.05, "frequency_penalty": 0.3, "logit_bias": {"40": 1.5}},
 ]
+"""None of their draws lies within a millionth of the edge between two tokens, where float32 rounds to either side."""
 COMPANY = [{"prompt": f"{number} boats on the river", "seed": 100 + number} for number in range(12)]
 FULL_BATCH = ("--max-num-seqs", "15")
 

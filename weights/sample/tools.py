@@ -179,7 +179,7 @@ def draw_tools(rng: np.random.Generator) -> Tools:
 
 
 def weather_task(tools: Tools, rng: np.random.Generator) -> Task | Exchange:
-    """Return a question about the weather in one city or in two, or an exchange without a call if there is no tool."""
+    """Return a question about the weather in one city or in two, or an exchange without a call where the tool is missing."""
     places, question = _weather_question(rng)
     if tools.weather is None:
         return _without_tool(question)
@@ -192,7 +192,7 @@ def weather_task(tools: Tools, rng: np.random.Generator) -> Task | Exchange:
 
 
 def sum_task(tools: Tools, rng: np.random.Generator) -> Task | Exchange:
-    """Return a question for the sum of two numbers, or an exchange without a call if there is no tool."""
+    """Return a question for the sum of two numbers, or an exchange without a call where the tool is missing."""
     (first, second), question = _sum_question(rng)
     if tools.sum is None:
         return _without_tool(question)
@@ -277,7 +277,7 @@ def _description(descriptions: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _place(rng: np.random.Generator) -> str:
-    # A word that is no city shows that the name comes from the question.
+    # A word that is not a city shows that the name comes from the question.
     return cities()[rng.integers(len(cities()))]["city"] if rng.random() < 0.85 else random_words(1, rng).capitalize()
 
 

@@ -206,7 +206,7 @@ def test_a_spoiled_weight_shows(tmp_path: Path, reference: Path) -> None:
     for path in SAMPLE_DIR.iterdir():
         (spoiled / path.name).write_bytes(path.read_bytes())
     tensors = load_file(spoiled / "model.safetensors")
-    name = "model.layers.2.self_attn.o_proj.weight"
+    name = "lm_head.weight"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
     settings = EngineSettings.of(cache_dir=tmp_path / "cache", dtype="float32")
