@@ -179,7 +179,7 @@ def draw_tools(rng: np.random.Generator) -> Tools:
 
 
 def weather_task(tools: Tools, rng: np.random.Generator) -> Task | Exchange:
-    """Return a question about the weather in one or two cities, or an exchange without a call where the tool is missing."""
+    """Return a question about the weather in one or two cities, or an exchange without a call if a tool is missing."""
     places, question = _weather_question(rng)
     if tools.weather is None:
         return _without_tool(question)
