@@ -22,7 +22,10 @@ ASKED: list[dict[str, Any]] = [
     {"prompt": "Write a letter about the harbour", "seed": 14, "repetition_penalty": 1.2, "presence_penalty": 0.5},
     {"prompt": "San Francisco is a", "seed": 5, "min_p": 0.05, "frequency_penalty": 0.3, "logit_bias": {"40": 1.5}},
 ]
-"""None of their draws lies within a millionth of the edge between two tokens, where float32 rounds to either side."""
+"""Seeds whose draws stayed the same in seven full batches of other requests.
+
+A draw within a millionth of the edge between two tokens would not: float32 rounds such an edge to either side.
+"""
 COMPANY = [{"prompt": f"{number} boats on the river", "seed": 100 + number} for number in range(12)]
 FULL_BATCH = ("--max-num-seqs", "15")
 
