@@ -205,6 +205,7 @@ def test_ctrl_c_stops_an_answer_only() -> None:
     with serving(chat) as url:
         terminal = OnTerminal("--url", url)
         terminal.wait_for("This is first.")
+        terminal.wait_for("> ")
         terminal.type("one\n")
         terminal.wait_for("word word")
         terminal.type("\x03")
@@ -215,6 +216,8 @@ def test_ctrl_c_stops_an_answer_only() -> None:
         terminal.wait_for("> ")
         terminal.type("\x03")
         terminal.wait_for("Ctrl-C stops an answer")
+        # A Ctrl-D between two prompts is lost: the terminal forgets it when line editing begins.
+        terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.process.wait(DEADLINE_S) == 0
     assert [message["role"] for message in chat.asked[1]["messages"]] == ["user", "assistant", "user"]
