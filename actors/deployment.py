@@ -4,7 +4,7 @@ The module imports Ray; see `actors.cluster.cluster`.
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from actors.stage.health import StageHealth, StageProgress
 from actors.stage.mesh_hop import Transfer
 from actors.stage.setup import stage_setups
 from actors.start import Chain, StageStarter, StartedStages
+from stages.kv.inventory import Inventory
 
 WATCH_SECONDS = 2.0
 
@@ -53,6 +54,7 @@ class Deployment:
         try:
             directory = _run_directory(options.directory)
             ending.push_async_callback(asyncio.to_thread, directory.remove)
+            options = _with_memory(options, directory, ending)
             rows = len(options.specs) * options.cluster.rows_per_stage
             cluster = await Cluster.join(options.cluster.ray_address, rows, directory.ray)
             ending.push_async_callback(cluster.leave)
@@ -94,6 +96,10 @@ class Deployment:
     async def health(self) -> list[StageHealth]:
         """Returns the health of every stage, in order; an empty list once the stages have ended."""
         return await self._stages.health()
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Returns what every stage keeps beside its device since the versions; None for one that does not answer."""
+        return await self._stages.inventories(versions)
 
     async def transfers(self) -> list[list[Transfer]]:
         """Returns what has gone through each stage's mesh sockets lately."""
@@ -152,6 +158,20 @@ class Deployment:
         starter.report_ready(stages.placement)
         stages.spares.provide(stages.placement.stages)
         return chain
+
+
+def _with_memory(options: PipelineOptions, directory: RunDirectory, ending: AsyncExitStack) -> PipelineOptions:
+    """The same options with the directory of the tiers in memory, which is this process's too until the end."""
+    stage = options.stage
+    if stage.tiers.host_bytes == 0:
+        return options
+    try:
+        # A stage that is being replaced uses it again: on this host nobody takes it for abandoned meanwhile.
+        ending.callback(RunDirectory.join(directory.memory).leave)
+    except OSError as error:
+        log.warning("blocks are not kept in memory", directory=str(directory.memory), cause=error.strerror)
+    tiers = msgspec.structs.replace(stage.tiers, host_directory=str(directory.memory))
+    return msgspec.structs.replace(options, stage=msgspec.structs.replace(stage, tiers=tiers))
 
 
 def _run_directory(given: str | None) -> RunDirectory:

@@ -5,7 +5,7 @@ import itertools
 import math
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -16,6 +16,7 @@ from actors.errors import LinkError, PipelineError
 from actors.options import PipelineOptions
 from actors.sockets.link import Arrival, EngineLinks, EpochEvents, Link
 from actors.stage.health import StageHealth, StageProgress
+from stages.kv.inventory import Inventory
 from stages.step import StageFailure, Step, StepResult
 from weights.errors import GalaxylineError
 
@@ -94,6 +95,9 @@ class PipelineStages(Protocol):
 
     async def health(self) -> list[StageHealth]:
         """Returns the health of every stage, in order, within about a second."""
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Returns what every stage keeps beside its device since the versions; None for one that does not answer."""
 
     async def rejoin(self, links: EngineLinks, kill: Collection[int]) -> Link:
         """Joins the stages for another epoch; those to `kill`, and others that are lost, get new processes.
@@ -219,6 +223,10 @@ class Pipeline:
     async def health(self) -> list[StageHealth]:
         """Returns the health of every stage, in order; one that does not answer is "silent", or "dead"."""
         return [] if self._stages is None else await self._stages.health()
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Returns what each stage keeps beside its device since its version; None for one that does not answer."""
+        return [] if self._stages is None else await self._stages.inventories(versions)
 
     async def close(self) -> None:
         """Ends all stages and removes every socket; ends the Ray cluster if `start` started it. May be repeated."""

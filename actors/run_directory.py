@@ -1,10 +1,12 @@
 """The private directory of one pipeline: its sockets, its Ray's files, and the processes that were started for it."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +16,9 @@ from actors.errors import ClusterError
 
 PREFIX = "galaxyline-"
 LOCK = "lock"
+
+MEMORY = Path("/dev/shm")  # noqa: S108 # nosec B108 # private directories in it
+"""The file system in memory."""
 
 UNIX_PATH_MAX = 107
 """Bytes of a unix socket's path (unix(7): 108 with the final zero)."""
@@ -75,6 +80,23 @@ class RunDirectory:
         fcntl.flock(lock, fcntl.LOCK_SH)
         return cls(path, lock)
 
+    @classmethod
+    def join(cls, path: Path) -> "RunDirectory":
+        """Takes part in the use of a directory, and makes it where it is not there.
+
+        Raises OSError, also for one that is another user's or a link.
+        """
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+        if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+            raise PermissionError(errno.EPERM, "it is another user's", str(path))
+        return cls.enter(path)
+
+    @property
+    def memory(self) -> Path:
+        """The path of the directory in this host's memory that belongs to it: that of the KV cache's copies."""
+        return MEMORY / f"{self.path.name}.kv"
+
     def end_processes(self) -> None:
         """Kills what was started in the directory, and waits until it is gone, but no longer than END_SECONDS.
 
@@ -90,6 +112,7 @@ class RunDirectory:
         """Ends what was started in the directory, and removes it. May be repeated."""
         self.end_processes()
         shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.memory, ignore_errors=True)
         self.leave()
 
     def leave(self) -> None:
@@ -104,10 +127,11 @@ def remove_abandoned() -> None:
     for parent in _parents():
         with contextlib.suppress(OSError):
             for path in parent.glob(f"{PREFIX}*"):
-                _remove_if_abandoned(path)
+                remove_if_abandoned(path)
 
 
-def _remove_if_abandoned(path: Path) -> None:
+def remove_if_abandoned(path: Path) -> None:
+    """Removes a directory of this user that nobody uses."""
     try:
         # A link in a directory that others can write could lead anywhere.
         if path.is_symlink() or path.stat().st_uid != os.geteuid():

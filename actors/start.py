@@ -24,6 +24,7 @@ from actors.stage.health import StageHealth, StageProgress
 from actors.stage.mesh_hop import Transfer
 from actors.stage.setup import ENGINE, stage_name, stage_setups
 from actors.stage.spares import Spares
+from stages.kv.inventory import Inventory
 from stages.step import Host
 
 
@@ -109,6 +110,10 @@ class StartedStages:
         self.mpi = mpi
         self._ending = ending
         self._is_closed = False
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Returns what every stage keeps beside its device since the versions; nothing after `close`."""
+        return [] if self._is_closed else await self.group.inventories(versions)
 
     async def health(self) -> list[StageHealth]:
         """Returns the health of every stage, in order; nothing after `close`."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from stages.backend import PADDED_USERS_PER_ROW, ttnn
-from stages.kv_cache import PageTables
+from stages.kv.page_tables import PageTables
 from stages.models.registry import architecture_of
 from stages.models.rope import Rope, RopeTables
 from stages.step import Segment, Step

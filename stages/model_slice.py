@@ -46,6 +46,11 @@ class Layer:
     block: AnyDecoderModule
     configs: RunConfigs[Any]
 
+    @property
+    def kv_cache(self) -> ttnn.Tensor:
+        """The layer's KV cache, which both modes share."""
+        return self.block.kv_cache(self.configs.decode)
+
     def forward(self, x: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
         if isinstance(batch, PrefillBatch):

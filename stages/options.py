@@ -91,6 +91,23 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         return slot % self.pools
 
 
+class TierOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where full blocks are kept beside the device, and how many bytes of them: none where that is 0.
+
+    `host_bytes` None is a share of the host's memory.
+    """
+
+    host_directory: str = ""
+    host_bytes: int | None = None
+    disk_directory: str = ""
+    disk_bytes: int = 0
+
+    @property
+    def are_any(self) -> bool:
+        """Whether anything is kept beside the device."""
+        return self.host_bytes != 0 or self.disk_bytes > 0
+
+
 class WeightOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How weights are read and kept; `weight_dtypes` are those of weights and of the KV cache on chips."""
 
@@ -123,8 +140,8 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `model_path` is a checkpoint directory; with `weights.load_format` "dummy" only its config.json is read and the
     weights are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
-    Only the layers that `changes` leave are the model. `timed` is for the timed device alone. Without a `vocabulary`
-    requests can have no grammar.
+    Only the layers that `changes` leave are the model. `timed` is for the timed device alone. `tiers` are those of the
+    stage, or before it has one of all stages on its host. Without a `vocabulary` requests can have no grammar.
     """
 
     model_path: str
@@ -136,4 +153,5 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     execution: ExecutionOptions = ExecutionOptions()
     changes: ConfigChanges = UNCHANGED
     timed: TimedOptions | None = None
+    tiers: TierOptions = TierOptions()
     vocabulary: VocabularyOptions | None = None

@@ -1,16 +1,22 @@
 """One pipeline stage: it runs steps, keeps slots and caches, and returns hidden states or tokens."""
 
 import dataclasses
+import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import torch
 
 from stages.backend import set_float_dtype, ttnn
 from stages.batch import HIDDEN_DTYPE, BatchBuilder, DecodeBatch
-from stages.converted_weights import ConvertedWeights
+from stages.converted_weights import ConvertedWeights, stage_parts
 from stages.errors import PlanError, StepError
-from stages.kv_cache import PageTables
+from stages.kv.block_memory import BlockMemory
+from stages.kv.block_store import BlockStore
+from stages.kv.inventory import Inventory
+from stages.kv.page_tables import PageTables
+from stages.kv.tiers import Tiers
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.models.registry import architecture_of
@@ -52,8 +58,12 @@ class Stage:
         model: ModelSlice,
         mesh_device: ttnn.MeshDevice,
         config: ModelConfig,
+        weights_id: str = "",
     ) -> None:
-        """Takes a model that has been loaded onto `mesh_device`, which `close` closes. Callers only read both."""
+        """Takes a model that has been loaded onto `mesh_device`, which `close` closes. Callers only read both.
+
+        `weights_id` differs wherever the weights do, or how they are held.
+        """
         self._spec = spec
         self._options = options
         self.model = model
@@ -63,6 +73,10 @@ class Stage:
         self._epoch = 0
         cache = options.cache
         self._tables = PageTables(cache)
+        self._weights_id = weights_id
+        memory = BlockMemory([layer.kv_cache for layer in model.layers], mesh_device, cache, self._dtype)
+        self._tiers = Tiers.open(options.tiers, _file_name(spec, options), memory.record_bytes)
+        self._blocks = BlockStore(memory, self._tables, self._tiers)
         rope_tables = architecture_of(config).load_modules().rope_tables
         rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.execution.enable_trace)
@@ -105,7 +119,8 @@ class Stage:
                 directory_name(Path(options.model_path)),
             )
             model = ModelSlice.load(spec, weights, options.cache, on_progress)
-            stage = cls(spec, options, model, mesh_device, source.config)
+            parts = [str(weights.cache_key(part)) for part in stage_parts(source.config, spec)]
+            stage = cls(spec, options, model, mesh_device, source.config, _digest(parts))
             undo.pop_all()
         return stage
 
@@ -119,7 +134,8 @@ class Stage:
         """
         states = self._run(step, None if self._spec.is_first else self._from_bytes(step, hidden))
         if self._head is not None:
-            return self._head.result(step, states)
+            return self._kept(step, self._head.result(step, states))
+        self._blocks.end(step)
         output = self._to_torch(states)
         if not output.numel():
             return memoryview(b"")
@@ -133,7 +149,21 @@ class Stage:
         the next stage, or on the last stage float32 logits [segments that sample, vocabulary]. Raises as `step` does.
         """
         states = self._run(step, hidden)
+        self._blocks.end(step)
         return self._to_torch(states) if self._head is None else self._head.logits(step, states)
+
+    @torch.inference_mode()
+    def load_blocks(self, step: Step) -> list[int]:
+        """Brings the blocks of a load step back; returns the indices of those that are not to be had.
+
+        Raises StepError where the step contradicts the stage's state.
+        """
+        self._prepare(step)
+        return self._blocks.load(step.loads)
+
+    def inventory(self, version: int) -> Inventory:
+        """Returns what the tiers have, or what changed of it since a version. May be called from any thread."""
+        return self._tiers.inventory(version, self._weights_id)
 
     def hidden_spec(self) -> MeshHidden:
         """The mesh and the hidden states on it: bfloat16 [1, 1, tokens, hidden / columns] on each chip."""
@@ -155,7 +185,8 @@ class Stage:
         if batch is not None:
             states = self._compute(self._input(step, None, batch) if hidden is None else hidden, batch)
         if self._head is not None:
-            return self._head.result(step, states)
+            return self._kept(step, self._head.result(step, states))
+        self._blocks.end(step)
         return None if states is None else states.x
 
     def close(self) -> None:
@@ -164,7 +195,13 @@ class Stage:
             self._traces.release()
         if self._head is not None:
             self._head.close()
+        self._tiers.close()
         close_mesh(self.mesh_device)
+
+    def _kept(self, step: Step, result: StepResult) -> StepResult:
+        """Keeps what the step has filled; not before it is sampled, as it counts only once the last stage is done."""
+        self._blocks.end(step)
+        return result
 
     def _run(self, step: Step, hidden: torch.Tensor | None) -> HiddenStates | None:
         """Runs a step; None for one without segments, which changes slots only."""
@@ -175,6 +212,7 @@ class Stage:
         """Applies the step to slots and page tables and makes its inputs; None without segments."""
         self._enter_epoch(step)
         self._tables.apply(step)
+        self._blocks.begin(step)
         if self._head is not None:
             self._head.apply(step)
         if not step.segments:
@@ -242,6 +280,16 @@ def _mesh_shape(pools: int) -> tuple[int, int]:
     if pools % GALAXY_COLUMNS:
         raise PlanError(f"{pools} KV pools are neither one chip's nor whole rows of {GALAXY_COLUMNS} chips.")
     return (pools // GALAXY_COLUMNS, GALAXY_COLUMNS)
+
+
+def _file_name(spec: StageSpec, options: StageOptions) -> str:
+    """The name of the stage's files in the tiers: that of all plans with the same records."""
+    facts = [str(spec.stages), str(options.cache.pools), options.dtype, options.model_path]
+    return f"layers-{spec.first_layer}-{spec.end_layer}-{_digest(facts)[:8]}.kv"
+
+
+def _digest(facts: list[str]) -> str:
+    return hashlib.blake2b(msgspec.json.encode(facts), digest_size=16).hexdigest()
 
 
 QUEUE = 0

@@ -11,9 +11,10 @@ import msgspec
 
 from stages.mesh_spec import HiddenShard
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
-Mode = Literal["prefill", "decode"]
+Mode = Literal["prefill", "decode", "load"]
+"""What a step does: it computes prompts, or one token for each request, or brings blocks back into the caches."""
 
 FailureKind = Literal["error", "lost_link"]
 """Whether a stage failed by an error of its own, or only because the link to a neighbour was lost."""
@@ -114,6 +115,8 @@ GREEDY_BELOW = 1e-5
 class Admission(Message, frozen=True, kw_only=True):
     """A request takes a slot: the stage forgets whatever the slot held before.
 
+    Its first tokens are in the cache already: in the blocks `cached`, which begin its page table.
+
     `tokens` are all that the request has so far, and empty unless its sampling reads them; the first `prompt_tokens` of
     a request's tokens are its prompt, the others its answer from before it was preempted or replayed.
     """
@@ -122,6 +125,7 @@ class Admission(Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     tokens: list[int] = []
     prompt_tokens: int = 0
+    cached: list[int] = []
 
 
 class Segment(Message, frozen=True, kw_only=True):
@@ -129,7 +133,8 @@ class Segment(Message, frozen=True, kw_only=True):
 
     `start` is the position of `tokens[0]`; `new_blocks` are appended to the slot's page table before the step runs;
     `sample` asks the last stage for the token after the segment's last one. A decode is a segment of one token.
-    Prefill segments start at a multiple of the block size.
+    Prefill segments start at a multiple of the block size. `keys` are those of the blocks that the segment fills, in
+    order: a block is full once its last token is in it.
     """
 
     slot: int
@@ -137,6 +142,15 @@ class Segment(Message, frozen=True, kw_only=True):
     tokens: list[int]
     new_blocks: list[int]
     sample: bool
+    keys: list[bytes] = []
+
+
+class BlockLoad(Message, frozen=True, kw_only=True):
+    """A block that is to hold what the key stands for: it does already, or a tier beside the device has it."""
+
+    pool: int
+    block: int
+    key: bytes
 
 
 class StageTiming(Message, frozen=True, kw_only=True):
@@ -164,6 +178,9 @@ class Step(Message, frozen=True, kw_only=True):
     `ended` lists slots whose requests ended or were aborted since the last step; it is applied before `admissions`.
     Hidden states travel beside a step as [tokens, hidden_size], in the order of `segments`, or from mesh to mesh,
     where `sent` says so. Every stage that is done with a step adds its timing.
+
+    A "load" step has no segments but `loads`; every stage adds those that it could not bring to `missed`, by their
+    indices. What is kept by the keys `forgotten` is not to be found again; that is applied before the rest.
     """
 
     epoch: int
@@ -174,6 +191,9 @@ class Step(Message, frozen=True, kw_only=True):
     ended: list[int]
     timings: list[StageTiming] = []
     sent: SentHidden | None = None
+    loads: list[BlockLoad] = []
+    missed: list[int] = []
+    forgotten: list[bytes] = []
 
     @property
     def token_count(self) -> int:
@@ -208,7 +228,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of
     segments: entries for the prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes.
-    `timings` has an entry for each stage.
+    `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring.
     """
 
     epoch: int
@@ -217,6 +237,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs | None] = []
     prompt_logprobs: list[list[TokenLogprobs]] = []
     timings: list[StageTiming] = []
+    missed: list[int] = []
 
 
 class StageFailure(Message, frozen=True, kw_only=True):

@@ -1,5 +1,9 @@
 """Rounding up, and numbers of bytes and of things as people read them."""
 
+import re
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGTkmgt])(?:i?[bB])?)?")
+
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -20,6 +24,14 @@ def counted(count: int, noun: str) -> str:
     if noun.endswith("y"):
         return f"{count} {noun.removesuffix('y')}ies"
     return f"{count} {noun}{'es' if noun.endswith('ch') else 's'}"
+
+
+def parse_size(text: str) -> int:
+    """Reads a number of bytes: "4096", "512M", "20G" or "20 GiB", where K is 1024. Raises ValueError for all else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a number of bytes, like 512M or 20G")
+    return int(float(match[1]) * 1024 ** "KMGT".index(match[2].upper()) * 1024) if match[2] else int(float(match[1]))
 
 
 def in_words(count: int) -> str:

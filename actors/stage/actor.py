@@ -20,7 +20,9 @@ from actors.stage.process import Preparation, apply_share, prepare, set_torch_th
 from actors.stage.runner import MeshRunner, OnProgress, StageRunner, runner_factory
 from actors.stage.server import StageServer
 from actors.stage.setup import StageSetup
+from actors.stage.tier_directories import TierDirectories
 from stages.device import DEVICE_VARIABLE
+from stages.kv.inventory import Inventory
 from stages.mesh_spec import MeshSocketSpec
 
 
@@ -71,6 +73,7 @@ class StageActor:
         self._threads = shares[setup.neighbour].threads
         self._server = StageServer(setup.identity)
         self._hop: MeshHop | None = None
+        self._directories = TierDirectories(setup)
         structlog.get_logger().info("stage starts", stage=setup.spec.index, rows=setup.rows, threads=self._threads)
 
     async def load(self) -> None:
@@ -109,9 +112,14 @@ class StageActor:
         """Returns what the stage is doing at this moment."""
         return self._server.health()
 
+    async def inventory(self, version: int) -> Inventory | None:
+        """Returns what the stage keeps beside its device, or what changed of it; None before it is loaded."""
+        return self._server.inventory(version)
+
     async def close(self) -> None:
         """Ends links and threads."""
         await asyncio.to_thread(self._server.close)
+        await asyncio.to_thread(self._directories.leave)
 
     @property
     def _mesh_spec(self) -> MeshSocketSpec | None:
@@ -121,12 +129,13 @@ class StageActor:
         setup = self._setup
         make = runner_factory(setup.runner)
         set_torch_threads(self._threads)
+        options = msgspec.structs.replace(setup.options, tiers=self._directories.enter())
         if setup.membership is None:
-            return make(setup.spec, setup.options, on_progress)
+            return make(setup.spec, options, on_progress)
         from stages.backend import mesh_sockets  # noqa: PLC0415 - imports ttnn, which reads the environment
 
         mesh_sockets.join_world()
-        runner = cast("MeshRunner", make(setup.spec, setup.options, on_progress))
+        runner = cast("MeshRunner", make(setup.spec, options, on_progress))
         sockets = Sockets(mesh_sockets.MeshSender, mesh_sockets.MeshReceiver, mesh_sockets.barrier)
         self._hop = MeshHop(runner, setup.identity, setup.fifo_bytes, sockets)
         return self._hop

@@ -17,6 +17,7 @@ from actors.stage.links import ReceivedStep, StageLinks
 from actors.stage.runner import OnProgress, StageRunner
 from actors.stage.state import StageState
 from stages.errors import StepError
+from stages.kv.inventory import Inventory
 from stages.step import SentHidden, StageTiming, Step, StepResult
 
 MakeRunner = Callable[[OnProgress], StageRunner]
@@ -56,6 +57,7 @@ class ComputeThread:
         self._jobs = jobs
         self._log = structlog.get_logger().bind(stage=state.identity.index)
         self._thread: threading.Thread | None = None
+        self._runner: StageRunner | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -68,6 +70,10 @@ class ComputeThread:
         self._thread = threading.Thread(target=self._run, args=(make_runner, loaded), name="compute", daemon=True)
         self._thread.start()
         return loaded
+
+    def inventory(self, version: int) -> Inventory | None:
+        """Returns what the stage keeps beside its device, as `StageRunner` does; None before it is loaded."""
+        return None if self._runner is None else self._runner.inventory(version)
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread; a step in progress is waited for no longer than `timeout_s`."""
@@ -85,6 +91,7 @@ class ComputeThread:
             self._state.fail("error", str(error))
             loaded.set_exception(error)
             return
+        self._runner = runner
         self._state.become("loading", "ready")
         loaded.set_result(None)
         try:
@@ -103,8 +110,12 @@ class ComputeThread:
         began_ns = now_ns()
         state.begin_step(step.step_id)
         bind_contextvars(step_id=step.step_id)
+        output: memoryview | SentHidden | StepResult
         try:
-            output = runner.step(step, arrival.payload)
+            if step.mode == "load":
+                step, output = self._load_blocks(runner, step)
+            else:
+                output = runner.step(step, arrival.payload)
             self._check_output(output)
         except Exception as error:
             self._log.exception("step failed", step_id=step.step_id)
@@ -115,6 +126,13 @@ class ComputeThread:
         state.end_computing((timing.ended_ns - began_ns) * 1e-9)
         self._send_on(arrival, step, output, [*step.timings, timing])
         state.end_step()
+
+    def _load_blocks(self, runner: StageRunner, step: Step) -> tuple[Step, memoryview | StepResult]:
+        """Returns the step with what is missing in this stage too, and what to send on of it."""
+        missed = sorted({*step.missed, *runner.load_blocks(step)})
+        if self._state.identity.is_last:
+            return step, StepResult(epoch=step.epoch, step_id=step.step_id, tokens=[], missed=missed)
+        return msgspec.structs.replace(step, missed=missed), memoryview(b"")
 
     def _check_output(self, output: memoryview | SentHidden | StepResult) -> None:
         if isinstance(output, StepResult) is not self._state.identity.is_last:

@@ -24,6 +24,7 @@ from actors.stage.mesh_hop import Transfer
 from actors.stage.replies import StageReplies, death_cause, reply
 from actors.stage.setup import StageSetup
 from actors.stage.spares import Spares
+from stages.kv.inventory import Inventory
 
 OnStageProgress = Callable[[StageProgress], None]
 
@@ -195,6 +196,10 @@ class StageGroup:
         """Returns the health of every stage, in order, within about a second."""
         return list(await asyncio.gather(*(self._health(index) for index in range(len(self._actors)))))
 
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Returns what every stage keeps beside its device since the versions; None for one that does not answer."""
+        return list(await asyncio.gather(*(self._inventory(index, version) for index, version in enumerate(versions))))
+
     async def close(self) -> None:
         """Ends the actors and gives back their rows; waits until the processes on this host are gone.
 
@@ -216,6 +221,12 @@ class StageGroup:
         except RayActorError as error:
             return self._absent(index, "dead", death_cause(error))
         return health
+
+    async def _inventory(self, index: int, version: int) -> Inventory | None:
+        try:
+            return await asyncio.wait_for(reply(self._actors[index].inventory.remote(version)), HEALTH_SECONDS)
+        except (asyncio.TimeoutError, RayActorError):
+            return None
 
     def _absent(self, index: int, state: State, detail: str) -> StageHealth:
         return StageHealth(

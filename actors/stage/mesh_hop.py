@@ -14,6 +14,7 @@ from actors.errors import ProtocolError
 from actors.stage.runner import MeshRunner
 from actors.stage.setup import StageIdentity, stage_name
 from stages.errors import StepError
+from stages.kv.inventory import Inventory
 from stages.mesh_spec import HiddenShard, MeshSocketSpec
 from stages.step import SentHidden, Step, StepResult
 
@@ -121,6 +122,14 @@ class MeshHop:
         if isinstance(output, StepResult):
             return output
         return memoryview(b"") if expected is None else self._send(step, expected, output)
+
+    def load_blocks(self, step: Step) -> list[int]:
+        """See `StageRunner`."""
+        return self._runner.load_blocks(step)
+
+    def inventory(self, version: int) -> Inventory:
+        """See `StageRunner`."""
+        return self._runner.inventory(version)
 
     def transfers(self) -> list[Transfer]:
         """Returns the latest that were received, then the latest that were sent."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from actors.errors import StartError
+from stages.kv.inventory import Inventory
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.options import StageOptions
 from stages.plan import StageSpec
@@ -25,6 +26,12 @@ class StageRunner(Protocol):
         runner must not write to again (`hidden` itself will do), or on the last stage the sampled tokens. A runner
         that has sent hidden states on itself returns what it has sent.
         """
+
+    def load_blocks(self, step: Step) -> list[int]:
+        """Brings back the blocks of a load step; returns the indices of the `loads` that are not to be had."""
+
+    def inventory(self, version: int) -> Inventory:
+        """Returns what is kept beside the device, or what changed of it since a version; from any thread."""
 
     def close(self) -> None:
         """Releases devices and memory."""
@@ -49,8 +56,26 @@ class MeshRunner(Protocol):
         of the same spec for the next stage, or on the last stage a StepResult.
         """
 
+    def load_blocks(self, step: Step) -> list[int]:
+        """See `StageRunner`."""
+
+    def inventory(self, version: int) -> Inventory:
+        """See `StageRunner`."""
+
     def close(self) -> None:
         """Releases devices and memory."""
+
+
+class WithoutBlocks:
+    """The part of a runner that has no cache: every block is there, as nothing is in it."""
+
+    def load_blocks(self, step: Step) -> list[int]:
+        """See `StageRunner`."""
+        return []
+
+    def inventory(self, version: int) -> Inventory:
+        """See `StageRunner`."""
+        return Inventory(version=version, is_whole=False, added=[], removed=[])
 
 
 RunnerFactory = Callable[[StageSpec, StageOptions, OnProgress], StageRunner]

@@ -10,6 +10,7 @@ from actors.stage.health import StageHealth
 from actors.stage.links import StageLinks
 from actors.stage.setup import StageIdentity
 from actors.stage.state import StageState
+from stages.kv.inventory import Inventory
 from stages.mesh_spec import MeshSocketSpec
 
 CLOSE_SECONDS = 2.0
@@ -67,6 +68,10 @@ class StageServer:
         """Returns what the stage is doing at this moment."""
         links = self._links
         return self._state.health(links.received_bytes, links.sent_bytes, links.sent_to)
+
+    def inventory(self, version: int) -> Inventory | None:
+        """Returns what the stage keeps beside its device, or what changed of it; None before it is loaded."""
+        return self._compute.inventory(version)
 
     def close(self) -> None:
         """Ends links and threads; a step in progress is waited for only for a moment. May be repeated."""

@@ -1,5 +1,6 @@
 """What a stage is: its identity among its neighbours, and all that its process is given. Nothing here imports torch."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -79,7 +80,7 @@ class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     `membership` is its rank in the MPI world where hidden states pass from mesh to mesh, through sockets of
     `fifo_bytes`. `environment` is added to the process's own and replaces what stands there. `stderr` is that of
-    `PipelineOptions`.
+    `PipelineOptions`. The stages of its host have `layers_on_host` layers.
     """
 
     identity: StageIdentity
@@ -94,6 +95,7 @@ class StageSetup(msgspec.Struct, frozen=True, kw_only=True):
     membership: Membership | None = None
     fifo_bytes: int = 0
     stderr: str | None = None
+    layers_on_host: int = 0
 
 
 def stage_setups(
@@ -103,6 +105,9 @@ def stage_setups(
     memberships: Sequence[Membership] = (),
 ) -> list[StageSetup]:
     """Returns the setups of all stages, in order; `memberships` are empty without an MPI world."""
+    layers: Counter[str] = Counter()
+    for spec, placed in zip(options.specs, placements, strict=True):
+        layers[placed.host.node_id] += len(spec.layers)
     return [
         StageSetup(
             identity=StageIdentity(
@@ -126,6 +131,7 @@ def stage_setups(
             membership=memberships[spec.index] if memberships else None,
             fifo_bytes=options.fifo_bytes,
             stderr=options.stderr,
+            layers_on_host=layers[placed.host.node_id],
         )
         for spec, placed in zip(options.specs, placements, strict=True)
     ]

@@ -10,6 +10,7 @@ from actors.clock import now_ns
 from actors.errors import PipelineError, ProtocolError
 from actors.options import PipelineOptions
 from actors.stage.health import StageProgress
+from api.engine.kv_tiers import KVTiers
 from api.engine.meters import EngineMeters
 from api.engine.options import EngineOptions
 from api.engine.recovery import EnginePipeline, Recovery, RestartLimit
@@ -26,6 +27,7 @@ from api.messages.engine import (
     GetPipelineReport,
     Outputs,
     PipelineReport,
+    ResetPrefixCache,
     ToEngine,
     failed_output,
     failed_state,
@@ -38,6 +40,9 @@ from weights.errors import GalaxylineError
 StartPipeline = Callable[[PipelineOptions, Callable[[StageProgress], None]], Awaitable[EnginePipeline]]
 """`Pipeline.start` of actors/pipeline.py, or what a test has in its stead."""
 
+INVENTORY_SECONDS = 0.5
+"""How often stages are asked what they keep: a block that left the device a moment ago is computed again until then."""
+
 
 class Engine:
     """Keeps the pipeline full of the scheduler's steps, and gives what they sample to `send`."""
@@ -49,6 +54,7 @@ class Engine:
         self._start_pipeline = start_pipeline
         self._send = send
         self._scheduler = Scheduler(options.scheduler, epoch=0)
+        self._tiers = KVTiers(options.pipeline.stage.tiers, len(options.pipeline.specs), self._scheduler.cache)
         self._meters = EngineMeters(len(options.pipeline.specs))
         self._watch = StepWatch(self._scheduler, self._meters)
         self._reports = PipelineReports(options, self._scheduler, self._meters, send)
@@ -70,6 +76,8 @@ class Engine:
         elif isinstance(message, AbortRequest):
             self._scheduler.abort(message.request_id)
             self._watch.request_aborted(message.request_id)
+        elif isinstance(message, ResetPrefixCache):
+            self._tiers.reset()
         elif isinstance(message, GetCounts):
             counts = self._scheduler.counts()
             self._send(msgspec.structs.replace(counts, tasks=len(asyncio.all_tasks())))
@@ -93,6 +101,7 @@ class Engine:
             self._pipeline = await self._start_pipeline(self._options.pipeline, self._send_progress)
             while True:
                 # The stages of a new epoch have no requests: those that wait, or ran in a former one, begin anew.
+                await self._tiers.refresh(self._pipeline)
                 self._scheduler.reset(self._pipeline.epoch)
                 if self._watch.timeline is not None:
                     self._watch.timeline.name_stages(self._reports.roster.hosts)
@@ -123,6 +132,8 @@ class Engine:
         """Serves until the pipeline fails; returns what it failed with."""
         self._changed.set()
         loops = [asyncio.create_task(self._feed(pipeline)), asyncio.create_task(self._collect(pipeline))]
+        if self._options.pipeline.stage.tiers.are_any:
+            loops.append(asyncio.create_task(self._ask_for_tiers(pipeline)))
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for loop in done:
@@ -153,6 +164,11 @@ class Engine:
                 self._recovery.record_token()
                 self._send(Outputs(outputs=outputs))
             self._watch.step_returned(result, outputs, returned_ns)
+
+    async def _ask_for_tiers(self, pipeline: EnginePipeline) -> None:
+        while True:
+            await asyncio.sleep(INVENTORY_SECONDS)
+            await self._tiers.refresh(pipeline)
 
     def _add_request(self, request: AddRequest) -> None:
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import structlog
@@ -14,6 +14,7 @@ from api.engine.meters import NS, EngineMeters
 from api.engine.step_watch import StepWatch
 from api.messages.engine import FromEngine, Outputs, recovering_state
 from api.scheduler.scheduler import Scheduler
+from stages.kv.inventory import Inventory
 from stages.step import Step, StepResult
 from weights.errors import GalaxylineError
 
@@ -36,6 +37,9 @@ class EnginePipeline(Protocol):
 
     async def health(self) -> list[StageHealth]:
         """Returns the health of every stage, in order, within about a second."""
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Returns what each stage keeps beside its device since its version; None for one that does not answer."""
 
     async def recover(self) -> None:
         """Brings the pipeline back after a failure, as another epoch.

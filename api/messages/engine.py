@@ -40,6 +40,7 @@ class AddRequest(EngineMessage, frozen=True, kw_only=True):
     With a `max_tokens` of 0 the prompt is scored, as `sampling.prompt_logprobs` asks for, and nothing is generated.
 
     `request_id` counts upward for the life of the front end; a client's request with an `n` of 4 is four of these.
+    What is cached is shared with requests of the same `cache_salt` only.
     """
 
     request_id: int
@@ -48,6 +49,7 @@ class AddRequest(EngineMessage, frozen=True, kw_only=True):
     stop_token_ids: list[int]
     sampling: SamplingParams
     forced: list[int] = []
+    cache_salt: str = ""
 
     @property
     def only_scores(self) -> bool:
@@ -62,6 +64,10 @@ class AbortRequest(EngineMessage, frozen=True, kw_only=True):
     """
 
     request_id: int
+
+
+class ResetPrefixCache(EngineMessage, frozen=True, kw_only=True):
+    """An order to let no later request begin with what is cached now."""
 
 
 class GetCounts(EngineMessage, frozen=True, kw_only=True):
@@ -82,7 +88,8 @@ class RequestOutput(EngineMessage, frozen=True, kw_only=True):
     With "error", `error` is the error's text and `public` its public sentence, if it has one (see `GalaxylineError`).
     `logprobs` has an entry for each token where the request asked
     for them, else none. `prompt_logprobs` are the next entries of the prompt's tokens, from its second one on: they
-    come chunk by chunk, before the first token or with it, and each once.
+    come chunk by chunk, before the first token or with it, and each once. `cached_tokens` of the prompt were not
+    computed; the first output has them.
     """
 
     request_id: int
@@ -92,6 +99,7 @@ class RequestOutput(EngineMessage, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     public: str | None = None
+    cached_tokens: int = 0
 
 
 class Outputs(EngineMessage, frozen=True, kw_only=True):
@@ -198,7 +206,7 @@ class PipelineReport(EngineMessage, frozen=True, kw_only=True):
     stages: list[StageView]
 
 
-ToEngine = AddRequest | AbortRequest | GetCounts | GetMetrics | GetPipelineReport
+ToEngine = AddRequest | AbortRequest | ResetPrefixCache | GetCounts | GetMetrics | GetPipelineReport
 
 FromEngine = Outputs | EngineState | Counts | EngineMetrics | PipelineReport
 

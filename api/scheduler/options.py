@@ -35,6 +35,9 @@ class ScheduleOptions(msgspec.Struct, frozen=True, kw_only=True):
             "holds as many tokens as measurements allow, and a block at least.",
         ),
     ] = DEFAULT_PREFILL_WAIT
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="Begin a prompt with what is cached of it, from other requests or turns before.")
+    ] = True
 
 
 class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,9 @@ waits for one prefill step at most before each decode step up to its own: never 
 Microbatches decode in the order of their last decode step; a decode step holds every request of its microbatch that
 is ready. Prefill takes requests in the order of arrival; one step may hold chunks of several, of any microbatch, and
 the chunks of one prompt follow each other without waiting for results. Every stage runs steps in order, so a block or
-slot that is given up may be in the very next step again. Requests whose steps make the pipeline fail share steps only
-as far as the quarantine allows (api/scheduler/quarantine.py).
+slot that is given up may be in the very next step again, and a block that a step fills may be read in the next one.
+Requests whose steps make the pipeline fail share steps only as far as the quarantine allows
+(api/scheduler/quarantine.py).
 """
 
 import math
@@ -16,14 +17,14 @@ from operator import attrgetter
 from actors.errors import ProtocolError
 from api.errors import EngineError
 from api.messages.engine import AddRequest, Counts, FinishReason, RequestOutput, failed_output
+from api.scheduler.kv_cache import KVCache
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
+from api.scheduler.prefill_queue import PrefillQueue
 from api.scheduler.quarantine import Quarantine
-from api.scheduler.sequence import Run, Sequence, Snapshot, StepInFlight, Tallies, check_request
-from api.scheduler.slots import BlockPool, Slots
-from stages.step import GRAMMAR_FAILED, NO_TOKEN, Admission, Mode, Segment, Step, StepResult, TokenLogprobs
+from api.scheduler.sequence import Filled, Run, Sequence, Snapshot, StepInFlight, Tallies, check_request
+from stages.step import GRAMMAR_FAILED, NO_TOKEN, Admission, BlockLoad, Segment, Step, StepResult, TokenLogprobs
 from weights.errors import GalaxylineError
-from weights.sizes import ceil_div
 
 BY_ARRIVAL = attrgetter("arrival")
 
@@ -44,26 +45,22 @@ class Scheduler:
         self._quarantine = Quarantine()
         self.tallies = Tallies()
         self._budget = PrefillBudget(options)
+        self.cache = KVCache(options)
         self.reset(epoch)
 
     def reset(self, epoch: int) -> None:
         """Begins an epoch on an empty pipeline: every request waits, with its tokens so far, in the order of arrival.
 
-        Results of former epochs will be dropped.
+        Results of former epochs will be dropped. Blocks whose steps had come back are found again.
         """
         microbatches = self._options.steps_in_flight
-        cache = self._options.cache
         self._epoch = epoch
-        self._waiting = deque(self._sequences.values())
-        self._runs: dict[int, Run] = {}
-        self._by_slot: dict[int, Run] = {}
-        self._prefilling: Run | None = None
+        self._queue = PrefillQueue(self.cache, self._quarantine, self._block_size, self._sequences.values())
         self._decodable: list[list[Run]] = [[] for _ in range(microbatches)]
         self._decoding = [False] * microbatches
         self._in_flight: deque[StepInFlight] = deque()
         self._ended: list[int] = []
-        self._pools = [BlockPool(cache.blocks) for _ in range(cache.pools)]
-        self._slots = Slots(self._options)
+        self.cache.begin_epoch()
 
     def add_request(self, request: AddRequest) -> None:
         """Queues a request. Raises RequestError for one that can never run, ValueError for an id that is in use."""
@@ -73,7 +70,7 @@ class Scheduler:
         sequence = Sequence.of(request, self._arrivals)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._queue.waiting.append(sequence)
 
     def abort(self, request_id: int) -> None:
         """Ends a request without output; no later step contains it. An id that is unknown or has ended is fine."""
@@ -81,11 +78,13 @@ class Scheduler:
         if sequence is None:
             return
         self._end(sequence)
-        run = self._runs.get(request_id)
+        run = self.cache.runs.get(request_id)
         if run is None:
-            self._waiting.remove(sequence)
-        else:
-            self._leave(run)
+            self._queue.waiting.remove(sequence)
+            return
+        if run.issued < run.prefill_end:
+            self.cache.forget(run, run.cached)
+        self._leave(run)
 
     def on_failure(self, step_id: int | None, error: GalaxylineError) -> list[RequestOutput]:
         """Takes note of the step in flight that made the pipeline fail; call it before `reset`.
@@ -94,6 +93,11 @@ class Scheduler:
         """
         failed = next((step for step in self._in_flight if step.step_id == step_id), None)
         if failed is None:
+            return []
+        if failed.mode == "load":
+            # Whatever it is that cannot be loaded, it is not worth another failure.
+            self.cache.forget_all()
+            self.cache.tiers = frozenset()
             return []
         request_ids = [run.request_id for run in failed.members if run.active]
         culprit = self._quarantine.record_failure(request_ids, failed.mode)
@@ -114,39 +118,42 @@ class Scheduler:
         """The numbers of requests, steps, slots and blocks as they are now."""
         cache = self._options.cache
         return Counts(
-            waiting=len(self._waiting),
-            running=len(self._runs),
+            waiting=len(self._queue.waiting),
+            running=len(self.cache.runs),
             steps_in_flight=len(self._in_flight),
-            free_slots=self._slots.free,
+            free_slots=self.cache.free_slots,
             slots=cache.slots,
-            free_blocks=sum(pool.free for pool in self._pools),
+            free_blocks=self.cache.free_blocks,
             blocks=cache.blocks * cache.pools,
         )
 
     def snapshot(self) -> Snapshot:
         """The requests and blocks as they are now."""
         return Snapshot(
-            waiting=list(self._waiting),
-            running=list(self._runs.values()),
+            waiting=list(self._queue.waiting),
+            running=list(self.cache.runs.values()),
             ready=[
                 microbatch
                 for microbatch, runs in enumerate(self._decodable)
                 if any(run.active for run in runs) and not self._decoding[microbatch]
             ],
-            free_blocks=[pool.free_ids for pool in self._pools],
+            free_blocks=self.cache.free_ids,
+            holders=self.cache.holders,
         )
 
     def requests_in(self, step: Step) -> list[int]:
         """The ids of the requests in the step that `next_step` gave last, in the order of its segments."""
-        return [self._by_slot[segment.slot].sequence.request_id for segment in step.segments]
+        return [self.cache.run_in(segment.slot).sequence.request_id for segment in step.segments]
 
     def next_step(self) -> Step | None:
         """Returns the next step; steps are submitted in this order. None until a result or a request comes in."""
         if len(self._in_flight) >= self._options.steps_in_flight:
             return None
+        if step := self._load_step():
+            return step
         if self._prefill_next:
-            return self._prefill_step() or self._decode_step()
-        return self._decode_step() or self._prefill_step()
+            return self._prefill_step() or self._load_step() or self._decode_step()
+        return self._decode_step() or self._prefill_step() or self._load_step()
 
     def on_result(self, result: StepResult) -> list[RequestOutput]:
         """Takes in the result of the oldest step in flight. Raises ProtocolError when it is another step's result."""
@@ -157,6 +164,10 @@ class Scheduler:
         if awaited.microbatch is not None:
             self._decoding[awaited.microbatch] = False
         self._budget.record_step(awaited.mode, awaited.token_count, result.timings)
+        self.cache.confirm(awaited.filled)
+        if awaited.loading:
+            self.cache.loaded(awaited.loading, result)
+            self._queue.have_loaded(awaited.loading)
         scores = {
             run: run.sequence.unscored(start, entries)
             for (run, start), entries in zip(awaited.scored, result.prompt_logprobs, strict=True)
@@ -209,6 +220,7 @@ class Scheduler:
             error=None,
             logprobs=[] if only_scores or logprob is None else [logprob],
             prompt_logprobs=scores,
+            cached_tokens=sequence.cached_tokens,
         )
 
     def _scored(self, step_id: int, run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
@@ -222,6 +234,7 @@ class Scheduler:
     def _end_for_nan(self, step_id: int, run: Run) -> RequestOutput:
         """Ends a request whose token, or log-probability, is not a number: nothing that follows would be right."""
         self.tallies.non_finite_logits += 1
+        self.cache.forget(run, 0)
         return self._end_with(
             run, f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
         )
@@ -243,54 +256,75 @@ class Scheduler:
             runs.sort(key=BY_ARRIVAL)
             segments: list[Segment] = []
             decoded: list[Run] = []
+            filled: list[Filled] = []
             for run in runs:
                 if run.active and (new_blocks := self._blocks_to_decode(run)) is not None:
-                    segments.append(self._segment(run, 1, new_blocks))
+                    segments.append(self._segment(run, 1, new_blocks, filled))
                     decoded.append(run)
             if segments:
                 self._decoding[microbatch] = True
-                step = self._issue(
-                    "decode", segments, [], StepInFlight(self._step_id, microbatch, len(segments), decoded, decoded, [])
-                )
-                self._last_decode[microbatch] = step.step_id
-                return step
+                self._last_decode[microbatch] = self._step_id
+                in_flight = StepInFlight(self._step_id, "decode", microbatch, len(segments), decoded, decoded)
+                in_flight.filled = filled
+                return self._issue(in_flight, segments)
         return None
 
     def _blocks_to_decode(self, run: Run) -> list[int] | None:
         """The blocks to add for the run's next token, at most one; None if the run itself was preempted."""
-        if run.issued < len(run.blocks) * self._block_size:
-            return []
-        pool = self._pools[run.pool]
-        while not pool.free:
-            latest = max((other for other in self._runs.values() if other.pool == run.pool), key=BY_ARRIVAL)
+        while (added := self.cache.grow(run)) is None:
+            latest = max((other for other in self.cache.runs.values() if other.pool == run.pool), key=BY_ARRIVAL)
             self._preempt(latest)
             if latest is run:
                 return None
-        new_blocks = pool.take_blocks(1)
-        run.blocks += new_blocks
-        return new_blocks
+        return added
+
+    def _load_step(self) -> Step | None:
+        """The step that brings back what admitted requests begin with; None where there is none to bring."""
+        loading = self._queue.next_loading()
+        if not loading:
+            return None
+        loads = [load for run in loading for load in run.loads]
+        return self._issue(StepInFlight(self._step_id, "load", loading=loading), [], loads=loads)
 
     def _prefill_step(self) -> Step | None:
         segments: list[Segment] = []
         admissions: list[Admission] = []
-        members: list[Run] = []
-        sampled: list[Run] = []
-        scored: list[tuple[Run, int]] = []
+        step = StepInFlight(self._step_id, "prefill")
         most = budget = self._prefill_tokens_max()
-        while run := self._next_to_prefill(budget, admissions, members):
-            members.append(run)
+        while run := self._queue.next_run(budget, step):
+            count = self._chunk(run.prefill_end - run.issued, budget)
+            if not count:
+                break
+            step.members.append(run)
             count = self._chunk(run.prefill_end - run.issued, budget)
             if run.sequence.sampling.prompt_logprobs is not None:
-                scored.append((run, run.issued))
-            segments.append(self._segment(run, count, [] if run.issued else run.blocks.copy()))
+                step.scored.append((run, run.issued))
+            new_blocks: list[int] = []
+            if not run.has_begun:
+                admissions.append(self._begin(run))
+                new_blocks = run.blocks[run.cached :]
+            segments.append(self._segment(run, count, new_blocks, step.filled))
             budget -= count
             if run.issued == run.prefill_end:
-                sampled.append(run)
-                self._prefilling = None
+                step.sampled.append(run)
+                self._queue.prompt_done()
         if not segments:
             return None
-        in_flight = StepInFlight(self._step_id, None, most - budget, members, sampled, scored)
-        return self._issue("prefill", segments, admissions, in_flight)
+        step.token_count = most - budget
+        return self._issue(step, segments, admissions)
+
+    def _begin(self, run: Run) -> Admission:
+        """The admission of a run to the stages, once what is cached of it is certain."""
+        run.has_begun = True
+        sequence, tallies = run.sequence, self.tallies
+        sequence.stays += 1
+        if sequence.stays == 1:
+            sequence.cached_tokens = run.issued
+            tallies.prefix_queries += run.prefill_end
+            tallies.prefix_hits += run.issued
+        else:
+            tallies.recomputed_tokens += run.prefill_end - run.issued
+        return run.admission()
 
     def _prefill_tokens_max(self) -> int:
         """The most tokens that the next prefill step may hold: a whole chunk where no request waits to decode."""
@@ -298,53 +332,15 @@ class Scheduler:
             return self._budget.tokens
         return self._options.prefill_chunk
 
-    def _next_to_prefill(self, budget: int, admissions: list[Admission], members: list[Run]) -> Run | None:
-        """The run whose chunk comes next: the one that has begun, or else the first that waits, if there is room.
-
-        None also where that one may not share a step with `members`.
-        """
-        run = self._prefilling
-        if run is not None:
-            return run if self._chunk(run.prefill_end - run.issued, budget) else None
-        if not self._waiting or not self._chunk(len(self._waiting[0].tokens), budget):
-            return None
-        group_of = self._quarantine.group_of
-        if members and group_of(members[0].request_id) != group_of(self._waiting[0].request_id):
-            return None
-        run = self._prefilling = self._admit(self._waiting[0])
-        if run is not None:
-            self._waiting.popleft()
-            admissions.append(run.admission())
-        return run
-
     def _chunk(self, remaining: int, budget: int) -> int:
         """The number of tokens in the next chunk: only the last chunk of a prompt may end within a block."""
         return remaining if remaining <= budget else budget - budget % self._block_size
 
-    def _admit(self, sequence: Sequence) -> Run | None:
-        length = len(sequence.tokens)
-        # Room for the token after the prompt too: a run that is preempted at once would make no progress. A prompt
-        # that is only scored has none, and may fill all the blocks that a request can have.
-        needed = ceil_div(min(length + 1, sequence.end), self._block_size)
-        slot = self._slots.take_slot(needed, self._pools)
-        if slot is None:
-            return None
-        pool = self._options.cache.pool_of(slot)
-        run = Run(
-            sequence=sequence,
-            slot=slot,
-            microbatch=self._slots.microbatch_of(slot),
-            pool=pool,
-            blocks=self._pools[pool].take_blocks(needed),
-            prefill_end=length,
-        )
-        self._runs[sequence.request_id] = run
-        self._by_slot[slot] = run
-        return run
-
-    def _segment(self, run: Run, count: int, new_blocks: list[int]) -> Segment:
+    def _segment(self, run: Run, count: int, new_blocks: list[int], filled: list[Filled]) -> Segment:
         start = run.issued
         run.issued += count
+        fills = self.cache.filled(run, start)
+        filled += fills
         tokens = run.sequence.tokens
         return Segment(
             slot=run.slot,
@@ -352,20 +348,30 @@ class Scheduler:
             tokens=tokens[start : run.issued],
             new_blocks=new_blocks,
             sample=run.issued == len(tokens),
+            keys=[block.key for block in fills],
         )
 
-    def _issue(self, mode: Mode, segments: list[Segment], admissions: list[Admission], in_flight: StepInFlight) -> Step:
+    def _issue(
+        self,
+        in_flight: StepInFlight,
+        segments: list[Segment],
+        admissions: list[Admission] | None = None,
+        loads: list[BlockLoad] | None = None,
+    ) -> Step:
         step = Step(
             epoch=self._epoch,
             step_id=self._step_id,
-            mode=mode,
+            mode=in_flight.mode,
             segments=segments,
-            admissions=admissions,
+            admissions=admissions or [],
             ended=self._ended,
+            loads=loads or [],
+            forgotten=self.cache.take_forgotten(),
         )
+        self.cache.publish(in_flight.filled)
         self._ended = []
         self._step_id += 1
-        self._prefill_next = mode == "decode"
+        self._prefill_next = in_flight.mode == "decode"
         self._in_flight.append(in_flight)
         return step
 
@@ -373,10 +379,7 @@ class Scheduler:
         """Frees the run's slot and blocks; its sequence waits again, before all that arrived later."""
         self._leave(run)
         self.tallies.preemptions += 1
-        position = 0
-        while position < len(self._waiting) and self._waiting[position].arrival < run.arrival:
-            position += 1
-        self._waiting.insert(position, run.sequence)
+        self._queue.put_back(run.sequence)
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
@@ -384,13 +387,10 @@ class Scheduler:
 
     def _leave(self, run: Run) -> None:
         run.active = False
-        del self._runs[run.request_id]
-        self._pools[run.pool].free_blocks(run.blocks)
-        del self._by_slot[run.slot]
-        self._slots.free_slot(run.slot)
-        self._ended.append(run.slot)
-        if self._prefilling is run:
-            self._prefilling = None
+        self.cache.release(run)
+        self._queue.leave(run)
+        if run.has_begun:
+            self._ended.append(run.slot)
 
 
 def _has_nan(entries: list[TokenLogprobs]) -> bool:

@@ -1,11 +1,17 @@
 """A request inside the scheduler: whether it can run, its tokens, its stay in a slot, and the steps it is in."""
 
-from dataclasses import dataclass
+import hashlib
+from array import array
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from api.errors import RequestError
 from api.messages.engine import AddRequest, FinishReason
 from stages.options import CacheOptions
-from stages.step import Admission, Mode, SamplingParams, TokenLogprobs
+from stages.step import Admission, BlockLoad, Mode, SamplingParams, TokenLogprobs
+
+KEY_BYTES = 16
+"""Enough that no two blocks ever have the same key: BLAKE2b is collision-proof, and its first 2**64 digests differ."""
 
 
 def check_request(request: AddRequest, cache: CacheOptions) -> None:
@@ -32,7 +38,8 @@ class Sequence:
 
     `arrival` counts upward; the first `prompt_tokens` tokens are the prompt, and `end` is the number of tokens at which
     the request has had its `max_tokens`. Log-probabilities of the prompt's tokens at positions 1 to `scored` have been
-    handed out.
+    handed out. `stays` counts how often it had a slot, the first time with `cached_tokens` that were cached. Only
+    requests with the same `cache_salt` share what is cached.
     """
 
     request_id: int
@@ -43,7 +50,12 @@ class Sequence:
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
     forced: list[int]
+    cache_salt: str
     scored: int = 0
+    stays: int = 0
+    cached_tokens: int = 0
+    _keys: list[bytes] = field(default_factory=list)
+    _secret: bytes = b""
 
     @classmethod
     def of(cls, request: AddRequest, arrival: int) -> "Sequence":
@@ -57,12 +69,31 @@ class Sequence:
             stop_token_ids=frozenset(request.stop_token_ids),
             sampling=request.sampling,
             forced=request.forced,
+            cache_salt=request.cache_salt,
         )
 
     @property
     def is_whole(self) -> bool:
         """Whether the request has had all its tokens: from the beginning where only its prompt is to be scored."""
         return len(self.tokens) >= self.end
+
+    def block_keys(self, secret: bytes, block_size: int, blocks: int) -> list[bytes]:
+        """The keys of the first `blocks` blocks of tokens: each a digest of the key before and of the block's tokens.
+
+        The first follows the `cache_salt`, and all of them the secret, which nobody outside knows.
+        """
+        if secret != self._secret:
+            self._secret, self._keys = secret, []
+        keys = self._keys
+        parent = (
+            keys[-1] if keys else hashlib.blake2b(self.cache_salt.encode(), digest_size=KEY_BYTES, key=secret).digest()
+        )
+        while len(keys) < blocks:
+            begin = len(keys) * block_size
+            tokens = array("I", self.tokens[begin : begin + block_size]).tobytes()
+            parent = hashlib.blake2b(parent + tokens, digest_size=KEY_BYTES).digest()
+            keys.append(parent)
+        return keys[:blocks]
 
     def append(self, token: int) -> FinishReason | None:
         """Appends a sampled token, or the one forced in its stead; returns why the request ends, None if not."""
@@ -85,7 +116,8 @@ class Run:
 
     Steps in flight refer to the run and not to the sequence: once it is no longer `active`, what they sampled is
     dropped, even when the sequence is running again. The first `issued` tokens are in steps, and so in the cache of
-    every later step; the first `prefill_end` are the prompt and what had been sampled before this stay.
+    every later step; the first `prefill_end` are the prompt and what had been sampled before this stay. The first
+    `cached` blocks hold their tokens from the beginning, once their `loads` have come.
     """
 
     sequence: Sequence
@@ -94,7 +126,10 @@ class Run:
     pool: int
     blocks: list[int]
     prefill_end: int
-    issued: int = 0
+    issued: int
+    cached: int
+    loads: list[BlockLoad]
+    has_begun: bool = False
     active: bool = True
 
     def admission(self) -> Admission:
@@ -105,6 +140,7 @@ class Run:
             sampling=sequence.sampling,
             tokens=sequence.tokens.copy() if sequence.sampling.reads_tokens else [],
             prompt_tokens=sequence.prompt_tokens,
+            cached=self.blocks[: self.cached],
         )
 
     @property
@@ -118,17 +154,30 @@ class Run:
         return self.sequence.arrival
 
 
+class Filled(NamedTuple):
+    """A block that a step fills, and the key that it is found by."""
+
+    pool: int
+    block: int
+    key: bytes
+
+
 @dataclass(slots=True)
 class Tallies:
     """What happened to requests since the start.
 
     `preemptions` counts how often one had to give up its slot to another, `non_finite_logits` those that ended because
     their logits were not numbers, and `grammar_failures` those that ended because their grammar could not be followed.
+    `prefix_queries` are the tokens of requests that got a slot for the first time, and `prefix_hits` those of them that
+    were cached. `recomputed_tokens` are those that were computed again after a preemption or the loss of a stage.
     """
 
     preemptions: int = 0
     non_finite_logits: int = 0
     grammar_failures: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -136,31 +185,31 @@ class StepInFlight:
     """A step whose result is awaited.
 
     `members` are all runs with a segment in it and `sampled` those that get a token; `scored` are those whose prompt
-    is scored, each with its segment's start. `microbatch` is None for a prefill step.
+    is scored, each with its segment's start. `microbatch` is that of a decode step. `filled` are the blocks that are
+    full after it. A load step has no members, but runs that are `loading`.
     """
 
     step_id: int
-    microbatch: int | None
-    token_count: int
-    members: list[Run]
-    sampled: list[Run]
-    scored: list[tuple[Run, int]]
-
-    @property
-    def mode(self) -> Mode:
-        """Whether the step prefills or decodes."""
-        return "prefill" if self.microbatch is None else "decode"
+    mode: Mode
+    microbatch: int | None = None
+    token_count: int = 0
+    members: list[Run] = field(default_factory=list)
+    sampled: list[Run] = field(default_factory=list)
+    scored: list[tuple[Run, int]] = field(default_factory=list)
+    filled: list[Filled] = field(default_factory=list)
+    loading: list[Run] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True)
 class Snapshot:
     """The requests and blocks of a scheduler at one moment, for tests and debugging.
 
-    `waiting` are in the order in which they get slots. `ready` are the microbatches that could decode now, and
-    `free_blocks` the ids of each pool's free blocks.
+    `waiting` are in the order in which they get slots. `ready` are the microbatches that could decode now,
+    `free_blocks` the ids of each pool's free blocks, and `holders` how many requests hold each block of it.
     """
 
     waiting: list[Sequence]
     running: list[Run]
     ready: list[int]
     free_blocks: list[list[int]]
+    holders: list[list[int]]

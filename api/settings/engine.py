@@ -24,6 +24,7 @@ from api.settings.paths import (
     default_cache_dir,
     prepare_file,
 )
+from api.settings.tiers import KVOptions
 from api.settings.timed import TimeOptions
 from api.text.model_source import ModelSource, at_home
 from stages.capacity.chip_memory import chip_stages
@@ -37,6 +38,7 @@ from stages.options import (
     Dtype,
     ExecutionOptions,
     StageOptions,
+    TierOptions,
     WeightOptions,
 )
 from stages.plan import StageSpec, default_microbatches, explicit_stages, plan_stages
@@ -191,6 +193,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     execution: ExecutionOptions = ExecutionOptions()
     recovery: RecoveryOptions = RecoveryOptions()
+    kv: KVOptions = KVOptions()
     timeline: Annotated[
         Path | None,
         Meta(description="A file for a trace of all steps, one track a stage; Perfetto (ui.perfetto.dev) opens it."),
@@ -245,6 +248,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     execution=self.execution,
                     changes=changes,
                     timed=timed,
+                    tiers=self.kv.tiers(sharers) if profile.computes else TierOptions(host_bytes=0),
                 ),
                 cluster=cluster,
                 runner=profile.runner,

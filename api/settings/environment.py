@@ -69,7 +69,6 @@ VAIN_OPTIONS = (
     VainOption(("--max-parallel-loading-workers",), "every stage loads its own layers"),
     VainOption(("--trust-remote-code",), "code of a model is never run", is_switch=True),
     VainOption(("--download-dir",), "nothing is downloaded"),
-    VainOption(("--enable-prefix-caching",), "prompts are not cached", is_switch=True),
     VainOption(("--enable-chunked-prefill",), "prompts are always computed in chunks", is_switch=True),
     VainOption(("--num-scheduler-steps",), "each token is scheduled when its step returns"),
     VainOption(("--scheduling-policy",), "requests run in the order of their arrival"),

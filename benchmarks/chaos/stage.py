@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from actors.stage.runner import OnProgress, StageRunner
+from stages.kv.inventory import Inventory
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.stage import Stage
@@ -40,6 +41,14 @@ class FaultyStage:
             self._order.unlink()
             ACTS[order]()
         return self._runner.step(step, hidden)
+
+    def load_blocks(self, step: Step) -> list[int]:
+        """See `StageRunner`."""
+        return self._runner.load_blocks(step)
+
+    def inventory(self, version: int) -> Inventory:
+        """See `StageRunner`."""
+        return self._runner.inventory(version)
 
     def close(self) -> None:
         """See `StageRunner`."""

@@ -4,7 +4,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from actors.stage.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner, WithoutBlocks
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.step import Step, StepResult
@@ -19,7 +19,7 @@ COUNT = struct.Struct("<Q")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-class NullStage:
+class NullStage(WithoutBlocks):
     """Passes hidden states on unchanged; those of the first stage are zeros, and the last stage samples TOKEN only."""
 
     def __init__(self, spec: StageSpec, bytes_per_token: int, steps: "StepCount | None" = None) -> None:

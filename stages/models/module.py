@@ -91,6 +91,11 @@ class DecoderModule(Module[RunConfigT]):
 
     @classmethod
     @abstractmethod
+    def kv_cache(cls, cfg: RunConfigT) -> ttnn.Tensor:
+        """The layer's KV cache, [blocks + 1, 1, block_size, width] on each chip."""
+
+    @classmethod
+    @abstractmethod
     def forward_prefill(cls, x: ttnn.Tensor, cfg: RunConfigT, batch: PrefillBatch) -> ttnn.Tensor:
         """The forward pass over many tokens."""
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from stages.capacity.step_time import StageTimes
 from stages.errors import PlanError
+from stages.kv.inventory import Inventory
 from stages.options import ITEM_BYTES, GivenTimes, PredictedTimes, StageOptions
 from stages.plan import StageSpec
 from stages.step import Admission, Segment, Step, StepResult, TokenLogprobs
@@ -170,6 +171,14 @@ class TimedStage:
         output = self._output(step, hidden)
         self._alarm.wait()
         return output
+
+    def load_blocks(self, step: Step) -> list[int]:
+        """See `StageRunner`. Every block is there, as none holds anything."""
+        return []
+
+    def inventory(self, version: int) -> Inventory:
+        """See `StageRunner`. There are no tiers."""
+        return Inventory(version=version, is_whole=False, added=[], removed=[])
 
     def close(self) -> None:
         """See `StageRunner`. There is nothing to release."""

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from actors.sockets.frames import LinkMessage
 from actors.sockets.link import Arrival, EngineLinks, Link
 from actors.stage.health import StageHealth, StageProgress
 from actors.stage.runner import runner_factory
+from stages.kv.inventory import Inventory
 from stages.step import StageFailure, StepResult
 from tests.support.loops import on_skipping_loop, on_uvloop, skip_time
 from tests.support.pipelines import (
@@ -265,6 +266,9 @@ class FakeStages:
 
     async def health(self) -> list[StageHealth]:
         return self.healths
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        return [None for _ in versions]
 
     async def rejoin(self, links: EngineLinks, kill: Collection[int]) -> Link:
         self.killed.append(set(kill))

@@ -7,7 +7,7 @@ import ttnn
 from stages.batch import BatchBuilder
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
-from stages.kv_cache import PageTables
+from stages.kv.page_tables import PageTables
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
 from stages.models.deepseek_v3.rope import rope_tables
 from stages.step import Admission, SamplingParams, Segment, Step

@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 import ttnn
 
-from actors.stage.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner, WithoutBlocks
 from stages.backend import mesh_sockets
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.options import StageOptions
@@ -43,7 +43,7 @@ def _record(folder: Path, stage: int) -> Path:
     return folder / f"calls-{stage}"
 
 
-class TensorRunner:
+class TensorRunner(WithoutBlocks):
     """A runner that doubles the hidden states on its chips; the last stage's token is the step's id."""
 
     def __init__(self, spec: StageSpec, options: StageOptions) -> None:

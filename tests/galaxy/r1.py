@@ -6,7 +6,7 @@ import torch
 
 from stages.backend import ttnn
 from stages.batch import BatchBuilder, DecodeBatch, PrefillBatch
-from stages.kv_cache import PageTables
+from stages.kv.page_tables import PageTables
 from stages.models.deepseek_v3.rope import rope_tables
 from stages.options import CacheOptions
 from stages.step import Admission, Mode, Segment, Step

@@ -2,13 +2,14 @@
 
 The stage knows nothing but the steps it is sent. It keeps page tables and a paged cache of token ids as a real stage
 keeps keys and values, refuses any step that would corrupt them, and reads its answers back through the page table: a
-block shared by two requests shows as a refusal, or as a wrong token.
+block that is written while another request reads it, or found by a wrong key, shows as a refusal or as a wrong token.
 """
 
 import asyncio
 import math
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -18,9 +19,10 @@ from actors.errors import PipelineError, PlacementError
 from actors.options import ClusterOptions, PipelineOptions
 from actors.stage.health import StageHealth, StageProgress
 from api.engine.options import EngineOptions
+from stages.kv.inventory import Inventory
 from stages.options import CacheOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec
-from stages.step import Admission, Mode, Segment, StageTiming, Step, StepResult, TokenLogprobs
+from stages.step import Admission, BlockLoad, Mode, Segment, StageTiming, Step, StepResult, TokenLogprobs
 
 VOCABULARY = 16
 
@@ -72,11 +74,28 @@ class FakeStage:
         self._admitted: dict[int, Admission] = {}
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
-        self._owner: dict[tuple[int, int], int] = {}
+        self._holders: Counter[tuple[int, int]] = Counter()
+        self._keys: dict[tuple[int, int], bytes] = {}
+        self.tier: dict[bytes, list[int]] | None = None
+        self.computed = 0
         self._stored = {
             (pool, block): [0] * cache.block_size for pool in range(cache.pools) for block in range(cache.blocks)
         }
         self._last_step_id = -1
+
+    def begin_epoch(self, *, lost: bool) -> None:
+        """Forgets all slots and, where the stages are `lost`, what blocks hold; their tier outlives them."""
+        self._tables.clear()
+        self._lengths.clear()
+        self._holders.clear()
+        if lost:
+            self._keys.clear()
+            for stored in self._stored.values():
+                stored[:] = [0] * self._cache.block_size
+
+    def key_of(self, pool: int, block: int) -> bytes | None:
+        """The key of what a block holds; None where it holds nothing that can be found."""
+        return self._keys.get((pool, block))
 
     @property
     def live_slots(self) -> set[int]:
@@ -87,11 +106,13 @@ class FakeStage:
         """Applies a step and samples. Raises CorruptStepError."""
         demand(step.step_id > self._last_step_id, "step ids must rise")
         self._last_step_id = step.step_id
-        demand(bool(step.segments), "a step without segments")
+        demand(bool(step.segments) != bool(step.loads), "a step with neither segments nor loads, or with both")
+        demand((step.mode == "load") == bool(step.loads), "a load step without loads, or loads in another one")
+        self._forget(step.forgotten)
         for slot in step.ended:
             demand(slot in self._tables, f"slot {slot} ended without having begun")
             for block in self._tables.pop(slot):
-                del self._owner[self._cache.pool_of(slot), block]
+                self._holders[self._cache.pool_of(slot), block] -= 1
             del self._lengths[slot]
         self._admit(step)
         slots = [segment.slot for segment in step.segments]
@@ -115,7 +136,26 @@ class FakeStage:
                 if step.mode == "prefill" and self._admitted[segment.slot].sampling.prompt_logprobs is not None
             ],
             timings=[StageTiming(received_ns=0, began_ns=0, ended_ns=int(step_seconds(step) * 1e9))],
+            missed=[index for index, load in enumerate(step.loads) if not self._load(load)],
         )
+
+    def _forget(self, keys: list[bytes]) -> None:
+        for key in keys:
+            if self.tier is not None:
+                self.tier.pop(key, None)
+        self._keys = {place: key for place, key in self._keys.items() if key not in keys}
+
+    def _load(self, load: BlockLoad) -> bool:
+        place = load.pool, load.block
+        demand(not self._holders[place], f"block {load.block} is loaded while a request holds it")
+        if self._keys.get(place) == load.key:
+            return True
+        self._keys.pop(place, None)
+        if self.tier is None or load.key not in self.tier:
+            return False
+        self._stored[place] = self.tier[load.key].copy()
+        self._keys[place] = load.key
+        return True
 
     def _score(self, admission: Admission, segment: Segment) -> list[TokenLogprobs]:
         end = segment.start + len(segment.tokens)
@@ -132,8 +172,13 @@ class FakeStage:
         for slot in admitted:
             demand(slot not in self._tables, f"slot {slot} admitted while it is taken")
             demand(0 <= slot < self._cache.slots, f"slot {slot} does not exist")
-            self._tables[slot] = []
-            self._lengths[slot] = 0
+            cached = self._admitted[slot].cached
+            for block in cached:
+                place = self._cache.pool_of(slot), block
+                demand(place in self._keys, f"block {block} holds nothing that could be found")
+                self._holders[place] += 1
+            self._tables[slot] = cached.copy()
+            self._lengths[slot] = len(cached) * self._cache.block_size
 
     def _store(self, segment: Segment, decode: bool) -> None:
         slot = segment.slot
@@ -149,15 +194,25 @@ class FakeStage:
         for position, token in enumerate(segment.tokens, segment.start):
             index, offset = divmod(position, self._cache.block_size)
             demand(index < len(table), f"position {position} of slot {slot} has no block")
+            demand(self._holders[pool, table[index]] == 1, f"block {table[index]} is written while another reads it")
+            demand((pool, table[index]) not in self._keys, f"block {table[index]} is written while it can be found")
             self._stored[pool, table[index]][offset] = token
-        self._lengths[slot] += len(segment.tokens)
+        begin, self._lengths[slot] = self._lengths[slot], self._lengths[slot] + len(segment.tokens)
+        self.computed += 0 if decode else len(segment.tokens)
+        filled = table[begin // self._cache.block_size : self._lengths[slot] // self._cache.block_size]
+        demand(len(segment.keys) in {0, len(filled)}, "a key for a block that is not full")
+        for block, key in zip(filled, segment.keys, strict=False):
+            self._keys[pool, block] = key
+            if self.tier is not None:
+                self.tier[key] = self._stored[pool, block].copy()
 
     def _extend_table(self, slot: int, blocks: list[int]) -> None:
         pool = self._cache.pool_of(slot)
         for block in blocks:
             demand(0 <= block < self._cache.blocks, f"block {block} does not exist")
-            demand((pool, block) not in self._owner, f"block {block} of pool {pool} is shared")
-            self._owner[pool, block] = slot
+            demand(not self._holders[pool, block], f"block {block} of pool {pool} is shared")
+            self._holders[pool, block] += 1
+            self._keys.pop((pool, block), None)
         self._tables[slot] += blocks
         demand(len(self._tables[slot]) <= self._cache.blocks_per_slot, "a page table that is too wide")
 
@@ -238,6 +293,10 @@ class FakePipeline:
     async def health(self) -> list[StageHealth]:
         """Returns what the test has set."""
         return self.healths
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        """Stages without tiers."""
+        return [None for _ in versions]
 
     async def recover(self) -> None:
         """Begins anew with empty stages."""

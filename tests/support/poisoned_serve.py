@@ -14,6 +14,7 @@ from api.cli import group
 from api.engine.options import EngineOptions
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
+from stages.kv.inventory import Inventory
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.stage import Stage
@@ -45,6 +46,12 @@ class PoisonedStage:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise PoisonError("the device chokes on it")
         return self._runner.step(step, hidden)
+
+    def load_blocks(self, step: Step) -> list[int]:
+        return self._runner.load_blocks(step)
+
+    def inventory(self, version: int) -> Inventory:
+        return self._runner.inventory(version)
 
     def close(self) -> None:
         self._runner.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 
-from actors.stage.runner import OnProgress, StageRunner
+from actors.stage.runner import OnProgress, StageRunner, WithoutBlocks
 from stages.options import StageOptions
 from stages.plan import StageSpec
 from stages.step import Step, StepResult
@@ -18,7 +18,7 @@ HIDDEN_SIZE = 64
 BYTES_PER_TOKEN = 4 * HIDDEN_SIZE
 
 
-class EchoRunner:
+class EchoRunner(WithoutBlocks):
     """Adds 1 (modulo 256) to every byte of the hidden states; the first stage begins with each token's low byte.
 
     The last stage samples one token for each segment that asks for it: the last hidden byte of the segment.

@@ -19,13 +19,16 @@ def scheduler_options(
     prefill_chunk: int = 64,
     microbatches: int | None = None,
     prefill_wait: float = DEFAULT_PREFILL_WAIT,
+    enable_prefix_caching: bool = True,
 ) -> SchedulerOptions:
     cache = CacheOptions(slots=slots, pools=pools, blocks=blocks, block_size=BLOCK, max_model_len=max_model_len)
     return SchedulerOptions(
         stages=stages,
         cache=cache,
         prefill_chunk=prefill_chunk,
-        schedule=ScheduleOptions(microbatches=microbatches, prefill_wait=prefill_wait),
+        schedule=ScheduleOptions(
+            microbatches=microbatches, prefill_wait=prefill_wait, enable_prefix_caching=enable_prefix_caching
+        ),
     )
 
 
@@ -35,6 +38,7 @@ def request(
     max_tokens: int,
     stop_token_ids: list[int] | None = None,
     sampling: SamplingParams = GREEDY,
+    cache_salt: str = "",
 ) -> AddRequest:
     """A request for a prompt, or for one of that many tokens that no other id has."""
     tokens = [(7 * request_id + 3 * i) % 5000 for i in range(prompt)] if isinstance(prompt, int) else prompt
@@ -44,6 +48,7 @@ def request(
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids or [],
         sampling=sampling,
+        cache_salt=cache_salt,
     )
 
 

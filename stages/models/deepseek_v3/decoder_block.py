@@ -126,6 +126,11 @@ class DecoderBlock(DecoderModule[BlockT]):
         }
 
     @classmethod
+    def kv_cache(cls, cfg: BlockT) -> ttnn.Tensor:
+        """The cache of the layer's attention."""
+        return cfg["self_attn"]["kv_cache"]
+
+    @classmethod
     def forward_prefill(cls, x: ttnn.Tensor, cfg: BlockT, batch: PrefillBatch) -> ttnn.Tensor:
         """x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
         normed = RMSNorm.forward_prefill(x, cfg["input_layernorm"])

@@ -9,6 +9,7 @@ import pytest
 
 from actors.errors import ProtocolError
 from actors.stage.mesh_hop import KEPT, MeshHop, Sockets, TransferLog
+from actors.stage.runner import WithoutBlocks
 from actors.stage.setup import StageIdentity
 from stages.errors import StepError
 from stages.mesh_spec import HiddenShard, MeshHidden, MeshSocketSpec
@@ -55,7 +56,7 @@ class Wire:
         return what
 
 
-class Runner:
+class Runner(WithoutBlocks):
     """A runner whose tensors are their specs."""
 
     def __init__(self, index: int) -> None:

@@ -1,7 +1,8 @@
 """The scheduler against a stage that has only the steps it gets, and against each request running alone."""
 
 import math
-from collections import deque
+from collections import Counter, deque
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from actors.errors import ProtocolError
 from api.errors import OptionError, RequestError
 from api.messages.engine import AddRequest, RequestOutput
+from api.scheduler.kv_cache import new_secret
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.scheduler import Scheduler
+from api.scheduler.sequence import Run
 from stages.step import NO_TOKEN, SamplingParams, Step, StepResult, TokenLogprobs
 from tests.support.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds
 from tests.support.scheduling import GREEDY, nothing_in_use, request, scheduler_options
@@ -306,7 +309,7 @@ def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
         ({"microbatches": 0}, r"2 stages with 0 microbatches"),
     ],
 )
-def test_options_that_do_not_fit_together_are_refused(changes: dict[str, int], message: str) -> None:
+def test_options_that_do_not_fit_together_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         scheduler_options(**changes)
 
@@ -398,7 +401,7 @@ def test_a_prompt_whose_scores_are_not_numbers_ends_at_its_first_such_chunk() ->
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Arrivals, ends, aborts, shortage, preemption and restarts in any order."""
+    """Arrivals, ends, aborts, shortage, preemption, sharing, loads, losses and restarts in any order."""
 
     @initialize(
         stages=st.integers(1, 3),
@@ -408,9 +411,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks=st.integers(4, 7),
         prefill_chunk=st.sampled_from([32, 64, 128]),
         prefill_wait=st.sampled_from([0.1, 3.0, 50.0]),
+        enable_prefix_caching=st.booleans(),
+        has_tier=st.booleans(),
     )
     def begin(
         self,
+        *,
         stages: int,
         microbatches: int | None,
         lanes: int,
@@ -418,6 +424,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks: int,
         prefill_chunk: int,
         prefill_wait: float,
+        enable_prefix_caching: bool,
+        has_tier: bool,
     ) -> None:
         steps_in_flight = microbatches or (stages + 1 if stages > 1 else 1)
         self.line = FakeLine(
@@ -429,8 +437,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 blocks=blocks,
                 prefill_chunk=prefill_chunk,
                 prefill_wait=prefill_wait,
+                enable_prefix_caching=enable_prefix_caching,
             )
         )
+        self.line.stage.tier = {} if has_tier else None
+        self.salts: dict[bytes, str] = {}
         self.steps_in_flight = steps_in_flight
         self.scheduler = self.line.scheduler
         self.live: dict[int, AddRequest] = {}
@@ -446,11 +457,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.sampled_from([1, 20, 31, 32, 33, 63, 64, 65, 95]),
         max_tokens=st.integers(1, 33),
         stop=st.lists(st.integers(0, VOCABULARY - 1), max_size=1),
-        sampling=st.sampled_from([GREEDY, SCORED]),
+        sampling=st.sampled_from([GREEDY, GREEDY, SCORED]),
+        family=st.sampled_from([None, 1, 1, 2]),
+        cache_salt=st.sampled_from(["", "", "other"]),
     )
-    def add(self, count: int, prompt: int, max_tokens: int, stop: list[int], sampling: SamplingParams) -> None:
+    def add(
+        self,
+        *,
+        count: int,
+        prompt: int,
+        max_tokens: int,
+        stop: list[int],
+        sampling: SamplingParams,
+        family: int | None,
+        cache_salt: str,
+    ) -> None:
+        """Adds requests; prompts of a family begin alike."""
         for _ in range(count):
-            added = request(len(self.tokens), prompt, max_tokens, stop, sampling)
+            tokens = prompt if family is None else [family * position % 7 for position in range(prompt)]
+            added = request(len(self.tokens), tokens, max_tokens, stop, sampling, cache_salt)
             self.scores[added.request_id] = []
             self.scheduler.add_request(added)
             self.live[added.request_id] = added
@@ -461,7 +486,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.live)))
         running = self.scheduler.snapshot().running
-        self.must_end.update(run.slot for run in running if run.request_id == request_id)
+        self.must_end.update(run.slot for run in running if run.request_id == request_id and run.has_begun)
         self.scheduler.abort(request_id)
         aborted = self.live.pop(request_id)
         answer, _ = reference_answer(aborted.tokens, aborted.max_tokens, aborted.stop_token_ids)
@@ -477,6 +502,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.must_end <= set(step.ended)
         self.must_end = set()
         self.check_order(step)
+        self.check_salts(step)
         decoded = {self.line.microbatch(segment.slot) for segment in step.segments} if step.mode == "decode" else set()
         assert len(decoded) <= 1
         for microbatch in range(self.steps_in_flight):
@@ -484,7 +510,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.prefills_waited[microbatch] += step.mode == "prefill"
             self.prefills_waited[microbatch] *= waits
         assert max(self.prefills_waited) <= self.steps_in_flight
-        assert {run.slot for run in self.scheduler.snapshot().running} == self.line.stage.live_slots
+        running = self.scheduler.snapshot().running
+        assert {run.slot for run in running if run.has_begun} == self.line.stage.live_slots
+        assert self.shares or not any(segment.keys for segment in step.segments)
+
+    @property
+    def shares(self) -> bool:
+        return self.line.options.schedule.enable_prefix_caching
+
+    def check_salts(self, step: Step) -> None:
+        """Checks that requests share with those of their own salt only, and none where the cache is off."""
+        cache = self.scheduler.cache
+        for segment in step.segments:
+            for key in segment.keys:
+                salt = cache.run_in(segment.slot).sequence.cache_salt
+                assert self.salts.setdefault(key, salt) == salt
+        for admission in step.admissions:
+            run = cache.run_in(admission.slot)
+            keys = [self.line.stage.key_of(run.pool, block) for block in admission.cached]
+            assert {key and self.salts[key] for key in keys} <= {run.sequence.cache_salt}
+            assert not keys or (self.shares and run.sequence.sampling.prompt_logprobs is None)
 
     def check_order(self, step: Step) -> None:
         """Checks that no request which came earlier waits while another is admitted."""
@@ -532,15 +577,36 @@ class SchedulerMachine(RuleBasedStateMachine):
             issued = len(self.line.steps)
             self.submit()
 
-    @rule()
-    def reset(self) -> None:
+    @rule(lost=st.booleans())
+    def reset(self, lost: bool) -> None:
+        """An epoch ends, and perhaps what was on the device with it; what was in flight may have been computed."""
         self.epoch += 1
         self.stale += self.line.results
         self.line.results.clear()
-        self.line.stage = FakeStage(self.line.options.cache, self.line.options.prefill_chunk)
+        self.line.stage.begin_epoch(lost=lost)
         self.must_end = set()
         self.scheduler.reset(self.epoch)
         assert self.scheduler.counts().waiting == len(self.live)
+
+    @precondition(lambda self: self.line.stage.tier is not None)
+    @rule(lost=st.integers(0, 2))
+    def report_tier(self, lost: int) -> None:
+        """The scheduler hears what the tier has; some of it is gone before it is asked for."""
+        tier = self.line.stage.tier
+        assert tier is not None
+        self.scheduler.cache.tiers = set(tier)
+        for key in list(tier)[:lost]:
+            del tier[key]
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        before = set(self.salts)
+        self.scheduler.cache.use_secret(new_secret())
+        assert self.scheduler.cache.findable == 0
+        assert before.isdisjoint(key for run in self.scheduler.snapshot().running for key in self.keys(run))
+
+    def keys(self, run: Run) -> list[bytes]:
+        return self.scheduler.cache.keys(run.sequence, len(run.sequence.tokens))
 
     @precondition(lambda self: self.stale)
     @rule()
@@ -562,15 +628,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots = [run.slot for run in running]
         assert len(set(slots)) == len(slots) == counts.slots - counts.free_slots
         for index, free in enumerate(snapshot.free_blocks):
-            held = [block for run in running if run.pool == index for block in run.blocks]
-            assert sorted(held + free) == list(range(self.line.options.cache.blocks))
+            held = Counter(block for run in running if run.pool == index for block in run.blocks)
+            assert sorted([*held, *free]) == list(range(self.line.options.cache.blocks))
+            assert dict(held) == {block: count for block, count in enumerate(snapshot.holders[index]) if count}
         for run in running:
             assert run.pool == self.line.options.cache.pool_of(run.slot)
 
     def teardown(self) -> None:
         """The oldest running request gets on within a bounded number of results, and so everything ends."""
         chunks = 128 // self.line.options.cache.block_size  # A chunk may be as short as a block.
-        bound = 2 * chunks + 4 * self.steps_in_flight
+        bound = 3 * chunks + 6 * self.steps_in_flight
         stalled, last = 0, (-1, -1)
         while self.live:
             self.fill()

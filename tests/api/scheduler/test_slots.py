@@ -1,35 +1,27 @@
-"""Blocks have one owner at a time, and none is lost."""
+"""Requests go to the emptiest microbatch, and into the pool that is wanted."""
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from api.scheduler.slots import BlockPool
+from api.scheduler.slots import Slots
+from tests.support.scheduling import scheduler_options
 
 
-@given(st.integers(1, 12), st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=40))
-def test_every_block_is_free_or_owned_once(blocks: int, calls: list[tuple[bool, int]]) -> None:
-    pool = BlockPool(blocks)
-    owned: list[list[int]] = []
-    for take, number in calls:
-        if take and number <= pool.free:
-            taken = pool.take_blocks(number)
-            assert len(taken) == number
-            owned.append(taken)
-        elif owned:
-            pool.free_blocks(owned.pop(number % len(owned)))
-        held = [block for run in owned for block in run]
-        assert len(set(held)) == len(held)
-        assert set(held) <= set(range(blocks))
-        assert pool.free == blocks - len(held)
-    for run in owned:
-        pool.free_blocks(run)
-    assert sorted(pool.take_blocks(blocks)) == list(range(blocks))
+def test_microbatches_and_pools_fill_evenly() -> None:
+    options = scheduler_options(stages=1, microbatches=2, slots=8, pools=2)
+    slots = Slots(options)
+    free = [10, 10]
+    taken = []
+    while (slot := slots.take_slot([0, 1], free)) is not None:
+        taken.append(slot)
+        free[options.cache.pool_of(slot)] -= 1
+    assert sorted(taken) == list(range(8))
+    assert [slots.microbatch_of(slot) for slot in taken] == [0, 1] * 4
+    assert slots.free == 0
 
 
-def test_a_shortage_is_refused_and_takes_nothing() -> None:
-    pool = BlockPool(3)
-    pool.take_blocks(2)
-    with pytest.raises(ValueError, match=r"2 blocks were asked of a pool that has 1 free\."):
-        pool.take_blocks(2)
-    assert pool.free == 1
+def test_a_slot_comes_from_the_pools_that_are_asked_for() -> None:
+    options = scheduler_options(stages=1, microbatches=1, slots=4, pools=2)
+    slots = Slots(options)
+    taken = [slots.take_slot([1], [5, 5]) for _ in range(3)]
+    assert [slot is not None and options.cache.pool_of(slot) for slot in taken] == [1, 1, False]
+    assert slots.is_much_fuller(1)
+    assert not slots.is_much_fuller(0)
+    assert slots.free == 2

@@ -10,7 +10,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from stages.backend import composite, ttnn
 from stages.batch import BatchBuilder
-from stages.kv_cache import PageTables
+from stages.kv.page_tables import PageTables
 from stages.models.deepseek_v3 import mla, moe, rope
 from stages.models.deepseek_v3 import mla as mla_weights
 from stages.models.deepseek_v3.lm_head import LMHead

@@ -6,24 +6,30 @@ import torch
 
 from stages.errors import StepError
 from stages.options import CacheOptions
-from stages.step import Admission, Segment, Step
+from stages.step import Admission, BlockLoad, Segment, Step
 
 
 class Slot:
-    """The blocks of one request in order, and the number of tokens cached in them."""
+    """The blocks of one request in order, and the number of tokens cached in them.
 
-    def __init__(self) -> None:
-        self.blocks: list[int] = []
-        self.tokens = 0
+    The first `shared` of these tokens were there at the admission, and are not written again.
+    """
+
+    def __init__(self, blocks: list[int], tokens: int) -> None:
+        self.blocks = blocks
+        self.tokens = self.shared = tokens
 
 
 class PageTables:
-    """Page tables of all slots. Only steps change them, so they are the same on every stage of a pipeline."""
+    """Page tables of all slots. Only steps change them, so they are the same on every stage of a pipeline.
+
+    Several slots may hold a block that was full when they were admitted; one that is written has a single holder.
+    """
 
     def __init__(self, options: CacheOptions) -> None:
         self.options = options
         self._slots: dict[int, Slot] = {}
-        self._owners: list[dict[int, int]] = [{} for _ in range(options.pools)]
+        self._holders: list[dict[int, int]] = [{} for _ in range(options.pools)]
         # Unused entries point to the scratch block, a valid address for kernels that read whole tables.
         self._table = torch.full((options.slots, options.blocks_per_slot), self.scratch_block, dtype=torch.int32)
 
@@ -38,7 +44,7 @@ class PageTables:
             self._release(number)
 
     def apply(self, step: Step) -> None:
-        """Applies a step's ends, admissions and new blocks, in this order.
+        """Applies a step's ends, admissions and new blocks, in this order; blocks that it loads may have no holder.
 
         The end of a slot that is not held is not an error: its request may have been aborted before its first step.
         Raises StepError where the step contradicts what the slots hold.
@@ -53,6 +59,12 @@ class PageTables:
             raise StepError(f"Step {step.step_id} names a slot twice: {numbers}.")
         for segment in step.segments:
             self._extend(segment, step)
+        for load in step.loads:
+            self._check_load(load)
+
+    def blocks(self, number: int) -> list[int]:
+        """The blocks of a slot, in order. Raises StepError where it was not admitted."""
+        return self._held(number).blocks
 
     def rows(self, numbers: Sequence[int], width: int) -> torch.Tensor:
         """Returns the first `width` blocks of each slot, int32 [slots, width]; scratch blocks for a slot of -1."""
@@ -65,17 +77,27 @@ class PageTables:
             raise StepError(f"Slot {number} is not one of the {self.options.slots} slots.")
 
     def _admit(self, admission: Admission) -> None:
-        self._check_number(admission.slot)
-        self._release(admission.slot)
-        self._slots[admission.slot] = Slot()
+        number, cached = admission.slot, admission.cached
+        self._check_number(number)
+        self._release(number)
+        if len(set(cached)) < len(cached) or len(cached) > self.options.blocks_per_slot:
+            raise StepError(f"Slot {number} is admitted with blocks that no request can have: {cached}.")
+        holders = self._holders[self.options.pool_of(number)]
+        for block in cached:
+            self._check_block(block)
+            holders[block] = holders.get(block, 0) + 1
+        self._table[number, : len(cached)] = torch.tensor(cached, dtype=torch.int32)
+        self._slots[number] = Slot(cached.copy(), len(cached) * self.options.block_size)
 
     def _release(self, number: int) -> None:
         slot = self._slots.pop(number, None)
         if slot is None:
             return
-        owners = self._owners[self.options.pool_of(number)]
+        holders = self._holders[self.options.pool_of(number)]
         for block in slot.blocks:
-            del owners[block]
+            holders[block] -= 1
+            if not holders[block]:
+                del holders[block]
         self._table[number] = self.scratch_block
 
     def _held(self, number: int) -> Slot:
@@ -94,6 +116,13 @@ class PageTables:
                 f"Slot {segment.slot} would hold {end} tokens, but its {len(slot.blocks)} blocks of "
                 f"{self.options.block_size} hold {len(slot.blocks) * self.options.block_size}."
             )
+        holders = self._holders[self.options.pool_of(segment.slot)]
+        first, last = segment.start // self.options.block_size, (end - 1) // self.options.block_size
+        if shared := [block for block in slot.blocks[first : last + 1] if holders[block] != 1]:
+            raise StepError(f"Slot {segment.slot} writes block {shared[0]}, which another slot reads.")
+        filled = end // self.options.block_size - first
+        if len(segment.keys) not in {0, max(filled, 0)}:
+            raise StepError(f"Slot {segment.slot} fills {filled} blocks, but has keys of {len(segment.keys)}.")
         slot.tokens = end
 
     def _check_position(self, segment: Segment, slot: Slot, step: Step) -> None:
@@ -106,24 +135,34 @@ class PageTables:
                 f"Slot {segment.slot} prefills from position {segment.start}, which is not a multiple of the block "
                 f"size {self.options.block_size}."
             )
-        if not 0 <= segment.start <= slot.tokens:
+        if not slot.shared <= segment.start <= slot.tokens:
             raise StepError(
-                f"Slot {segment.slot} has {slot.tokens} tokens cached; a segment at position {segment.start} leaves a "
-                "gap."
+                f"Slot {segment.slot} has {slot.tokens} tokens cached; {slot.shared} of them for good; a segment "
+                f"at position {segment.start} does not go on from there."
             )
 
     def _take_blocks(self, segment: Segment, slot: Slot) -> None:
-        owners = self._owners[self.options.pool_of(segment.slot)]
+        holders = self._holders[self.options.pool_of(segment.slot)]
         if len(slot.blocks) + len(segment.new_blocks) > self.options.blocks_per_slot:
             raise StepError(
                 f"Slot {segment.slot} is given more than the {self.options.blocks_per_slot} blocks of the longest "
                 "request."
             )
         for block in segment.new_blocks:
-            if not 0 <= block < self.options.blocks:
-                raise StepError(f"Block {block} is not one of the {self.options.blocks} blocks of a pool.")
-            if block in owners:
-                raise StepError(f"Block {block} of slot {segment.slot} already belongs to slot {owners[block]}.")
-            owners[block] = segment.slot
+            self._check_block(block)
+            if block in holders:
+                raise StepError(f"Block {block} of slot {segment.slot} already belongs to another slot.")
+            holders[block] = 1
             self._table[segment.slot, len(slot.blocks)] = block
             slot.blocks.append(block)
+
+    def _check_load(self, load: BlockLoad) -> None:
+        if not 0 <= load.pool < self.options.pools:
+            raise StepError(f"Pool {load.pool} is not one of the {self.options.pools} pools.")
+        self._check_block(load.block)
+        if load.block in self._holders[load.pool]:
+            raise StepError(f"Block {load.block} of pool {load.pool} is to be loaded, but belongs to a slot.")
+
+    def _check_block(self, block: int) -> None:
+        if not 0 <= block < self.options.blocks:
+            raise StepError(f"Block {block} is not one of the {self.options.blocks} blocks of a pool.")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stages.errors import StepError
-from stages.kv_cache import PageTables
+from stages.kv.page_tables import PageTables
 from stages.step import Admission, Mode, Segment, Step
 from tests.support.stage_driver import GREEDY, cache_options
 

@@ -1,0 +1,256 @@
+"""The KV cache as the scheduler sees it: a slot and blocks for each request, and what is in them already.
+
+A block is found by its key, a digest of all tokens up to its end and of what keeps tenants apart. Within an epoch it is
+found as soon as the step that fills it was issued, as every stage runs steps in order.
+"""
+
+import secrets
+from collections.abc import Container
+
+from api.scheduler.block_pool import BlockPool
+from api.scheduler.options import SchedulerOptions
+from api.scheduler.sequence import Filled, Run, Sequence
+from api.scheduler.slots import Slots
+from stages.step import BlockLoad, StepResult
+from weights.sizes import ceil_div
+
+SECRET_BYTES = 16
+
+
+def new_secret() -> bytes:
+    """Returns a secret for keys that nobody can guess."""
+    return secrets.token_bytes(SECRET_BYTES)
+
+
+class KVCache:
+    """Gives requests slots and blocks, those with the beginning of their tokens where there are any.
+
+    `runs` are the requests that have a slot, by their ids. `tiers` has the keys of what stages keep beside the device,
+    all of them. The next step has to tell the stages to forget what is `forgotten`.
+    """
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        self._options = options
+        self._block_size = options.cache.block_size
+        self._finds = options.schedule.enable_prefix_caching
+        self._pools = [BlockPool(options.cache.blocks) for _ in range(options.cache.pools)]
+        self._slots = Slots(options)
+        self._secret = new_secret()
+        self._arriving: set[bytes] = set()
+        self.runs: dict[int, Run] = {}
+        self._by_slot: dict[int, Run] = {}
+        self.tiers: Container[bytes] = frozenset()
+        self.forgotten: list[bytes] = []
+
+    @property
+    def free_slots(self) -> int:
+        """The number of free slots."""
+        return self._slots.free
+
+    @property
+    def free_blocks(self) -> int:
+        """The number of blocks that no request holds, in all pools."""
+        return sum(pool.free for pool in self._pools)
+
+    @property
+    def findable(self) -> int:
+        """The number of blocks that a request could find."""
+        return sum(pool.findable for pool in self._pools)
+
+    @property
+    def free_ids(self) -> list[list[int]]:
+        """The free blocks of each pool."""
+        return [pool.free_ids for pool in self._pools]
+
+    @property
+    def holders(self) -> list[list[int]]:
+        """How many requests hold each block of each pool."""
+        return [pool.holders for pool in self._pools]
+
+    def run_in(self, slot: int) -> Run:
+        """The run that has the slot."""
+        return self._by_slot[slot]
+
+    def use_secret(self, secret: bytes) -> None:
+        """Makes keys anew from another secret: nothing that was kept by the former ones is found again."""
+        if secret != self._secret:
+            self._secret = secret
+            for pool in self._pools:
+                pool.forget_all()
+
+    def begin_epoch(self) -> None:
+        """Frees all slots and blocks. What full blocks hold is found again once a load step has checked it."""
+        self._slots = Slots(self._options)
+        self.runs.clear()
+        self._by_slot.clear()
+        self._arriving.clear()
+        for pool in self._pools:
+            pool.begin_epoch()
+
+    def forget_all(self) -> None:
+        """Ends all keys on the device."""
+        for pool in self._pools:
+            pool.forget_all()
+
+    def keys(self, sequence: Sequence, tokens: int) -> list[bytes]:
+        """The keys of the full blocks among a request's first `tokens` tokens."""
+        return sequence.block_keys(self._secret, self._block_size, tokens // self._block_size)
+
+    def waits_for_others(self, sequence: Sequence, filled: list[Filled]) -> bool:
+        """Whether a block that the request could begin with is being loaded, or `filled` by the step in the making."""
+        if not (self._arriving or filled) or not self._may_find(sequence):
+            return False
+        awaited = self._arriving.union(block.key for block in filled)
+        return not awaited.isdisjoint(self._wanted(sequence))
+
+    def admit(self, sequence: Sequence) -> Run | None:
+        """Gives a request a slot and blocks; None where there is no room.
+
+        The first `cached` blocks hold its first tokens; `loads` of them have to be brought first.
+        """
+        if not self._slots.free:
+            return None
+        length = len(sequence.tokens)
+        # Room for the token after the prompt too: a run that is preempted at once would make no progress. A prompt
+        # that is only scored has none, and may fill all the blocks that a request can have.
+        needed = ceil_div(min(length + 1, sequence.end), self._block_size)
+        wanted = self._wanted(sequence) if self._may_find(sequence) else []
+        slot = self._choose_slot(needed, wanted)
+        if slot is None:
+            return None
+        index = self._options.cache.pool_of(slot)
+        pool = self._pools[index]
+        found = self._find(pool, wanted)
+        pool.share([block for block in found if block is not None])
+        fresh = iter(pool.take(needed - sum(block is not None for block in found)))
+        blocks = [next(fresh) if block is None else block for block in found]
+        loads = [
+            BlockLoad(pool=index, block=block, key=key)
+            for block, here, key in zip(blocks, found, wanted, strict=False)
+            if here is None or not pool.is_checked(block)
+        ]
+        self._arriving.update(load.key for load in loads)
+        run = Run(
+            sequence=sequence,
+            slot=slot,
+            microbatch=self._slots.microbatch_of(slot),
+            pool=index,
+            blocks=[*blocks, *fresh],
+            prefill_end=length,
+            cached=len(blocks),
+            loads=loads,
+            issued=len(blocks) * self._block_size,
+        )
+        self.runs[sequence.request_id] = self._by_slot[slot] = run
+        return run
+
+    def drop_loads(self, run: Run) -> None:
+        """Gives up what a run waits for."""
+        self._arriving.difference_update(load.key for load in run.loads)
+
+    def loaded(self, runs: list[Run], result: StepResult) -> None:
+        """Takes in which of the blocks that runs wait for have come: the first that is missing ends what is cached."""
+        missed = set(result.missed)
+        index = 0
+        for run in runs:
+            came = [index + number not in missed for number in range(len(run.loads))]
+            index += len(run.loads)
+            self.drop_loads(run)
+            if run.active:
+                self._take_in(run, came)
+
+    def _take_in(self, run: Run, came: list[bool]) -> None:
+        pool = self._pools[run.pool]
+        for load, has_come in zip(run.loads, came, strict=True):
+            if not has_come:
+                run.cached = min(run.cached, run.blocks.index(load.block))
+        for load in run.loads:
+            pool.publish(load.block, load.key)
+            pool.confirm(load.block, load.key)
+            pool.check(load.block)
+        # The run computes these itself, and so writes to blocks that nobody else may read.
+        pool.forget(run.blocks[run.cached :])
+        run.loads = []
+        run.issued = run.cached * self._block_size
+
+    def grow(self, run: Run) -> list[int] | None:
+        """Adds a block for the run's next token where it needs one; returns what was added, None without room."""
+        if run.issued < len(run.blocks) * self._block_size:
+            return []
+        pool = self._pools[run.pool]
+        if not pool.free:
+            return None
+        added = pool.take(1)
+        run.blocks += added
+        return added
+
+    def filled(self, run: Run, start: int) -> list[Filled]:
+        """The blocks that are full once the run's tokens from `start` to `issued` are in the cache."""
+        first, last = start // self._block_size, run.issued // self._block_size
+        if first == last or not self._finds:
+            return []
+        keys = self.keys(run.sequence, run.issued)
+        return [Filled(run.pool, run.blocks[index], keys[index]) for index in range(first, last)]
+
+    def publish(self, filled: list[Filled]) -> None:
+        """Lets blocks be found, as the step that fills them is issued."""
+        for pool, block, key in filled:
+            self._pools[pool].publish(block, key)
+
+    def confirm(self, filled: list[Filled]) -> None:
+        """Lets blocks be found in later epochs too, as the step that filled them is back."""
+        for pool, block, key in filled:
+            self._pools[pool].confirm(block, key)
+
+    def release(self, run: Run) -> None:
+        """Frees a run's slot and blocks."""
+        del self.runs[run.request_id]
+        del self._by_slot[run.slot]
+        self._pools[run.pool].release(run.blocks)
+        self._slots.free_slot(run.slot)
+
+    def forget(self, run: Run, first: int) -> None:
+        """Ends the keys of what a run has written, or read, from its block `first` on, wherever it is kept."""
+        if self._finds:
+            self._pools[run.pool].forget(run.blocks[first:])
+            self.forgotten += self.keys(run.sequence, run.issued)[first:]
+
+    def take_forgotten(self) -> list[bytes]:
+        """The keys that the next step has to tell the stages to forget; they are given once."""
+        forgotten, self.forgotten = self.forgotten, []
+        return forgotten
+
+    def _may_find(self, sequence: Sequence) -> bool:
+        """Whether a request may begin with blocks that were filled for another: not where its prompt is scored."""
+        return self._finds and sequence.sampling.prompt_logprobs is None
+
+    def _wanted(self, sequence: Sequence) -> list[bytes]:
+        """The keys of the blocks that a request could find: one token at least has to be computed."""
+        return self.keys(sequence, len(sequence.tokens) - 1)
+
+    def _choose_slot(self, needed: int, wanted: list[bytes]) -> int | None:
+        """Chooses the pool that holds most of the beginning, unless it is much fuller than others."""
+        matches = [pool.match(wanted) for pool in self._pools]
+        fitting = [
+            index
+            for index, pool in enumerate(self._pools)
+            if pool.fits(matches[index], max(needed, len(matches[index])))
+        ]
+        free = [pool.free for pool in self._pools]
+        longest = max((len(matches[index]) for index in fitting), default=0)
+        if longest:
+            best = [i for i in fitting if len(matches[i]) == longest and not self._slots.is_much_fuller(i)]
+            slot = self._slots.take_slot(best, free)
+            if slot is not None:
+                return slot
+        return self._slots.take_slot(fitting, free)
+
+    def _find(self, pool: BlockPool, wanted: list[bytes]) -> list[int | None]:
+        """The blocks of the first keys, None for one that a tier has; up to the first that is nowhere."""
+        found: list[int | None] = []
+        for key in wanted:
+            block = pool.find(key)
+            if block is None and key not in self.tiers:
+                break
+            found.append(block)
+        return found

@@ -1,0 +1,64 @@
+"""What the blocks of a stage's cache hold, by their keys, and the way back into it from the tiers."""
+
+from stages.kv.block_memory import BlockBytes, BlockMemory
+from stages.kv.page_tables import PageTables
+from stages.kv.tiers import Tiers
+from stages.step import BlockLoad, Step
+
+
+class BlockStore:
+    """Knows which blocks hold what, through all epochs. Like page tables it follows from the steps alone.
+
+    A block that a step fills is kept in the tiers before the step is passed on: whoever has the result of the last
+    stage knows that all of them have it.
+    """
+
+    def __init__(self, memory: BlockMemory, tables: PageTables, tiers: Tiers) -> None:
+        self._memory = memory
+        self._tables = tables
+        self._tiers = tiers
+        self._keys: dict[tuple[int, int], bytes] = {}
+
+    def begin(self, step: Step) -> None:
+        """Takes in what a step, which page tables have accepted, is about to overwrite or wants forgotten."""
+        if step.forgotten:
+            forgotten = set(step.forgotten)
+            for key in forgotten:
+                self._tiers.forget(key)
+            self._keys = {place: key for place, key in self._keys.items() if key not in forgotten}
+        for segment in step.segments:
+            pool = self._tables.options.pool_of(segment.slot)
+            for block in segment.new_blocks:
+                self._keys.pop((pool, block), None)
+
+    def end(self, step: Step) -> None:
+        """Takes in the blocks that a step has filled, once it is computed."""
+        for segment in step.segments:
+            if segment.keys:
+                pool = self._tables.options.pool_of(segment.slot)
+                first = segment.start // self._tables.options.block_size
+                blocks = self._tables.blocks(segment.slot)[first : first + len(segment.keys)]
+                for block, key in zip(blocks, segment.keys, strict=True):
+                    self._keys[pool, block] = key
+                    self._keep(pool, block, key)
+
+    def load(self, loads: list[BlockLoad]) -> list[int]:
+        """Brings blocks back that the device does not hold; returns the indices of those that no tier has."""
+        missed: list[int] = []
+        coming: list[BlockBytes] = []
+        for index, (pool, block, key) in enumerate((load.pool, load.block, load.key) for load in loads):
+            if self._keys.get((pool, block)) == key:
+                continue
+            record = self._tiers.fetch(key)
+            if record is None:
+                self._keys.pop((pool, block), None)
+                missed.append(index)
+            else:
+                self._keys[pool, block] = key
+                coming.append(BlockBytes(pool, block, record))
+        self._memory.write(coming)
+        return missed
+
+    def _keep(self, pool: int, block: int, key: bytes) -> None:
+        if not self._tiers.is_empty and key not in self._tiers:
+            self._tiers.keep(key, self._memory.read(pool, block))

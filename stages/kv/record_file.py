@@ -1,0 +1,183 @@
+"""A file of records of one size, found by their keys, that outlives the process which writes it.
+
+It begins with a header and a table, an entry for each record. An entry is cleared before its record is written, and
+written after it, so a process that is killed in between leaves no entry of a record that is half there; all else that
+can happen to a file shows in the checksum. Nothing is mapped into memory: a file that somebody else cuts short gives
+short reads, and not the end of the process.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import structlog
+
+KEY_BYTES = 16
+
+HEADER = struct.Struct("<8sQQ")
+"""MAGIC, and the number and size of records."""
+
+MAGIC = b"glkv\0\0\0\1"
+
+ENTRY = struct.Struct("<16sQII")
+"""Key, stamp, checksum, and whether there is a record: entries with a greater stamp were used later."""
+
+log = structlog.get_logger()
+
+
+class RecordFile:
+    """Keeps at most so many records; those that were used longest ago make room. One process at a time has it.
+
+    No error of the file is raised once it is open: a record that cannot be read is not there, and one that cannot be
+    written is not kept.
+    """
+
+    def __init__(self, path: Path, record_bytes: int, records: int) -> None:
+        """Opens or makes the file; one with another header is emptied.
+
+        Raises OSError, with EWOULDBLOCK where another process has it.
+        """
+        self._record_bytes = record_bytes
+        self._records = records
+        self._path = path
+        self._places: OrderedDict[bytes, int] = OrderedDict()
+        self._stamp = 0
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._free = self._read_table()
+        except OSError:
+            os.close(self._file)
+            raise
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether there is a record of the key; it may turn out to be damaged."""
+        return key in self._places
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self._places)
+
+    @property
+    def bytes_kept(self) -> int:
+        """The bytes of all records."""
+        return len(self._places) * self._record_bytes
+
+    def keys(self) -> list[bytes]:
+        """The keys of all records, those that were used longest ago first."""
+        return list(self._places)
+
+    def read(self, key: bytes) -> bytes | None:
+        """Returns the record of a key; None where there is none, or none that is whole."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        try:
+            entry = os.pread(self._file, ENTRY.size, self._entry_at(place))
+            record = os.pread(self._file, self._record_bytes, self._record_at(place))
+        except OSError:
+            entry = record = b""
+        if len(entry) < ENTRY.size or len(record) < self._record_bytes:
+            self.forget(key)
+            return None
+        found, _, checksum, is_there = ENTRY.unpack(entry)
+        if not is_there or found != key or checksum != _checksum(key, record):
+            log.warning("a cached block is damaged, and will be computed again", file=str(self._path))
+            self.forget(key)
+            return None
+        self._places.move_to_end(key)
+        self._write_entry(place, key, checksum)
+        return record
+
+    def write(self, key: bytes, record: bytes) -> bytes | None:
+        """Keeps a record; returns the key of the one that made room for it, if any did."""
+        if key in self._places:
+            self._places.move_to_end(key)
+            return None
+        evicted: bytes | None = None
+        if self._free:
+            place = self._free.pop()
+        elif self._places:
+            evicted, place = self._places.popitem(last=False)
+        else:
+            return None
+        try:
+            self._clear_entry(place)
+            whole = os.pwrite(self._file, record, self._record_at(place)) == self._record_bytes
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                log.warning("no room is left for cached blocks", file=str(self._path), records=len(self._places))
+            whole = False
+        if whole and self._write_entry(place, key, _checksum(key, record)):
+            self._places[key] = place
+        # Else the place is left alone: there is no use in trying it again and again.
+        return evicted
+
+    def forget(self, key: bytes) -> None:
+        """Drops the record of a key, if there is one."""
+        place = self._places.pop(key, None)
+        if place is not None:
+            try:
+                self._clear_entry(place)
+            except OSError:
+                return
+            self._free.append(place)
+
+    def close(self) -> None:
+        """Gives the file to others."""
+        os.close(self._file)
+
+    def _read_table(self) -> list[int]:
+        """Reads which records there are; returns the free places, to be taken from the end."""
+        table_bytes = self._records * ENTRY.size
+        header = HEADER.pack(MAGIC, self._records, self._record_bytes)
+        if os.pread(self._file, HEADER.size, 0) != header:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, header, 0)
+        table = os.pread(self._file, table_bytes, HEADER.size).ljust(table_bytes, b"\0")
+        found = []
+        free = []
+        for place, (key, stamp, _, is_there) in enumerate(ENTRY.iter_unpack(table)):
+            if is_there:
+                found.append((stamp, place, key))
+            else:
+                free.append(place)
+        for stamp, place, key in sorted(found):
+            self._places[key] = place
+            self._stamp = stamp
+        return free[::-1]
+
+    def _write_entry(self, place: int, key: bytes, checksum: int) -> bool:
+        self._stamp += 1
+        entry = ENTRY.pack(key, self._stamp, checksum, 1)
+        try:
+            return os.pwrite(self._file, entry, self._entry_at(place)) == ENTRY.size
+        except OSError:
+            return False
+
+    def _clear_entry(self, place: int) -> None:
+        os.pwrite(self._file, bytes(ENTRY.size), self._entry_at(place))
+
+    def _entry_at(self, place: int) -> int:
+        return HEADER.size + place * ENTRY.size
+
+    def _record_at(self, place: int) -> int:
+        return HEADER.size + self._records * ENTRY.size + place * self._record_bytes
+
+
+def file_bytes(record_bytes: int, records: int) -> int:
+    """The size of a file that is full."""
+    return HEADER.size + records * (ENTRY.size + record_bytes)
+
+
+def records_within(size: int, record_bytes: int) -> int:
+    """How many records a file of `size` bytes has room for."""
+    return max((size - HEADER.size) // (ENTRY.size + record_bytes), 0)
+
+
+def _checksum(key: bytes, record: bytes) -> int:
+    return zlib.crc32(record, zlib.crc32(key))

@@ -1,0 +1,183 @@
+"""The tiers beside a stage's device: full blocks in the host's memory, and on its disk."""
+
+import queue
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import structlog
+
+from stages.kv.inventory import Inventory
+from stages.kv.record_file import RecordFile, records_within
+from stages.options import TierOptions
+
+CHANGES_KEPT = 1 << 16
+"""Changes after which whoever has not asked meanwhile gets all keys."""
+
+QUEUED = 256
+"""Blocks that wait to be written to the disk: further ones are not, as the disk does not keep up."""
+
+NAMES = 8
+"""Processes on a host that may keep blocks of the same plan in one directory, as replicas do."""
+
+log = structlog.get_logger()
+
+
+class ChangeLog:
+    """Which keys came and went lately, by versions that rise, from process to process too."""
+
+    def __init__(self) -> None:
+        self._version = time.time_ns()
+        self._changes: deque[tuple[bytes, bool]] = deque(maxlen=CHANGES_KEPT)
+
+    def note(self, key: bytes, *, is_there: bool) -> None:
+        """Records that a key came, or went."""
+        self._version += 1
+        self._changes.append((key, is_there))
+
+    @property
+    def version(self) -> int:
+        """The version now."""
+        return self._version
+
+    def since(self, version: int) -> dict[bytes, bool] | None:
+        """Whether each key that changed since then is there now; None where that is not known any more."""
+        count = self._version - version
+        if not 0 <= count <= len(self._changes):
+            return None
+        return dict(list(self._changes)[len(self._changes) - count :]) if count else {}
+
+
+class Tiers:
+    """Keeps blocks in memory at once, and on disk in the background. Its methods may be called from any thread."""
+
+    def __init__(self, host: RecordFile | None, disk: RecordFile | None) -> None:
+        self._host = host
+        self._disk = disk
+        self._lock = threading.Lock()
+        self._changes = ChangeLog()
+        self._unwritten: queue.Queue[tuple[bytes, bytes] | None] = queue.Queue(QUEUED)
+        self._writer: threading.Thread | None = None
+        if disk is not None:
+            self._writer = threading.Thread(target=self._write_to_disk, name="kv-disk", daemon=True)
+            self._writer.start()
+
+    @classmethod
+    def open(cls, options: TierOptions, name: str, record_bytes: int) -> "Tiers":
+        """Opens the files of a stage, `name`; what cannot be opened is done without, and logged."""
+        host = _open(options.host_directory, name, record_bytes, options.host_bytes or 0)
+        disk = _open(options.disk_directory, name, record_bytes, options.disk_bytes)
+        return cls(host, disk)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no tier at all."""
+        return self._host is None and self._disk is None
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a tier has the block."""
+        with self._lock:
+            return self._has(key)
+
+    def keep(self, key: bytes, record: bytes) -> None:
+        """Keeps a block in memory, and on disk soon."""
+        with self._lock:
+            if self._host is not None:
+                evicted = self._host.write(key, record)
+                self._note(key)
+                if evicted is not None:
+                    self._note(evicted)
+        if self._disk is not None and key not in self._disk:
+            try:
+                self._unwritten.put_nowait((key, record))
+            except queue.Full:
+                return
+
+    def fetch(self, key: bytes) -> bytes | None:
+        """Returns a block from memory, or from disk, which puts it into memory too; None where neither has it."""
+        with self._lock:
+            record = None if self._host is None else self._host.read(key)
+            if record is not None:
+                return record
+            record = None if self._disk is None else self._disk.read(key)
+            if record is not None and self._host is not None:
+                evicted = self._host.write(key, record)
+                if evicted is not None:
+                    self._note(evicted)
+            self._note(key)
+            return record
+
+    def forget(self, key: bytes) -> None:
+        """Drops a block everywhere."""
+        with self._lock:
+            for tier in (self._host, self._disk):
+                if tier is not None:
+                    tier.forget(key)
+            self._note(key)
+
+    def inventory(self, version: int, model: str) -> Inventory:
+        """Returns what changed since a version, or all where that is not known."""
+        with self._lock:
+            changes = self._changes.since(version)
+            keys = self._keys() if changes is None else [key for key, is_there in changes.items() if is_there]
+            return Inventory(
+                version=self._changes.version,
+                is_whole=changes is None,
+                added=keys,
+                removed=[key for key, is_there in (changes or {}).items() if not is_there],
+                model=model,
+                host_bytes=0 if self._host is None else self._host.bytes_kept,
+                disk_bytes=0 if self._disk is None else self._disk.bytes_kept,
+            )
+
+    def close(self) -> None:
+        """Ends the writing, without what still waits for it, and gives the files to others."""
+        if self._writer is not None:
+            while not self._unwritten.empty():
+                self._unwritten.get_nowait()
+            self._unwritten.put(None)
+            self._writer.join()
+        for tier in (self._host, self._disk):
+            if tier is not None:
+                tier.close()
+
+    def _keys(self) -> list[bytes]:
+        host = [] if self._host is None else self._host.keys()
+        disk = [] if self._disk is None else self._disk.keys()
+        return list(dict.fromkeys([*host, *disk]))
+
+    def _has(self, key: bytes) -> bool:
+        return any(tier is not None and key in tier for tier in (self._host, self._disk))
+
+    def _note(self, key: bytes) -> None:
+        self._changes.note(key, is_there=self._has(key))
+
+    def _write_to_disk(self) -> None:
+        while (item := self._unwritten.get()) is not None:
+            key, record = item
+            with self._lock:
+                if self._disk is not None:
+                    evicted = self._disk.write(key, record)
+                    self._note(key)
+                    if evicted is not None:
+                        self._note(evicted)
+
+
+def _open(directory: str, name: str, record_bytes: int, size: int) -> RecordFile | None:
+    """Opens the first file of the name that no other process has."""
+    records = records_within(size, record_bytes) if record_bytes else 0
+    if not directory or not records:
+        return None
+    failure: OSError | None = None
+    for number in range(NAMES):
+        try:
+            return RecordFile(Path(directory) / f"{name}.{number}", record_bytes, records)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            failure = error
+            break
+    cause = f"{NAMES} other processes have such files open" if failure is None else failure.strerror
+    log.warning("blocks are not kept beside the device", directory=directory, cause=cause)
+    return None
