@@ -179,7 +179,7 @@ def test_a_file_of_options_is_followed_and_the_command_line_goes_before_it(
     assert (engine.cluster.spare, engine.execution.enable_trace, engine.seed) == (False, True, None)
     assert settings.front.api_keys is not None
     assert (settings.front.api_keys.accepts(b"c"), settings.front.api_keys.accepts(b"a")) == (True, False)
-    assert {"--enforce-eager", "--enable-prefix-caching"} == {name for log in logs for name in log.get("options", ())}
+    assert {"--enforce-eager"} == {name for log in logs for name in log.get("options", ())}
 
 
 @pytest.mark.parametrize(
