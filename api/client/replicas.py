@@ -11,6 +11,7 @@ import structlog
 from actors.cluster.environment import cluster_address
 from api.client.engine_client import EngineClient
 from api.client.open_requests import Load, RequestStream, least_loaded
+from api.client.prefix_routes import PrefixRoutes
 from api.engine.options import EngineOptions
 from api.messages.engine import (
     AddRequest,
@@ -23,6 +24,7 @@ from api.messages.engine import (
     takes_requests,
 )
 from api.scheduler.sequence import check_request
+from api.scheduler.slots import MUCH_FULLER
 from weights.errors import GalaxylineError
 
 log = structlog.get_logger()
@@ -30,6 +32,9 @@ log = structlog.get_logger()
 
 class Replicas:
     """A `TokenSource` of one or more engines; each request goes to the one with the least to do.
+
+    A request whose beginning went to a replica before goes there again, for what that has in its cache, unless it has
+    much more to do than another.
 
     When an engine fails, its requests that have no output yet move to another one, each of them at most once, as the
     request itself may be what ends engines. The others end with an error. Failed engines are not replaced.
@@ -45,6 +50,8 @@ class Replicas:
         self._cache = options[0].scheduler.cache
         # Ray's own start has a deadline of 30 s, which several at once miss on a busy host. In a cluster that is there
         # nothing of the kind is started, and weights load on all hosts at once.
+        self._routes = PrefixRoutes() if len(options) > 1 and options[0].schedule.enable_prefix_caching else None
+        self._excess = max(self._cache.slots // MUCH_FULLER, 1)
         self._is_in_turn = cluster_address(options[0].pipeline.cluster.ray_address) is None
         self._last = len(self.engines) - 1
         self._request_ids = itertools.count()
@@ -105,13 +112,15 @@ class Replicas:
         return next(self._request_ids)
 
     def generate(self, request: AddRequest) -> RequestStream:
-        """Sends the request to the engine with the least to do. Raises like `EngineClient.generate`."""
-        chosen = least_loaded(self._loads(), self._last)
+        """Sends the request to an engine. Raises like `EngineClient.generate`."""
+        chosen = self._choose(request)
         if chosen is None:
             check_request(request, self._cache)
             raise not_ready(self.state)
         stream = self.engines[chosen].generate(request)
         self._last = chosen
+        if self._routes is not None:
+            self._routes.note(request, chosen)
         return stream
 
     async def close(self) -> None:
@@ -133,6 +142,18 @@ class Replicas:
             if len(self.engines) == 1:
                 raise
             raise error_of(named_state(failed_state(error), replica)) from error
+
+    def _choose(self, request: AddRequest) -> int | None:
+        """The engine that a request goes to; None where no engine takes requests."""
+        loads = self._loads()
+        least = least_loaded(loads, self._last)
+        known = None if self._routes is None else self._routes.find(request)
+        if known is None or least is None:
+            return least
+        load, lowest = loads[known], loads[least]
+        if load is None or lowest is None or load.requests - lowest.requests > self._excess:
+            return least
+        return known
 
     def _loads(self) -> list[Load | None]:
         """The loads of the engines that are ready or, where none is, of those that will be once a stage is replaced."""

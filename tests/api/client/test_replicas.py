@@ -12,11 +12,13 @@ import msgspec
 import pytest
 
 from actors.errors import PlacementError
+from api.client import prefix_routes
 from api.client.open_requests import RequestStream
 from api.client.replicas import Replicas
 from api.engine.options import EngineOptions
 from api.errors import EngineError, NotReadyError, OptionError, RequestError, exit_code
 from api.messages.engine import AddRequest, EngineState, not_ready
+from api.scheduler.slots import MUCH_FULLER
 from api.settings.engine import EngineSettings
 from api.settings.replicas import replica_options
 from api.text.model_source import resolve_model
@@ -73,6 +75,27 @@ async def test_two_replicas_share_the_requests_and_answer_as_one() -> None:
         assert [engine.load.requests for engine in replicas.engines] == [0, 0]
         assert replicas.state == EngineState(phase="ready", detail="")
     assert replicas.state.phase == "failed"
+
+
+async def test_requests_with_the_same_beginning_go_to_one_replica_unless_it_is_much_fuller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefix_routes, "PIECE_TOKENS", 16)
+    async with opened("start_stalling", "start_stalling") as replicas:
+        await replicas.start(SECONDS)
+        excess = engine_options("start_stalling").scheduler.cache.slots // MUCH_FULLER
+        begins = [7] * 16
+
+        def send(*tokens: int) -> list[int]:
+            """Sends a request; returns how many each replica has then."""
+            asked = msgspec.structs.replace(request(replicas.next_request_id()), tokens=[*begins, *tokens])
+            replicas.generate(asked)
+            return [engine.load.requests for engine in replicas.engines]
+
+        first = send(1)
+        loads = [send(number) for number in range(excess)]
+        assert loads == [[number * taken for taken in first] for number in range(2, excess + 2)]
+        assert sorted(send(99)) == [1, excess + 1]
 
 
 async def test_a_killed_engine_leaves_the_other_serving_and_gives_it_what_it_had_not_begun() -> None:
