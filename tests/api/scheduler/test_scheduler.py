@@ -1,7 +1,7 @@
 """The scheduler against a stage that has only the steps it gets, and against each request running alone."""
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -14,54 +14,14 @@ from actors.errors import ProtocolError
 from api.errors import OptionError, RequestError
 from api.messages.engine import AddRequest, RequestOutput
 from api.scheduler.kv_cache import new_secret
-from api.scheduler.options import SchedulerOptions
 from api.scheduler.scheduler import Scheduler
 from api.scheduler.sequence import Run
 from stages.step import NO_TOKEN, SamplingParams, Step, StepResult, TokenLogprobs
 from tests.support.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds
+from tests.support.fake_line import FakeLine
 from tests.support.scheduling import GREEDY, nothing_in_use, request, scheduler_options
 
 SCORED = msgspec.structs.replace(GREEDY, logprobs=0, prompt_logprobs=0)
-
-
-class FakeLine:
-    """A scheduler joined to a stage; results wait here until they are delivered."""
-
-    def __init__(self, options: SchedulerOptions) -> None:
-        self.options = options
-        self.scheduler = Scheduler(options, epoch=0)
-        self.stage = FakeStage(options.cache, options.prefill_chunk)
-        self.results: deque[StepResult] = deque()
-        self.steps: list[Step] = []
-
-    def submit(self) -> Step | None:
-        """Runs the scheduler's next step, if it has one."""
-        step = self.scheduler.next_step()
-        if step is not None:
-            self.steps.append(step)
-            self.results.append(self.stage.run(step))
-        return step
-
-    def deliver(self) -> list[RequestOutput]:
-        """Hands the oldest result back."""
-        return self.scheduler.on_result(self.results.popleft())
-
-    def drain(self) -> dict[int, tuple[list[int], str]]:
-        """Runs until nothing is in flight; returns every finished request's tokens and reason."""
-        tokens: dict[int, list[int]] = {}
-        ended: dict[int, tuple[list[int], str]] = {}
-        while True:
-            while self.submit():
-                pass
-            if not self.results:
-                return ended
-            for output in self.deliver():
-                tokens.setdefault(output.request_id, []).extend(output.tokens)
-                if output.finish_reason:
-                    ended[output.request_id] = tokens[output.request_id], output.finish_reason
-
-    def microbatch(self, slot: int) -> int:
-        return slot // self.options.slots_per_microbatch
 
 
 def test_a_burst_spreads_evenly_over_the_microbatches_and_pools() -> None:
