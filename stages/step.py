@@ -5,7 +5,7 @@ A `Step` enters at the first stage and travels with the hidden states; the last 
 `PROTOCOL_VERSION` before the first frame, so the structs themselves carry no version.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -15,6 +15,8 @@ PROTOCOL_VERSION = 7
 
 Mode = Literal["prefill", "decode", "load"]
 """What a step does: it computes prompts, or one token for each request, or brings blocks back into the caches."""
+
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 FailureKind = Literal["error", "lost_link"]
 """Whether a stage failed by an error of its own, or only because the link to a neighbour was lost."""

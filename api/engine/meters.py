@@ -8,7 +8,7 @@ from actors.errors import ProtocolError
 from api.messages.engine import Counts, EngineMetrics, RequestOutput, StageMetrics
 from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
 from api.scheduler.sequence import Tallies
-from stages.step import Mode, StageTiming, Step, StepResult
+from stages.step import MODES, Mode, StageTiming, Step, StepResult
 
 NS_PER_S = 1_000_000_000
 NS = 1e-9
@@ -23,6 +23,10 @@ STEP_BOUNDS_S = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """vLLM's bounds for the tokens of a step."""
+
+
+def _by_mode() -> dict[Mode, Histogram]:
+    return {mode: Histogram.of(STEP_BOUNDS_S) for mode in MODES}
 
 
 @dataclass(slots=True)
@@ -84,10 +88,7 @@ class StageMeter:
     def __init__(self) -> None:
         self.busy_ns = 0
         self.bubble_ns = 0
-        self.step_times: dict[Mode, Histogram] = {
-            "prefill": Histogram.of(STEP_BOUNDS_S),
-            "decode": Histogram.of(STEP_BOUNDS_S),
-        }
+        self.step_times = _by_mode()
         self.hops = Histogram.of(STEP_BOUNDS_S)
         self.queues = Histogram.of(STEP_BOUNDS_S)
         self.recent = BusyWindow()
@@ -120,8 +121,7 @@ class StageMeter:
             busy_seconds=self.busy_ns * NS,
             busy_share=self.recent.share(now_ns),
             bubble_seconds=self.bubble_ns * NS,
-            prefill_steps=self.step_times["prefill"],
-            decode_steps=self.step_times["decode"],
+            steps=self.step_times,
             hops=self.hops,
             queues=self.queues,
         )
@@ -133,10 +133,7 @@ class EngineMeters:
     def __init__(self, stages: int) -> None:
         self.stages = [StageMeter() for _ in range(stages)]
         self._queue_times = Histogram.of(LATENCY_BOUNDS_S)
-        self._step_times: dict[Mode, Histogram] = {
-            "prefill": Histogram.of(STEP_BOUNDS_S),
-            "decode": Histogram.of(STEP_BOUNDS_S),
-        }
+        self._step_times = _by_mode()
         self._result_hops = Histogram.of(STEP_BOUNDS_S)
         self._recoveries = Histogram.of(LATENCY_BOUNDS_S)
         self._prefill_times = Histogram.of(LATENCY_BOUNDS_S)
@@ -145,7 +142,7 @@ class EngineMeters:
         self._step_tokens = Histogram.of(STEP_TOKEN_BOUNDS)
         self._waiting_since_ns: dict[int, int] = {}
         self._running: dict[int, RequestTimes] = {}
-        self._inference_ns: dict[Mode, int] = {"prefill": 0, "decode": 0}
+        self._inference_ns: dict[Mode, int] = dict.fromkeys(MODES, 0)
         self._returned_ns = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
@@ -197,7 +194,8 @@ class EngineMeters:
         mode = record.step.mode
         sent_ns = record.submitted_ns
         self._step_times[mode].observe((returned_ns - sent_ns) * NS)
-        self._step_tokens.observe(record.step.token_count)
+        if mode != "load":
+            self._step_tokens.observe(record.step.token_count)
         self._inference_ns[mode] += returned_ns - max(sent_ns, self._returned_ns)
         self._returned_ns = returned_ns
         for meter, timing in zip(self.stages, result.timings, strict=True):
@@ -225,8 +223,7 @@ class EngineMeters:
             prefill_seconds=self._inference_ns["prefill"] * NS,
             decode_seconds=self._inference_ns["decode"] * NS,
             queue_times=self._queue_times,
-            prefill_steps=self._step_times["prefill"],
-            decode_steps=self._step_times["decode"],
+            steps=self._step_times,
             result_hops=self._result_hops,
             recoveries=self._recoveries,
             prefill_times=self._prefill_times,

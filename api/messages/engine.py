@@ -9,7 +9,7 @@ from actors.stage.health import StageProgress
 from api.errors import EXIT_CODE, EngineError, NotReadyError
 from api.messages.histogram import Histogram
 from api.messages.pipeline_view import StageView
-from stages.step import SamplingParams, TokenLogprobs
+from stages.step import Mode, SamplingParams, TokenLogprobs
 from weights.errors import GalaxylineError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -159,8 +159,7 @@ class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     busy_seconds: float
     busy_share: float
     bubble_seconds: float
-    prefill_steps: Histogram
-    decode_steps: Histogram
+    steps: dict[Mode, Histogram]
     hops: Histogram
     queues: Histogram
 
@@ -170,7 +169,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
 
     The time from one result to the next belongs to the step that came back: `prefill_seconds` and `decode_seconds` are
     together the time in which the pipeline was not empty. `queue_times` are those of requests until they got a slot,
-    `step_times` those of steps from their submission to their result, and `result_hops` the last stretch of these,
+    `steps` the times of steps from their submission to their result, and `result_hops` the last stretch of these,
     from the last stage to the engine. `recoveries` are the times from each loss of a stage until steps could go on.
     `prefill_times` are those of requests from their slot to their first token, `decode_times` from there to the last
     and `inference_times` from slot to last, however a request ended; `step_tokens` counts the tokens of steps.
@@ -183,8 +182,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     prefill_seconds: float
     decode_seconds: float
     queue_times: Histogram
-    prefill_steps: Histogram
-    decode_steps: Histogram
+    steps: dict[Mode, Histogram]
     result_hops: Histogram
     recoveries: Histogram
     prefill_times: Histogram

@@ -40,7 +40,7 @@ class PrefillBudget:
             return
         if mode == "prefill":
             self._prompt_token_ns = _average(self._prompt_token_ns, slowest / tokens)
-        else:
+        elif mode == "decode":
             self._decode_step_ns = _average(self._decode_step_ns, slowest)
 
 

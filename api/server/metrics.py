@@ -208,7 +208,7 @@ def _step_families(engines: Mapping[str, EngineMetrics]) -> Iterator[Metric]:
     yield _gauge("galaxyline:steps_in_flight", "Steps submitted whose result is awaited.", in_flight, ENGINE)
     steps: dict[Labels, Histogram] = {}
     for engine, one in engines.items():
-        steps |= {(engine, "prefill"): one.prefill_steps, (engine, "decode"): one.decode_steps}
+        steps |= {(engine, mode): histogram for mode, histogram in one.steps.items()}
     yield _histogram("galaxyline:step_seconds", "From a step's submission to its result.", steps, (*ENGINE, "mode"))
     text = "From a step's end on the last stage to its result in the engine."
     hops: dict[Labels, Histogram] = {(engine,): one.result_hops for engine, one in engines.items()}
@@ -230,7 +230,7 @@ def _stage_families(stages: Sequence[tuple[str, StageMetrics]]) -> Iterator[Metr
     steps: dict[Labels, Histogram] = {}
     for engine, stage in stages:
         place = (engine, str(stage.stage), stage.host)
-        steps |= {(*place, "prefill"): stage.prefill_steps, (*place, "decode"): stage.decode_steps}
+        steps |= {(*place, mode): histogram for mode, histogram in stage.steps.items()}
     yield _histogram("galaxyline:stage_step_seconds", "A step's time on a stage.", steps, (*STAGE, "mode"))
     text = "From the stage before, or the engine, to the stage."
     yield _histogram("galaxyline:stage_hop_seconds", text, each(lambda stage: stage.hops), STAGE)

@@ -2,6 +2,7 @@
 
 from api.messages.engine import Counts, EngineMetrics, StageMetrics
 from api.messages.histogram import Histogram
+from stages.step import MODES
 
 TT_METAL_STATISTICS = {
     "preparing_prefill_config",
@@ -27,8 +28,7 @@ def metrics(prefill: float, decode: float, *busy: float) -> EngineMetrics:
         prefill_seconds=prefill,
         decode_seconds=decode,
         queue_times=empty,
-        prefill_steps=empty,
-        decode_steps=empty,
+        steps=dict.fromkeys(MODES, empty),
         result_hops=empty,
         recoveries=empty,
         prefill_times=empty,
@@ -50,8 +50,7 @@ def stage(busy: float) -> StageMetrics:
         busy_seconds=busy,
         busy_share=0.0,
         bubble_seconds=0.0,
-        prefill_steps=empty,
-        decode_steps=empty,
+        steps=dict.fromkeys(MODES, empty),
         hops=empty,
         queues=empty,
     )

@@ -82,15 +82,15 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
     parts = 0.0
     for stage in metrics.stages:
         assert sum(stage.hops.counts) == sum(stage.queues.counts) == count
-        steps = (stage.prefill_steps, stage.decode_steps)
+        steps = (stage.steps["prefill"], stage.steps["decode"])
         assert sum(sum(histogram.counts) for histogram in steps) == count
-        assert stage.prefill_steps.total + stage.decode_steps.total == pytest.approx(stage.busy_seconds)
+        assert stage.steps["prefill"].total + stage.steps["decode"].total == pytest.approx(stage.busy_seconds)
         parts += stage.hops.total + stage.queues.total + stage.busy_seconds
     assert parts + metrics.result_hops.total == pytest.approx(whole * NS)
-    assert metrics.prefill_steps.total + metrics.decode_steps.total == pytest.approx(whole * NS)
+    assert metrics.steps["prefill"].total + metrics.steps["decode"].total == pytest.approx(whole * NS)
     prefills = sum(record.step.mode == "prefill" for record, _, _ in flow.transfers)
-    assert sum(metrics.prefill_steps.counts) == prefills
-    assert sum(metrics.stages[0].prefill_steps.counts) == prefills
+    assert sum(metrics.steps["prefill"].counts) == prefills
+    assert sum(metrics.stages[0].steps["prefill"].counts) == prefills
 
 
 def shifted(timing: StageTiming, by_ns: int) -> StageTiming:

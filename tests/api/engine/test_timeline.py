@@ -198,7 +198,7 @@ async def test_an_engine_leaves_a_timeline_however_it_ends(
     check_nesting(events)
     check_order(events, 2)
     tracks = steps_by_track(events)
-    steps = sum(metrics.prefill_steps.counts) + sum(metrics.decode_steps.counts)
+    steps = sum(metrics.steps["prefill"].counts) + sum(metrics.steps["decode"].counts)
     for stage in range(2):
         track = tracks[STAGE_PID + stage, STAGE_PID + stage]
         assert [event["args"]["step_id"] for event in track] == list(range(steps))

@@ -237,7 +237,7 @@ async def test_questions_that_the_engine_answers_too_late_mix_up_no_later_ones()
                 await ask(timeout_s=0.01)
         process.resume()
         await answer(engine, request(engine, max_tokens=7))
-        assert (await engine.metrics()).decode_steps.counts != [0] * 17
+        assert (await engine.metrics()).steps["decode"].counts != [0] * 17
         assert (await engine.report()).stages[0].pid == 1000
         assert (await engine.counts()).running == 0
 

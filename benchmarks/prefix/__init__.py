@@ -1,0 +1,1 @@
+"""What the prefix cache and its tiers save: `python -m benchmarks.prefix`."""
