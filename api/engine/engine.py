@@ -188,7 +188,7 @@ class Engine:
         try:
             self._tiers.reset()
         except OptionError as error:
-            # A disk that is full, or gone, is no reason to end the requests that run.
+            # A full disk, or one that is gone, does not end the requests that run.
             log.warning("what the directory keeps may be found again after the next start", error=str(error))
             return PrefixCacheReset(problem=str(error))
         log.info("the prefix cache was reset")
