@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -34,7 +34,9 @@ from api.messages.engine import (
     FromEngine,
     GetCounts,
     GetMetrics,
+    GetPipelineReport,
     Outputs,
+    PipelineReport,
     PrefixCacheReset,
     PrefixCounts,
     RequestOutput,
@@ -44,6 +46,7 @@ from api.messages.engine import (
     loading_state,
 )
 from api.messages.framing import FRAME_BYTES_MAX, Framing
+from stages.kv.inventory import Inventory
 from stages.options import TierOptions
 from stages.step import SamplingParams
 from tests import ROOT
@@ -190,6 +193,27 @@ async def test_what_was_cached_is_found_until_it_is_reset() -> None:
     assert isinstance(metrics, EngineMetrics)
     assert metrics.prefix == PrefixCounts(blocks=2, queries=210, hits=64, recomputed_tokens=0)
     assert [(stage.host_tier_bytes, stage.disk_tier_bytes) for stage in metrics.stages] == [(0, 0)] * 2
+
+
+class KeepingPipeline(FakePipeline):
+    """A pipeline whose second stage keeps bytes beside its device; the first does not say."""
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        kept = Inventory(version=1, is_whole=True, added=[b"key"], removed=[], host_bytes=300, disk_bytes=5000)
+        return [None, kept]
+
+
+async def test_what_stages_keep_beside_their_devices_is_in_metrics_and_reports() -> None:
+    options = engine_options()
+    async with running(KeepingPipeline(options.pipeline), options) as harness:
+        harness.engine.handle_message(GetMetrics())
+        metrics = await harness.hear()
+        harness.engine.handle_message(GetPipelineReport())
+        report = await harness.hear()
+    assert isinstance(metrics, EngineMetrics)
+    assert isinstance(report, PipelineReport)
+    for stages in (metrics.stages, report.stages):
+        assert [(stage.host_tier_bytes, stage.disk_tier_bytes) for stage in stages] == [(0, 0), (300, 5000)]
 
 
 def with_directory(options: EngineOptions, directory: Path) -> EngineOptions:
