@@ -200,7 +200,7 @@ def _engine_lines(name: str, phase: str, detail: str, engine: EngineView | None)
     head = _head(name, phase)
     if detail:
         head.append(f". {detail}")
-    return [head] if engine is None else [head, _engine_line(engine)]
+    return [head] if engine is None else [head, _engine_line(engine), _prefix_line(engine)]
 
 
 def _head(name: str, phase: str) -> Text:
@@ -215,6 +215,15 @@ def _engine_line(engine: EngineView) -> Text:
         f"{counted(engine.slots, 'slot')}, {engine.kv_cache_blocks_used} of {engine.kv_cache_blocks} KV blocks; "
         f"epoch {'-' if engine.epoch is None else engine.epoch}, engine pid {engine.pid}"
     )
+
+
+def _prefix_line(engine: EngineView) -> Text:
+    text = f"prefix cache: {engine.prefix_cache_blocks:,} block{'' if engine.prefix_cache_blocks == 1 else 's'}"
+    if engine.prefix_cache_queries:
+        text += f", {engine.prefix_cache_hits / engine.prefix_cache_queries:.0%} of prompt tokens found"
+    if engine.host_tier_bytes or engine.disk_tier_bytes:
+        text += f"; {in_words(engine.host_tier_bytes)} in host memory, {in_words(engine.disk_tier_bytes)} on disk"
+    return Text(text)
 
 
 def _stage_table(stages: Sequence[StageView], *, shows_replica: bool) -> FoldedTable:

@@ -33,7 +33,9 @@ from api.messages.engine import (
     GetPipelineReport,
     Outputs,
     PipelineReport,
+    PrefixCacheReset,
     RequestOutput,
+    ResetPrefixCache,
     error_of,
     failed_output,
     failed_state,
@@ -56,6 +58,9 @@ EXIT_MARGIN_S = 5.0
 UNREADY_CLOSE_S = 0.7
 """How long an engine that is still starting has to end: it holds nothing that would be lost."""
 
+NOT_WRITTEN = "What is in --kv-dir may be found again after the next start: the server's log has the cause."
+"""What clients may see of a reset that the disk did not take."""
+
 leave_group = os.setpgrp
 """For subprocess's `preexec_fn`: makes the child a process group of its own (uvloop has no other way).
 
@@ -64,6 +69,8 @@ process that has slept may then wait for seconds, as a front end did whose stage
 """
 
 Reply = TypeVar("Reply")
+
+Query = GetCounts | GetMetrics | GetPipelineReport | ResetPrefixCache
 
 
 class PendingReplies(Generic[Reply]):
@@ -115,6 +122,7 @@ class EngineClient:
         self._counts: PendingReplies[Counts] = PendingReplies()
         self._metrics: PendingReplies[EngineMetrics] = PendingReplies()
         self._reports: PendingReplies[PipelineReport] = PendingReplies()
+        self._resets: PendingReplies[PrefixCacheReset] = PendingReplies()
         self._messages: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._framing = Framing(self._handle_frame)
         self._directory: RunDirectory | None = None
@@ -219,6 +227,15 @@ class EngineClient:
         """Queries the state of the engine and its stages. Raises EngineError like `counts`."""
         return await self._query(self._reports, GetPipelineReport(), timeout_s)
 
+    async def reset_prefix_cache(self, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """Lets no later request begin with what is cached now.
+
+        Raises EngineError like `counts`, and where a directory may bring it back at the next start.
+        """
+        reset = await self._query(self._resets, ResetPrefixCache(), timeout_s)
+        if reset.problem:
+            raise EngineError(reset.problem, public=NOT_WRITTEN)
+
     async def probe(self) -> None:
         """Returns when the engine and all its stages answer. Raises EngineError, which names who does not.
 
@@ -254,9 +271,7 @@ class EngineClient:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
-    async def _query(
-        self, pending: PendingReplies[Reply], query: GetCounts | GetMetrics | GetPipelineReport, timeout_s: float
-    ) -> Reply:
+    async def _query(self, pending: PendingReplies[Reply], query: Query, timeout_s: float) -> Reply:
         if self._process is None:
             raise EngineError.for_clients("The engine process was not started.")
         if self._framing.lost.is_set():
@@ -331,6 +346,8 @@ class EngineClient:
             self._metrics.resolve(message)
         elif isinstance(message, PipelineReport):
             self._reports.resolve(message)
+        elif isinstance(message, PrefixCacheReset):
+            self._resets.resolve(message)
 
     def _push_outputs(self, outputs: list[RequestOutput]) -> None:
         self.requests.received(outputs)
@@ -361,7 +378,7 @@ class EngineClient:
         if self._state.phase != "failed":
             self._set_state(failed_state(error))
         self._push_outputs([failed_output(request_id, error_of(self._state)) for request_id in self._open.streams])
-        for pending in (self._counts, self._metrics, self._reports):
+        for pending in (self._counts, self._metrics, self._reports, self._resets):
             pending.fail(EngineError(self._state.sentence, public=self._state.public_sentence))
 
 

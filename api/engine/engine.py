@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from actors.clock import now_ns
 from actors.errors import PipelineError, ProtocolError
@@ -16,10 +17,11 @@ from api.engine.options import EngineOptions
 from api.engine.recovery import EnginePipeline, Recovery, RestartLimit
 from api.engine.step_watch import StepWatch
 from api.engine.timeline import Timeline, open_timeline
-from api.errors import EngineError, RequestError
+from api.errors import EngineError, OptionError, RequestError
 from api.messages.engine import (
     AbortRequest,
     AddRequest,
+    EngineMetrics,
     EngineState,
     FromEngine,
     GetCounts,
@@ -27,6 +29,8 @@ from api.messages.engine import (
     GetPipelineReport,
     Outputs,
     PipelineReport,
+    PrefixCacheReset,
+    PrefixCounts,
     ResetPrefixCache,
     ToEngine,
     failed_output,
@@ -43,6 +47,8 @@ StartPipeline = Callable[[PipelineOptions, Callable[[StageProgress], None]], Awa
 INVENTORY_SECONDS = 0.5
 """How often stages are asked what they keep: a block that left the device a moment ago is computed again until then."""
 
+log = structlog.get_logger()
+
 
 class Engine:
     """Keeps the pipeline full of the scheduler's steps, and gives what they sample to `send`."""
@@ -57,7 +63,7 @@ class Engine:
         self._tiers = KVTiers(options.pipeline.stage.tiers, len(options.pipeline.specs), self._scheduler.cache)
         self._meters = EngineMeters(len(options.pipeline.specs))
         self._watch = StepWatch(self._scheduler, self._meters)
-        self._reports = PipelineReports(options, self._scheduler, self._meters, send)
+        self._reports = PipelineReports(options, self._scheduler, self._meters, self._tiers, send)
         self._recovery = Recovery(
             self._scheduler, self._watch, self._meters, RestartLimit(options.recovery.max_restarts), send
         )
@@ -77,13 +83,12 @@ class Engine:
             self._scheduler.abort(message.request_id)
             self._watch.request_aborted(message.request_id)
         elif isinstance(message, ResetPrefixCache):
-            self._tiers.reset()
+            self._send(self._reset_prefix_cache())
         elif isinstance(message, GetCounts):
             counts = self._scheduler.counts()
             self._send(msgspec.structs.replace(counts, tasks=len(asyncio.all_tasks())))
         elif isinstance(message, GetMetrics):
-            counts, tallies = self._scheduler.counts(), self._scheduler.tallies
-            self._send(self._meters.metrics(counts, tallies, self._reports.roster.hosts))
+            self._send(self._reports.metrics())
         elif isinstance(message, GetPipelineReport):
             self._reports.send_report(self._pipeline)
 
@@ -179,6 +184,16 @@ class Engine:
             self._watch.request_came(request.request_id)
             self._changed.set()
 
+    def _reset_prefix_cache(self) -> PrefixCacheReset:
+        try:
+            self._tiers.reset()
+        except OptionError as error:
+            # A full disk, or one that is gone, does not end the requests that run.
+            log.warning("what the directory keeps may be found again after the next start", error=str(error))
+            return PrefixCacheReset(problem=str(error))
+        log.info("the prefix cache was reset")
+        return PrefixCacheReset()
+
     def _send_progress(self, progress: StageProgress) -> None:
         self._reports.roster.record_progress(progress)
         if not self._recovery.is_under_way:
@@ -196,16 +211,29 @@ class PipelineReports:
     """Makes reports from the state of scheduler, meters and stages. Nothing is looked at unless one is asked for."""
 
     def __init__(
-        self, options: EngineOptions, scheduler: Scheduler, meters: EngineMeters, send: Callable[[FromEngine], None]
+        self,
+        options: EngineOptions,
+        scheduler: Scheduler,
+        meters: EngineMeters,
+        tiers: KVTiers,
+        send: Callable[[FromEngine], None],
     ) -> None:
         self.roster = StageRoster(options.pipeline.specs)
         self._microbatches = options.scheduler.steps_in_flight
         self._scheduler = scheduler
         self._meters = meters
+        self._tiers = tiers
         self._send = send
         self._owed = 0
         self._is_closed = False
         self._looking: asyncio.Task[None] | None = None
+
+    def metrics(self) -> EngineMetrics:
+        """The measurements of the engine and its stages."""
+        scheduler = self._scheduler
+        return self._meters.metrics(
+            scheduler.counts(), scheduler.tallies, self._prefix(), self.roster.hosts, self._tiers.stage_bytes
+        )
 
     def send_report(self, pipeline: EnginePipeline | None) -> None:
         """Sends a report soon; `pipeline` is None while there is none.
@@ -232,8 +260,20 @@ class PipelineReports:
             microbatches=self._microbatches,
             counts=counts,
             preemptions=self._scheduler.tallies.preemptions,
-            stages=self.roster.views(healths, self._meters.busy_share, counts.blocks - counts.free_blocks),
+            stages=self.roster.views(
+                healths, self._meters.busy_share, counts.blocks - counts.free_blocks, self._tiers.stage_bytes
+            ),
+            prefix=self._prefix(),
         )
         while self._owed:
             self._owed -= 1
             self._send(report)
+
+    def _prefix(self) -> PrefixCounts:
+        tallies = self._scheduler.tallies
+        return PrefixCounts(
+            blocks=self._scheduler.cache.findable,
+            queries=tallies.prefix_queries,
+            hits=tallies.prefix_hits,
+            recomputed_tokens=tallies.recomputed_tokens,
+        )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from api.errors import OptionError
+from api.messages.pipeline_view import TierBytes
 from api.scheduler.kv_cache import KVCache, new_secret
 from stages.kv.inventory import Inventory
 from stages.options import TierOptions
@@ -50,6 +51,11 @@ class KVTiers:
         self.host_bytes = [0] * stages
         self.disk_bytes = [0] * stages
 
+    @property
+    def stage_bytes(self) -> list[TierBytes]:
+        """What each stage keeps, as far as is known."""
+        return [TierBytes(*each) for each in zip(self.host_bytes, self.disk_bytes, strict=True)]
+
     async def refresh(self, pipeline: HasInventories) -> None:
         """Asks all stages what they have; what one does not answer stays as it was."""
         inventories = await pipeline.inventories(self._versions)
@@ -60,11 +66,14 @@ class KVTiers:
         self._cache.tiers = OnAllStages(self._keys)
 
     def reset(self) -> None:
-        """Lets nothing be found again that was kept before. Raises OptionError where that cannot be written down."""
+        """Lets nothing be found again that was kept before.
+
+        Raises OptionError where that cannot be written down, so that it holds until the next start alone.
+        """
         self._secret = new_secret()
+        self._cache.use_secret(self._root())
         if self._file is not None:
             _write_secret(self._file, self._secret)
-        self._cache.use_secret(self._root())
 
     def _take_in(self, stage: int, inventory: Inventory) -> None:
         keys = self._keys[stage]

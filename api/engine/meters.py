@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from actors.clock import now_ns
 from actors.errors import ProtocolError
-from api.messages.engine import Counts, EngineMetrics, RequestOutput, StageMetrics
+from api.messages.engine import Counts, EngineMetrics, PrefixCounts, RequestOutput, StageMetrics
 from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
+from api.messages.pipeline_view import TierBytes
 from api.scheduler.sequence import Tallies
 from stages.step import MODES, Mode, StageTiming, Step, StepResult
 
@@ -113,8 +114,8 @@ class StageMeter:
         """Notes that the last step in flight is back."""
         self.bubble_ns += max(now_ns - self._waits_since_ns, 0)
 
-    def metrics(self, stage: int, host: str, now_ns: int) -> StageMetrics:
-        """The sums so far."""
+    def metrics(self, stage: int, host: str, tier: TierBytes, now_ns: int) -> StageMetrics:
+        """The sums so far, and what the stage keeps beside its device."""
         return StageMetrics(
             stage=stage,
             host=host,
@@ -124,6 +125,8 @@ class StageMeter:
             steps=self.step_times,
             hops=self.hops,
             queues=self.queues,
+            host_tier_bytes=tier.host,
+            disk_tier_bytes=tier.disk,
         )
 
 
@@ -212,8 +215,15 @@ class EngineMeters:
         """The share of the last RECENT_SECONDS that a stage computed in."""
         return self.stages[stage].recent.share(now_ns())
 
-    def metrics(self, counts: Counts, tallies: Tallies, hosts: Sequence[str]) -> EngineMetrics:
-        """The sums so far, with those of the scheduler; `hosts` has the host of each stage."""
+    def metrics(
+        self,
+        counts: Counts,
+        tallies: Tallies,
+        prefix: PrefixCounts,
+        hosts: Sequence[str],
+        tiers: Sequence[TierBytes],
+    ) -> EngineMetrics:
+        """The sums so far, with those of the scheduler; `hosts` and `tiers` have those of each stage."""
         asked_ns = now_ns()
         return EngineMetrics(
             counts=counts,
@@ -231,7 +241,8 @@ class EngineMeters:
             inference_times=self._inference_times,
             step_tokens=self._step_tokens,
             stages=[
-                meter.metrics(stage, host, asked_ns)
-                for stage, (meter, host) in enumerate(zip(self.stages, hosts, strict=True))
+                meter.metrics(stage, host, tier, asked_ns)
+                for stage, (meter, host, tier) in enumerate(zip(self.stages, hosts, tiers, strict=True))
             ],
+            prefix=prefix,
         )

@@ -67,7 +67,16 @@ class AbortRequest(EngineMessage, frozen=True, kw_only=True):
 
 
 class ResetPrefixCache(EngineMessage, frozen=True, kw_only=True):
-    """An order to let no later request begin with what is cached now."""
+    """An order to let no later request begin with what is cached now; it is answered with `PrefixCacheReset`."""
+
+
+class PrefixCacheReset(EngineMessage, frozen=True, kw_only=True):
+    """The answer to `ResetPrefixCache`: nothing of before is found any more.
+
+    With a `problem`, a sentence for the log, what a directory keeps may be found again after the next start.
+    """
+
+    problem: str = ""
 
 
 class GetCounts(EngineMessage, frozen=True, kw_only=True):
@@ -151,8 +160,24 @@ class Counts(EngineMessage, frozen=True, kw_only=True):
     tasks: int = 0
 
 
+class PrefixCounts(EngineMessage, frozen=True, kw_only=True):
+    """What the prefix cache holds now, in blocks, and what it has given since the engine began, in tokens.
+
+    So many `blocks` can be found on the devices. Of `queries` tokens in requests that got their first slot `hits` were
+    found there or in the tiers. `recomputed_tokens` were computed again after a preemption or the loss of a stage.
+    """
+
+    blocks: int = 0
+    queries: int = 0
+    hits: int = 0
+    recomputed_tokens: int = 0
+
+
 class StageMetrics(EngineMessage, frozen=True, kw_only=True):
-    """The measurements of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md."""
+    """The measurements of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md.
+
+    It keeps `host_tier_bytes` and `disk_tier_bytes` of the KV cache beside its device now.
+    """
 
     stage: int
     host: str
@@ -162,6 +187,8 @@ class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     steps: dict[Mode, Histogram]
     hops: Histogram
     queues: Histogram
+    host_tier_bytes: int = 0
+    disk_tier_bytes: int = 0
 
 
 class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
@@ -192,6 +219,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     stages: list[StageMetrics]
     non_finite_logits: int = 0
     grammar_failures: int = 0
+    prefix: PrefixCounts = PrefixCounts()
 
 
 class PipelineReport(EngineMessage, frozen=True, kw_only=True):
@@ -202,11 +230,12 @@ class PipelineReport(EngineMessage, frozen=True, kw_only=True):
     counts: Counts
     preemptions: int
     stages: list[StageView]
+    prefix: PrefixCounts = PrefixCounts()
 
 
 ToEngine = AddRequest | AbortRequest | ResetPrefixCache | GetCounts | GetMetrics | GetPipelineReport
 
-FromEngine = Outputs | EngineState | Counts | EngineMetrics | PipelineReport
+FromEngine = Outputs | EngineState | PrefixCacheReset | Counts | EngineMetrics | PipelineReport
 
 
 def progress_sentence(progress: StageProgress) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -22,6 +22,13 @@ STATE_DETAILS: dict[State, str] = {
 """What `StageView.detail` has of a stage in trouble. A stage's own report may name files, so it is not shown."""
 
 
+class TierBytes(NamedTuple):
+    """What a stage keeps of the KV cache beside its device: in its host's memory, and on disk."""
+
+    host: int
+    disk: int
+
+
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
     """A stage of the pipeline of one `replica`: where it is, what it holds, and what it does.
 
@@ -30,6 +37,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     from then on, "placing" before either. `step_id` is the step it works on, since `step_seconds`. `busy_share` is the
     share of the last ten seconds that it computed in. `resident_bytes` is the memory of its process. `received_bytes`
     came by its link from the stage before, or from the engine, and `sent_bytes` went to the next one at `sent_to`.
+    Beside its device it keeps `host_tier_bytes` and `disk_tier_bytes` of the KV cache.
     """
 
     replica: int = 0
@@ -52,10 +60,14 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     received_bytes: int = 0
     sent_bytes: int = 0
     sent_to: str | None = None
+    host_tier_bytes: int = 0
+    disk_tier_bytes: int = 0
 
 
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of an engine (see `Counts`). `epoch` is None before the pipeline is ready.
+    """The numbers of an engine (see `Counts` and `PrefixCounts`). `epoch` is None before the pipeline is ready.
+
+    The bytes of tiers are those of all stages.
 
     A view of several engines has sums; there `pid` and `epoch`, which cannot be added, are None.
     """
@@ -71,6 +83,12 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     slots_used: int
     kv_cache_blocks: int
     kv_cache_blocks_used: int
+    prefix_cache_blocks: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    recomputed_tokens: int = 0
+    host_tier_bytes: int = 0
+    disk_tier_bytes: int = 0
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +131,12 @@ def total(engines: Sequence[EngineView]) -> EngineView | None:
         slots_used=sum(engine.slots_used for engine in engines),
         kv_cache_blocks=sum(engine.kv_cache_blocks for engine in engines),
         kv_cache_blocks_used=sum(engine.kv_cache_blocks_used for engine in engines),
+        prefix_cache_blocks=sum(engine.prefix_cache_blocks for engine in engines),
+        prefix_cache_queries=sum(engine.prefix_cache_queries for engine in engines),
+        prefix_cache_hits=sum(engine.prefix_cache_hits for engine in engines),
+        recomputed_tokens=sum(engine.recomputed_tokens for engine in engines),
+        host_tier_bytes=sum(engine.host_tier_bytes for engine in engines),
+        disk_tier_bytes=sum(engine.disk_tier_bytes for engine in engines),
     )
 
 
@@ -137,17 +161,29 @@ class StageRoster:
         return ["" if progress is None else progress.host for progress in places]
 
     def views(
-        self, healths: Sequence[StageHealth], busy_share: Callable[[int], float], kv_cache_blocks_used: int
+        self,
+        healths: Sequence[StageHealth],
+        busy_share: Callable[[int], float],
+        kv_cache_blocks_used: int,
+        tiers: Sequence[TierBytes],
     ) -> list[StageView]:
-        """The views of all stages in order. `healths` has one entry for each, but none while the pipeline starts."""
+        """The views of all stages in order. `healths` has one entry for each, but none while the pipeline starts.
+
+        `tiers` has what each stage keeps beside its device.
+        """
         by_stage = {health.stage: health for health in healths}
         return [
-            self._view(spec, by_stage.get(spec.index), busy_share(spec.index), kv_cache_blocks_used)
+            self._view(spec, by_stage.get(spec.index), busy_share(spec.index), kv_cache_blocks_used, tiers[spec.index])
             for spec in self._specs
         ]
 
     def _view(
-        self, spec: StageSpec, health: StageHealth | None, busy_share: float, kv_cache_blocks_used: int
+        self,
+        spec: StageSpec,
+        health: StageHealth | None,
+        busy_share: float,
+        kv_cache_blocks_used: int,
+        tier: TierBytes,
     ) -> StageView:
         progress = self._last.get(spec.index)
         return StageView(
@@ -170,6 +206,8 @@ class StageRoster:
             received_bytes=0 if health is None else health.received_bytes,
             sent_bytes=0 if health is None else health.sent_bytes,
             sent_to=None if health is None else health.sent_to or None,
+            host_tier_bytes=tier.host,
+            disk_tier_bytes=tier.disk,
         )
 
 

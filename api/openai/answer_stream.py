@@ -34,7 +34,8 @@ log = structlog.get_logger()
 class Chunk(msgspec.Struct, frozen=True):
     """The next text of choice `index`, which has `completion_tokens` so far; its last chunk has a `finish_reason`.
 
-    `stop_reason` is the stop string or stop token that ended the choice, None where EOS or the length did.
+    `stop_reason` is the stop string or stop token that ended the choice, None where EOS or the length did. Of the
+    choice's prompt `cached_tokens` were not computed.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Chunk(msgspec.Struct, frozen=True):
     finish_reason: ChunkFinish | None
     stop_reason: int | str | None
     details: Details | None
+    cached_tokens: int = 0
 
 
 class ChoiceText:
@@ -62,6 +64,7 @@ class ChoiceText:
         self._details = None if details.is_empty else TokenDetails(details, choice.prompt, model.tokenizer)
         self._has_logprobs = details.logprobs is not None
         self._tokens = 0
+        self._cached_tokens = 0
 
     def add_output(self, output: RequestOutput) -> Iterator[Chunk]:
         """Gives at most one chunk for each token, fewer while text is held back; the last has the finish reason.
@@ -71,6 +74,7 @@ class ChoiceText:
         finish = None if output.finish_reason is None else FINISHES.get(output.finish_reason)
         if output.finish_reason is not None and finish is None:
             raise EngineError(output.error or DROPPED, public=output.public or DROPPED)
+        self._cached_tokens = output.cached_tokens
         if self._details is not None:
             self._details.add_prompt_entries(output.prompt_logprobs)
         if self._is_echo:
@@ -115,7 +119,7 @@ class ChoiceText:
     def _chunk(self, text: str, finish: ChunkFinish | None, stop: int | str | None = None) -> Chunk:
         text, self._unsent = self._unsent + text, ""
         details = None if self._details is None else self._details.take_details()
-        return Chunk(self._index, text, self._tokens, finish, stop, details)
+        return Chunk(self._index, text, self._tokens, finish, stop, details, self._cached_tokens)
 
 
 class ChunkStream:
@@ -274,7 +278,8 @@ class AnswerStream:
                 yield event
             async for chunk in self._source:
                 self._record(chunk)
-                usage = Usage.of(len(self._choices[chunk.index].prompt.tokens), chunk.completion_tokens)
+                prompt_tokens = len(self._choices[chunk.index].prompt.tokens)
+                usage = Usage.of(prompt_tokens, chunk.completion_tokens, chunk.cached_tokens)
                 for event in self._answer.events(chunk, usage):
                     yield event
             for event in self._answer.last_events(self._usage()):
@@ -307,9 +312,14 @@ class AnswerStream:
             self._ticket.ended(chunk.index)
 
     def _usage(self) -> Usage:
-        """The counts so far: each prompt counts once, however many choices it has."""
+        """The counts so far: each prompt counts once, as its first choice found it, however many choices it has."""
         prompt_tokens = sum(len(prompt.tokens) for prompt in self._request.prompts)
-        return Usage.of(prompt_tokens, sum(chunk.completion_tokens for chunk in self._last.values()))
+        count = self._request.choice_count
+        return Usage.of(
+            prompt_tokens,
+            sum(chunk.completion_tokens for chunk in self._last.values()),
+            sum(chunk.cached_tokens for index, chunk in self._last.items() if index % count == 0),
+        )
 
     def _measure(self) -> None:
         count = self._request.choice_count
@@ -328,6 +338,7 @@ class AnswerStream:
             "id": self._answer.id,
             "engine_requests": f"{ids[0]}-{ids[-1]}" if len(ids) > 1 else "".join(map(str, ids)),
             "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens,
             "finish_reasons": dict(+reasons),
             "seconds": round(time.monotonic() - self._began, 4),

@@ -47,22 +47,35 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """The prompt tokens by where they came from: those that were cached were not computed."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts. Completion tokens are all that were sampled, with the one that a completion stopped at (EOS)."""
 
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> "Usage":
-        """The counts with their sum."""
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> "Usage":
+        """The counts with their sum; `cached_tokens` are those of the prompt."""
         return cls(
             prompt_tokens=prompt_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             completion_tokens=completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
+
+    @property
+    def cached_tokens(self) -> int:
+        """The prompt tokens that were cached."""
+        return self.prompt_tokens_details.cached_tokens
 
     def with_reasoning(self, tokens: int) -> "Usage":
         """The same counts, and how many of the completion tokens are thought."""

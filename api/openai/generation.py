@@ -68,7 +68,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     Each of `prompts` gets `choice_count` answers of up to `max_tokens` tokens (None: as many as `default_max_tokens`
     and the model's length allow). `sampling` is that of all answers, without seed and choice; without a `seed`, each
     prompt gets one. Answers end at one of `stops`, at a token of `stop_token_ids` or at EOS. `request_id` is the one in
-    the request's body.
+    the request's body. What is cached of the prompts is shared with requests of the same `cache_salt` only.
     """
 
     prompts: list[Prompt]
@@ -87,6 +87,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     streams: bool
     stream_options: StreamOptions
     request_id: str | None
+    cache_salt: str = ""
     thought: ThoughtOptions = ThoughtOptions()
 
     @property
@@ -141,6 +142,7 @@ def generation_request(
         streams=fields.stream or False,
         stream_options=fields.stream_options or StreamOptions(),
         request_id=fields.request_id,
+        cache_salt=fields.cache_salt or "",
         thought=ThoughtOptions(budget=fields.thinking_token_budget),
     )
 
@@ -264,6 +266,7 @@ def build_choices(
                 max_tokens=max_tokens,
                 stop_token_ids=stop_token_ids,
                 sampling=msgspec.structs.replace(request.sampling, seed=seed, choice=choice, thought=thought),
+                cache_salt=request.cache_salt,
             )
             choices.append(
                 Choice(

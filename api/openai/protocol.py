@@ -19,6 +19,9 @@ BAD_WORDS_MAX = 4096
 WORD_CHARACTERS_MAX = 1024
 """The longest stop string or bad word."""
 
+SALT_CHARACTERS_MAX = 1024
+"""The longest cache_salt."""
+
 LOGIT_BIAS_MAX = 100.0
 """The largest bias: larger ones are cut to it, smaller ones to its negative, as in vLLM."""
 
@@ -183,6 +186,7 @@ class GenerationFields(BaseModel):
     guided_choice: Any = None
     guided_grammar: Any = None
     thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=SALT_CHARACTERS_MAX)] | None = None
 
     use_beam_search: Any = None
     priority: Any = None

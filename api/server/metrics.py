@@ -178,7 +178,6 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
         return {labels: of(one) for labels, one in engines.items()}
 
     usage = each(lambda one: 1 - one.counts.free_blocks / one.counts.blocks)
-    none = each(lambda _: 0.0)
     running, waiting = each(lambda one: one.counts.running), each(lambda one: one.counts.waiting)
     yield _gauge("vllm:num_requests_running", "Requests that have a slot.", running, MODEL)
     yield _gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", waiting, MODEL)
@@ -189,8 +188,14 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _counter("galaxyline:non_finite_logits", text, each(lambda one: one.non_finite_logits), MODEL)
     text = "Requests that ended because their grammar could not be followed."
     yield _counter("galaxyline:grammar_failures", text, each(lambda one: one.grammar_failures), MODEL)
-    yield _counter("vllm:prefix_cache_queries", "0, as prefixes are not cached.", none, MODEL)
-    yield _counter("vllm:prefix_cache_hits", "0, as prefixes are not cached.", none, MODEL)
+    text = "Tokens of requests that got their first slot."
+    yield _counter("vllm:prefix_cache_queries", text, each(lambda one: one.prefix.queries), MODEL)
+    text = "Tokens of such requests that were cached."
+    yield _counter("vllm:prefix_cache_hits", text, each(lambda one: one.prefix.hits), MODEL)
+    text = "Tokens computed again after a preemption or the loss of a stage."
+    yield _counter("galaxyline:recomputed_tokens", text, each(lambda one: one.prefix.recomputed_tokens), MODEL)
+    text = "Blocks on the devices that a request could begin with."
+    yield _gauge("galaxyline:prefix_cache_blocks", text, each(lambda one: one.prefix.blocks), MODEL)
     text = "From a request's arrival in the engine to its slot."
     yield _histogram("vllm:request_queue_time_seconds", text, each(lambda one: one.queue_times), MODEL)
     text = "From a request's slot to its first token."
@@ -236,6 +241,10 @@ def _stage_families(stages: Sequence[tuple[str, StageMetrics]]) -> Iterator[Metr
     yield _histogram("galaxyline:stage_hop_seconds", text, each(lambda stage: stage.hops), STAGE)
     text = "From a step's arrival on a stage to its beginning."
     yield _histogram("galaxyline:stage_queue_seconds", text, each(lambda stage: stage.queues), STAGE)
+    text = "Bytes of the KV cache kept in the host's memory."
+    yield _gauge("galaxyline:stage_host_tier_bytes", text, each(lambda stage: stage.host_tier_bytes), STAGE)
+    text = "Bytes of the KV cache kept on the host's disk."
+    yield _gauge("galaxyline:stage_disk_tier_bytes", text, each(lambda stage: stage.disk_tier_bytes), STAGE)
 
 
 def _counter(name: str, text: str, values: Mapping[Labels, float], labels: Labels = ()) -> Metric:

@@ -1,4 +1,4 @@
-"""The routes GET /metrics and GET /pipeline, for operators and their tools."""
+"""The routes GET /metrics, GET /pipeline and POST /reset_prefix_cache, for operators and their tools."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state
+from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state, not_ready
 from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
 from api.openai.bodies import INTERNAL_ERROR, encode
 from api.server.metrics import FrontMetrics, Measured, MetricsText
-from api.server.openapi import add_route, object_answer, text_answer
+from api.server.openapi import add_route, empty_answer, object_answer, text_answer
+from api.settings.server import RESET_PATH
 
 STOPPING = "is_stopping"
 """The attribute of an application's `state` that is True once the server was told to end."""
@@ -39,6 +40,9 @@ class MonitoredEngine(Protocol):
     async def report(self) -> PipelineReport:
         """Queries what it and its stages do now. Raises EngineError where it is gone, or does not answer in time."""
 
+    async def reset_prefix_cache(self) -> None:
+        """Lets no later request begin with what is cached now. Raises EngineError where that is not certain."""
+
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """One engine as it is at this moment: `report` is None where it gave none, for the public sentence `cause`."""
@@ -55,7 +59,7 @@ def add_monitoring_routes(
     engines: Sequence[MonitoredEngine],
     front: FrontMetrics | None = None,
 ) -> None:
-    """Adds the two routes, which answer at any time, also while engines load and after they failed."""
+    """Adds the routes. Those that look answer at any time, also while engines load and after they failed."""
     text = MetricsText(model_name)
 
     async def metrics() -> Response:
@@ -71,8 +75,14 @@ def add_monitoring_routes(
         view = _view(model_name, looks, is_stopping=getattr(app.state, STOPPING, False))
         return Response(encode(view), media_type="application/json")
 
+    async def reset() -> Response:
+        await _reset(engines)
+        return Response()
+
     add_route(app, "/metrics", metrics, text_answer(), "Measurements in Prometheus' text format.")
     add_route(app, "/pipeline", pipeline, object_answer(503), "What engines and stages do now.")
+    summary = "Lets no later request begin with what is cached of prompts now."
+    add_route(app, RESET_PATH, reset, empty_answer(503), summary, method="POST")
 
 
 async def _measured(engine: MonitoredEngine) -> Measured:
@@ -81,6 +91,16 @@ async def _measured(engine: MonitoredEngine) -> Measured:
     except EngineError:
         metrics = None
     return Measured(requests=engine.requests, metrics=metrics, pid=_pid(engine))
+
+
+async def _reset(engines: Sequence[MonitoredEngine]) -> None:
+    """Resets the caches of all engines that have not failed; raises the first error once all were told."""
+    told = [engine.reset_prefix_cache() for engine in engines if engine.state.phase != "failed"]
+    if not told:
+        raise not_ready(common_state([engine.state for engine in engines]))
+    for answer in await asyncio.gather(*told, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            raise answer
 
 
 async def _look(engine: MonitoredEngine) -> Look:
@@ -138,7 +158,7 @@ def _replica_view(replica: int, look: Look, *, is_stopping: bool) -> ReplicaView
 
 
 def _engine_view(pid: int | None, report: PipelineReport) -> EngineView:
-    counts = report.counts
+    counts, prefix = report.counts, report.prefix
     return EngineView(
         pid=pid,
         epoch=report.epoch,
@@ -151,4 +171,10 @@ def _engine_view(pid: int | None, report: PipelineReport) -> EngineView:
         slots_used=counts.slots - counts.free_slots,
         kv_cache_blocks=counts.blocks,
         kv_cache_blocks_used=counts.blocks - counts.free_blocks,
+        prefix_cache_blocks=prefix.blocks,
+        prefix_cache_queries=prefix.queries,
+        prefix_cache_hits=prefix.hits,
+        recomputed_tokens=prefix.recomputed_tokens,
+        host_tier_bytes=sum(stage.host_tier_bytes for stage in report.stages),
+        disk_tier_bytes=sum(stage.disk_tier_bytes for stage in report.stages),
     )

@@ -177,6 +177,11 @@ def object_answer(*errors: int) -> dict[int | str, Description]:
     return {200: ok, **errors_of(*errors)}
 
 
+def empty_answer(*errors: int) -> dict[int | str, Description]:
+    """Describes the answers of a route that says nothing but that it is done."""
+    return {200: {"description": "OK"}, **errors_of(*errors)}
+
+
 def text_answer() -> dict[int | str, Description]:
     """Describes the answers of a route that gives plain text."""
     ok: Description = {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}

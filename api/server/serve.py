@@ -247,7 +247,7 @@ def cache_config(options: EngineOptions) -> dict[str, str]:
     return {
         "block_size": str(stage.cache.block_size),
         "cache_dtype": stage.dtype,
-        "enable_prefix_caching": "False",
+        "enable_prefix_caching": str(options.schedule.enable_prefix_caching),
         "num_gpu_blocks": str(stage.cache.blocks * stage.cache.pools),
     }
 

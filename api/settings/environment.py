@@ -74,6 +74,7 @@ VAIN_OPTIONS = (
     VainOption(("--scheduling-policy",), "requests run in the order of their arrival"),
     VainOption(("--enable-reasoning",), _ALWAYS, is_switch=True),
     VainOption(("--enable-auto-tool-choice",), _ALWAYS, is_switch=True),
+    VainOption(("--enable-prompt-tokens-details",), "usage always says what was cached", is_switch=True),
     VainOption(("--chat-template-content-format",), "the content of messages is text"),
     VainOption(("--response-role",), "answers are the assistant's"),
     VainOption(("--uvicorn-log-level",), _LOGS),

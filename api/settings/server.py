@@ -26,6 +26,9 @@ KeyScope = Literal["all", "v1"]
 OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/ping"})
 """The paths that need no key, for orchestrators: their answers have nothing but whether the server works."""
 
+RESET_PATH = "/reset_prefix_cache"
+"""The path of an order, which is for whoever has a key, however few paths need one."""
+
 
 class ApiKeys:
     """A set of keys, kept as SHA-256 digests alone, so that nothing that prints or logs this object shows a key."""
@@ -60,7 +63,7 @@ class ApiKeys:
     def guard(self, path: str) -> bool:
         """Whether requests to a path need a key."""
         if self._scope == "v1":
-            return path == "/v1" or path.startswith("/v1/")
+            return path in {"/v1", RESET_PATH} or path.startswith("/v1/")
         return path not in OPEN_PATHS
 
     def accepts(self, key: bytes) -> bool:
@@ -306,8 +309,8 @@ class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
     api_key_scope: Annotated[
         KeyScope,
         Meta(
-            description="What needs a key: all but /health, /ready, /live and /ping, or like vLLM what is below /v1 "
-            "alone, so that /metrics, /tokenize and the others are open."
+            description="What needs a key: all but /health, /ready, /live and /ping, or like vLLM what is below /v1, "
+            "and /reset_prefix_cache, so that /metrics, /tokenize and the others are open."
         ),
     ] = "all"
 

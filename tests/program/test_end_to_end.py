@@ -56,7 +56,8 @@ async def test_a_prompt_of_the_whole_length_is_scored_as_on_a_server_of_greater_
         folder.mkdir()
         with serving(folder, "--max-model-len", str(most), "--stages", "1", environment=ray_cluster) as server:
             answer = (await client.post(server.completions, json=body)).json()
-            assert answer["usage"] == {"prompt_tokens": length, "completion_tokens": 0, "total_tokens": length}
+            usage = {"prompt_tokens": length, "completion_tokens": 0, "total_tokens": length}
+            assert answer["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
             longer = await client.post(server.completions, json={**body, "max_tokens": most - length + 1})
             assert longer.status_code == 400
             scores.append(answer["choices"][0]["logprobs"])

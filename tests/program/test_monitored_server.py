@@ -50,7 +50,8 @@ async def test_metrics_stages_and_timeline_agree(tmp_path: Path, ray_cluster: Ma
     assert scrape.of("vllm:time_to_first_token_seconds_count", **model) == REQUESTS
     assert scrape.of("vllm:request_inference_time_seconds_count", **model) == REQUESTS
     assert scrape.of("http_requests_total", method="POST", handler="/v1/completions", status="200") == REQUESTS
-    assert [sample.value for sample in scrape.families["vllm:cache_config_info"].samples] == [1]
+    [cache] = scrape.families["vllm:cache_config_info"].samples
+    assert (cache.value, cache.labels["enable_prefix_caching"]) == (1, "True")
     assert (view.phase, view.engine.requests_running, view.engine.kv_cache_blocks_used) == ("ready", 0, 0)
     assert json.loads(shown)["stages"][0]["pid"] == view.stages[0].pid
     in_flight = []

@@ -49,12 +49,13 @@ class FakeStream:
     A prompt is scored in chunks before the first token, the last of them together with it.
     """
 
-    def __init__(self, request: AddRequest, tokens: Sequence[int], fail_after: int | None) -> None:
+    def __init__(self, request: AddRequest, tokens: Sequence[int], fail_after: int | None, cached: int) -> None:
         self.request = request
         self.outputs: asyncio.Queue[RequestOutput | EngineError] = asyncio.Queue()
         self.ended = False
         self.aborted = asyncio.Event()
         self._fail_after = fail_after
+        self._cached = cached
         self._given = 0
         self._tokens = list(request.tokens)
         self._prompt_logprobs = self._scored_prompt()
@@ -117,18 +118,23 @@ class FakeStream:
                 error=None,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                cached_tokens=self._cached,
             )
         )
 
 
 class FakeEngine:
-    """An engine that answers each request from `script`; one shorter than `max_tokens` leaves the request waiting."""
+    """An engine that answers each request from `script`; one shorter than `max_tokens` leaves the request waiting.
+
+    `cached` tells how many tokens of a request's prompt it finds in its cache.
+    """
 
     def __init__(self, script: Script, fail_after: int | None = None) -> None:
         self.state = EngineState(phase="ready", detail="")
         self.streams: list[FakeStream] = []
         self.refusal: Exception | None = None
         self.script = script
+        self.cached: Callable[[AddRequest], int] = lambda _: 0
         self._fail_after = fail_after
         self._request_id = 0
 
@@ -139,7 +145,7 @@ class FakeEngine:
     def generate(self, request: AddRequest) -> TokenStream:
         if self.refusal is not None:
             raise self.refusal
-        stream = FakeStream(request, self.script(request), self._fail_after)
+        stream = FakeStream(request, self.script(request), self._fail_after, self.cached(request))
         self.streams.append(stream)
         return stream
 

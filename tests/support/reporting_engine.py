@@ -5,8 +5,8 @@ import msgspec
 from actors.stage.health import Phase, StageHealth, StageProgress
 from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages.engine import Counts, EngineMetrics, PipelineReport
-from api.messages.pipeline_view import StageRoster, StageView
+from api.messages.engine import Counts, EngineMetrics, PipelineReport, PrefixCounts
+from api.messages.pipeline_view import StageRoster, StageView, TierBytes
 from stages.plan import StageSpec
 from tests.support.api_server import endless_text
 from tests.support.engine_fakes import fake_health
@@ -18,13 +18,16 @@ SPECS = [
 ]
 COUNTS = Counts(waiting=2, running=5, steps_in_flight=2, free_slots=91, slots=96, free_blocks=70, blocks=100, tasks=0)
 
+PREFIX = PrefixCounts(blocks=1234, queries=2000, hits=1740, recomputed_tokens=50)
+
 
 def progress(stage: int, phase: Phase, done: int = 0) -> StageProgress:
     return StageProgress(stage=stage, host=f"host-{stage}", rows=[stage], phase=phase, layers_done=done, layers=4)
 
 
 def views(roster: StageRoster, *healths: StageHealth) -> list[StageView]:
-    return roster.views(healths, lambda stage: 0.25 * stage, kv_cache_blocks_used=30)
+    tiers = [TierBytes(stage << 20, stage << 30) for stage in range(len(SPECS))]
+    return roster.views(healths, lambda stage: 0.25 * stage, kv_cache_blocks_used=30, tiers=tiers)
 
 
 class ReportingEngine(FakeEngine):
@@ -36,6 +39,7 @@ class ReportingEngine(FakeEngine):
         self.pid = 4711
         self.stages = stages
         self.failure: EngineError | None = None
+        self.resets = 0
 
     async def metrics(self) -> EngineMetrics:
         raise EngineError("The engine did not answer within 5 s.")
@@ -43,7 +47,12 @@ class ReportingEngine(FakeEngine):
     async def report(self) -> PipelineReport:
         if self.failure is not None:
             raise self.failure
-        return PipelineReport(epoch=3, microbatches=4, counts=COUNTS, preemptions=6, stages=self.stages)
+        return PipelineReport(epoch=3, microbatches=4, counts=COUNTS, preemptions=6, stages=self.stages, prefix=PREFIX)
+
+    async def reset_prefix_cache(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.resets += 1
 
 
 def at_work() -> list[StageView]:

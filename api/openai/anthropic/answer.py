@@ -56,7 +56,11 @@ class OutputTokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnthropicUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts. Output tokens are all that were sampled, thoughts and the one that the answer stopped at too."""
+    """Token counts. Output tokens are all that were sampled, thoughts and the one that the answer stopped at too.
+
+    Input tokens are without those that were read from the cache. What the answer adds to the cache is not counted, as
+    nobody pays for it.
+    """
 
     input_tokens: int
     cache_creation_input_tokens: int = 0
@@ -68,7 +72,8 @@ class AnthropicUsage(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, usage: Usage, thinking_tokens: int) -> "AnthropicUsage":
         """The same counts under Anthropic's names."""
         return cls(
-            input_tokens=usage.prompt_tokens,
+            input_tokens=usage.prompt_tokens - usage.cached_tokens,
+            cache_read_input_tokens=usage.cached_tokens,
             output_tokens=usage.completion_tokens,
             output_tokens_details=OutputTokens(thinking_tokens=thinking_tokens),
         )

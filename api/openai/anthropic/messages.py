@@ -76,6 +76,7 @@ REFUSED: Refused = {
     "response_format": ((), "The format of an answer is called output_config.format here."),
     "prompt_logprobs": ((), "prompt_logprobs is not served here: ask /v1/chat/completions."),
     "return_token_ids": ((False,), "return_token_ids is not served here: ask /v1/chat/completions."),
+    "cache_salt": ((), "cache_salt is not served here: ask /v1/chat/completions."),
 }
 
 NAMES = {"response_format": "output_config", "reasoning_effort": "output_config", "thinking_token_budget": "thinking"}

@@ -43,7 +43,7 @@ Status = Literal["in_progress", "completed", "incomplete", "failed"]
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     """The input's tokens by where they came from."""
 
-    cached_tokens: int = 0
+    cached_tokens: int
     cache_write_tokens: int = 0
 
 
@@ -57,7 +57,7 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts. Output tokens are all that were sampled, thoughts and the one that the answer stopped at too."""
 
     input_tokens: int
-    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    input_tokens_details: InputTokensDetails
     output_tokens: int
     output_tokens_details: OutputTokensDetails
     total_tokens: int
@@ -67,6 +67,7 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
         """The same counts under the names of this route."""
         return cls(
             input_tokens=usage.prompt_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=usage.cached_tokens),
             output_tokens=usage.completion_tokens,
             output_tokens_details=OutputTokensDetails(reasoning_tokens=reasoning_tokens),
             total_tokens=usage.total_tokens,

@@ -93,6 +93,7 @@ def test_the_table_goes_out_once_where_there_is_no_terminal() -> None:
     shown = " ".join(result.stdout.split())
     assert shown.startswith("small: ready 5 requests running, 2 waiting, 6 preemptions; 2 of 4 microbatches in flight;")
     assert "5 of 96 slots, 30 of 100 KV blocks; epoch 3, engine pid 4711" in shown
+    assert "prefix cache: 1,234 blocks, 87% of prompt tokens found; 1.0 MiB in host memory, 1.0 GiB on disk" in shown
     assert "0 host-0 0 0-3 running, step 12 for 0.3 s 7 0% 0 3 MiB 1000" in shown
     assert "dead: its process died" in shown.replace(" 7 25% 0 - - ", " ")
     assert "/srv" not in shown
@@ -105,6 +106,10 @@ def test_json_is_the_servers_own() -> None:
     view = json.loads(result.stdout)
     assert (view["model"], view["phase"], view["engine"]["epoch"]) == ("small", "ready", 3)
     assert [stage["state"] for stage in view["stages"]] == ["running", "dead"]
+    assert [stage["host_tier_bytes"] for stage in view["stages"]] == [0, 1 << 20]
+    names = ("prefix_cache_blocks", "prefix_cache_queries", "prefix_cache_hits", "recomputed_tokens")
+    assert [view["engine"][name] for name in names] == [1234, 2000, 1740, 50]
+    assert (view["engine"]["host_tier_bytes"], view["engine"]["disk_tier_bytes"]) == (1 << 20, 1 << 30)
     assert msgspec.json.decode(result.stdout, type=PipelineView).stages[0].rows == [0]
 
 

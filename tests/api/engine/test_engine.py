@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -28,16 +29,25 @@ from api.messages.engine import (
     AbortRequest,
     AddRequest,
     Counts,
+    EngineMetrics,
     EngineState,
     FromEngine,
     GetCounts,
+    GetMetrics,
+    GetPipelineReport,
     Outputs,
+    PipelineReport,
+    PrefixCacheReset,
+    PrefixCounts,
     RequestOutput,
+    ResetPrefixCache,
     error_of,
     failed_state,
     loading_state,
 )
 from api.messages.framing import FRAME_BYTES_MAX, Framing
+from stages.kv.inventory import Inventory
+from stages.options import TierOptions
 from stages.step import SamplingParams
 from tests import ROOT
 from tests.support.engine_fakes import FakePipeline, engine_options, reference_answer
@@ -162,6 +172,84 @@ async def test_as_many_steps_as_microbatches_are_in_flight() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
         assert (await harness.counts()).steps_in_flight == len(pipeline.steps) == 3
+
+
+async def test_what_was_cached_is_found_until_it_is_reset() -> None:
+    options = engine_options()
+    async with running(FakePipeline(options.pipeline), options) as harness:
+        cached = []
+        for request_id in range(3):
+            if request_id == 2:
+                harness.engine.handle_message(ResetPrefixCache())
+                assert await harness.hear() == PrefixCacheReset()
+            # Prompts of other ids would be others.
+            added = msgspec.structs.replace(request(0, prompt=70, max_tokens=1), request_id=request_id)
+            harness.engine.handle_message(added)
+            [output] = (await harness.hear_answers(1))[request_id]
+            cached.append(output.cached_tokens)
+        harness.engine.handle_message(GetMetrics())
+        metrics = await harness.hear()
+    assert cached == [0, 64, 0]
+    assert isinstance(metrics, EngineMetrics)
+    assert metrics.prefix == PrefixCounts(blocks=2, queries=210, hits=64, recomputed_tokens=0)
+    assert [(stage.host_tier_bytes, stage.disk_tier_bytes) for stage in metrics.stages] == [(0, 0)] * 2
+
+
+class KeepingPipeline(FakePipeline):
+    """A pipeline whose second stage keeps bytes beside its device; the first does not say."""
+
+    async def inventories(self, versions: Sequence[int]) -> list[Inventory | None]:
+        kept = Inventory(version=1, is_whole=True, added=[b"key"], removed=[], host_bytes=300, disk_bytes=5000)
+        return [None, kept]
+
+
+async def test_what_stages_keep_beside_their_devices_is_in_metrics_and_reports() -> None:
+    options = engine_options()
+    async with running(KeepingPipeline(options.pipeline), options) as harness:
+        harness.engine.handle_message(GetMetrics())
+        metrics = await harness.hear()
+        harness.engine.handle_message(GetPipelineReport())
+        report = await harness.hear()
+    assert isinstance(metrics, EngineMetrics)
+    assert isinstance(report, PipelineReport)
+    for stages in (metrics.stages, report.stages):
+        assert [(stage.host_tier_bytes, stage.disk_tier_bytes) for stage in stages] == [(0, 0), (300, 5000)]
+
+
+def with_directory(options: EngineOptions, directory: Path) -> EngineOptions:
+    """The options with a tier on disk."""
+    tiers = TierOptions(host_bytes=0, disk_directory=str(directory), disk_bytes=1 << 20)
+    stage = msgspec.structs.replace(options.pipeline.stage, tiers=tiers)
+    return msgspec.structs.replace(options, pipeline=msgspec.structs.replace(options.pipeline, stage=stage))
+
+
+async def test_who_resets_is_told_where_the_disk_does_not_take_it(tmp_path: Path) -> None:
+    directory = tmp_path / "kv"
+    async with EngineClient.start(with_directory(engine_options(), directory)) as engine:
+        await engine.wait_ready(SECONDS)
+        before = (directory / "key").read_bytes()
+        await engine.reset_prefix_cache()
+        assert (directory / "key").read_bytes() != before
+        shutil.rmtree(directory)
+        with pytest.raises(EngineError, match="cannot be written") as refusal:
+            await engine.reset_prefix_cache()
+        assert str(directory) not in str(refusal.value.public)
+        assert engine.state.phase == "ready"
+
+
+async def test_a_reset_that_the_disk_does_not_take_holds_for_this_engine_and_ends_nothing(tmp_path: Path) -> None:
+    options = with_directory(engine_options(), tmp_path / "kv")
+    async with running(FakePipeline(options.pipeline), options) as harness:
+        harness.engine.handle_message(request(0, prompt=70, max_tokens=1))
+        await harness.hear_answers(1)
+        shutil.rmtree(tmp_path / "kv")
+        harness.engine.handle_message(ResetPrefixCache())
+        reset = await harness.hear()
+        assert isinstance(reset, PrefixCacheReset)
+        assert "cannot be written: No such file or directory" in reset.problem
+        harness.engine.handle_message(msgspec.structs.replace(request(0, prompt=70, max_tokens=1), request_id=1))
+        [output] = (await harness.hear_answers(1))[1]
+        assert output.cached_tokens == 0
 
 
 async def test_an_aborted_request_is_in_no_later_step() -> None:

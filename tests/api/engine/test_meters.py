@@ -11,8 +11,9 @@ from prometheus_client import Histogram as PrometheusHistogram
 
 from actors.errors import ProtocolError
 from api.engine.meters import NS, NS_PER_S, RECENT_SECONDS, BusyWindow, EngineMeters, StepRecord
-from api.messages.engine import Counts, EngineMetrics, FinishReason, RequestOutput
+from api.messages.engine import Counts, EngineMetrics, FinishReason, PrefixCounts, RequestOutput
 from api.messages.histogram import Histogram, one_two_five
+from api.messages.pipeline_view import TierBytes
 from api.scheduler.sequence import Tallies
 from stages.step import StageTiming, StepResult
 from tests.support.step_flows import EPOCH, Flow, flows, step_of
@@ -21,7 +22,9 @@ NO_COUNTS = Counts(waiting=0, running=0, steps_in_flight=0, free_slots=1, slots=
 
 
 def measured(meters: EngineMeters) -> EngineMetrics:
-    return meters.metrics(NO_COUNTS, Tallies(), [f"host-{stage}" for stage in range(len(meters.stages))])
+    hosts = [f"host-{stage}" for stage in range(len(meters.stages))]
+    tiers = [TierBytes(stage, 2 * stage) for stage in range(len(meters.stages))]
+    return meters.metrics(NO_COUNTS, Tallies(), PrefixCounts(), hosts, tiers)
 
 
 def run(flow: Flow, meters: EngineMeters, until: float = math.inf) -> int:
@@ -91,6 +94,15 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
     prefills = sum(record.step.mode == "prefill" for record, _, _ in flow.transfers)
     assert sum(metrics.steps["prefill"].counts) == prefills
     assert sum(metrics.stages[0].steps["prefill"].counts) == prefills
+
+
+def test_what_stages_keep_beside_their_devices_goes_with_their_times() -> None:
+    stages = measured(EngineMeters(3)).stages
+    assert [(stage.host, stage.host_tier_bytes, stage.disk_tier_bytes) for stage in stages] == [
+        ("host-0", 0, 0),
+        ("host-1", 1, 2),
+        ("host-2", 2, 4),
+    ]
 
 
 def shifted(timing: StageTiming, by_ns: int) -> StageTiming:

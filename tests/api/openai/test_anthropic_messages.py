@@ -171,6 +171,7 @@ def test_blocks_that_are_not_served_are_named(message: Any, words: str) -> None:
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format must have the type json_schema"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"n": 2}, "several requests"),
+        ({"cache_salt": "tenant"}, "cache_salt is not served here"),
         ({"stop_sequences": [""]}, "stop_sequences must be"),
     ],
 )

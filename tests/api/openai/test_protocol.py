@@ -71,6 +71,7 @@ def test_any_other_prompt_is_refused(prompt: object) -> None:
         ("response_format", [{"type": "text"}, {"type": "json_object"}, None], ["text"]),
         ("structured_outputs", [{"regex": "a*"}, None], ["a*"]),
         ("thinking_token_budget", [-1, 0, 5, None], [-2, "all"]),
+        ("cache_salt", ["a", "ö" * 1024, None], ["", "a" * 1025, 7, ["a"]]),
         ("return_token_ids", [True, False, None], ["perhaps"]),
         ("return_tokens_as_token_ids", [True, False, None], ["perhaps"]),
         ("spaces_between_special_tokens", [True, False, None], ["perhaps"]),

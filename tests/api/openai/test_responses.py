@@ -189,6 +189,7 @@ def test_fields_become_those_of_chat() -> None:
                 temperature=0.5,
                 seed=3,
                 stop=["x"],
+                cache_salt="tenant",
                 logit_bias={"7": -1},
                 store=True,
                 stream=True,
@@ -199,7 +200,7 @@ def test_fields_become_those_of_chat() -> None:
     )
     assert (chat.reasoning_effort, chat.logprobs, chat.top_logprobs, chat.stream) == ("low", True, 2, True)
     assert (chat.temperature, chat.seed, chat.stop, chat.logit_bias) == (0.5, 3, ["x"], {7: -1.0})
-    assert chat.parallel_tool_calls is False
+    assert (chat.parallel_tool_calls, chat.cache_salt) == (False, "tenant")
     function = {"name": "get_weather", "parameters": WEATHER, "strict": True}
     assert chat_tools([FUNCTION]) == [{"type": "function", "function": function}]
     assert chat_tool_choice({"type": "function", "name": "f"}) == {"type": "function", "function": {"name": "f"}}

@@ -62,6 +62,9 @@ async def test_a_narrower_scope_leaves_monitoring_open_as_vllm_does() -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as opened:
         for path in ("/v1/models", "/v1/completions", "/v1", "/v1/nowhere"):
             error_of(await opened.get(path), 401)
+        error_of(await opened.post("/reset_prefix_cache"), 401)
+        key = {"x-api-key": KEYS[0]}
+        assert (await opened.post("/reset_prefix_cache", headers=key)).status_code == 200
         for path in ("/metrics", "/pipeline", "/version", "/load", "/tokenizer_info", "/openapi.json"):
             assert (await opened.get(path)).status_code == 200
         paths = (await opened.get("/openapi.json")).json()["paths"]

@@ -118,10 +118,18 @@ async def test_a_message_in_one_answer() -> None:
             "prompt_tokens": len(prompt),
             "completion_tokens": count,
             "total_tokens": len(prompt) + count,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
     assert engine.streams[0].request.tokens == prompt
+
+
+async def test_a_salt_goes_to_the_engine() -> None:
+    engine = saying("Yes.")
+    await ask(engine, cache_salt="tenant")
+    assert engine.streams[0].request.cache_salt == "tenant"
+    assert (await refused(cache_salt=""))["param"] == "cache_salt"
 
 
 async def test_what_a_request_leaves_open_fills_the_model() -> None:
@@ -131,6 +139,15 @@ async def test_what_a_request_leaves_open_fills_the_model() -> None:
     assert request.max_tokens == SAMPLE.max_model_len - len(request.tokens)
     await ask(engine, max_tokens=7, max_completion_tokens=5)
     assert engine.streams[-1].request.max_tokens == 5
+
+
+async def test_usage_has_what_was_cached_of_the_prompt() -> None:
+    engine = saying("Good morning.", "Good morning.")
+    engine.cached = lambda request: len(request.tokens) - 2
+    answer = await ask(engine)
+    *_, last = await chunks(engine, stream_options={"include_usage": True})
+    assert answer["usage"] == last["usage"]
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": answer["usage"]["prompt_tokens"] - 2}
 
 
 async def test_a_stream_begins_with_the_role_and_gives_a_chunk_for_each_token() -> None:

@@ -22,6 +22,8 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.small_tokenizer import BOS_ID, EOS, EOS_ID, small_tokenizer
 from weights.errors import CheckpointError
 
+NOT_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+
 
 def text_of(count: int) -> str:
     return TOKENIZER.decode((TEXT_TOKENS * 20)[:count])
@@ -36,12 +38,19 @@ async def test_a_completion_in_one_answer() -> None:
         "object": "text_completion",
         "model": "small",
         "choices": [{"index": 0, "text": text_of(9), "logprobs": None, "finish_reason": "length", "stop_reason": None}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11, **NOT_CACHED},
     }
     [sent] = engine.streams
     assert sent.request.tokens == [BOS_ID, *TEXT_TOKENS[:1]]
     assert sent.request.stop_token_ids == [EOS_ID]
     assert sent.ended
+
+
+async def test_every_choice_of_a_request_has_its_salt() -> None:
+    engine = FakeEngine(endless_text)
+    await complete(engine, prompt=["a", "b"], n=2, cache_salt="tenant")
+    await complete(engine)
+    assert [made.request.cache_salt for made in engine.streams] == ["tenant"] * 4 + [""]
 
 
 async def test_what_a_request_leaves_open_is_vllms_default() -> None:
@@ -88,7 +97,7 @@ async def test_choices_are_numbered_prompt_by_prompt() -> None:
         (2, "bbb"),
         (3, "bbb"),
     ]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16, **NOT_CACHED}
 
 
 @pytest.mark.parametrize("prompt", [[7, 8], [[7, 8]]])
@@ -201,11 +210,24 @@ async def test_whole_characters_before_an_unfinished_one_are_not_lost() -> None:
     assert answer["choices"][0]["text"] == "helloa"
 
 
+async def test_cached_tokens_of_a_prompt_count_once_as_its_first_choice_found_them() -> None:
+    engine = FakeEngine(endless_text)
+    engine.cached = lambda request: len(request.tokens) - 1 - request.sampling.choice
+    fields: dict[str, Any] = {"prompt": [[1] * 5, [2] * 8], "n": 2, "max_tokens": 3}
+    answer = await complete(engine, **fields)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = await stream(engine, stream_options=options, **fields)
+    found = [(chunk["choices"][0]["index"], chunk["usage"]["prompt_tokens_details"]) for chunk in chunks]
+    assert sorted({(index, details["cached_tokens"]) for index, details in found}) == [(0, 4), (1, 3), (2, 7), (3, 6)]
+    for usage in (answer["usage"], last["usage"]):
+        assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (13, {"cached_tokens": 11})
+
+
 async def test_usage_comes_in_a_chunk_of_its_own() -> None:
     engine = FakeEngine(endless_text)
     *chunks, last = await stream(engine, n=2, max_tokens=3, stream_options={"include_usage": True})
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8, **NOT_CACHED}
     assert [chunk["usage"] for chunk in chunks] == [None] * 6
 
 
@@ -432,6 +454,7 @@ async def test_every_request_ends_in_one_line_of_the_log() -> None:
         "id": "cmpl-mine",
         "engine_requests": "1-6",
         "prompt_tokens": 4,
+        "cached_tokens": 0,
         "completion_tokens": 12,
         "finish_reasons": {"stop": 6},
     }

@@ -67,6 +67,23 @@ async def test_a_stream_says_what_one_answer_says() -> None:
     assert [block["type"] for block in whole["content"]] == ["thinking", "text", "tool_use"]
 
 
+async def test_input_tokens_are_without_those_that_were_cached() -> None:
+    engine = FakeEngine(says("Hello!"))
+    prompt = (await post(engine)).json()["usage"]["input_tokens"]
+    engine.cached = lambda request: len(request.tokens) - 2
+    whole = (await post(engine)).json()["usage"]
+    events = named_events((await post(engine, stream=True)).text)
+    assert (whole["input_tokens"], whole["cache_read_input_tokens"], whole["cache_creation_input_tokens"]) == (
+        2,
+        prompt - 2,
+        0,
+    )
+    assert read_message(events)["usage"] == whole
+    # Nothing is known of the cache before the first token; together they are the prompt's in both events.
+    first = events[0][1]["message"]["usage"]
+    assert (first["input_tokens"], first["cache_read_input_tokens"]) == (prompt, 0)
+
+
 async def test_a_stop_sequence_ends_the_answer() -> None:
     answer = (await post(FakeEngine(says("Hello, END of it")), stop_sequences=["END"])).json()
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "END")

@@ -16,14 +16,18 @@ from fastapi import FastAPI
 from api.client.engine_client import EngineClient
 from api.client.request_metrics import CompletionMetrics
 from api.errors import EngineError
-from api.messages.engine import AddRequest
+from api.messages.engine import AddRequest, failed_state
 from api.messages.pipeline_view import PipelineView
 from api.server.access import RequestWatch
+from api.server.app import create_app
 from api.server.metrics import FrontMetrics
 from api.server.monitoring import add_monitoring_routes
 from stages.step import SamplingParams
 from tests import ROOT
+from tests.support.api_client import error_of
+from tests.support.api_server import MODEL as SMALL
 from tests.support.engine_fakes import HOP_NS, QUEUE_NS, STEP_NS, engine_options
+from tests.support.reporting_engine import ReportingEngine, at_work
 from tests.support.scrape import MODEL, Scrape
 
 SECONDS = 20.0
@@ -126,7 +130,8 @@ async def test_a_scrape_tells_what_was_served() -> None:
     assert scrape.model("vllm:request_time_per_output_token_seconds_count") == 20
     assert scrape.model("vllm:request_params_max_tokens_count") == 21
     assert scrape.model("vllm:iteration_tokens_total_sum") == scrape.model("vllm:prompt_tokens_total") + 80
-    assert scrape.model("vllm:prefix_cache_queries_total") == scrape.model("vllm:prefix_cache_hits_total") == 0
+    assert scrape.model("vllm:prefix_cache_queries_total") == scrape.model("vllm:prompt_tokens_total")
+    assert scrape.model("vllm:prefix_cache_hits_total") == scrape.model("galaxyline:recomputed_tokens_total") == 0
     assert scrape.of("galaxyline:steps_in_flight", engine="0") == 0 == counts.steps_in_flight
     assert scrape.of("process_resident_memory_bytes") > 1 << 20
     assert scrape.of("galaxyline_engine_process_resident_memory_bytes", engine="0") > 1 << 20
@@ -156,6 +161,29 @@ async def test_a_scrape_tells_what_every_stage_did() -> None:
     in_flight = sum(scrape.of("galaxyline:step_seconds_sum", engine="0", mode=mode) for mode in steps)
     bubbles = scrape.of("galaxyline:stage_bubble_seconds_total", engine="0", stage="0", host="fake-host")
     assert bubbles + 4 * STEP_NS * 1e-9 == pytest.approx(in_flight)
+
+
+async def test_what_is_cached_is_shown_and_can_be_reset() -> None:
+    async with monitored() as around:
+        await around.engine.wait_ready(SECONDS)
+        for _ in range(2):
+            await answer(around.engine, request(around.engine, prompt=70, max_tokens=1))
+        scrape, view = await around.scrape(), await around.pipeline()
+        reset = await around.client.post("/reset_prefix_cache")
+        after = await around.scrape()
+        await answer(around.engine, request(around.engine, prompt=70, max_tokens=1))
+        last = await around.scrape()
+    assert (reset.status_code, reset.content) == (200, b"")
+    assert scrape.model("vllm:prefix_cache_queries_total") == 140
+    assert scrape.model("vllm:prefix_cache_hits_total") == last.model("vllm:prefix_cache_hits_total") == 64
+    assert [one.model("galaxyline:prefix_cache_blocks") for one in (scrape, after, last)] == [2, 0, 2]
+    assert view.engine is not None
+    figures = (view.engine.prefix_cache_blocks, view.engine.prefix_cache_queries, view.engine.prefix_cache_hits)
+    assert figures == (2, 140, 64)
+    for stage in ("0", "1"):
+        place = {"engine": "0", "stage": stage, "host": "fake-host"}
+        assert scrape.of("galaxyline:stage_host_tier_bytes", **place) == 0
+        assert scrape.of("galaxyline:stage_disk_tier_bytes", **place) == 0
 
 
 async def test_requests_that_run_wait_and_leave_are_counted() -> None:
@@ -189,6 +217,8 @@ async def test_metrics_have_the_types_and_bounds_of_vllm() -> None:
     assert scrape.of("http_request_duration_seconds_sum", method="POST", handler="/v1/completions") == 0.2
     histograms = ("request_params_n", "iteration_tokens_total", "request_time_per_output_token_seconds")
     assert {scrape.families[f"vllm:{name}"].type for name in histograms} == {"histogram"}
+    assert scrape.families["galaxyline:recomputed_tokens"].type == "counter"
+    assert scrape.families["galaxyline:prefix_cache_blocks"].type == "gauge"
     counters = ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_hits")
     assert {scrape.families[f"vllm:{name}"].type for name in counters} == {"counter"}
     gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -283,3 +313,32 @@ async def test_a_pipeline_that_could_not_start_says_why() -> None:
     async with monitored("start_refused") as around:
         view = await until(around.pipeline, lambda seen: seen.phase != "loading")
     assert (view.phase, view.detail) == ("failed", "2 stages need 2 rows, the cluster has 1.")
+
+
+@asynccontextmanager
+async def in_front_of(*engines: ReportingEngine) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(SMALL, engines[0])
+    add_monitoring_routes(app, SMALL.name, engines)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://monitored") as client:
+        yield client
+
+
+async def test_a_reset_reaches_all_replicas_that_work_also_where_one_does_not_take_it() -> None:
+    sound, failed, silent, last = (ReportingEngine(at_work()) for _ in range(4))
+    failed.state = failed_state(EngineError("The engine is gone."))
+    failed.failure = EngineError("The engine is gone.")
+    async with in_front_of(sound, failed, last) as client:
+        assert (await client.post("/reset_prefix_cache")).status_code == 200
+    silent.failure = EngineError.for_clients("The engine did not answer within 5 s.")
+    async with in_front_of(sound, silent, last) as client:
+        error = error_of(await client.post("/reset_prefix_cache"), 503)
+    assert error["message"] == "The engine did not answer within 5 s."
+    assert [engine.resets for engine in (sound, failed, silent, last)] == [2, 0, 0, 2]
+
+
+async def test_where_no_engine_works_nothing_can_be_reset() -> None:
+    failed = ReportingEngine(at_work())
+    failed.state = failed_state(EngineError.for_clients("The engine is gone."))
+    async with in_front_of(failed) as client:
+        assert "The engine is gone." in error_of(await client.post("/reset_prefix_cache"), 503)["message"]
+        error_of(await client.get("/reset_prefix_cache"), 405)

@@ -66,6 +66,16 @@ async def test_a_stream_says_what_one_answer_says() -> None:
     assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
 
 
+async def test_usage_has_what_was_cached_of_the_input() -> None:
+    engine = FakeEngine(says("Hello!"))
+    engine.cached = lambda request: len(request.tokens) - 2
+    whole = (await post(engine)).json()
+    streamed = read_response(named_events((await post(engine, stream=True)).text))
+    assert whole["usage"] == streamed["usage"]
+    cached = whole["usage"]["input_tokens"] - 2
+    assert whole["usage"]["input_tokens_details"] == {"cached_tokens": cached, "cache_write_tokens": 0}
+
+
 async def test_log_probabilities_are_those_of_the_text_alone() -> None:
     fields = {"reasoning": {"effort": "high"}, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
     answer = (await post(FakeEngine(says("hm</think>Hello <x")), **fields)).json()
