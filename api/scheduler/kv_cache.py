@@ -104,7 +104,7 @@ class KVCache:
         return not awaited.isdisjoint(self._wanted(sequence))
 
     def admit(self, sequence: Sequence) -> Run | None:
-        """Gives a request a slot and blocks; None where there is no room.
+        """Gives a request a slot and blocks; None without room for it.
 
         The first `cached` blocks hold its first tokens; `loads` of them have to be brought first.
         """

@@ -320,7 +320,7 @@ class Scheduler:
         sequence.stays += 1
         if sequence.stays == 1:
             sequence.cached_tokens = run.issued
-            tallies.prefix_queries += run.prefill_end
+            tallies.prefix_queries += run.prefill_end if self._options.schedule.enable_prefix_caching else 0
             tallies.prefix_hits += run.issued
         else:
             tallies.recomputed_tokens += run.prefill_end - run.issued
