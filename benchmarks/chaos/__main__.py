@@ -18,6 +18,7 @@ import uvloop
 from rich.table import Table
 
 from benchmarks.chaos.chats import conversations, questions_of_other_routes
+from benchmarks.chaos.damage import excess
 from benchmarks.chaos.faults import KINDS, FaultRow, Faults
 from benchmarks.chaos.findings import Findings, Run, losses_of, recoveries_in, speeds_of
 from benchmarks.chaos.leaks import Holdings, Memory, settled
@@ -70,14 +71,16 @@ async def work(run: Run, server: ChaosServer, findings: Findings) -> Holdings:
 def measure(run: Run, directory: Path) -> Findings:
     """Makes one run; returns its findings up to a failure, if there is one."""
     findings = Findings()
+    memories: list[Path] = []
     try:
         with chaos_server(directory, stages=run.stages, clients=run.clients) as server:
             holdings = uvloop.run(work(run, server, findings))
-            findings.leaks = settled(server, holdings)
+            findings.leaks = settled(server, holdings) | excess(server)
+            memories = server.memories()
     except (ServerError, ClientError) as error:
         findings.failure = str(error)
     findings.server_recoveries = recoveries_in(directory / "server.log")
-    left = sorted(str(path.relative_to(directory)) for path in directory.glob("galaxyline-*"))
+    left = sorted(str(path) for path in [*directory.glob("galaxyline-*"), *memories] if path.exists())
     if left:
         findings.leaks |= dict.fromkeys(left, 1)
     return findings

@@ -11,15 +11,19 @@ from typing import Literal, get_args
 import httpx
 import msgspec
 
+from benchmarks.chaos.damage import damage
 from benchmarks.chaos.load import Load
 from benchmarks.chaos.server import ChaosServer, PipelineState
 from benchmarks.chaos.stage import give_order, is_obeyed, withdraw
 from benchmarks.support.server_process import ServerError
 
-Kind = Literal["kill", "stop", "hiccup", "cut", "raise", "hang", "kill two", "kill in recovery", "stop in recovery"]
+Kind = Literal[
+    "kill", "stop", "hiccup", "cut", "raise", "hang", "damage", "kill two", "kill in recovery", "stop in recovery"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BAG: tuple[Kind, ...] = (*KINDS, "kill", "cut", "raise")
-"""The kinds that faults are drawn from; faults of a single stage are more frequent."""
+"""The kinds that faults are drawn from; faults of a single stage are more frequent. Before a "damage" kills a stage, what
+is kept of the KV cache is damaged everywhere."""
 
 ORDER_SECONDS = 15.0
 """The most seconds until a stage gets a step, before which it reads its order."""
@@ -85,6 +89,8 @@ class Faults:
     async def _do(self, kind: Kind, before: PipelineState, victims: list[int]) -> bool:
         """Causes a fault; returns whether a second stage was hurt."""
         pid, other = (before.pids[victim] for victim in victims)
+        if kind == "damage":
+            damage(self._server, self._draw)
         if kind in {"cut", "raise", "hang"}:
             await self._order(victims[0], kind)
             return False
@@ -95,7 +101,7 @@ class Faults:
             await self._in_recovery(before, pid, signal.SIGKILL)
         elif kind == "stop in recovery":
             await self._in_recovery(before, pid, signal.SIGSTOP)
-        return kind not in {"kill", "stop"}
+        return kind not in {"kill", "stop", "damage"}
 
     async def _order(self, stage: int, order: str) -> None:
         file = give_order(self._server.directory, stage, order)

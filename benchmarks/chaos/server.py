@@ -15,6 +15,7 @@ import psutil
 import uvloop
 
 from actors.log import LEVEL_VARIABLE, configure_logging
+from actors.run_directory import MEMORY
 from api.engine.options import EngineOptions
 from api.server.serve import serve
 from api.settings.engine import EngineSettings
@@ -27,6 +28,9 @@ from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
 STEP_TIMEOUT_S = 10.0
 """Seconds until a device that hangs just after a recovery is detected, as the duration of steps is not known yet."""
+KV_DIRECTORY = "kv"
+KV_BYTES = 8 << 20
+"""What each tier may hold: less than comes, so that blocks are given up too."""
 ANSWER_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
@@ -75,6 +79,19 @@ class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
     def processes(self) -> list[psutil.Process]:
         """All processes of the server, the front end first."""
         return [self.process, *self.process.children(recursive=True)]
+
+    def host_tier_files(self) -> list[Path]:
+        """The files in which stages keep blocks in memory."""
+        return [file for memory in self.memories() for file in memory.glob("*.kv.*")]
+
+    def disk_tier_files(self) -> list[Path]:
+        """The files in which stages keep blocks on disk."""
+        return list((self.directory / KV_DIRECTORY).glob("*.kv.*"))
+
+    def memories(self) -> list[Path]:
+        """The directories of the server in memory."""
+        names = [f"{directory.name}.kv" for directory in self.directory.glob("galaxyline-*")]
+        return [MEMORY / name for name in names if (MEMORY / name).exists()]
 
     def stage_pids(self) -> list[int]:
         """The process ids of all stages, including those that are starting or ending."""
@@ -158,6 +175,9 @@ def main(directory: Path, stages: int, clients: int, port: int) -> None:
         dtype="float32",
         step_timeout_s=STEP_TIMEOUT_S,
         directory=directory,
+        kv_host_memory=str(KV_BYTES),
+        kv_dir=directory / KV_DIRECTORY,
+        kv_disk=str(KV_BYTES),
     )
     source = resolve_model(None, {})
     settings = ServeSettings(engine=engine, source=source, host="127.0.0.1", port=port, shutdown_timeout_s=5.0)

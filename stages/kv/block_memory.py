@@ -1,5 +1,6 @@
 """The bytes of blocks in the caches of a stage's layers, read from the mesh and written to it."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -62,7 +63,10 @@ class BlockMemory:
         options, layers = self._options, len(self._caches)
         count = BLOCKS_AT_ONCE if PADDED_USERS_PER_ROW else max(len(blocks) for blocks in by_pool.values())
         pages = torch.full((options.pools, count), options.blocks, dtype=torch.int32)
-        values = torch.zeros(layers, options.pools, 1, count * options.block_size, self._width, dtype=self._dtype)
+        shape = (layers, options.pools, 1, count * options.block_size, self._width)
+        # torch.zeros would wake up all of torch's threads.
+        zeros = bytearray(math.prod(shape) * self._dtype.itemsize)
+        values = torch.frombuffer(zeros, dtype=self._dtype).view(shape)
         for pool, blocks in by_pool.items():
             for index, (_, block, record) in enumerate(blocks):
                 pages[pool, index] = block
