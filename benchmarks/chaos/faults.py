@@ -22,8 +22,9 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BAG: tuple[Kind, ...] = (*KINDS, "kill", "cut", "raise")
-"""The kinds that faults are drawn from; faults of a single stage are more frequent. Before a "damage" kills a stage, what
-is kept of the KV cache is damaged everywhere."""
+"""The kinds that faults are drawn from; faults of a single stage are more frequent.
+
+Before a "damage" kills a stage, all that is kept of the KV cache beside the devices is damaged."""
 
 ORDER_SECONDS = 15.0
 """The most seconds until a stage gets a step, before which it reads its order."""
