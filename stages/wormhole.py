@@ -53,6 +53,9 @@ LINK_BYTES_PER_S = 12.5e9
 LINKS = 4
 """Links between neighbouring chips of a Galaxy (the mesh graph descriptor above: `channels { count: 4 }`)."""
 
+HOST_BYTES_PER_S = 8e9
+"""What a host is assumed to write to its chips each second: a quarter of PCIe 4.0 x16's 31.5 GB/s. Not measured."""
+
 HOP_S = 874e-9
 """The latency from chip to chip on the 2D fabric (CCL_bandwidth.md)."""
 

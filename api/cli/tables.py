@@ -102,6 +102,7 @@ def plan_text(plan: Plan) -> Group:
         Text(f"Speed, {PREDICTED}; milliseconds of a step, by what they go to:"),
         _time_table(plan),
         *(Text(line) for line in _speed(plan)),
+        *(Text(line) for line in _tiers(plan)),
     )
 
 
@@ -172,6 +173,22 @@ def _speed(plan: Plan) -> Iterator[str]:
     steps = "replayed from traces" if options.traced else "launched op by op"
     experts = "all experts of a chip run" if options.expert_kernel == "all" else "only chosen experts run"
     yield f"Decode steps are {steps}; {experts}; sampling and other work of the hosts is not in it."
+
+
+def _tiers(plan: Plan) -> Iterator[str]:
+    tiers, context = plan.tiers, plan.options.context
+    held = {"chips": tiers.device_tokens, "hosts": tiers.host_tokens, "disks": tiers.disk_tokens}
+    parts = [
+        f"{where} {tokens:,} tokens ({tokens // context:,} conversations)" for where, tokens in held.items() if tokens
+    ]
+    yield f"KV cache of conversations of {context} tokens: {', '.join(parts)}."
+    yield (
+        f"{tiers.hit_ttft_s:.2f} s to the first token where that prompt is cached but for its last block ({PREDICTED})"
+    )
+    yield (
+        f"{tiers.recovery_s:.1f} s from the replacement of a lost stage until all {plan.prediction.users} requests go "
+        f"on, {tiers.recompute_s:.1f} s where no copy of the KV cache is kept ({PREDICTED})"
+    )
 
 
 def _layers(memory: StageMemory) -> str:

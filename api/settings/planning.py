@@ -15,10 +15,12 @@ from api.settings.engine import DEFAULT_PREFILL_CHUNK, EngineSettings, LengthOpt
 from api.settings.model import SplitOptions
 from api.settings.option import again
 from api.settings.paths import write_file
+from api.settings.tiers import KVOptions, size_of
 from api.text.model_source import check_model_files, resolve_config
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import Deployment
 from stages.capacity.fit import Prediction, PredictionOptions, Shape, check_fits, choose, predict
+from stages.capacity.kv_tiers import TierPrediction, TierSizes, predict_tiers
 from stages.capacity.step_time import ExpertKernel
 from stages.options import TRACE_REGION_BYTES
 from stages.tensor_dtypes import WeightDtypes
@@ -28,6 +30,8 @@ from weights.sizes import counted
 
 DEFAULT_MAX_MODEL_LEN = 4096
 DEFAULT_PROMPT_TOKENS = 1024
+DEFAULT_HOST_MEMORY = "32G"
+"""What `serve` takes by default of a host with 640 GB."""
 
 PREDICTED = "predicted, not measured"
 
@@ -99,6 +103,10 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "all"
     dtypes: WeightDtypes = WeightDtypes()
+    kv_host_memory: Annotated[
+        str, again(KVOptions, "kv_host_memory", "Memory of each Galaxy's host for copies of the KV cache.")
+    ] = DEFAULT_HOST_MEMORY
+    kv_disk: Annotated[str, again(KVOptions, "kv_disk", "Disk of each Galaxy's host for more of them.")] = "0"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +118,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     assumptions: list[str]
     memory: list[StageMemory]
     prediction: Prediction
+    tiers: TierPrediction
 
 
 def known_config(model: str | None, environment: Mapping[str, str]) -> tuple[str, ModelConfig]:
@@ -137,15 +146,21 @@ def make_plan(name: str, config: ModelConfig, settings: PlanSettings) -> Plan:
     for flag, tokens in (("--context", options.context), ("--prompt", options.prompt_tokens)):
         if tokens > max_model_len:
             raise OptionError(f"{flag} {tokens} is more than the {max_model_len} tokens of --max-model-len.")
+    sizes = TierSizes(
+        host_bytes=size_of("--kv-host-memory", settings.kv_host_memory),
+        disk_bytes=size_of("--kv-disk", settings.kv_disk),
+    )
     choice = choose(config, _shape(settings), _base(settings, max_model_len), options)
     deployment = choice.deployment
+    prediction = predict(config, deployment, options)
     return Plan(
         model=name,
         deployment=deployment,
         options=options,
         assumptions=[*choice.assumptions, *_assumptions(settings, deployment, options)],
         memory=check_fits(config, deployment),
-        prediction=predict(config, deployment, options),
+        prediction=prediction,
+        tiers=predict_tiers(config, deployment, options, prediction, sizes),
     )
 
 
@@ -169,6 +184,7 @@ def write_plan(path: Path, plan: Plan) -> None:
             "tokens_per_s_per_user": plan.prediction.tokens_per_s_per_user,
             "tokens_per_s": plan.prediction.tokens_per_s,
         },
+        "kv_tiers": {"kind": PREDICTED, **msgspec.to_builtins(plan.tiers)},
     }
     write_file(path, "--json", json.dumps(content, indent=2) + "\n")
 

@@ -39,13 +39,14 @@ class KVOptions(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises OptionError for what is not a size.
         """
-        memory = None if self.kv_host_memory is None else _size("--kv-host-memory", self.kv_host_memory) // sharers
-        disk = 0 if self.kv_dir is None else _size("--kv-disk", self.kv_disk) // sharers
+        memory = None if self.kv_host_memory is None else size_of("--kv-host-memory", self.kv_host_memory) // sharers
+        disk = 0 if self.kv_dir is None else size_of("--kv-disk", self.kv_disk) // sharers
         directory = "" if self.kv_dir is None else str(self.kv_dir.expanduser().absolute())
         return TierOptions(host_bytes=memory, disk_directory=directory, disk_bytes=disk)
 
 
-def _size(flag: str, text: str) -> int:
+def size_of(flag: str, text: str) -> int:
+    """The bytes that an option gives in words. Raises OptionError for what is not a size."""
     try:
         return parse_size(text)
     except ValueError as error:

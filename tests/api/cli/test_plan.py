@@ -75,7 +75,7 @@ def test_a_name_that_is_not_known_is_told_those_that_are(given: str, told: str, 
 def test_what_is_predicted_is_called_so() -> None:
     text = printed("r1", "--rows", "8")
     speeds = [line for line in text.splitlines() if "t/s/u" in line or "first token" in line]
-    assert len(speeds) == 2
+    assert len(speeds) == 3
     assert all(line.endswith("(predicted, not measured)") for line in speeds)
     assert "Speed, predicted, not measured" in text
 
