@@ -7,7 +7,7 @@ import click
 import uvloop
 from rich.table import Table
 
-from benchmarks.prefix.sharing import BLOCK, SHORT, Load, PrefixRow, measure_sharing
+from benchmarks.prefix.sharing import BLOCK, SHORT, WITHOUT, Load, PrefixRow, measure_sharing, served
 from benchmarks.prefix.tiers import measure_recovery, measure_tiers
 from benchmarks.support.machine import Machine
 from benchmarks.support.options import benchmark_command
@@ -20,12 +20,12 @@ TIER_MAX = 1 / 3
 PAUSE_MAX = 1 / 3
 
 
-def measure(load: Load, beside: str | None) -> list[PrefixRow]:
+async def measure(load: Load, beside: str | None) -> list[PrefixRow]:
     """Measures all cases, one after the other."""
-    rows = uvloop.run(measure_sharing(load, beside))
-    rows += uvloop.run(measure_tiers(load))
-    rows.append(uvloop.run(measure_recovery(load)))
-    return rows
+    async with served(*WITHOUT) as without:
+        rows = await measure_sharing(without, load, beside)
+        rows += await measure_tiers(without, load)
+    return [*rows, await measure_recovery(load)]
 
 
 def targets_of(rows: Sequence[PrefixRow]) -> list[Target]:
@@ -63,7 +63,7 @@ def _table(rows: Sequence[PrefixRow]) -> Table:
 def main(short: bool, device: Device, out: Path, beside: str | None) -> None:
     """Measure what is saved by blocks that are found, on the embedded device, whichever is named."""
     machine = Machine.here()
-    rows = measure(SHORT if short else Load(), beside)
+    rows = uvloop.run(measure(SHORT if short else Load(), beside))
     report = Report(
         benchmark="prefix", device=device, short=short, machine=machine, rows=rows, targets=targets_of(rows)
     )

@@ -21,15 +21,23 @@ BLOCK = 32
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is measured: turns of a conversation, users, tokens of the system prompt, rounds of all of it."""
+    """How much is measured: turns of a conversation, users, tokens of the system prompt, rounds of all of it.
+
+    `device_blocks` are those of a device whose working set is twice as large, kept in each of `tiers`.
+    """
 
     turns: int = 10
     users: int = USERS
     system_tokens: int = SYSTEM_TOKENS
     rounds: int = 3
+    device_blocks: int = 256
+    tiers: tuple[str, ...] = ("host", "disk")
 
 
-SHORT = Load(turns=3, users=4, system_tokens=128, rounds=1)
+SHORT = Load(turns=3, users=4, system_tokens=128, rounds=1, device_blocks=64, tiers=("host",))
+
+WITHOUT = ("--no-enable-prefix-caching", "--kv-host-memory", "0")
+"""Options of a server that computes everything."""
 
 
 class PrefixRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,9 +133,9 @@ async def strangers(asker: Asker, load: Load, seed: str) -> float:
     return sum(len(prompt) + 48 for prompt in prompts) / (time.monotonic() - began)
 
 
-async def measure_sharing(load: Load, beside: str | None) -> list[PrefixRow]:
-    """Measures all cases on two servers in turn, one without the cache; and on a third that is running, if any."""
-    async with served() as asker, served("--no-enable-prefix-caching", "--kv-host-memory", "0") as without:
+async def measure_sharing(without: Asker, load: Load, beside: str | None) -> list[PrefixRow]:
+    """Measures all cases in turn with a server that computes everything, and one that is running, if any."""
+    async with served() as asker:
         rows = [
             await _shared("conversation of turns", conversation, asker, without, load),
             await _shared(f"{load.users} users behind one system prompt", crowd, asker, without, load),

@@ -9,17 +9,15 @@ import time
 import psutil
 
 from benchmarks.prefix.asking import Asker, made_up
-from benchmarks.prefix.sharing import STAGES, Load, PrefixRow, serve_command, served
+from benchmarks.prefix.sharing import BLOCK, STAGES, Load, PrefixRow, serve_command, served
 from benchmarks.support.ports import free_port
 from benchmarks.support.server_process import running_server
 from benchmarks.support.spread import Spread, ratios
+from weights.sizes import ceil_div
 
-BLOCKS = 256
-"""Blocks of the device: eight thousand tokens."""
-
-PROMPT_TOKENS = 1500
-PROMPTS = 11
-"""So many prompts take twice the device's blocks: those that come round again have always left it."""
+PROMPT_BLOCKS = 47
+PROMPT_TOKENS = PROMPT_BLOCKS * BLOCK - 4
+"""The tokens of a prompt of the working set, some 1500."""
 
 ANSWER_TOKENS = 300
 """More than come while all prompts are computed again."""
@@ -28,21 +26,21 @@ SETTLE_SECONDS = 3.0
 """The stages report what they keep twice a second, and write it to the disk behind their steps."""
 
 
-async def measure_tiers(load: Load) -> list[PrefixRow]:
-    """Asks for a working set again and again, kept on the host and on the disk, and by computing it."""
-    blocks = ("--num-blocks", str(BLOCKS), "--max-num-seqs", "6")
+async def measure_tiers(without: Asker, load: Load) -> list[PrefixRow]:
+    """Asks for a working set again and again that is kept on the host or on the disk, and by computing it."""
+    blocks = ("--num-blocks", str(load.device_blocks), "--max-num-seqs", "6")
     rows = []
     with tempfile.TemporaryDirectory(prefix="galaxyline-bench-") as directory:
-        tiers = {"host": ("--kv-host-memory", "1G"), "disk": ("--kv-host-memory", "0", "--kv-dir", directory)}
-        for name, options in tiers.items():
-            off = ("--no-enable-prefix-caching", "--kv-host-memory", "0")
-            async with served(*blocks, *options) as asker, served(*blocks, *off) as without:
+        options = {"host": ("--kv-host-memory", "1G"), "disk": ("--kv-host-memory", "0", "--kv-dir", directory)}
+        for name in load.tiers:
+            async with served(*blocks, *options[name]) as asker:
                 rows.append(await _working_set(name, asker, without, load))
     return rows
 
 
 async def _working_set(name: str, asker: Asker, without: Asker, load: Load) -> PrefixRow:
-    prompts = [made_up(f"{name} {number}", PROMPT_TOKENS) for number in range(PROMPTS)]
+    count = ceil_div(2 * load.device_blocks, PROMPT_BLOCKS)
+    prompts = [made_up(f"{name} {number}", PROMPT_TOKENS) for number in range(count)]
     for server in (asker, without):
         await _seconds(server, prompts)
     await asyncio.sleep(SETTLE_SECONDS)
@@ -52,15 +50,14 @@ async def _working_set(name: str, asker: Asker, without: Asker, load: Load) -> P
         cached.append(await _seconds(asker, prompts))
         computed.append(await _seconds(without, prompts))
     counted = (await asker.counters()).since(before)
-    block = PROMPT_TOKENS - PROMPT_TOKENS % 32
     return PrefixRow(
         case=f"twice the device's blocks, from {name}",
         unit="ms to the first token",
-        cached=Spread.of(cached).scaled(1e3 / PROMPTS),
-        computed=Spread.of(computed).scaled(1e3 / PROMPTS),
+        cached=Spread.of(cached).scaled(1e3 / count),
+        computed=Spread.of(computed).scaled(1e3 / count),
         times=ratios(cached, computed),
         hit_rate=counted.hit_rate,
-        ideal=block / PROMPT_TOKENS,
+        ideal=(PROMPT_BLOCKS - 1) * BLOCK / PROMPT_TOKENS,
     )
 
 

@@ -32,6 +32,7 @@ ROW_NAMES: dict[str, dict[str, type]] = {
     "loading": {"checkpoint": str, "bytes": int},
     "replicas": {"replicas": int, "streams": int},
     "grammars": {"case": str},
+    "prefix": {"case": str, "unit": str, "hit_rate": float, "ideal": float, "recomputed": float},
 }
 FIGURES = {
     "hop": ["floor_us", "event_loop_us", "framing_us", "bare_us", "whole_us", "bare_ratio", "whole_ratio"],
@@ -40,6 +41,7 @@ FIGURES = {
     "trace": ["plain_ms", "replayed_ms", "faster"],
     "replicas": ["tokens_per_s", "times_one"],
     "grammars": ["tokens_per_s", "times_free"],
+    "prefix": ["cached", "computed", "times"],
     "loading": ["converted_s", "cached_s", "ratio", "converted_disk_mb", "cached_disk_mb"],
 }
 
