@@ -120,9 +120,10 @@ class DamagedFileMachine(RecordFileMachine):
         garbage=st.binary(min_size=1, max_size=40) | st.integers(1, 60).map(lambda count: b"\xff" * count),
     )
     def damage(self, at: int, garbage: bytes) -> None:
+        size = file_bytes(RECORD, self.records)
         with self.path.open("r+b") as file:
-            file.seek(at)
-            file.write(garbage[: file_bytes(RECORD, self.records) - at])
+            file.seek(at % size)
+            file.write(garbage[: size - at % size])
         self.is_damaged = True
 
     @rule(size=st.integers(0, file_bytes(RECORD, RECORDS)))
