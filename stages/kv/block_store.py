@@ -4,6 +4,7 @@ from stages.kv.block_memory import BlockBytes, BlockMemory
 from stages.kv.page_tables import PageTables
 from stages.kv.tiers import Tiers
 from stages.step import BlockLoad, Step
+from weights.sizes import ceil_div
 
 
 class BlockStore:
@@ -26,9 +27,13 @@ class BlockStore:
             for key in forgotten:
                 self._tiers.forget(key)
             self._keys = {place: key for place, key in self._keys.items() if key not in forgotten}
+        size = self._tables.options.block_size
         for segment in step.segments:
             pool = self._tables.options.pool_of(segment.slot)
-            for block in segment.new_blocks:
+            end = segment.start + len(segment.tokens)
+            # A slot may also go back, and write other tokens to a block that was full.
+            written = self._tables.blocks(segment.slot)[segment.start // size : ceil_div(end, size)]
+            for block in (*segment.new_blocks, *written):
                 self._keys.pop((pool, block), None)
 
     def end(self, step: Step) -> None:
