@@ -194,6 +194,17 @@ def test_a_block_that_a_decode_step_fills_is_kept(mesh: ttnn.MeshDevice, tmp_pat
 
 
 @on_chip
+def test_a_prompt_in_parts_has_keys_for_each_part(mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack) -> None:
+    store = store_on(mesh, tmp_path / "host", opened)
+    store.fill(0, [4, 1, 6], [key_of(1)])
+    size = store.options.block_size
+    rest = Segment(slot=0, start=size, tokens=[1] * 2 * size, new_blocks=[], sample=True, keys=[key_of(2), key_of(3)])
+    store.step([rest])
+    for number, block in ((1, 4), (2, 1), (3, 6)):
+        assert store.tiers.fetch(key_of(number)) == store.memory.read(0, block)
+
+
+@on_chip
 def test_forgotten_keys_are_gone(mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack) -> None:
     store = store_on(mesh, tmp_path / "host", opened)
     store.fill(0, [4, 1], [key_of(1), key_of(2)])

@@ -238,3 +238,26 @@ def test_what_was_refused_holds_no_blocks() -> None:
     with pytest.raises(StepError, match="is not one of"):
         tables.apply(sharing(0, [2, OPTIONS.blocks]))
     tables.apply(load_of(0, 2))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_block_is_not_written_while_another_slot_reads_it(ended: bool) -> None:
+    tables = PageTables(OPTIONS)
+    owner, reader = 0, OPTIONS.pools
+    first = Segment(slot=owner, start=0, tokens=[1] * 2 * SIZE, new_blocks=[5, 3], sample=True)
+    tables.apply(step_of("prefill", [first], [owner], []))
+    tables.apply(sharing(reader, [5]))
+    if ended:
+        tables.apply(step_of("decode", [], [], [reader]))
+    elsewhere = Segment(slot=owner, start=SIZE, tokens=[1], new_blocks=[], sample=True)
+    tables.apply(step_of("prefill", [elsewhere], [], []))
+    again = step_of("prefill", [Segment(slot=owner, start=0, tokens=[1], new_blocks=[], sample=True)], [], [])
+    if ended:
+        tables.apply(again)
+        return
+    with pytest.raises(StepError, match=f"Slot {owner} writes block 5, which another slot reads"):
+        tables.apply(again)
+    tables.apply(step_of("decode", [], [], [owner]))
+    with pytest.raises(StepError, match="Block 5 of pool 0 is to be loaded, but belongs to a slot"):
+        tables.apply(load_of(0, 5))
+    tables.apply(load_of(0, 3))
