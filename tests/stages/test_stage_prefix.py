@@ -11,8 +11,7 @@ import torch
 from stages.options import TierOptions
 from stages.step import BlockLoad
 from tests.support.checkpoints import write_checkpoint
-from tests.support.kv_blocks import key_of
-from tests.support.stage_driver import Driver, cache_options, relative_error, stage_options
+from tests.support.stage_driver import Driver, cache_options, key_of, relative_error, stage_options
 
 OVERRIDES = {"num_hidden_layers": 4, "n_routed_experts": 32, "num_attention_heads": 8}
 PROMPT = [(7 * at * at + 3 * at) % 512 for at in range(100)]

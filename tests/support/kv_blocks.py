@@ -8,17 +8,12 @@ import torch
 
 from stages.backend import set_float_dtype, ttnn
 from stages.backend.embedded.dtype import held_in
-from stages.kv.record_file import KEY_BYTES, file_bytes
+from stages.kv.record_file import file_bytes
 from stages.options import CacheOptions, TierOptions
 from tests.support.embedded_meshes import put, shards
 from tests.support.stage_driver import cache_options
 
 WIDTH = 64
-
-
-def key_of(number: int) -> bytes:
-    """The key of a block that is known by a number."""
-    return number.to_bytes(KEY_BYTES, "little")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stages.kv.record_file import KEY_BYTES
 from stages.options import CacheOptions, Dtype, ExecutionOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
@@ -14,6 +15,11 @@ from stages.step import Admission, BlockLoad, Mode, SamplingParams, Segment, Ste
 from weights.model_config import ModelConfig
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+
+
+def key_of(number: int) -> bytes:
+    """The key of a block that is known by a number."""
+    return number.to_bytes(KEY_BYTES, "little")
 
 
 def cache_options(slots: int = 4, pools: int = 1, max_model_len: int = 256, block_size: int = 32) -> CacheOptions:

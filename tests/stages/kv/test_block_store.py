@@ -16,8 +16,8 @@ from stages.kv.tiers import Tiers
 from stages.options import CacheOptions
 from stages.step import Admission, BlockLoad, Segment, Step
 from tests.support.embedded_meshes import on_mesh_shapes
-from tests.support.kv_blocks import contents, floats_held_in, key_of, options_for, random_caches, tiers_in
-from tests.support.stage_driver import GREEDY
+from tests.support.kv_blocks import contents, floats_held_in, options_for, random_caches, tiers_in
+from tests.support.stage_driver import GREEDY, key_of
 
 LAYERS = 2
 

@@ -14,14 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from stages.kv.record_file import HEADER, KEY_BYTES, RecordFile, file_bytes, records_within
 from tests.support.disks import files_of_at_most
+from tests.support.stage_driver import key_of
 
 RECORD = 100
 RECORDS = 4
 NUMBERS = st.integers(0, 5)
-
-
-def key_of(number: int) -> bytes:
-    return number.to_bytes(KEY_BYTES, "little")
 
 
 def record_of(number: int) -> bytes:

@@ -11,17 +11,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stages.kv.record_file import KEY_BYTES, RecordFile, file_bytes
+from stages.kv.record_file import RecordFile, file_bytes
 from stages.kv.tiers import CHANGES_KEPT, NAMES, ChangeLog, Tiers
 from stages.options import TierOptions
+from tests.support.stage_driver import key_of
 
 RECORD = 64
 SECONDS = 30
 MODEL = "weights"
-
-
-def key_of(number: int) -> bytes:
-    return number.to_bytes(KEY_BYTES, "little")
 
 
 def record_of(number: int) -> bytes:
