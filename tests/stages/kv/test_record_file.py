@@ -130,7 +130,7 @@ class DamagedFileMachine(RecordFileMachine):
         self.is_damaged = True
 
 
-RecordFileMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+RecordFileMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestRecordFile = RecordFileMachine.TestCase
 DamagedFileMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestDamagedFile = DamagedFileMachine.TestCase

@@ -125,17 +125,18 @@ def test_what_is_forgotten_before_it_is_written_stays_away(tmp_path: Path, slow_
             tiers.keep(key_of(number), record_of(number))
         assert slow_disk.begun.acquire(timeout=SECONDS)
         # The first is being written: it is waited for. The second still waits.
-        forgetting = threading.Thread(target=lambda: [tiers.forget(key_of(number)) for number in (1, 2)])
-        forgetting.start()
+        first, second = (threading.Thread(target=tiers.forget, args=(key_of(number),)) for number in (1, 2))
+        for forgetting in (first, second):
+            forgetting.start()
         slow_disk.gate.set()
-        forgetting.join(SECONDS)
-        assert not forgetting.is_alive()
+        for forgetting in (first, second):
+            forgetting.join(SECONDS)
+            assert not forgetting.is_alive()
         while key_of(3) not in tiers:
             assert slow_disk.written.acquire(timeout=SECONDS)
-        assert key_of(1) not in slow_disk
+        assert slow_disk.keys() == [key_of(3)]
     with closing(RecordFile(tmp_path / "slow", RECORD, 8)) as again:
-        assert key_of(1) not in again
-        assert key_of(3) in again
+        assert again.keys() == [key_of(3)]
 
 
 def test_a_forgotten_block_that_waits_is_not_written(tmp_path: Path, slow_disk: GatedFile) -> None:
@@ -294,5 +295,5 @@ class InventoryMachine(RuleBasedStateMachine):
             assert self.known[asks] == set(whole.added)
 
 
-InventoryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+InventoryMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
 TestInventory = InventoryMachine.TestCase
