@@ -118,7 +118,7 @@ class RecordFile:
             whole = False
         if whole and self._write_entry(place, key, _checksum(key, record)):
             self._places[key] = place
-        # Else the place is left alone: there is no use in trying it again and again.
+        # Else the place is left alone: it would only be tried again and again.
         return evicted
 
     def forget(self, key: bytes) -> None:

@@ -78,7 +78,7 @@ class Tiers:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no tier at all."""
+        """Whether nothing is kept."""
         return self._host is None and self._disk is None
 
     def __contains__(self, key: bytes) -> bool:

@@ -177,7 +177,7 @@ class TimedStage:
         return []
 
     def inventory(self, version: int) -> Inventory:
-        """See `StageRunner`. There are no tiers."""
+        """See `StageRunner`. It has no tiers."""
         return Inventory(version=version, is_whole=False, added=[], removed=[])
 
     def close(self) -> None:
