@@ -6,6 +6,9 @@ from stages.kv.tiers import Tiers
 from stages.step import BlockLoad, Step
 from weights.sizes import ceil_div
 
+RECORDS_AT_ONCE = 64
+"""Blocks that a load step holds in the host's memory besides: a long prompt of R1 has thousands, of half a megabyte."""
+
 
 class BlockStore:
     """Knows which blocks hold what, through all epochs. Like page tables it follows from the steps alone.
@@ -61,6 +64,9 @@ class BlockStore:
             else:
                 self._keys[pool, block] = key
                 coming.append(BlockBytes(pool, block, record))
+            if len(coming) == RECORDS_AT_ONCE:
+                self._memory.write(coming)
+                coming = []
         self._memory.write(coming)
         return missed
 

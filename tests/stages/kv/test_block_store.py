@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stages.backend import ttnn
+from stages.kv import block_store
 from stages.kv.block_memory import BlockBytes, BlockMemory
 from stages.kv.block_store import BlockStore
 from stages.kv.page_tables import PageTables
@@ -106,10 +107,12 @@ def reads(store: Store) -> int:
     return store.tiers.fetched
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 64])
 @on_meshes
 def test_blocks_that_were_overwritten_come_back_in_any_place(
-    mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack
+    mesh: ttnn.MeshDevice, at_once: int, tmp_path: Path, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(block_store, "RECORDS_AT_ONCE", at_once)
     store = store_on(mesh, tmp_path / "host", opened)
     last = store.options.pools - 1
     store.fill(0, [4, 1], [key_of(1), key_of(2)])
@@ -119,7 +122,7 @@ def test_blocks_that_were_overwritten_come_back_in_any_place(
         for pool in (0, last):
             store.overwrite(pool, number)
     store.step(ended=[0, last + store.options.pools])
-    # Where they were they are held to be still: only the store's own steps overwrite them.
+    # To other places: where they were they are held to be still, as no step has overwritten them.
     loads = [(0, 2, key_of(1)), (last, 3, key_of(2)), (last, 7, key_of(3)), (0, 5, key_of(4)), (0, 6, key_of(9))]
     assert store.load(*loads) == [4]
     after = contents(store.caches)
