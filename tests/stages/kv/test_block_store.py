@@ -150,6 +150,24 @@ def test_a_load_of_what_the_device_holds_reads_no_tier(
 
 
 @on_chip
+def test_a_load_that_failed_is_repeated(
+    mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that raises keeps its process the first time."""
+    store = store_on(mesh, tmp_path / "host", opened)
+    store.fill(0, [4], [key_of(1)])
+    expected = store.memory.read(0, 4)
+    with monkeypatch.context() as failing:
+        failing.setattr(store.memory, "write", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.load((0, 2, key_of(1)))
+    store.tables.clear()
+    assert store.memory.read(0, 2) != expected
+    assert store.load((0, 2, key_of(1))) == []
+    assert store.memory.read(0, 2) == expected
+
+
+@on_chip
 def test_without_tiers_only_the_device_has_blocks(mesh: ttnn.MeshDevice, opened: ExitStack) -> None:
     store = store_on(mesh, None, opened)
     store.fill(0, [4, 1], [key_of(1), key_of(2)])
