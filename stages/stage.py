@@ -74,15 +74,16 @@ class Stage:
         cache = options.cache
         self._tables = PageTables(cache)
         self._weights_id = weights_id
-        memory = BlockMemory([layer.kv_cache for layer in model.layers], mesh_device, cache, self._dtype)
-        self._tiers = Tiers.open(options.tiers, _file_name(spec, options), memory.record_bytes)
-        self._blocks = BlockStore(memory, self._tables, self._tiers)
         rope_tables = architecture_of(config).load_modules().rope_tables
         rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.execution.enable_trace)
         self._traces = DecodeTraces(model, mesh_device) if options.execution.enable_trace else None
         self._head = OutputHead(config, mesh_device, model, self._batches, options.vocabulary) if spec.is_last else None
         self._prepared: tuple[Step, Batch | None] | None = None
+        memory = BlockMemory([layer.kv_cache for layer in model.layers], mesh_device, cache, self._dtype)
+        # Last, as nobody would close them if something else failed.
+        self._tiers = Tiers.open(options.tiers, _file_name(spec, options), memory.record_bytes)
+        self._blocks = BlockStore(memory, self._tables, self._tiers)
 
     @classmethod
     @torch.inference_mode()

@@ -43,6 +43,8 @@ LONGEST_FILES = (
     "tests/benchmarks/test_benchmarks.py",
     "tests/weights/sample/test_sample_model.py",
     "tests/actors/test_pipeline.py",
+    "tests/stages/test_stage_prefix.py",
+    "tests/actors/test_recovery_blocks.py",
     "tests/scaling/test_timed_server.py",
     "tests/api/server/test_untrusted_peers.py",
     "tests/program/test_load.py",

@@ -1,6 +1,8 @@
 """The directories of a stage's tiers on its host, and how much they may hold."""
 
+import contextlib
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,9 @@ HOST_SHARE = 0.05
 
 FREE_SHARE = 0.5
 """The part of what is free in the file system in memory that they take at most then."""
+
+SIZE = "size"
+"""The file in the directory in memory that says how much its stages take where no option does."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -51,10 +56,10 @@ class TierDirectories:
     def _enter_memory(self, path: Path, size: int | None) -> int:
         try:
             self._memory = RunDirectory.join(path)
+            return _agreed_host_bytes(path) if size is None else size
         except OSError as error:
             log.warning("blocks are not kept beside the device", directory=str(path), cause=error.strerror)
             return 0
-        return default_host_bytes(path) if size is None else size
 
     def _share(self, size: int) -> int:
         return size * len(self._setup.spec.layers) // max(self._setup.layers_on_host, 1)
@@ -71,6 +76,18 @@ def default_host_bytes(directory: Path) -> int:
         memory = min(memory, int(limit))
     system = os.statvfs(directory)
     return int(min(memory * HOST_SHARE, system.f_bavail * system.f_frsize * FREE_SHARE))
+
+
+def _agreed_host_bytes(directory: Path) -> int:
+    """What the first stage that came chose: files of another size would be begun anew, by one that replaces another."""
+    agreed, own = directory / SIZE, directory / f"{SIZE}.{os.getpid()}.{threading.get_ident()}"
+    own.write_text(str(default_host_bytes(directory)), encoding="ascii")
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(own, agreed)
+    finally:
+        own.unlink()
+    return int(agreed.read_text(encoding="ascii"))
 
 
 def _make(directory: Path) -> bool:

@@ -4,6 +4,10 @@ from stages.kv.block_memory import BlockBytes, BlockMemory
 from stages.kv.page_tables import PageTables
 from stages.kv.tiers import Tiers
 from stages.step import BlockLoad, Step
+from weights.sizes import ceil_div
+
+RECORDS_AT_ONCE = 64
+"""Blocks that a load step holds in the host's memory besides: a long prompt of R1 has thousands, of half a megabyte."""
 
 
 class BlockStore:
@@ -26,9 +30,13 @@ class BlockStore:
             for key in forgotten:
                 self._tiers.forget(key)
             self._keys = {place: key for place, key in self._keys.items() if key not in forgotten}
+        size = self._tables.options.block_size
         for segment in step.segments:
             pool = self._tables.options.pool_of(segment.slot)
-            for block in segment.new_blocks:
+            end = segment.start + len(segment.tokens)
+            # A slot may also go back, and write other tokens to a block that was full.
+            written = self._tables.blocks(segment.slot)[segment.start // size : ceil_div(end, size)]
+            for block in (*segment.new_blocks, *written):
                 self._keys.pop((pool, block), None)
 
     def end(self, step: Step) -> None:
@@ -45,19 +53,27 @@ class BlockStore:
     def load(self, loads: list[BlockLoad]) -> list[int]:
         """Brings blocks back that the device does not hold; returns the indices of those that no tier has."""
         missed: list[int] = []
-        coming: list[BlockBytes] = []
-        for index, (pool, block, key) in enumerate((load.pool, load.block, load.key) for load in loads):
-            if self._keys.get((pool, block)) == key:
+        coming: list[tuple[BlockBytes, bytes]] = []
+        for index, load in enumerate(loads):
+            place = load.pool, load.block
+            if self._keys.get(place) == load.key:
                 continue
-            record = self._tiers.fetch(key)
+            self._keys.pop(place, None)
+            record = self._tiers.fetch(load.key)
             if record is None:
-                self._keys.pop((pool, block), None)
                 missed.append(index)
-            else:
-                self._keys[pool, block] = key
-                coming.append(BlockBytes(pool, block, record))
-        self._memory.write(coming)
+                continue
+            coming.append((BlockBytes(load.pool, load.block, record), load.key))
+            if len(coming) == RECORDS_AT_ONCE:
+                self._write(coming)
+                coming = []
+        self._write(coming)
         return missed
+
+    def _write(self, coming: list[tuple[BlockBytes, bytes]]) -> None:
+        """Writes blocks; those of a write that fails are not known, in the next epoch of the same process either."""
+        self._memory.write(block for block, _ in coming)
+        self._keys.update({(block.pool, block.block): key for block, key in coming})
 
     def _keep(self, pool: int, block: int, key: bytes) -> None:
         if not self._tiers.is_empty and key not in self._tiers:

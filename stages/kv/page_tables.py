@@ -82,9 +82,10 @@ class PageTables:
         self._release(number)
         if len(set(cached)) < len(cached) or len(cached) > self.options.blocks_per_slot:
             raise StepError(f"Slot {number} is admitted with blocks that no request can have: {cached}.")
-        holders = self._holders[self.options.pool_of(number)]
         for block in cached:
             self._check_block(block)
+        holders = self._holders[self.options.pool_of(number)]
+        for block in cached:
             holders[block] = holders.get(block, 0) + 1
         self._table[number, : len(cached)] = torch.tensor(cached, dtype=torch.int32)
         self._slots[number] = Slot(cached.copy(), len(cached) * self.options.block_size)

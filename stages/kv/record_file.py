@@ -26,6 +26,9 @@ MAGIC = b"glkv\0\0\0\1"
 ENTRY = struct.Struct("<16sQII")
 """Key, stamp, checksum, and whether there is a record: entries with a greater stamp were used later."""
 
+STAMPS = 1 << 63
+"""More than a file is used: an entry with such a stamp is damaged."""
+
 log = structlog.get_logger()
 
 
@@ -97,6 +100,7 @@ class RecordFile:
         """Keeps a record; returns the key of the one that made room for it, if any did."""
         if key in self._places:
             self._places.move_to_end(key)
+            self._write_entry(self._places[key], key, _checksum(key, record))
             return None
         evicted: bytes | None = None
         if self._free:
@@ -114,7 +118,7 @@ class RecordFile:
             whole = False
         if whole and self._write_entry(place, key, _checksum(key, record)):
             self._places[key] = place
-        # Else the place is left alone, as it would fail again and again.
+        # Else the place is left alone: it would only be tried again and again.
         return evicted
 
     def forget(self, key: bytes) -> None:
@@ -142,7 +146,7 @@ class RecordFile:
         found = []
         free = []
         for place, (key, stamp, _, is_there) in enumerate(ENTRY.iter_unpack(table)):
-            if is_there:
+            if is_there and stamp < STAMPS:
                 found.append((stamp, place, key))
             else:
                 free.append(place)

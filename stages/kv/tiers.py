@@ -1,6 +1,5 @@
 """The tiers beside a stage's device: full blocks in the host's memory, and on its disk."""
 
-import queue
 import threading
 import time
 from collections import deque
@@ -50,17 +49,24 @@ class ChangeLog:
 
 
 class Tiers:
-    """Keeps blocks in memory at once, and on disk in the background. Its methods may be called from any thread."""
+    """Keeps blocks in memory at once, and on disk in the background. Its methods may be called from any thread.
+
+    Nobody waits for the disk but who reads or forgets a block there.
+    """
 
     def __init__(self, host: RecordFile | None, disk: RecordFile | None) -> None:
         self._host = host
         self._disk = disk
-        self._lock = threading.Lock()
         self._changes = ChangeLog()
-        self._unwritten: queue.Queue[tuple[bytes, bytes] | None] = queue.Queue(QUEUED)
+        self._waiting: dict[bytes, bytes] = {}
+        self._is_closing = False
+        # The disk's lock is held while records are read from it or written to it, and is taken before the other one.
+        self._disk_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
         self._writer: threading.Thread | None = None
         if disk is not None:
-            self._writer = threading.Thread(target=self._write_to_disk, name="kv-disk", daemon=True)
+            self._writer = threading.Thread(target=self._write_to_disk, args=(disk,), name="kv-disk", daemon=True)
             self._writer.start()
 
     @classmethod
@@ -83,34 +89,29 @@ class Tiers:
     def keep(self, key: bytes, record: bytes) -> None:
         """Keeps a block in memory, and on disk soon."""
         with self._lock:
-            if self._host is not None:
-                evicted = self._host.write(key, record)
-                self._note(key)
-                if evicted is not None:
-                    self._note(evicted)
-        if self._disk is not None and key not in self._disk:
-            try:
-                self._unwritten.put_nowait((key, record))
-            except queue.Full:
-                return
+            self._keep_in_memory(key, record)
+            if self._disk is not None and key not in self._disk and len(self._waiting) < QUEUED:
+                self._waiting[key] = record
+                self._work.notify()
 
     def fetch(self, key: bytes) -> bytes | None:
         """Returns a block from memory, or from disk, which puts it into memory too; None where neither has it."""
         with self._lock:
             record = None if self._host is None else self._host.read(key)
-            if record is not None:
-                return record
-            record = None if self._disk is None else self._disk.read(key)
-            if record is not None and self._host is not None:
-                evicted = self._host.write(key, record)
-                if evicted is not None:
-                    self._note(evicted)
-            self._note(key)
+        if record is not None:
             return record
+        with self._disk_lock:
+            record = None if self._disk is None else self._disk.read(key)
+            with self._lock:
+                if record is not None:
+                    self._keep_in_memory(key, record)
+                self._note(key)
+        return record
 
     def forget(self, key: bytes) -> None:
         """Drops a block everywhere."""
-        with self._lock:
+        with self._disk_lock, self._lock:
+            self._waiting.pop(key, None)
             for tier in (self._host, self._disk):
                 if tier is not None:
                     tier.forget(key)
@@ -134,9 +135,9 @@ class Tiers:
     def close(self) -> None:
         """Ends the writing, without what still waits for it, and gives the files to others."""
         if self._writer is not None:
-            while not self._unwritten.empty():
-                self._unwritten.get_nowait()
-            self._unwritten.put(None)
+            with self._lock:
+                self._is_closing = True
+                self._work.notify()
             self._writer.join()
         for tier in (self._host, self._disk):
             if tier is not None:
@@ -153,15 +154,30 @@ class Tiers:
     def _note(self, key: bytes) -> None:
         self._changes.note(key, is_there=self._has(key))
 
-    def _write_to_disk(self) -> None:
-        while (item := self._unwritten.get()) is not None:
-            key, record = item
+    def _keep_in_memory(self, key: bytes, record: bytes) -> None:
+        if self._host is not None:
+            evicted = self._host.write(key, record)
+            self._note(key)
+            if evicted is not None:
+                self._note(evicted)
+
+    def _write_to_disk(self, disk: RecordFile) -> None:
+        while True:
             with self._lock:
-                if self._disk is not None:
-                    evicted = self._disk.write(key, record)
-                    self._note(key)
-                    if evicted is not None:
-                        self._note(evicted)
+                self._work.wait_for(lambda: self._waiting or self._is_closing)
+                if self._is_closing:
+                    return
+            with self._disk_lock:
+                # Only now: what is forgotten up to here is not written.
+                with self._lock:
+                    key = next(iter(self._waiting), None)
+                    record = b"" if key is None else self._waiting.pop(key)
+                if key is not None:
+                    evicted = disk.write(key, record)
+                    with self._lock:
+                        self._note(key)
+                        if evicted is not None:
+                            self._note(evicted)
 
 
 def _open(directory: str, name: str, record_bytes: int, size: int) -> RecordFile | None:

@@ -177,7 +177,7 @@ class TimedStage:
         return []
 
     def inventory(self, version: int) -> Inventory:
-        """See `StageRunner`. Nothing is kept."""
+        """See `StageRunner`. It has no tiers."""
         return Inventory(version=version, is_whole=False, added=[], removed=[])
 
     def close(self) -> None:

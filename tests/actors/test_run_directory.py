@@ -93,3 +93,35 @@ def test_directories_of_servers_that_were_killed_are_removed_and_no_others(paren
         left.kill()
         used.remove()
         also.remove()
+
+
+def test_its_directory_in_memory_goes_with_it(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = parent / "memory"
+    memory.mkdir()
+    monkeypatch.setattr("actors.run_directory.MEMORY", memory)
+    first, second = RunDirectory.create(), RunDirectory.create()
+    for directory in (first, second):
+        joined = RunDirectory.join(directory.memory)
+        assert stat.S_IMODE(directory.memory.stat().st_mode) == 0o700
+        (directory.memory / "layers.0").touch()
+        joined.leave()
+    assert first.memory.parent == memory
+    first.remove()
+    first.remove()
+    assert list(memory.iterdir()) == [second.memory]
+    second.remove()
+    assert list(memory.iterdir()) == []
+
+
+def test_directories_in_memory_that_nobody_uses_are_removed(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.run_directory.MEMORY", parent)
+    server, killed = RunDirectory.create(), RunDirectory.create()
+    # On another host the directory in memory is all that there is of a pipeline.
+    used, left = (RunDirectory.join(parent / f"galaxyline-{name}.kv") for name in ("used", "left"))
+    RunDirectory.join(killed.memory).leave()
+    killed.leave()
+    left.leave()
+    remove_abandoned()
+    assert sorted(parent.iterdir()) == sorted([server.path, used.path])
+    used.remove()
+    server.remove()

@@ -5,17 +5,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stages.capacity.chip_weights import ChipWeights
+from stages.options import TierOptions
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
-from stages.step import StepResult
+from stages.step import Admission, BlockLoad, Segment, StepResult
 from stages.tensor_dtypes import WeightDtypes
 from tests.galaxy.allocated import allocate_in_place_of_files
 from tests.galaxy.meshes import allocated_bytes
-from tests.galaxy.r1 import COLUMNS, KEYS, PROMPT, R1, USERS_PER_ROW, admissions, r1_cache, segments, step
-from tests.support.stage_driver import stage_options
+from tests.galaxy.r1 import BLOCK_SIZE, COLUMNS, KEYS, PROMPT, R1, USERS_PER_ROW, admissions, r1_cache, segments, step
+from tests.support.stage_driver import GREEDY, key_of, stage_options
 
 HIDDEN_BYTES = 2 * R1.hidden_size
 SMALL_THINGS = 1.01
@@ -33,7 +35,10 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
     def load_stage(spec: StageSpec, rows: int) -> Stage:
         cache = r1_cache(rows, microbatches=spec.stages)
-        options = stage_options(tmp_path, tmp_path / "cache", dtype="bfloat16", cache=cache, load_format="dummy")
+        tiers = TierOptions(host_directory=str(tmp_path), host_bytes=1 << 26)
+        options = stage_options(
+            tmp_path, tmp_path / "cache", dtype="bfloat16", cache=cache, load_format="dummy", tiers=tiers
+        )
         loaded.append(Stage.load(spec, options, lambda _done, _of: None))
         return loaded[-1]
 
@@ -94,6 +99,36 @@ def test_a_stage_of_r1_opens_and_steps(
     # All memory of the steps was freed, except for the programs of their ops.
     del outputs
     assert allocated_bytes(stage.mesh_device) <= SMALL_THINGS * expected
+
+
+def test_blocks_of_a_stage_of_r1_are_kept_and_brought_back(load: Load) -> None:
+    spec = plan_stages(R1, 16)[7]
+    stage = load(spec, 1)
+    cache = r1_cache(1, microbatches=16)
+    slots = range(2)
+    prompts = [
+        msgspec.structs.replace(each, keys=[key_of(4 * each.slot + block) for block in range(4)])
+        for each in segments(cache, slots, 0, PROMPT)
+    ]
+    prefill = step("prefill", prompts, admitted=admissions(cache))
+    stage.step(prefill, hidden(spec, prefill.token_count))
+    assert len(stage.inventory(0).added) == 4 * len(slots)
+    assert stage.inventory(0).host_bytes == 4 * len(slots) * len(spec.layers) * 32 * R1.kv_dim * 2
+
+    cached = [5, 3]
+    loads = [BlockLoad(pool=0, block=block, key=key_of(number)) for number, block in enumerate([*cached, 9])]
+    loads.append(BlockLoad(pool=7, block=2, key=key_of(99)))
+    ended = list(range(cache.slots))
+    load_step = msgspec.structs.replace(step("load", [], step_id=2), loads=loads, ended=ended)
+    assert stage.load_blocks(load_step) == [3]
+    rest = Segment(slot=0, start=2 * BLOCK_SIZE, tokens=[1] * PROMPT, new_blocks=[20, 21, 22, 23], sample=True)
+    admission = Admission(slot=0, sampling=GREEDY, cached=cached)
+    follows = step("prefill", [rest], step_id=3, admitted=[admission])
+    check_output(stage.step(follows, hidden(spec, PROMPT)), spec, PROMPT, 1)
+    decode = step(
+        "decode", [Segment(slot=0, start=2 * BLOCK_SIZE + PROMPT, tokens=[1], new_blocks=[24], sample=True)], step_id=4
+    )
+    check_output(stage.step(decode, hidden(spec, 1)), spec, 1, 1)
 
 
 def hidden(spec: StageSpec, tokens: int) -> memoryview:

@@ -1,5 +1,7 @@
 """Meshes of the embedded device for tests, with functions that put tensors on them and read shards."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -12,9 +14,14 @@ def _open(shape: tuple[int, int]) -> ttnn.MeshDevice:
     return ttnn.open_mesh_device(ttnn.MeshShape(*shape))
 
 
-on_meshes = pytest.mark.parametrize(
-    "mesh", [_open(shape) for shape in SHAPES], ids=[f"{rows}x{columns}" for rows, columns in SHAPES]
-)
+def on_mesh_shapes(shapes: Sequence[tuple[int, int]]) -> pytest.MarkDecorator:
+    """Runs a test on a mesh of each of these shapes."""
+    return pytest.mark.parametrize(
+        "mesh", [_open(shape) for shape in shapes], ids=[f"{rows}x{columns}" for rows, columns in shapes]
+    )
+
+
+on_meshes = on_mesh_shapes(SHAPES)
 """Runs a test on a mesh of each shape."""
 
 on_chip = pytest.mark.parametrize("mesh", [_open((1, 1))], ids=["1x1"])

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
+from stages.kv.record_file import KEY_BYTES
 from stages.options import CacheOptions, Dtype, ExecutionOptions, StageOptions, WeightOptions
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
-from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
+from stages.step import Admission, BlockLoad, Mode, SamplingParams, Segment, Step, StepResult
 from weights.model_config import ModelConfig
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, choice=0)
+
+
+def key_of(number: int) -> bytes:
+    """The key of a block that is known by a number."""
+    return number.to_bytes(KEY_BYTES, "little")
 
 
 def cache_options(slots: int = 4, pools: int = 1, max_model_len: int = 256, block_size: int = 32) -> CacheOptions:
@@ -69,27 +75,48 @@ class Driver:
         sampling: SamplingParams = GREEDY,
         tokens: Sequence[int] = (),
         prompt_tokens: int | None = None,
+        cached: Sequence[int] = (),
     ) -> None:
-        """The next step admits a request to `slot`; without `prompt_tokens`, all its `tokens` are its prompt."""
-        self._held[slot] = []
+        """The next step admits a request to `slot`; without `prompt_tokens`, all its `tokens` are its prompt.
+
+        Its first tokens are in the blocks `cached`, which others may hold too.
+        """
+        pool = self.cache.pool_of(slot)
+        self._held[slot] = list(cached)
+        self._free[pool] = [block for block in self._free[pool] if block not in cached]
         prompt = len(tokens) if prompt_tokens is None else prompt_tokens
-        self._admissions.append(Admission(slot=slot, sampling=sampling, tokens=list(tokens), prompt_tokens=prompt))
+        self._admissions.append(
+            Admission(slot=slot, sampling=sampling, tokens=list(tokens), prompt_tokens=prompt, cached=list(cached))
+        )
+
+    def blocks(self, slot: int) -> list[int]:
+        """The blocks of a slot, in order."""
+        return self._held[slot].copy()
+
+    def free(self, pool: int) -> list[int]:
+        """The blocks of a pool that no slot holds."""
+        return self._free[pool].copy()
 
     def end(self, slot: int) -> None:
         """The next step ends the request in `slot`; its blocks may be given away at once."""
-        self._free[self.cache.pool_of(slot)].extend(self._held.pop(slot))
+        pool = self.cache.pool_of(slot)
+        blocks = self._held.pop(slot)
+        others = {block for other in self._held if self.cache.pool_of(other) == pool for block in self._held[other]}
+        self._free[pool].extend(block for block in blocks if block not in others)
         self._ended.append(slot)
 
-    def segment(self, slot: int, start: int, tokens: Sequence[int], sample: bool = True) -> Segment:
-        """A run of tokens, with the blocks it needs beyond those the slot holds."""
+    def segment(
+        self, slot: int, start: int, tokens: Sequence[int], sample: bool = True, keys: Sequence[bytes] = ()
+    ) -> Segment:
+        """A run of tokens, with the blocks it needs beyond those the slot holds, and keys of those that it fills."""
         held = self._held[slot]
         missing = -(-(start + len(tokens)) // self.cache.block_size) - len(held)
         new = [self._free[self.cache.pool_of(slot)].pop() for _ in range(max(missing, 0))]
         held.extend(new)
-        return Segment(slot=slot, start=start, tokens=list(tokens), new_blocks=new, sample=sample)
+        return Segment(slot=slot, start=start, tokens=list(tokens), new_blocks=new, sample=sample, keys=list(keys))
 
-    def step(self, mode: Mode, segments: Sequence[Segment]) -> Step:
-        """A step of these segments, with the admissions and ends that are due."""
+    def step(self, mode: Mode, segments: Sequence[Segment], loads: Sequence[BlockLoad] = ()) -> Step:
+        """A step of these segments or loads, with the admissions and ends that are due."""
         self._step_id += 1
         step = Step(
             epoch=self.epoch,
@@ -98,6 +125,7 @@ class Driver:
             segments=list(segments),
             admissions=self._admissions,
             ended=self._ended,
+            loads=list(loads),
         )
         self._admissions, self._ended = [], []
         return step
@@ -111,6 +139,11 @@ class Driver:
         if hidden is None:
             raise ValueError("no stages to run")
         return hidden
+
+    def load_blocks(self, loads: Sequence[BlockLoad]) -> list[int]:
+        """The indices of those loads that a stage could not bring."""
+        step = self.step("load", [], loads)
+        return sorted({index for stage in self.stages for index in stage.load_blocks(step)})
 
     def run_bytes(self, mode: Mode, segments: Sequence[Segment]) -> StepResult:
         """What the last stage sampled, with hidden states as bytes between stages."""
@@ -146,9 +179,10 @@ class Driver:
         return self.run("decode", [self.segment(slot, at, [token]) for slot, (at, token) in tokens.items()])
 
     def close(self) -> None:
-        """Gives up the stages."""
+        """Gives up the stages. May be repeated."""
         for stage in self.stages:
             stage.close()
+        self.stages = []
 
     def _shuffled(self, blocks: int) -> list[int]:
         order = list(range(blocks))
