@@ -1,11 +1,13 @@
 """What requests share, and what they never do; answers are checked against each request running alone."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from actors.errors import PipelineError
 from api.messages.engine import AddRequest
-from stages.step import NO_TOKEN, SamplingParams
+from stages.step import NO_TOKEN
 from tests.support.engine_fakes import reference_answer
 from tests.support.fake_line import FakeLine
 from tests.support.scheduling import BLOCK, GREEDY, request, scheduler_options
@@ -14,13 +16,19 @@ SCORED = msgspec.structs.replace(GREEDY, prompt_logprobs=0)
 
 
 def line_of(*, has_tier: bool = False, **changes: int) -> FakeLine:
-    given = {"stages": 4, "slots": 10, "blocks": 64, "max_model_len": 512, "prefill_chunk": 128} | changes
+    given: dict[str, Any] = {
+        "stages": 4,
+        "slots": 10,
+        "blocks": 64,
+        "max_model_len": 512,
+        "prefill_chunk": 128,
+    } | changes
     line = FakeLine(scheduler_options(**given))
     line.stage.tier = {} if has_tier else None
     return line
 
 
-def beginning(request_id: int, shared: int, own: int, max_tokens: int = 4, **given: str | SamplingParams) -> AddRequest:
+def beginning(request_id: int, shared: int, own: int, max_tokens: int = 4, **given: Any) -> AddRequest:
     """A request whose first `shared` tokens are those of all others."""
     tokens = [*range(shared), *(1000 + request_id for _ in range(own))]
     return msgspec.structs.replace(request(request_id, tokens, max_tokens), **given)
@@ -87,7 +95,7 @@ def test_choices_of_one_prompt_share_it() -> None:
 
 
 @pytest.mark.parametrize("other", [{"cache_salt": "theirs"}, {"sampling": SCORED}])
-def test_another_salt_and_scored_prompts_find_nothing(other: dict[str, str | SamplingParams]) -> None:
+def test_another_salt_and_scored_prompts_find_nothing(other: dict[str, Any]) -> None:
     line = line_of()
     run(line, beginning(0, 100, 0))
     line.scheduler.add_request(beginning(1, 100, 0, **other))
