@@ -2,12 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from stages.backend import PADDED_USERS_PER_ROW, ttnn
+from stages.kv.record_file import Record
 from stages.options import CacheOptions
 
 BLOCKS_AT_ONCE = 8
@@ -19,7 +22,7 @@ class BlockBytes(NamedTuple):
 
     pool: int
     block: int
-    record: bytes
+    record: Record
 
 
 class BlockMemory:
@@ -40,15 +43,20 @@ class BlockMemory:
         """The bytes of a block in all layers."""
         return len(self._caches) * self._options.block_size * self._width * self._dtype.itemsize
 
-    def read(self, pool: int, block: int) -> bytes:
-        """Returns what a block holds."""
-        begin, end = [block, 0, 0, 0], [block + 1, 1, self._options.block_size, self._width]
-        return b"".join(
-            [
-                _to_bytes(ttnn.get_device_tensors(ttnn.slice(cache, begin, end))[pool], self._dtype)
+    def read(self, pool: int, blocks: Sequence[int]) -> list[memoryview]:
+        """Returns what blocks hold; neighbours are read together."""
+        records: list[memoryview] = []
+        for first, count in _runs(blocks):
+            ends = [first, 0, 0, 0], [first + count, 1, self._options.block_size, self._width]
+            layers = [
+                _to_bytes(ttnn.get_device_tensors(ttnn.slice(cache, *ends))[pool], self._dtype)
                 for cache in self._caches
             ]
-        )
+            # By numpy, as torch would wake up all of its threads for so little.
+            held = np.stack(layers, axis=1).reshape(-1).data
+            size = self.record_bytes
+            records += [held[begin : begin + size] for begin in range(0, count * size, size)]
+        return records
 
     def write(self, blocks: Iterable[BlockBytes]) -> None:
         """Writes blocks: some of each pool by one op a layer, and scratch blocks where a pool has fewer."""
@@ -84,5 +92,17 @@ class BlockMemory:
             ttnn.experimental.paged_fill_cache(cache, filling, table, batch_idx=0)
 
 
-def _to_bytes(tensor: ttnn.Tensor, dtype: torch.dtype) -> bytes:
-    return ttnn.to_torch(tensor).to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first block and length of each run of neighbours; on chips, whose shapes are few, each block is a run."""
+    begin = 0
+    for end in range(1, len(blocks) + 1):
+        if end == len(blocks) or blocks[end] != blocks[end - 1] + 1 or PADDED_USERS_PER_ROW:
+            yield blocks[begin], end - begin
+            begin = end
+
+
+def _to_bytes(tensor: ttnn.Tensor, dtype: torch.dtype) -> npt.NDArray[np.uint8]:
+    """[blocks, 1, block_size, width] as bytes [blocks, block_size * width * itemsize]."""
+    values = ttnn.to_torch(tensor).to(dtype).contiguous()
+    array: npt.NDArray[np.uint8] = values.view(len(values), -1).view(torch.uint8).numpy()
+    return array

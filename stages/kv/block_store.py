@@ -46,9 +46,8 @@ class BlockStore:
                 pool = self._tables.options.pool_of(segment.slot)
                 first = segment.start // self._tables.options.block_size
                 blocks = self._tables.blocks(segment.slot)[first : first + len(segment.keys)]
-                for block, key in zip(blocks, segment.keys, strict=True):
-                    self._keys[pool, block] = key
-                    self._keep(pool, block, key)
+                self._keys.update({(pool, block): key for block, key in zip(blocks, segment.keys, strict=True)})
+                self._keep(pool, blocks, segment.keys)
 
     def load(self, loads: list[BlockLoad]) -> list[int]:
         """Brings blocks back that the device does not hold; returns the indices of those that no tier has."""
@@ -75,6 +74,10 @@ class BlockStore:
         self._memory.write(block for block, _ in coming)
         self._keys.update({(block.pool, block.block): key for block, key in coming})
 
-    def _keep(self, pool: int, block: int, key: bytes) -> None:
-        if not self._tiers.is_empty and key not in self._tiers:
-            self._tiers.keep(key, self._memory.read(pool, block))
+    def _keep(self, pool: int, blocks: list[int], keys: list[bytes]) -> None:
+        if self._tiers.is_empty:
+            return
+        new = [(block, key) for block, key in zip(blocks, keys, strict=True) if key not in self._tiers]
+        records = self._memory.read(pool, [block for block, _ in new])
+        for (_, key), record in zip(new, records, strict=True):
+            self._tiers.keep(key, record)

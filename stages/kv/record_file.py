@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections import OrderedDict
 from pathlib import Path
+from typing import TypeAlias
 
 import structlog
 
@@ -30,6 +31,9 @@ STAMPS = 1 << 63
 """More than a file is used: an entry with such a stamp is damaged."""
 
 log = structlog.get_logger()
+
+
+Record: TypeAlias = bytes | memoryview
 
 
 class RecordFile:
@@ -96,7 +100,7 @@ class RecordFile:
         self._write_entry(place, key, checksum)
         return record
 
-    def write(self, key: bytes, record: bytes) -> bytes | None:
+    def write(self, key: bytes, record: Record) -> bytes | None:
         """Keeps a record; returns the key of the one that made room for it, if any did."""
         if key in self._places:
             self._places.move_to_end(key)
@@ -183,5 +187,5 @@ def records_within(size: int, record_bytes: int) -> int:
     return max((size - HEADER.size) // (ENTRY.size + record_bytes), 0)
 
 
-def _checksum(key: bytes, record: bytes) -> int:
+def _checksum(key: bytes, record: Record) -> int:
     return zlib.crc32(record, zlib.crc32(key))

@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 
 from stages.kv.inventory import Inventory
-from stages.kv.record_file import RecordFile, records_within
+from stages.kv.record_file import Record, RecordFile, records_within
 from stages.options import TierOptions
 
 CHANGES_KEPT = 1 << 16
@@ -58,7 +58,7 @@ class Tiers:
         self._host = host
         self._disk = disk
         self._changes = ChangeLog()
-        self._waiting: dict[bytes, bytes] = {}
+        self._waiting: dict[bytes, Record] = {}
         self._is_closing = False
         # The disk's lock is held while records are read from it or written to it, and is taken before the other one.
         self._disk_lock = threading.Lock()
@@ -86,7 +86,7 @@ class Tiers:
         with self._lock:
             return self._has(key)
 
-    def keep(self, key: bytes, record: bytes) -> None:
+    def keep(self, key: bytes, record: Record) -> None:
         """Keeps a block in memory, and on disk soon."""
         with self._lock:
             self._keep_in_memory(key, record)
@@ -154,7 +154,7 @@ class Tiers:
     def _note(self, key: bytes) -> None:
         self._changes.note(key, is_there=self._has(key))
 
-    def _keep_in_memory(self, key: bytes, record: bytes) -> None:
+    def _keep_in_memory(self, key: bytes, record: Record) -> None:
         if self._host is not None:
             evicted = self._host.write(key, record)
             self._note(key)
@@ -171,7 +171,7 @@ class Tiers:
                 # Only now: what is forgotten up to here is not written.
                 with self._lock:
                     key = next(iter(self._waiting), None)
-                    record = b"" if key is None else self._waiting.pop(key)
+                    record: Record = b"" if key is None else self._waiting.pop(key)
                 if key is not None:
                     evicted = disk.write(key, record)
                     with self._lock:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stages.kv.record_file import RecordFile, file_bytes
+from stages.kv.record_file import Record, RecordFile, file_bytes
 from stages.kv.tiers import CHANGES_KEPT, NAMES, ChangeLog, Tiers
 from stages.options import TierOptions
 from tests.support.stage_driver import key_of
@@ -34,7 +34,7 @@ class GatedFile(RecordFile):
         self.begun = threading.Semaphore(0)
         self.written = threading.Semaphore(0)
 
-    def write(self, key: bytes, record: bytes) -> bytes | None:
+    def write(self, key: bytes, record: Record) -> bytes | None:
         self.begun.release()
         assert self.gate.wait(SECONDS)
         evicted = super().write(key, record)
