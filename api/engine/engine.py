@@ -44,8 +44,8 @@ from weights.errors import GalaxylineError
 StartPipeline = Callable[[PipelineOptions, Callable[[StageProgress], None]], Awaitable[EnginePipeline]]
 """`Pipeline.start` of actors/pipeline.py, or what a test has in its stead."""
 
-INVENTORY_SECONDS = 0.5
-"""How often stages are asked what they keep: a block that left the device a moment ago is computed again until then."""
+INVENTORY_SECONDS = 5.0
+"""How often stages are asked what they keep; of what left the device since then they are believed to have it."""
 
 log = structlog.get_logger()
 

@@ -43,6 +43,7 @@ class KVTiers:
     def __init__(self, options: TierOptions, stages: int, cache: KVCache) -> None:
         """Raises OptionError where the directory of the disk tier cannot be used."""
         self._cache = cache
+        self._are_any = options.are_any
         self._file = Path(options.disk_directory, KEY_FILE) if options.disk_directory else None
         self._secret = new_secret() if self._file is None else _kept_secret(self._file)
         self._keys: list[set[bytes]] = [set() for _ in range(stages)]
@@ -63,7 +64,7 @@ class KVTiers:
             if inventory is not None:
                 self._take_in(stage, inventory)
         self._cache.use_secret(self._root())
-        self._cache.tiers = OnAllStages(self._keys)
+        self._cache.know_tiers(OnAllStages(self._keys) if self._are_any else None)
 
     def reset(self) -> None:
         """Lets nothing be found again that was kept before.

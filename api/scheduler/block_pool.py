@@ -1,7 +1,7 @@
 """The blocks of one pool: who holds them, and what those that are full can be found by."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockPool:
@@ -12,7 +12,9 @@ class BlockPool:
     confirmed, and is forgotten with the epoch otherwise; in a new epoch it has to be checked before it is relied on.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, on_taken: Callable[[bytes], None] = lambda _: None) -> None:
+        """`on_taken` is called with each sure key whose block is taken for something else."""
+        self._on_taken = on_taken
         self._holders = [0] * blocks
         self._keys: list[bytes | None] = [None] * blocks
         self._blocks: dict[bytes, int] = {}
@@ -81,7 +83,7 @@ class BlockPool:
                 block = self._empty.pop()
             else:
                 block, _ = self._kept.popitem(last=False)
-                self._drop_key(block)
+                self._give_up(block)
             self._holders[block] = 1
             taken.append(block)
         return taken
@@ -131,6 +133,12 @@ class BlockPool:
             self._holders[block] = 0
             self._put_back(block)
         self._unchecked = set(self._blocks.values())
+
+    def _give_up(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None and block not in self._unsure:
+            self._on_taken(key)
+        self._drop_key(block)
 
     def _put_back(self, block: int) -> None:
         if self._keys[block] is None:

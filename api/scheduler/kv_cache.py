@@ -25,21 +25,23 @@ def new_secret() -> bytes:
 class KVCache:
     """Gives requests slots and blocks, those with the beginning of their tokens where there are any.
 
-    `runs` are the requests that have a slot, by their ids. `tiers` has the keys of what stages keep beside the device,
-    all of them. The next step has to tell the stages to forget what is `forgotten`.
+    `runs` are the requests that have a slot, by their ids. The next step has to tell the stages to forget what is
+    `forgotten`.
     """
 
     def __init__(self, options: SchedulerOptions) -> None:
         self._options = options
         self._block_size = options.cache.block_size
         self._finds = options.schedule.enable_prefix_caching
-        self._pools = [BlockPool(options.cache.blocks) for _ in range(options.cache.pools)]
+        self._tiers: Container[bytes] | None = None
+        self._left: set[bytes] = set()
+        self._left_before: set[bytes] = set()
+        self._pools = [BlockPool(options.cache.blocks, self._note_taken) for _ in range(options.cache.pools)]
         self._slots = Slots(options)
         self._secret = new_secret()
         self._arriving: set[bytes] = set()
         self.runs: dict[int, Run] = {}
         self._by_slot: dict[int, Run] = {}
-        self.tiers: Container[bytes] = frozenset()
         self.forgotten: list[bytes] = []
 
     @property
@@ -70,6 +72,14 @@ class KVCache:
     def run_in(self, slot: int) -> Run:
         """The run that has the slot."""
         return self._by_slot[slot]
+
+    def know_tiers(self, keys: Container[bytes] | None) -> None:
+        """Takes in the keys of what all stages keep beside the device, which is asked for anew now and then.
+
+        Blocks that left the device since the time before last are believed to be there too. None where nothing is kept.
+        """
+        self._tiers = keys
+        self._left_before, self._left = self._left, set()
 
     def use_secret(self, secret: bytes) -> None:
         """Makes keys anew from another secret: nothing that was kept by the former ones is found again."""
@@ -148,6 +158,11 @@ class KVCache:
         """Gives up what a run waits for."""
         self._arriving.difference_update(load.key for load in run.loads)
 
+    def give_up_loads(self, runs: list[Run]) -> None:
+        """Has the stages forget what runs wait for, and all that is on the device, as the step that loads it failed."""
+        self.forget_all()
+        self.forgotten += [load.key for run in runs for load in run.loads]
+
     def loaded(self, runs: list[Run], result: StepResult) -> None:
         """Takes in which of the blocks that runs wait for have come: the first that is missing ends what is cached."""
         missed = set(result.missed)
@@ -163,6 +178,8 @@ class KVCache:
         pool = self._pools[run.pool]
         for load, has_come in zip(run.loads, came, strict=True):
             if not has_come:
+                self._left.discard(load.key)
+                self._left_before.discard(load.key)
                 run.cached = min(run.cached, run.blocks.index(load.block))
         for load in run.loads:
             pool.publish(load.block, load.key)
@@ -220,6 +237,15 @@ class KVCache:
         forgotten, self.forgotten = self.forgotten, []
         return forgotten
 
+    def _note_taken(self, key: bytes) -> None:
+        if self._tiers is not None:
+            self._left.add(key)
+
+    def _is_in_tiers(self, key: bytes) -> bool:
+        if self._tiers is None:
+            return False
+        return key in self._tiers or key in self._left or key in self._left_before
+
     def _may_find(self, sequence: Sequence) -> bool:
         """Whether a request may begin with blocks that were filled for another: not where its prompt is scored."""
         return self._finds and sequence.sampling.prompt_logprobs is None
@@ -250,7 +276,7 @@ class KVCache:
         found: list[int | None] = []
         for key in wanted:
             block = pool.find(key)
-            if block is None and key not in self.tiers:
+            if block is None and not self._is_in_tiers(key):
                 break
             found.append(block)
         return found

@@ -96,8 +96,7 @@ class Scheduler:
             return []
         if failed.mode == "load":
             # Whatever it is that cannot be loaded, it is not worth another failure.
-            self.cache.forget_all()
-            self.cache.tiers = frozenset()
+            self.cache.give_up_loads(failed.loading)
             return []
         request_ids = [run.request_id for run in failed.members if run.active]
         culprit = self._quarantine.record_failure(request_ids, failed.mode)

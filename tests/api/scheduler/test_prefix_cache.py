@@ -142,7 +142,7 @@ def test_a_prefill_whose_step_fails_or_whose_epoch_ends_leaves_nothing_findable(
 def test_what_gave_no_numbers_is_not_found_again_by_anybody() -> None:
     line = line_of(has_tier=True)
     run(line, beginning(0, 70, 0))
-    line.scheduler.cache.tiers = set(line.stage.tier or ())
+    line.scheduler.cache.know_tiers(set(line.stage.tier or ()))
     line.scheduler.add_request(beginning(1, 70, 0))
     assert line.submit()
     line.results[0] = msgspec.structs.replace(line.results[0], tokens=[NO_TOKEN])
@@ -156,12 +156,22 @@ def test_blocks_that_left_the_device_come_back_from_a_tier() -> None:
     prompts = [[number] * 320 for number in range(4)]
     for number, prompt in enumerate(prompts):
         run(line, request(number, prompt, 1))
-    line.scheduler.cache.tiers = set(line.stage.tier or ())
+    line.scheduler.cache.know_tiers(set(line.stage.tier or ()))
     before = line.stage.computed
     for number, prompt in enumerate(prompts, 4):
         assert run(line, request(number, prompt, 1)) == {number: 288}
     assert line.stage.computed - before == 4 * 32
     assert sum(step.mode == "load" for step in line.steps) == 4
+
+
+def test_what_left_the_device_a_moment_ago_is_believed_to_be_in_a_tier() -> None:
+    line = line_of(has_tier=True, blocks=16)
+    line.scheduler.cache.know_tiers(frozenset())
+    prompts = [[number] * 320 for number in range(2)]
+    for number, prompt in enumerate(prompts):
+        run(line, request(number, prompt, 1))
+    assert run(line, request(2, prompts[0], 1)) == {2: 288}
+    assert any(step.loads for step in line.steps)
 
 
 def test_what_a_tier_has_lost_meanwhile_is_computed() -> None:
@@ -170,7 +180,7 @@ def test_what_a_tier_has_lost_meanwhile_is_computed() -> None:
     run(line, request(1, [2] * 320, 1))
     tier = line.stage.tier
     assert tier is not None
-    line.scheduler.cache.tiers = set(tier)
+    line.scheduler.cache.know_tiers(set(tier))
     del tier[list(tier)[7]]
     assert run(line, request(2, [1] * 320, 1)) == {2: 224}
 
@@ -208,6 +218,7 @@ def test_after_a_loss_at_most_a_block_of_each_request_is_computed_again(lost: bo
 def test_a_load_that_fails_is_not_tried_again() -> None:
     line = line_of(has_tier=True)
     run(line, beginning(0, 100, 0))
+    line.scheduler.cache.know_tiers(set(line.stage.tier or ()))
     line.stage.begin_epoch(lost=True)
     line.scheduler.reset(1)
     line.scheduler.add_request(beginning(1, 100, 0))
@@ -218,10 +229,13 @@ def test_a_load_that_fails_is_not_tried_again() -> None:
     assert line.scheduler.on_failure(step.step_id, PipelineError("a stage failed")) == []
     line.stage.begin_epoch(lost=True)
     line.scheduler.reset(2)
+    before = line.stage.computed
     while line.submit() or line.results:
         if line.results:
             line.deliver()
-    assert next(step.mode for step in line.steps if step.epoch == 2) == "prefill"
+    assert line.stage.computed - before == 100
+    tried = [step for step in line.steps if step.epoch == 2 and step.loads]
+    assert all({load.key for load in step.loads} <= set(step.forgotten) for step in tried)
 
 
 def test_a_request_goes_to_the_pool_of_its_beginning_unless_that_is_much_fuller() -> None:

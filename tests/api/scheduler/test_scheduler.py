@@ -554,7 +554,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The scheduler hears what the tier has; some of it is gone before it is asked for."""
         tier = self.line.stage.tier
         assert tier is not None
-        self.scheduler.cache.tiers = set(tier)
+        self.scheduler.cache.know_tiers(set(tier))
         for key in list(tier)[:lost]:
             del tier[key]
 
