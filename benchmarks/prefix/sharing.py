@@ -174,7 +174,8 @@ async def _overhead(asker: Asker, without: Asker, load: Load) -> PrefixRow:
     await strangers(asker, load, "first")
     await strangers(without, load, "first")
     cached, computed = [], []
-    for turn in range(3 * load.rounds):
+    # Its bound is nearer to 1 than the spread of a few turns.
+    for turn in range(7 * load.rounds):
         cached.append(await strangers(asker, load, str(turn)))
         computed.append(await strangers(without, load, str(turn)))
     return PrefixRow(

@@ -102,19 +102,18 @@ class RecordFile:
 
     def write(self, key: bytes, record: Record) -> bytes | None:
         """Keeps a record; returns the key of the one that made room for it, if any did."""
-        if key in self._places:
-            self._places.move_to_end(key)
-            self._write_entry(self._places[key], key, _checksum(key, record))
-            return None
         evicted: bytes | None = None
-        if self._free:
+        place = self._places.pop(key, None)
+        is_empty = place is None and bool(self._free)
+        if place is None and self._free:
             place = self._free.pop()
-        elif self._places:
+        elif place is None and self._places:
             evicted, place = self._places.popitem(last=False)
-        else:
+        if place is None:
             return None
         try:
-            self._clear_entry(place)
+            if not is_empty:
+                self._clear_entry(place)
             whole = os.pwrite(self._file, record, self._record_at(place)) == self._record_bytes
         except OSError as error:
             if error.errno == errno.ENOSPC:
