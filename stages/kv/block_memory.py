@@ -43,15 +43,18 @@ class BlockMemory:
         """The bytes of a block in all layers."""
         return len(self._caches) * self._options.block_size * self._width * self._dtype.itemsize
 
-    def read(self, pool: int, blocks: Sequence[int]) -> list[memoryview]:
+    def read(self, pool: int, blocks: Sequence[int]) -> list[Record]:
         """Returns what blocks hold; neighbours are read together."""
-        records: list[memoryview] = []
+        records: list[Record] = []
         for first, count in _runs(blocks):
             ends = [first, 0, 0, 0], [first + count, 1, self._options.block_size, self._width]
             layers = [
                 _to_bytes(ttnn.get_device_tensors(ttnn.slice(cache, *ends))[pool], self._dtype)
                 for cache in self._caches
             ]
+            if count == 1:
+                records.append(b"".join([layer.data for layer in layers]))
+                continue
             # By numpy, as torch would wake up all of its threads for so little.
             held = np.stack(layers, axis=1).reshape(-1).data
             size = self.record_bytes
@@ -102,7 +105,7 @@ def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _to_bytes(tensor: ttnn.Tensor, dtype: torch.dtype) -> npt.NDArray[np.uint8]:
-    """[blocks, 1, block_size, width] as bytes [blocks, block_size * width * itemsize]."""
-    values = ttnn.to_torch(tensor).to(dtype).contiguous()
-    array: npt.NDArray[np.uint8] = values.view(len(values), -1).view(torch.uint8).numpy()
+    """[blocks, 1, block_size, width] as bytes [blocks, 1, block_size, width * itemsize]."""
+    values = ttnn.to_torch(tensor)
+    array: npt.NDArray[np.uint8] = (values if values.dtype is dtype else values.to(dtype)).view(torch.uint8).numpy()
     return array
