@@ -16,6 +16,7 @@ from stages.kv.block_memory import BlockMemory
 from stages.kv.block_store import BlockStore
 from stages.kv.inventory import Inventory
 from stages.kv.page_tables import PageTables
+from stages.kv.record_file import SUFFIX
 from stages.kv.tiers import Tiers
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
@@ -286,7 +287,7 @@ def _mesh_shape(pools: int) -> tuple[int, int]:
 def _file_name(spec: StageSpec, options: StageOptions) -> str:
     """The name of the stage's files in the tiers: that of all plans with the same records."""
     facts = [str(spec.stages), str(options.cache.pools), options.dtype, options.model_path]
-    return f"layers-{spec.first_layer}-{spec.end_layer}-{_digest(facts)[:8]}.kv"
+    return f"layers-{spec.first_layer}-{spec.end_layer}-{_digest(facts)[:8]}{SUFFIX}"
 
 
 def _digest(facts: list[str]) -> str:

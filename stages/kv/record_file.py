@@ -17,7 +17,8 @@ from typing import TypeAlias
 
 import structlog
 
-KEY_BYTES = 16
+SUFFIX = ".kv"
+"""The end of a file's name but for its number."""
 
 HEADER = struct.Struct("<8sQQ")
 """MAGIC, and the number and size of records."""
@@ -174,6 +175,35 @@ class RecordFile:
 
     def _record_at(self, place: int) -> int:
         return HEADER.size + self._records * ENTRY.size + place * self._record_bytes
+
+
+def remove_foreign(directory: Path, name: str, record_bytes: int, records: int) -> None:
+    """Removes files that no process has open and that nobody will use: of other plans, and of this one in another size.
+
+    Names are those of `Tiers.open`, a number behind them; a plan's stages have names that differ before the last "-".
+    """
+    plan = name.rpartition("-")[2]
+    header = HEADER.pack(MAGIC, records, record_bytes)
+    for path in directory.glob(f"*-*{SUFFIX}.*"):
+        whose = path.name.rpartition(".")[0]
+        if whose == name or whose.rpartition("-")[2] != plan:
+            _remove_unless(path, header if whose == name else b"")
+
+
+def _remove_unless(path: Path, header: bytes) -> None:
+    """Removes a file that begins in another way, unless a process has it."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not header or os.pread(file, len(header), 0) != header:
+            path.unlink()
+    except OSError:
+        return
+    finally:
+        os.close(file)
 
 
 def file_bytes(record_bytes: int, records: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 
 from stages.kv.inventory import Inventory
-from stages.kv.record_file import Record, RecordFile, records_within
+from stages.kv.record_file import Record, RecordFile, records_within, remove_foreign
 from stages.options import TierOptions
 
 CHANGES_KEPT = 1 << 16
@@ -186,6 +186,7 @@ def _open(directory: str, name: str, record_bytes: int, size: int) -> RecordFile
     if not directory or not records:
         return None
     failure: OSError | None = None
+    remove_foreign(Path(directory), name, record_bytes, records)
     for number in range(NAMES):
         try:
             return RecordFile(Path(directory) / f"{name}.{number}", record_bytes, records)

@@ -297,3 +297,17 @@ class InventoryMachine(RuleBasedStateMachine):
 
 InventoryMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
 TestInventory = InventoryMachine.TestCase
+
+
+def test_files_of_other_plans_and_sizes_go_unless_a_process_has_them(tmp_path: Path) -> None:
+    names = ["layers-0-3-aaaa.kv.0", "layers-3-6-aaaa.kv.0", "layers-0-3-bbbb.kv.0", "layers-0-6-cccc.kv.0", "key"]
+    for name in names:
+        with closing(RecordFile(tmp_path / name, RECORD, 8)):
+            pass
+    with closing(RecordFile(tmp_path / "layers-0-3-aaaa.kv.1", RECORD, 4)):
+        pass
+    options = TierOptions(disk_directory=str(tmp_path), disk_bytes=file_bytes(RECORD, 8))
+    with closing(RecordFile(tmp_path / "layers-0-6-cccc.kv.0", RECORD, 8)):
+        Tiers.open(options, "layers-0-3-aaaa.kv", RECORD).close()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["key", "layers-0-3-aaaa.kv.0", "layers-0-6-cccc.kv.0", "layers-3-6-aaaa.kv.0"]
