@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 from api.errors import RequestError
 from api.messages.engine import AddRequest, FinishReason
+from stages.kv.record_file import KEY_BYTES
 from stages.options import CacheOptions
 from stages.step import Admission, BlockLoad, Mode, SamplingParams, TokenLogprobs
-
-KEY_BYTES = 16
-"""Enough that no two blocks ever have the same key: BLAKE2b is collision-proof, and its first 2**64 digests differ."""
 
 
 def check_request(request: AddRequest, cache: CacheOptions) -> None:

@@ -17,6 +17,9 @@ from typing import TypeAlias
 
 import structlog
 
+KEY_BYTES = 16
+"""Enough that no two blocks ever have the same key, as the scheduler's are digests that are collision-proof."""
+
 SUFFIX = ".kv"
 """The end of a file's name but for its number."""
 
@@ -25,7 +28,7 @@ HEADER = struct.Struct("<8sQQ")
 
 MAGIC = b"glkv\0\0\0\1"
 
-ENTRY = struct.Struct("<16sQII")
+ENTRY = struct.Struct(f"<{KEY_BYTES}sQII")
 """Key, stamp, checksum, and whether there is a record: entries with a greater stamp were used later."""
 
 STAMPS = 1 << 63
