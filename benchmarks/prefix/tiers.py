@@ -22,8 +22,8 @@ PROMPT_TOKENS = PROMPT_BLOCKS * BLOCK - 4
 ANSWER_TOKENS = 300
 """More than come while all prompts are computed again."""
 
-SETTLE_SECONDS = 3.0
-"""The stages report what they keep twice a second, and write it to the disk behind their steps."""
+SETTLE_SECONDS = 6.0
+"""The engine asks stages every five seconds what they keep, and they write to the disk behind their steps."""
 
 
 async def measure_tiers(without: Asker, load: Load) -> list[PrefixRow]:
