@@ -86,11 +86,17 @@ class RunDirectory:
 
         Raises OSError, also for one that is another user's or a link.
         """
-        path.mkdir(mode=0o700, exist_ok=True)
-        status = path.lstat()
-        if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
-            raise PermissionError(errno.EPERM, "it is another user's", str(path))
-        return cls.enter(path)
+        while True:
+            path.mkdir(mode=0o700, exist_ok=True)
+            status = path.lstat()
+            if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+                raise PermissionError(errno.EPERM, "it is another user's", str(path))
+            # Before it is locked it may be taken for abandoned.
+            with contextlib.suppress(FileNotFoundError):
+                joined = cls.enter(path)
+                if (path / LOCK).exists():
+                    return joined
+                joined.leave()
 
     @property
     def memory(self) -> Path:
@@ -122,9 +128,12 @@ class RunDirectory:
             self._lock = -1
 
 
-def remove_abandoned() -> None:
-    """Removes directories of this user that nobody uses, with the processes in them: their servers were killed."""
-    for parent in _parents():
+def remove_abandoned(parents: Iterable[Path] | None = None) -> None:
+    """Removes directories of this user that nobody uses, with the processes in them: their servers were killed.
+
+    They lie in `parents`, by default wherever such directories may be made.
+    """
+    for parent in _parents() if parents is None else parents:
         with contextlib.suppress(OSError):
             for path in parent.glob(f"{PREFIX}*"):
                 remove_if_abandoned(path)

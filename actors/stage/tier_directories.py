@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from actors.run_directory import RunDirectory, remove_if_abandoned
+from actors.run_directory import RunDirectory, remove_abandoned, remove_if_abandoned
 from actors.stage.setup import StageSetup
 from stages.options import TierOptions
 
@@ -56,6 +56,8 @@ class TierDirectories:
     def _enter_memory(self, path: Path, size: int | None) -> int:
         try:
             self._memory = RunDirectory.join(path)
+            # Those of servers that were killed; on hosts where no server starts, nobody else would do it.
+            remove_abandoned([path.parent])
             return _agreed_host_bytes(path) if size is None else size
         except OSError as error:
             log.warning("blocks are not kept beside the device", directory=str(path), cause=error.strerror)

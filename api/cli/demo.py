@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @options_of(DemoOptions)
 @options_of(ModelPathOption)
 @click.option("--early_print_first_user", is_flag=True, help="Print the first prompt's tokens as they come.")
-@options_of(EngineSettings, without={"spare"})
+@options_of(EngineSettings, without={"spare", "enable_prefix_caching", "kv_host_memory", "kv_dir", "kv_disk"})
 @override_tt_config
 @log_level
 def demo_command(prompts: tuple[str, ...], early_print_first_user: bool, trace_mode: bool, **given: Any) -> None:

@@ -123,6 +123,10 @@ def _engine_settings(options: DemoOptions, settings: EngineSettings, config: Mod
         load_format="dummy" if options.random_weights else settings.weights.load_format,
         # A demo is over before the imports of a spare would be of use.
         spare=False,
+        # It measures prefill, so every prompt is computed, also one that fills the batch with copies of another.
+        enable_prefix_caching=False,
+        kv_host_memory="0",
+        kv_dir=None,
     )
 
 

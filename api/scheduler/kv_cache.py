@@ -110,8 +110,8 @@ class KVCache:
         """Whether a block that the request could begin with is being loaded, or `filled` by the step in the making."""
         if not (self._arriving or filled) or not self._may_find(sequence):
             return False
-        awaited = self._arriving.union(block.key for block in filled)
-        return not awaited.isdisjoint(self._wanted(sequence))
+        wanted = self._wanted(sequence)
+        return not (self._arriving.isdisjoint(wanted) and {block.key for block in filled}.isdisjoint(wanted))
 
     def admit(self, sequence: Sequence) -> Run | None:
         """Gives a request a slot and blocks; None without room for it.
