@@ -68,6 +68,16 @@ def test_a_directory_that_the_pipeline_holds_stays_for_the_stage_that_comes_next
     assert not path.exists()
 
 
+def test_what_killed_servers_left_beside_it_goes_and_what_others_use_stays(tmp_path: Path) -> None:
+    used, left = (RunDirectory.join(tmp_path / f"galaxyline-{name}.kv") for name in ("used", "left"))
+    left.leave()
+    stage = TierDirectories(setup(in_memory(tmp_path / "galaxyline-own.kv")))
+    stage.enter()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["galaxyline-own.kv", "galaxyline-used.kv"]
+    stage.leave()
+    used.leave()
+
+
 def test_a_directory_of_another_user_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "memory"
     path.mkdir()
