@@ -62,6 +62,10 @@ class BlockPool:
         idle = sum([not self._holders[block] for block in shared])
         return self.free - idle >= needed - len(shared)
 
+    def is_held(self, block: int) -> bool:
+        """Whether a request holds the block."""
+        return self._holders[block] > 0
+
     def is_checked(self, block: int) -> bool:
         """Whether the block was found, or filled, in this epoch."""
         return block not in self._unchecked

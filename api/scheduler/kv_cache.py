@@ -9,9 +9,9 @@ from collections.abc import Container
 
 from api.scheduler.block_pool import BlockPool
 from api.scheduler.options import SchedulerOptions
-from api.scheduler.sequence import Filled, Run, Sequence
+from api.scheduler.sequence import Filled, Run, Sequence, StepInFlight
 from api.scheduler.slots import Slots
-from stages.step import BlockLoad, StepResult
+from stages.step import NO_TOKEN, BlockLoad, StepResult
 from weights.sizes import ceil_div
 
 SECRET_BYTES = 16
@@ -150,6 +150,7 @@ class KVCache:
             cached=len(blocks),
             loads=loads,
             issued=len(blocks) * self._block_size,
+            secret=self._secret,
         )
         self.runs[sequence.request_id] = self._by_slot[slot] = run
         return run
@@ -163,7 +164,7 @@ class KVCache:
         self.forget_all()
         self.forgotten += [load.key for run in runs for load in run.loads]
 
-    def loaded(self, runs: list[Run], result: StepResult) -> None:
+    def _take_in_loads(self, runs: list[Run], result: StepResult) -> None:
         """Takes in which of the blocks that runs wait for have come: the first that is missing ends what is cached."""
         missed = set(result.missed)
         index = 0
@@ -204,7 +205,8 @@ class KVCache:
     def filled(self, run: Run, start: int) -> list[Filled]:
         """The blocks that are full once the run's tokens from `start` to `issued` are in the cache."""
         first, last = start // self._block_size, run.issued // self._block_size
-        if first == last or not self._finds:
+        # What was begun before a reset rests on blocks from before it.
+        if first == last or not self._finds or run.secret != self._secret:
             return []
         keys = self.keys(run.sequence, run.issued)
         return [Filled(run.pool, run.blocks[index], keys[index]) for index in range(first, last)]
@@ -214,10 +216,15 @@ class KVCache:
         for pool, block, key in filled:
             self._pools[pool].publish(block, key)
 
-    def confirm(self, filled: list[Filled]) -> None:
-        """Lets blocks be found in later epochs too, as the step that filled them is back."""
-        for pool, block, key in filled:
+    def step_returned(self, step: StepInFlight, result: StepResult) -> None:
+        """Lets what a step has filled be found in later epochs too, and takes in what it has loaded."""
+        for run, token in zip(step.sampled, result.tokens, strict=True):
+            # One that is still running ends for this, and forgets then.
+            if token == NO_TOKEN and not run.active:
+                self.forget_content(run)
+        for pool, block, key in step.filled:
             self._pools[pool].confirm(block, key)
+        self._take_in_loads(step.loading, result)
 
     def release(self, run: Run) -> None:
         """Frees a run's slot and blocks."""
@@ -226,11 +233,21 @@ class KVCache:
         self._pools[run.pool].release(run.blocks)
         self._slots.free_slot(run.slot)
 
-    def forget(self, run: Run, first: int) -> None:
-        """Ends the keys of what a run has written, or read, from its block `first` on, wherever it is kept."""
-        if self._finds:
-            self._pools[run.pool].forget(run.blocks[first:])
-            self.forgotten += self.keys(run.sequence, run.issued)[first:]
+    def forget_written(self, run: Run) -> None:
+        """Ends the keys of the blocks that a run has filled, which nobody else can have filled for it."""
+        pool = self._pools[run.pool]
+        keys = self.keys(run.sequence, run.issued) if self._finds else []
+        filled = list(zip(run.blocks, keys, strict=False))[run.cached :]
+        written = [(block, key) for block, key in filled if pool.find(key) == block]
+        pool.forget([block for block, _ in written])
+        self.forgotten += [key for _, key in written]
+
+    def forget_content(self, run: Run) -> None:
+        """Ends the keys of all that a run has read or written, wherever it is kept: it is of no use to anybody."""
+        keys = self.keys(run.sequence, run.issued) if self._finds else []
+        for pool in self._pools:
+            pool.forget([block for block in map(pool.find, keys) if block is not None])
+        self.forgotten += keys
 
     def take_forgotten(self) -> list[bytes]:
         """The keys that the next step has to tell the stages to forget; they are given once."""
@@ -272,11 +289,19 @@ class KVCache:
         return self._slots.take_slot(fitting, free)
 
     def _find(self, pool: BlockPool, wanted: list[bytes]) -> list[int | None]:
-        """The blocks of the first keys, None for one that a tier has; up to the first that is nowhere."""
+        """The blocks of the first keys, None for one that a tier has; up to the first that is nowhere.
+
+        What is not certain to come may have to be computed after all, with all that follows: into blocks that nobody
+        else holds.
+        """
         found: list[int | None] = []
+        is_certain = True
         for key in wanted:
             block = pool.find(key)
             if block is None and not self._is_in_tiers(key):
                 break
+            if block is not None and not is_certain and pool.is_held(block):
+                break
+            is_certain = is_certain and block is not None and pool.is_checked(block)
             found.append(block)
         return found

@@ -40,7 +40,9 @@ class PrefillQueue:
         None where there is none, where it may not share the step, or waits for blocks that are on their way.
         """
         if self._current is None and budget:
-            self._current = self._next_loaded(step) or self._next_waiting(budget, step)
+            while self._loaded and not self._loaded[0].active:
+                self._loaded.popleft()
+            self._current = self._next_loaded(step) if self._loaded else self._next_waiting(budget, step)
         return self._current
 
     def prompt_done(self) -> None:
@@ -70,11 +72,7 @@ class PrefillQueue:
             self._current = None
 
     def _next_loaded(self, step: StepInFlight) -> Run | None:
-        while self._loaded and not self._loaded[0].active:
-            self._loaded.popleft()
-        if not self._loaded or not self._may_share(step, self._loaded[0].sequence):
-            return None
-        return self._loaded.popleft()
+        return self._loaded.popleft() if self._may_share(step, self._loaded[0].sequence) else None
 
     def _next_waiting(self, budget: int, step: StepInFlight) -> Run | None:
         """Admits those that wait, up to the first that has nothing to load."""

@@ -46,6 +46,7 @@ class Scheduler:
         self.tallies = Tallies()
         self._budget = PrefillBudget(options)
         self.cache = KVCache(options)
+        self._in_flight: deque[StepInFlight] = deque()
         self.reset(epoch)
 
     def reset(self, epoch: int) -> None:
@@ -58,7 +59,9 @@ class Scheduler:
         self._queue = PrefillQueue(self.cache, self._quarantine, self._block_size, self._sequences.values())
         self._decodable: list[list[Run]] = [[] for _ in range(microbatches)]
         self._decoding = [False] * microbatches
-        self._in_flight: deque[StepInFlight] = deque()
+        # Not all stages may have had the steps that told them.
+        self.cache.forgotten[:0] = [key for step in self._in_flight for key in step.forgotten]
+        self._in_flight.clear()
         self._ended: list[int] = []
         self.cache.begin_epoch()
 
@@ -83,7 +86,7 @@ class Scheduler:
             self._queue.waiting.remove(sequence)
             return
         if run.issued < run.prefill_end:
-            self.cache.forget(run, run.cached)
+            self.cache.forget_written(run)
         self._leave(run)
 
     def on_failure(self, step_id: int | None, error: GalaxylineError) -> list[RequestOutput]:
@@ -163,10 +166,8 @@ class Scheduler:
         if awaited.microbatch is not None:
             self._decoding[awaited.microbatch] = False
         self._budget.record_step(awaited.mode, awaited.token_count, result.timings)
-        self.cache.confirm(awaited.filled)
-        if awaited.loading:
-            self.cache.loaded(awaited.loading, result)
-            self._queue.have_loaded(awaited.loading)
+        self.cache.step_returned(awaited, result)
+        self._queue.have_loaded(awaited.loading)
         scores = {
             run: run.sequence.unscored(start, entries)
             for (run, start), entries in zip(awaited.scored, result.prompt_logprobs, strict=True)
@@ -233,7 +234,7 @@ class Scheduler:
     def _end_for_nan(self, step_id: int, run: Run) -> RequestOutput:
         """Ends a request whose token, or log-probability, is not a number: nothing that follows would be right."""
         self.tallies.non_finite_logits += 1
-        self.cache.forget(run, 0)
+        self.cache.forget_content(run)
         return self._end_with(
             run, f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
         )
@@ -357,6 +358,7 @@ class Scheduler:
         admissions: list[Admission] | None = None,
         loads: list[BlockLoad] | None = None,
     ) -> Step:
+        in_flight.forgotten = self.cache.take_forgotten()
         step = Step(
             epoch=self._epoch,
             step_id=self._step_id,
@@ -365,7 +367,7 @@ class Scheduler:
             admissions=admissions or [],
             ended=self._ended,
             loads=loads or [],
-            forgotten=self.cache.take_forgotten(),
+            forgotten=in_flight.forgotten,
         )
         self.cache.publish(in_flight.filled)
         self._ended = []

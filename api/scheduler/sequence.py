@@ -115,7 +115,8 @@ class Run:
     Steps in flight refer to the run and not to the sequence: once it is no longer `active`, what they sampled is
     dropped, even when the sequence is running again. The first `issued` tokens are in steps, and so in the cache of
     every later step; the first `prefill_end` are the prompt and what had been sampled before this stay. The first
-    `cached` blocks hold their tokens from the beginning, once their `loads` have come.
+    `cached` blocks hold their tokens from the beginning, once their `loads` have come. `secret` is what keys began with
+    at the admission.
     """
 
     sequence: Sequence
@@ -127,6 +128,7 @@ class Run:
     issued: int
     cached: int
     loads: list[BlockLoad]
+    secret: bytes
     has_begun: bool = False
     active: bool = True
 
@@ -184,7 +186,8 @@ class StepInFlight:
 
     `members` are all runs with a segment in it and `sampled` those that get a token; `scored` are those whose prompt
     is scored, each with its segment's start. `microbatch` is that of a decode step. `filled` are the blocks that are
-    full after it. A load step has no members, but runs that are `loading`.
+    full after it, and `forgotten` the keys that it tells the stages to forget. A load step has no members, but runs
+    that are `loading`.
     """
 
     step_id: int
@@ -195,6 +198,7 @@ class StepInFlight:
     sampled: list[Run] = field(default_factory=list)
     scored: list[tuple[Run, int]] = field(default_factory=list)
     filled: list[Filled] = field(default_factory=list)
+    forgotten: list[bytes] = field(default_factory=list)
     loading: list[Run] = field(default_factory=list)
 
 

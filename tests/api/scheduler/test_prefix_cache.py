@@ -7,6 +7,7 @@ import pytest
 
 from actors.errors import PipelineError
 from api.messages.engine import AddRequest
+from api.scheduler.kv_cache import new_secret
 from stages.step import NO_TOKEN
 from tests.support.engine_fakes import reference_answer
 from tests.support.fake_line import FakeLine
@@ -259,3 +260,78 @@ def test_a_preempted_request_finds_its_own_blocks() -> None:
     tallies = line.scheduler.tallies
     assert tallies.preemptions >= 1
     assert tallies.recomputed_tokens < 200
+
+
+def test_a_block_that_another_holds_is_not_shared_behind_one_that_may_not_come() -> None:
+    """A load that misses has the request compute what follows, and so write to it."""
+    line = line_of(stages=1, slots=4, blocks=10, max_model_len=320, has_tier=True)
+    scheduler, tier = line.scheduler, line.stage.tier
+    assert tier is not None
+    scheduler.cache.know_tiers(frozenset())
+    prompt = list(range(64))
+    run(line, request(0, prompt, 1))
+    scheduler.add_request(request(1, prompt, 200))
+    while line.submit():
+        line.deliver()
+        running = scheduler.snapshot().running
+        if running and len(running[0].sequence.tokens) >= 100:
+            break
+    tokens = list(scheduler.snapshot().running[0].sequence.tokens)
+    scheduler.add_request(request(2, [7] * 160, 1))
+    while any(other.request_id == 2 for other in [*scheduler.snapshot().waiting, *scheduler.snapshot().running]):
+        line.submit()
+        line.deliver()
+    tier.clear()
+    scheduler.add_request(request(3, tokens[:97], 4))
+    answer: list[int] = []
+    while len(answer) < 4:
+        line.submit()
+        answer += [token for output in line.deliver() if output.request_id == 3 for token in output.tokens]
+    assert answer == reference_answer(tokens[:97], 4, [])[0]
+
+
+def test_what_is_to_be_forgotten_is_told_again_where_the_step_that_told_it_was_lost() -> None:
+    line = line_of(has_tier=True)
+    line.scheduler.add_request(beginning(0, 0, 40, max_tokens=50))
+    assert line.submit()
+    line.deliver()
+    line.scheduler.add_request(beginning(1, 100, 0))
+    while line.submit():
+        poisoned = line.scheduler.requests_in(line.steps[-1]) if line.steps[-1].mode == "prefill" else []
+        if 1 in poisoned:
+            line.results[-1] = msgspec.structs.replace(line.results[-1], tokens=[NO_TOKEN])
+            break
+    while line.results:
+        line.deliver()
+    told = line.scheduler.next_step()
+    assert told is not None
+    assert len(told.forgotten) == 3
+    line.scheduler.cache.know_tiers(set(line.stage.tier or ()))
+    line.stage.begin_epoch(lost=True)
+    line.scheduler.reset(1)
+    line.scheduler.abort(0)
+    assert run(line, beginning(2, 100, 0)) == {2: 0}
+
+
+def test_what_gave_no_numbers_to_a_request_that_had_left_is_not_found_either() -> None:
+    line = line_of(has_tier=True)
+    line.scheduler.add_request(beginning(0, 100, 0))
+    assert line.submit()
+    line.scheduler.abort(0)
+    line.results[0] = msgspec.structs.replace(line.results[0], tokens=[NO_TOKEN])
+    assert line.deliver() == []
+    assert line.scheduler.cache.findable == 0
+    assert run(line, beginning(1, 100, 0)) == {1: 0}
+
+
+def test_a_prompt_under_way_at_a_reset_leaves_nothing_of_before_it() -> None:
+    line = line_of(prefill_chunk=128)
+    line.scheduler.add_request(beginning(0, 300, 0, max_tokens=1))
+    assert line.submit()
+    line.deliver()
+    line.scheduler.cache.use_secret(new_secret())
+    while line.submit() or line.results:
+        line.deliver()
+    assert line.scheduler.cache.findable == 0
+    run(line, beginning(1, 129, 0))
+    assert run(line, beginning(2, 300, 0)) == {2: 128}
