@@ -94,13 +94,14 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
 class TierOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where full blocks are kept beside the device, and how many bytes of them: none where that is 0.
 
-    `host_bytes` None is a share of the host's memory.
+    `host_bytes` None is a share of the host's memory. So many `disk_sharers` use the directory with the same plan.
     """
 
     host_directory: str = ""
     host_bytes: int | None = None
     disk_directory: str = ""
     disk_bytes: int = 0
+    disk_sharers: int = 1
 
     @property
     def are_any(self) -> bool:

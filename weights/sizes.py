@@ -4,6 +4,8 @@ import re
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGTkmgt])(?:i?[bB])?)?")
 
+SIZE_MAX = 1 << 60
+
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -29,9 +31,10 @@ def counted(count: int, noun: str) -> str:
 def parse_size(text: str) -> int:
     """Reads a number of bytes: "4096", "512M", "20G" or "20 GiB", where K is 1024. Raises ValueError for all else."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    power = 0 if match is None or match[2] is None else 1 + "KMGT".index(match[2].upper())
+    if match is None or float(match[1]) * 1024**power > SIZE_MAX:
         raise ValueError(f"{text!r} is not a number of bytes, like 512M or 20G")
-    return int(float(match[1]) * 1024 ** "KMGT".index(match[2].upper()) * 1024) if match[2] else int(float(match[1]))
+    return int(float(match[1]) * 1024**power)
 
 
 def in_words(count: int) -> str:

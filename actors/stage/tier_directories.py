@@ -89,7 +89,10 @@ def _agreed_host_bytes(directory: Path) -> int:
             os.link(own, agreed)
     finally:
         own.unlink()
-    return int(agreed.read_text(encoding="ascii"))
+    try:
+        return int(agreed.read_text(encoding="ascii"))
+    except ValueError:
+        return default_host_bytes(directory)
 
 
 def _make(directory: Path) -> bool:

@@ -103,6 +103,8 @@ class Engine:
         try:
             if self._options.timeline is not None:
                 self._watch.timeline = Timeline(open_timeline(Path(self._options.timeline)))
+            # A directory on a network may not answer, which the start's deadline is for.
+            await asyncio.to_thread(self._tiers.open)
             self._pipeline = await self._start_pipeline(self._options.pipeline, self._send_progress)
             while True:
                 # The stages of a new epoch have no requests: those that wait, or ran in a former one, begin anew.

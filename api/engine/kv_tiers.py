@@ -41,11 +41,10 @@ class KVTiers:
     """
 
     def __init__(self, options: TierOptions, stages: int, cache: KVCache) -> None:
-        """Raises OptionError where the directory of the disk tier cannot be used."""
         self._cache = cache
         self._are_any = options.are_any
         self._file = Path(options.disk_directory, KEY_FILE) if options.disk_directory else None
-        self._secret = new_secret() if self._file is None else _kept_secret(self._file)
+        self._secret = new_secret()
         self._keys: list[set[bytes]] = [set() for _ in range(stages)]
         self._versions = [0] * stages
         self._models = [""] * stages
@@ -56,6 +55,14 @@ class KVTiers:
     def stage_bytes(self) -> list[TierBytes]:
         """What each stage keeps, as far as is known."""
         return [TierBytes(*each) for each in zip(self.host_bytes, self.disk_bytes, strict=True)]
+
+    def open(self) -> None:
+        """Takes the secret from the disk tier's directory, where there is one.
+
+        Raises OptionError where the directory cannot be used.
+        """
+        if self._file is not None:
+            self._secret = _kept_secret(self._file)
 
     async def refresh(self, pipeline: HasInventories) -> None:
         """Asks all stages what they have; what one does not answer stays as it was."""

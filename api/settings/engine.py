@@ -231,6 +231,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             dtype = resolve_dtype(self.dtype, source, profile)
             specs = self._specs(config)
             cache = self._cache(config, dtype, self.schedule.microbatches or default_microbatches(len(specs)), sharers)
+        tiers = self.kv.tiers(sharers)
         timed = None
         if not profile.computes:
             timed = self.times.timed_options(source, config, len(specs), cluster.rows_per_stage)
@@ -248,7 +249,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     execution=self.execution,
                     changes=changes,
                     timed=timed,
-                    tiers=self.kv.tiers(sharers) if profile.computes else TierOptions(host_bytes=0),
+                    tiers=tiers if profile.computes else TierOptions(host_bytes=0),
                 ),
                 cluster=cluster,
                 runner=profile.runner,

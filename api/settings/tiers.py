@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from api.errors import OptionError
+from api.text.model_source import at_home
 from stages.options import TierOptions
 from weights.sizes import parse_size
 
@@ -40,9 +41,13 @@ class KVOptions(msgspec.Struct, frozen=True, kw_only=True):
         Raises OptionError for what is not a size.
         """
         memory = None if self.kv_host_memory is None else size_of("--kv-host-memory", self.kv_host_memory) // sharers
-        disk = 0 if self.kv_dir is None else size_of("--kv-disk", self.kv_disk) // sharers
-        directory = "" if self.kv_dir is None else str(self.kv_dir.expanduser().absolute())
-        return TierOptions(host_bytes=memory, disk_directory=directory, disk_bytes=disk)
+        disk = size_of("--kv-disk", self.kv_disk) // sharers
+        if self.kv_dir is None:
+            return TierOptions(host_bytes=memory)
+        if self.kv_dir == Path():
+            raise OptionError("--kv-dir is empty: name a directory, or leave it out.")
+        directory = str(at_home(self.kv_dir).absolute())
+        return TierOptions(host_bytes=memory, disk_directory=directory, disk_bytes=disk, disk_sharers=sharers)
 
 
 def size_of(flag: str, text: str) -> int:

@@ -9,6 +9,7 @@ short reads, and not the end of the process.
 import errno
 import fcntl
 import os
+import re
 import struct
 import zlib
 from collections import OrderedDict
@@ -20,6 +21,9 @@ import structlog
 KEY_BYTES = 16
 """Enough that no two blocks ever have the same key, as the scheduler's are digests that are collision-proof."""
 
+NAME = re.compile(r"(?P<stage>layers-\d+-\d+-(?P<plan>[0-9a-z]+\.kv))\.(?P<number>\d+)")
+"""The names of files that may be removed."""
+
 SUFFIX = ".kv"
 """The end of a file's name but for its number."""
 
@@ -30,6 +34,8 @@ MAGIC = b"glkv\0\0\0\1"
 
 ENTRY = struct.Struct(f"<{KEY_BYTES}sQII")
 """Key, stamp, checksum, and whether there is a record: entries with a greater stamp were used later."""
+
+RECORDS_MAX = 1 << 20
 
 STAMPS = 1 << 63
 """More than a file is used: an entry with such a stamp is damaged."""
@@ -58,10 +64,12 @@ class RecordFile:
         self._places: OrderedDict[bytes, int] = OrderedDict()
         self._stamp = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._is_full_disk_known = False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_place(self._file, path)
             self._free = self._read_table()
-        except OSError:
+        except BaseException:
             os.close(self._file)
             raise
 
@@ -108,10 +116,11 @@ class RecordFile:
         """Keeps a record; returns the key of the one that made room for it, if any did."""
         evicted: bytes | None = None
         place = self._places.pop(key, None)
-        is_empty = place is None and bool(self._free)
-        if place is None and self._free:
-            place = self._free.pop()
-        elif place is None and self._places:
+        is_empty = False
+        if place is None:
+            place = self._free.pop() if self._free else next(self._fresh, None)
+            is_empty = place is not None
+        if place is None and self._places:
             evicted, place = self._places.popitem(last=False)
         if place is None:
             return None
@@ -120,7 +129,8 @@ class RecordFile:
                 self._clear_entry(place)
             whole = os.pwrite(self._file, record, self._record_at(place)) == self._record_bytes
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno == errno.ENOSPC and not self._is_full_disk_known:
+                self._is_full_disk_known = True
                 log.warning("no room is left for cached blocks", file=str(self._path), records=len(self._places))
             whole = False
         if whole and self._write_entry(place, key, _checksum(key, record)):
@@ -143,16 +153,19 @@ class RecordFile:
         os.close(self._file)
 
     def _read_table(self) -> list[int]:
-        """Reads which records there are; returns the free places, to be taken from the end."""
+        """Reads which records there are; returns the free places among them, to be taken from the end."""
         table_bytes = self._records * ENTRY.size
         header = HEADER.pack(MAGIC, self._records, self._record_bytes)
         if os.pread(self._file, HEADER.size, 0) != header:
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, header, 0)
-        table = os.pread(self._file, table_bytes, HEADER.size).ljust(table_bytes, b"\0")
+        table = os.pread(self._file, table_bytes, HEADER.size)
+        used = len(table) // ENTRY.size
+        # Places behind the end of the file were never written.
+        self._fresh = iter(range(used, self._records))
         found = []
         free = []
-        for place, (key, stamp, _, is_there) in enumerate(ENTRY.iter_unpack(table)):
+        for place, (key, stamp, _, is_there) in enumerate(ENTRY.iter_unpack(table[: used * ENTRY.size])):
             if is_there and stamp < STAMPS:
                 found.append((stamp, place, key))
             else:
@@ -180,28 +193,40 @@ class RecordFile:
         return HEADER.size + self._records * ENTRY.size + place * self._record_bytes
 
 
-def remove_foreign(directory: Path, name: str, record_bytes: int, records: int) -> None:
+def _check_place(file: int, path: Path) -> None:
+    """Raises BlockingIOError where another process has removed the file since it was opened."""
+    if not path.exists() or path.stat().st_ino != os.fstat(file).st_ino:
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process removes it", str(path))
+
+
+def remove_foreign(directory: Path, name: str, record_bytes: int, records: int, numbers: int) -> None:
     """Removes files that no process has open and that nobody will use: of other plans, and of this one in another size.
 
-    Names are those of `Tiers.open`, a number behind them; a plan's stages have names that differ before the last "-".
+    Names are those of `Tiers.open`, with a number below `numbers` behind them; a plan's stages have names that differ
+    before the last "-". Raises OSError where the directory cannot be read.
     """
     plan = name.rpartition("-")[2]
     header = HEADER.pack(MAGIC, records, record_bytes)
-    for path in directory.glob(f"*-*{SUFFIX}.*"):
-        whose = path.name.rpartition(".")[0]
-        if whose == name or whose.rpartition("-")[2] != plan:
-            _remove_unless(path, header if whose == name else b"")
+    for path in directory.iterdir():
+        whose = NAME.fullmatch(path.name)
+        if whose is None:
+            continue
+        if whose["stage"] == name:
+            _remove(path, but=header if int(whose["number"]) < numbers else None)
+        elif whose["plan"] != plan:
+            _remove(path)
 
 
-def _remove_unless(path: Path, header: bytes) -> None:
-    """Removes a file that begins in another way, unless a process has it."""
+def _remove(path: Path, but: bytes | None = None) -> None:
+    """Removes a file of records that begins in another way than `but`, unless a process has it."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not header or os.pread(file, len(header), 0) != header:
+        header = os.pread(file, HEADER.size, 0)
+        if header != but and (not header or header.startswith(MAGIC)):
             path.unlink()
     except OSError:
         return
@@ -215,8 +240,8 @@ def file_bytes(record_bytes: int, records: int) -> int:
 
 
 def records_within(size: int, record_bytes: int) -> int:
-    """How many records a file of `size` bytes has room for."""
-    return max((size - HEADER.size) // (ENTRY.size + record_bytes), 0)
+    """How many records a file of `size` bytes has room for; a table of more than RECORDS_MAX takes long to read."""
+    return min(max((size - HEADER.size) // (ENTRY.size + record_bytes), 0), RECORDS_MAX)
 
 
 def _checksum(key: bytes, record: Record) -> int:

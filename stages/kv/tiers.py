@@ -1,5 +1,6 @@
 """The tiers beside a stage's device: full blocks in the host's memory, and on its disk."""
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -17,8 +18,10 @@ CHANGES_KEPT = 1 << 16
 QUEUED = 256
 """Blocks that wait to be written to the disk: further ones are not, as the disk does not keep up."""
 
-NAMES = 8
-"""Processes on a host that may keep blocks of the same plan in one directory, as replicas do."""
+OPEN_SECONDS = 5.0
+"""How long a process that is killed may have its files: Ray takes some seconds for one that is stopped."""
+
+OPEN_POLL_SECONDS = 0.05
 
 log = structlog.get_logger()
 
@@ -73,7 +76,7 @@ class Tiers:
     def open(cls, options: TierOptions, name: str, record_bytes: int) -> "Tiers":
         """Opens the files of a stage, `name`; what cannot be opened is done without, and logged."""
         host = _open(options.host_directory, name, record_bytes, options.host_bytes or 0)
-        disk = _open(options.disk_directory, name, record_bytes, options.disk_bytes)
+        disk = _open(options.disk_directory, name, record_bytes, options.disk_bytes, options.disk_sharers)
         return cls(host, disk)
 
     @property
@@ -180,21 +183,23 @@ class Tiers:
                             self._note(evicted)
 
 
-def _open(directory: str, name: str, record_bytes: int, size: int) -> RecordFile | None:
-    """Opens the first file of the name that no other process has."""
+def _open(directory: str, name: str, record_bytes: int, size: int, numbers: int = 1) -> RecordFile | None:
+    """Opens the first file of so many with the name that no other process has, or one that it gives back soon."""
     records = records_within(size, record_bytes) if record_bytes else 0
     if not directory or not records:
         return None
-    failure: OSError | None = None
-    remove_foreign(Path(directory), name, record_bytes, records)
-    for number in range(NAMES):
-        try:
-            return RecordFile(Path(directory) / f"{name}.{number}", record_bytes, records)
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            failure = error
-            break
-    cause = f"{NAMES} other processes have such files open" if failure is None else failure.strerror
+    deadline = time.monotonic() + OPEN_SECONDS
+    cause: str | None = "other processes have all files for it"
+    try:
+        remove_foreign(Path(directory), name, record_bytes, records, numbers)
+        while True:
+            for number in range(numbers):
+                with contextlib.suppress(BlockingIOError):
+                    return RecordFile(Path(directory) / f"{name}.{number}", record_bytes, records)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(OPEN_POLL_SECONDS)
+    except OSError as error:
+        cause = error.strerror
     log.warning("blocks are not kept beside the device", directory=directory, cause=cause)
     return None

@@ -41,7 +41,9 @@ def first_key(cache: KVCache) -> bytes:
 def tiers_of(directory: Path | None = None) -> tuple[KVTiers, KVCache]:
     cache = KVCache(scheduler_options())
     options = TierOptions(host_bytes=1, disk_directory=str(directory or ""), disk_bytes=1)
-    return KVTiers(options, 2, cache), cache
+    tiers = KVTiers(options, 2, cache)
+    tiers.open()
+    return tiers, cache
 
 
 def test_a_key_is_there_where_all_stages_have_it() -> None:

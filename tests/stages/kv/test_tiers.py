@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from stages.kv.record_file import Record, RecordFile, file_bytes
-from stages.kv.tiers import CHANGES_KEPT, NAMES, ChangeLog, Tiers
+from stages.kv.tiers import CHANGES_KEPT, ChangeLog, Tiers
 from stages.options import TierOptions
 from tests.support.stage_driver import key_of
 
@@ -199,11 +199,16 @@ def test_files_outlive_who_wrote_them(tmp_path: Path) -> None:
         assert second.inventory(before.version, MODEL).is_whole
 
 
-def test_processes_that_share_a_directory_have_files_of_their_own(tmp_path: Path) -> None:
-    opened = [Tiers.open(options_in(tmp_path, 4), "layers", RECORD) for _ in range(NAMES + 1)]
+def test_processes_that_share_a_directory_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.kv.tiers.OPEN_SECONDS", 0.1)
+    options = TierOptions(disk_directory=str(tmp_path), disk_bytes=file_bytes(RECORD, 4), disk_sharers=2)
+    opened = [Tiers.open(options, "layers", RECORD) for _ in range(3)]
     for number, tiers in enumerate(opened):
         tiers.keep(key_of(number), record_of(number))
-    assert [keys_of(tiers) for tiers in opened] == [*({key_of(number)} for number in range(NAMES)), set()]
+    assert [tiers.is_empty for tiers in opened] == [False, False, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.0", "layers.1"]
     assert opened[-1].is_empty
     for tiers in opened:
         tiers.close()
@@ -301,13 +306,16 @@ TestInventory = InventoryMachine.TestCase
 
 def test_files_of_other_plans_and_sizes_go_unless_a_process_has_them(tmp_path: Path) -> None:
     names = ["layers-0-3-aaaa.kv.0", "layers-3-6-aaaa.kv.0", "layers-0-3-bbbb.kv.0", "layers-0-6-cccc.kv.0", "key"]
+    mine = ["my-thesis.kv.docx", "layers-0-3-bbbb.kv.md", "layers-0-3-dddd.kv.0"]
+    for name in mine:
+        (tmp_path / name).write_text("not blocks at all, but what somebody wrote")
     for name in names:
         with closing(RecordFile(tmp_path / name, RECORD, 8)):
             pass
-    with closing(RecordFile(tmp_path / "layers-0-3-aaaa.kv.1", RECORD, 4)):
+    with closing(RecordFile(tmp_path / "layers-0-3-aaaa.kv.1", RECORD, 8)):
         pass
     options = TierOptions(disk_directory=str(tmp_path), disk_bytes=file_bytes(RECORD, 8))
     with closing(RecordFile(tmp_path / "layers-0-6-cccc.kv.0", RECORD, 8)):
         Tiers.open(options, "layers-0-3-aaaa.kv", RECORD).close()
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["key", "layers-0-3-aaaa.kv.0", "layers-0-6-cccc.kv.0", "layers-3-6-aaaa.kv.0"]
+    assert left == sorted(["key", "layers-0-3-aaaa.kv.0", "layers-0-6-cccc.kv.0", "layers-3-6-aaaa.kv.0", *mine])
