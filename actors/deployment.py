@@ -89,6 +89,7 @@ class Deployment:
         if self._stages.mpi is None:
             self._chain = await self._rejoin_stages(links, kill, deadline)
         else:
+            self._stages.group.keeps_blocks = True
             await self._stages.close()
             self._stages, self._chain = await self._starter.start(links, deadline)
         return self._chain.downstream

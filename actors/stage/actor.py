@@ -116,10 +116,10 @@ class StageActor:
         """Returns what the stage keeps beside its device, or what changed of it; None before it is loaded."""
         return self._server.inventory(version)
 
-    async def close(self) -> None:
-        """Ends links and threads."""
+    async def close(self, *, keeps_blocks: bool = False) -> None:
+        """Ends links and threads; what is kept in memory stays for the stage that comes next, if there is to be one."""
         await asyncio.to_thread(self._server.close)
-        await asyncio.to_thread(self._directories.leave)
+        await asyncio.to_thread(self._directories.leave, keeps_blocks=keeps_blocks)
 
     @property
     def _mesh_spec(self) -> MeshSocketSpec | None:

@@ -48,7 +48,10 @@ _log = structlog.get_logger()
 
 
 class StageGroup:
-    """The handles of all stages, in order. Every call has a deadline, and a stage that misses it is named."""
+    """The handles of all stages, in order. Every call has a deadline, and a stage that misses it is named.
+
+    With `keeps_blocks`, what stages keep in their hosts' memory outlives them, for others that take their place.
+    """
 
     def __init__(self, cluster: Cluster, placement: Placement, setups: Sequence[StageSetup], here: str) -> None:
         """`here` is the node of this process."""
@@ -57,6 +60,7 @@ class StageGroup:
         self._setups = list(setups)
         self._here = here
         self._pids: dict[int, int] = {}
+        self.keeps_blocks = False
         self._replies = StageReplies(self._host, self._health)
         # Stages of an MPI world wait for each other inside of MPI, where Python's other threads may stand still.
         uses_mpi = any(setup.membership is not None for setup in setups)
@@ -206,7 +210,8 @@ class StageGroup:
         Raises PipelineError if they do not go.
         """
         if not self._cluster.is_lost:
-            closing = [asyncio.ensure_future(_settled(reply(actor.close.remote()))) for actor in self._actors]
+            closings = [actor.close.remote(keeps_blocks=self.keeps_blocks) for actor in self._actors]
+            closing = [asyncio.ensure_future(_settled(reply(each))) for each in closings]
             await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         for actor in self._actors:
             await kill_actor(self._cluster, actor, None)

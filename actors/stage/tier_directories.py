@@ -45,13 +45,14 @@ class TierDirectories:
         disk_bytes = tiers.disk_bytes if tiers.disk_bytes and _make(Path(tiers.disk_directory)) else 0
         return msgspec.structs.replace(tiers, host_bytes=self._share(host_bytes), disk_bytes=self._share(disk_bytes))
 
-    def leave(self) -> None:
-        """Leaves the directory in memory. May be repeated."""
+    def leave(self, *, keeps_blocks: bool = False) -> None:
+        """Leaves the directory in memory; the last one removes it, unless others are to come. May be repeated."""
         if self._memory is not None:
             path = self._memory.path
             self._memory.leave()
             self._memory = None
-            remove_if_abandoned(path)
+            if not keeps_blocks:
+                remove_if_abandoned(path)
 
     def _enter_memory(self, path: Path, size: int | None) -> int:
         try:

@@ -103,5 +103,5 @@ async def test_answers_are_those_without_the_cache_in_spite_of_preemption_and_lo
         os.kill(stage_processes(server)[-1].pid, signal.SIGKILL)
         assert await again == expected
         async with client_of(server) as client:
-            stages = (await client.get("/pipeline")).json()["stages"]
-        assert stages[-1]["restarts"] == 1
+            view = (await client.get("/pipeline")).json()
+        assert view["stages"][-1]["restarts"] == 1
