@@ -14,7 +14,7 @@ from stages.kv.record_file import Record
 from stages.options import CacheOptions
 
 BLOCKS_AT_ONCE = 8
-"""Blocks of each chip that one op writes at most; where shapes must be few, all ops write so many."""
+"""Blocks of each chip that one op writes at most; where shapes must be few, an op writes so many or a single one."""
 
 
 class BlockBytes(NamedTuple):
@@ -72,7 +72,8 @@ class BlockMemory:
 
     def _write(self, by_pool: dict[int, list[BlockBytes]]) -> None:
         options, layers = self._options, len(self._caches)
-        count = BLOCKS_AT_ONCE if PADDED_USERS_PER_ROW else max(len(blocks) for blocks in by_pool.values())
+        most = max(len(blocks) for blocks in by_pool.values())
+        count = BLOCKS_AT_ONCE if PADDED_USERS_PER_ROW and most > 1 else most
         pages = torch.full((options.pools, count), options.blocks, dtype=torch.int32)
         shape = (layers, options.pools, 1, count * options.block_size, self._width)
         # torch.zeros would wake up all of torch's threads.
