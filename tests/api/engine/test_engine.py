@@ -223,6 +223,15 @@ def with_directory(options: EngineOptions, directory: Path) -> EngineOptions:
     return msgspec.structs.replace(options, pipeline=msgspec.structs.replace(options.pipeline, stage=stage))
 
 
+async def test_a_directory_that_cannot_be_used_is_a_users_mistake_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    async with EngineClient.start(with_directory(engine_options(), tmp_path / "file" / "kv")) as engine:
+        with pytest.raises(OptionError) as refusal:
+            await engine.wait_ready(SECONDS)
+    assert str(refusal.value) == f"--kv-dir {tmp_path}/file/kv cannot be used: Not a directory."
+    assert exit_code(refusal.value) == 2
+
+
 async def test_who_resets_is_told_where_the_disk_does_not_take_it(tmp_path: Path) -> None:
     directory = tmp_path / "kv"
     async with EngineClient.start(with_directory(engine_options(), directory)) as engine:
