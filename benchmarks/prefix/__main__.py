@@ -7,6 +7,7 @@ import click
 import uvloop
 from rich.table import Table
 
+from benchmarks.prefix.overhead import CASE, measure_overhead
 from benchmarks.prefix.sharing import BLOCK, SHORT, WITHOUT, Load, PrefixRow, measure_sharing, served
 from benchmarks.prefix.tiers import measure_recovery, measure_tiers
 from benchmarks.support.machine import Machine
@@ -25,7 +26,7 @@ async def measure(load: Load, beside: str | None) -> list[PrefixRow]:
     async with served(*WITHOUT) as without:
         rows = await measure_sharing(without, load, beside)
         rows += await measure_tiers(without, load)
-    return [*rows, await measure_recovery(load)]
+    return [*rows, await measure_recovery(load), measure_overhead(load)]
 
 
 def targets_of(rows: Sequence[PrefixRow]) -> list[Target]:
@@ -38,7 +39,7 @@ def targets_of(rows: Sequence[PrefixRow]) -> list[Target]:
         if row.ideal and not row.case.endswith("beside")
     ]
     for row in rows:
-        if row.unit == "tokens/s":
+        if row.case == CASE:
             targets.append(
                 Target(name=f"{row.case}, times without", bound=OVERHEAD_MIN, figure=row.times.median, is_floor=True)
             )
