@@ -85,8 +85,7 @@ class KVCache:
         """Makes keys anew from another secret: nothing that was kept by the former ones is found again."""
         if secret != self._secret:
             self._secret = secret
-            for pool in self._pools:
-                pool.forget_all()
+            self.forget_all()
 
     def begin_epoch(self) -> None:
         """Frees all slots and blocks. What full blocks hold is found again once a load step has checked it."""

@@ -23,6 +23,8 @@ SYSTEM = "The keeper of the lighthouse writes down every boat that comes into th
 GRAMMAR = r"([A-Z][a-z]{2,8} [0-9]{1,3}; ){3}end"
 LENGTH = 32
 ALONE = 6
+MANY = 4
+SECONDS = 60
 BLOCKS = 36
 """Too few for all requests at once: some have to give way."""
 
@@ -78,6 +80,19 @@ async def answers(server: Server, requests: list[Json]) -> list[list[Json]]:
         return [*alone, *(answer for answer in together if answer is not None)]
 
 
+async def until_some_run(server: Server) -> None:
+    """Waits until several requests are in the pipeline at once."""
+
+    async def poll() -> None:
+        running = 0
+        async with client_of(server) as client:
+            while running < MANY:
+                await asyncio.sleep(0.02)
+                running = (await client.get("/pipeline")).json()["engine"]["requests_running"]
+
+    await asyncio.wait_for(poll(), SECONDS)
+
+
 @pytest.mark.parametrize("stages", [1, 4])
 async def test_answers_are_those_without_the_cache_in_spite_of_preemption_and_loss(stages: int, tmp_path: Path) -> None:
     options = ("--stages", str(stages), "--dtype", "float32", "--max-model-len", "1100")
@@ -99,7 +114,7 @@ async def test_answers_are_those_without_the_cache_in_spite_of_preemption_and_lo
         assert hits / queries > 0.3
         assert preemptions > 0
         again = asyncio.ensure_future(answers(server, requests))
-        await asyncio.sleep(1)
+        await until_some_run(server)
         os.kill(stage_processes(server)[-1].pid, signal.SIGKILL)
         assert await again == expected
         async with client_of(server) as client:
