@@ -61,13 +61,12 @@ class RunDirectory:
         Raises ClusterError where no directory for temporary files can be written.
         """
         for parent in _parents():
-            try:
-                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-                lock = _open_lock(path)
-            except OSError:
-                continue
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            return cls(path, lock)
+            with contextlib.suppress(OSError):
+                while True:
+                    directory = cls.enter(Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)))
+                    if directory.exists():
+                        return directory
+                    directory.leave()
         raise ClusterError(
             f"No directory for sockets can be made in {', '.join(map(str, _parents()))}: set TMPDIR to a directory "
             f"that can be written, with a path of at most {PARENT_PATH_MAX} bytes."
@@ -91,12 +90,15 @@ class RunDirectory:
             status = path.lstat()
             if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
                 raise PermissionError(errno.EPERM, "it is another user's", str(path))
-            # Before it is locked it may be taken for abandoned.
             with contextlib.suppress(FileNotFoundError):
                 joined = cls.enter(path)
-                if (path / LOCK).exists():
+                if joined.exists():
                     return joined
                 joined.leave()
+
+    def exists(self) -> bool:
+        """Whether it is still there: before it was locked, others may have taken it for abandoned."""
+        return (self.path / LOCK).exists()
 
     @property
     def memory(self) -> Path:

@@ -1,5 +1,6 @@
 """The private directory of a pipeline: who may enter it, where it lies, and what ends with it."""
 
+import fcntl
 import os
 import shutil
 import stat
@@ -93,6 +94,26 @@ def test_directories_of_servers_that_were_killed_are_removed_and_no_others(paren
         left.kill()
         used.remove()
         also.remove()
+
+
+def test_one_that_is_taken_for_abandoned_before_it_is_locked_is_made_again(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = []
+
+    def lock_late(descriptor: int, operation: int) -> None:
+        if not locks:
+            locks.append(descriptor)
+            remove_abandoned()
+        lock(descriptor, operation)
+
+    lock = fcntl.flock
+    monkeypatch.setattr("actors.run_directory.fcntl.flock", lock_late)
+    directory = RunDirectory.create()
+    assert locks
+    assert directory.exists()
+    assert list(parent.iterdir()) == [directory.path]
+    directory.remove()
 
 
 def test_its_directory_in_memory_goes_with_it(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
