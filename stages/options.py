@@ -126,6 +126,23 @@ class ExecutionOptions(msgspec.Struct, frozen=True, kw_only=True):
     )
 
 
+DRAFTS_MAX = 8
+"""Drafts of a request in one step at most: fewer than the tokens of a block."""
+
+
+class DraftOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How many tokens the model's own multi-token-prediction layer drafts for each step; 0 leaves it out."""
+
+    num_speculative_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=DRAFTS_MAX,
+            description="Tokens that the model's multi-token-prediction layer drafts for each request and step.",
+        ),
+    ] = 0
+
+
 class VocabularyOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the last stage finds what tokens stand for, which grammars need.
 
@@ -141,7 +158,7 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `model_path` is a checkpoint directory; with `weights.load_format` "dummy" only its config.json is read and the
     weights are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
-    Only the layers that `changes` leave are the model. `timed` is for the timed device alone. `tiers` are those of the
+    Only the layers that `changes` leave are the model. With `drafts` the last stage has the draft layer. `timed` is for the timed device alone. `tiers` are those of the
     stage, or before it has one of all stages on its host. Without a `vocabulary` requests can have no grammar.
     """
 
@@ -155,4 +172,5 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
     changes: ConfigChanges = UNCHANGED
     timed: TimedOptions | None = None
     tiers: TierOptions = TierOptions()
+    drafts: DraftOptions = DraftOptions()
     vocabulary: VocabularyOptions | None = None

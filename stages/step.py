@@ -11,10 +11,10 @@ import msgspec
 
 from stages.mesh_spec import HiddenShard
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 Mode = Literal["prefill", "decode", "load"]
-"""What a step does: it computes prompts, or one token for each request, or brings blocks back into the caches."""
+"""What a step does: it computes prompts, or the next tokens of requests, or brings blocks back into the caches."""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -134,9 +134,13 @@ class Segment(Message, frozen=True, kw_only=True):
     """A run of one request's tokens in a step.
 
     `start` is the position of `tokens[0]`; `new_blocks` are appended to the slot's page table before the step runs;
-    `sample` asks the last stage for the token after the segment's last one. A decode is a segment of one token.
-    Prefill segments start at a multiple of the block size. `keys` are those of the blocks that the segment fills, in
-    order: a block is full once its last token is in it.
+    `sample` asks the last stage for the token after the segment's last one. Prefill segments start at a multiple of the
+    block size. `keys` are those of the last blocks that are full with it, in order: a block is full once its last token
+    is in it.
+
+    A decode is a segment of one token and the drafts that follow it, which count as tokens only once they are accepted.
+    The last stage is asked for as many `drafts` of what follows; with any it keeps its draft layer's cache up to date,
+    for which `next_token` is the one after the segment, NO_TOKEN where that is not known yet.
     """
 
     slot: int
@@ -145,6 +149,15 @@ class Segment(Message, frozen=True, kw_only=True):
     new_blocks: list[int]
     sample: bool
     keys: list[bytes] = []
+    drafts: int = 0
+    next_token: int = -1
+
+
+class ShrunkSlot(Message, frozen=True, kw_only=True):
+    """A slot that gives back all but its first `blocks` blocks, as they would have held drafts that were rejected."""
+
+    slot: int
+    blocks: int
 
 
 class BlockLoad(Message, frozen=True, kw_only=True):
@@ -182,7 +195,8 @@ class Step(Message, frozen=True, kw_only=True):
     where `sent` says so. Every stage that is done with a step adds its timing.
 
     A "load" step has no segments but `loads`; every stage adds those that it could not bring to `missed`, by their
-    indices. What is kept by the keys `forgotten` is not to be found again; that is applied before the rest.
+    indices. What is kept by the keys `forgotten` is not to be found again; that is applied before the rest, and then
+    what slots that `shrunk` give back.
     """
 
     epoch: int
@@ -196,6 +210,7 @@ class Step(Message, frozen=True, kw_only=True):
     loads: list[BlockLoad] = []
     missed: list[int] = []
     forgotten: list[bytes] = []
+    shrunk: list[ShrunkSlot] = []
 
     @property
     def token_count(self) -> int:
@@ -224,10 +239,11 @@ GRAMMAR_FAILED = -2
 
 
 class StepResult(Message, frozen=True, kw_only=True):
-    """The tokens sampled by a step: one for each segment with `sample`, in the order of its segments, NO_TOKEN or
-    GRAMMAR_FAILED.
+    """The tokens sampled by a step: for each segment with `sample`, in the order of its segments, a token, NO_TOKEN or
+    GRAMMAR_FAILED, behind as many drafts as were accepted.
 
-    `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
+    `accepted` has that number for each of these segments, or is empty where no segment has drafts. `drafts` are those
+    that were made for each of them, or empty where none were asked for. `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of
     segments: entries for the prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes.
     `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring.
@@ -240,6 +256,8 @@ class StepResult(Message, frozen=True, kw_only=True):
     prompt_logprobs: list[list[TokenLogprobs]] = []
     timings: list[StageTiming] = []
     missed: list[int] = []
+    accepted: list[int] = []
+    drafts: list[list[int]] = []
 
 
 class StageFailure(Message, frozen=True, kw_only=True):

@@ -62,8 +62,9 @@ UNCHANGED = ConfigChanges()
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sizes and constants of one model of DeepSeek-V3's family, under the names of its config.json.
 
-    `yarn` is None where the rope is not scaled. `architecture` is left out of encodings where it is the default, so
-    that cache keys stay as they are. Everything is checked on construction by `from_dict`.
+    `yarn` is None where the rope is not scaled. `num_nextn_predict_layers` counts the multi-token-prediction layers
+    behind the others. `architecture` is left out of encodings where it is the default, so that cache keys stay as they
+    are. Everything is checked on construction by `from_dict`.
     """
 
     vocab_size: int
@@ -93,6 +94,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     architecture: str = "DeepseekV3ForCausalLM"
+    num_nextn_predict_layers: int = 0
 
     @property
     def qk_head_dim(self) -> int:

@@ -173,6 +173,21 @@ class PrefixCounts(EngineMessage, frozen=True, kw_only=True):
     recomputed_tokens: int = 0
 
 
+class DraftCounts(EngineMessage, frozen=True, kw_only=True):
+    """What drafts have come to since the engine began, by vLLM's names.
+
+    So many `drafts` were verified, each of one request in one step, with `draft_tokens` in all, of which
+    `accepted_tokens` were right; `accepted_per_position` has those of each place in a draft. Drafts are made for
+    requests that begin now, and for batches as they are now, where `are_on`.
+    """
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = []
+    are_on: bool = False
+
+
 class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     """The measurements of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md.
 
@@ -220,6 +235,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     non_finite_logits: int = 0
     grammar_failures: int = 0
     prefix: PrefixCounts = PrefixCounts()
+    drafts: DraftCounts = DraftCounts()
 
 
 class PipelineReport(EngineMessage, frozen=True, kw_only=True):
@@ -231,6 +247,7 @@ class PipelineReport(EngineMessage, frozen=True, kw_only=True):
     preemptions: int
     stages: list[StageView]
     prefix: PrefixCounts = PrefixCounts()
+    drafts: DraftCounts = DraftCounts()
 
 
 ToEngine = AddRequest | AbortRequest | ResetPrefixCache | GetCounts | GetMetrics | GetPipelineReport

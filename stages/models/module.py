@@ -126,8 +126,56 @@ class TokenwiseModule(Module[RunConfigT]):
         """What the module keeps on the mesh beside its weights."""
 
 
+class DraftModule(Module[RunConfigT]):
+    """Base of the multi-token-prediction layers, which predict the token after the next one.
+
+    Such a layer takes the hidden states of the last decoder layer, before the final norm, and the embeddings of the
+    tokens that follow theirs; it keeps a KV cache of its own, in the same blocks as the decoder layers.
+    """
+
+    @classmethod
+    @abstractmethod
+    def create_state(
+        cls,
+        hf_config: HuggingFaceConfig | ModelConfig,
+        mesh_device: ttnn.MeshDevice,
+        cache: CacheOptions,
+        dtypes: WeightDtypes = DEFAULT_DTYPES,
+    ) -> Mapping[str, Any]:
+        """The layer's state on the mesh, with a KV cache of the size that `cache` asks for."""
+
+    @classmethod
+    @abstractmethod
+    def kv_cache(cls, cfg: RunConfigT) -> ttnn.Tensor:
+        """The layer's KV cache, [blocks + 1, 1, block_size, width] on each chip."""
+
+    @classmethod
+    @abstractmethod
+    def forward_prefill(
+        cls, hidden: ttnn.Tensor, following: ttnn.Tensor, cfg: RunConfigT, batch: PrefillBatch
+    ) -> ttnn.Tensor:
+        """The forward pass over many tokens: both inputs and the result [1, 1, tokens, hidden / columns]."""
+
+    @classmethod
+    @abstractmethod
+    def forward_decode(
+        cls, hidden: ttnn.Tensor, following: ttnn.Tensor, cfg: RunConfigT, batch: DecodeBatch
+    ) -> ttnn.Tensor:
+        """The forward pass over one token a lane; shapes are those of `forward_prefill`."""
+
+    @classmethod
+    @abstractmethod
+    def norm(cls, x: ttnn.Tensor, cfg: RunConfigT) -> ttnn.Tensor:
+        """The norm between the layer and the head, shapes as in `forward_prefill`; of the mode that `cfg` is of."""
+
+
 class HeadModule(TokenwiseModule[RunConfigT]):
     """Base of the heads: hidden states to logits [1, 1, tokens, vocabulary / columns] on each chip."""
+
+    @classmethod
+    @abstractmethod
+    def project(cls, normed: ttnn.Tensor, cfg: RunConfigT) -> ttnn.Tensor:
+        """The head without its norm: normed hidden states [1, 1, tokens, hidden / columns] to logits."""
 
     @classmethod
     @abstractmethod

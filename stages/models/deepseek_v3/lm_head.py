@@ -104,7 +104,11 @@ class LMHead(HeadModule[LMHeadRunConfig]):
     @classmethod
     def forward_prefill(cls, x: ttnn.Tensor, cfg: LMHeadRunConfig) -> ttnn.Tensor:
         """x [1, 1, tokens, hidden / columns] on each chip -> [1, 1, tokens, vocabulary / columns]."""
-        normed = RMSNorm.forward_prefill(x, cfg["norm"])
+        return cls.project(RMSNorm.forward_prefill(x, cfg["norm"]), cfg)
+
+    @classmethod
+    def project(cls, normed: ttnn.Tensor, cfg: LMHeadRunConfig) -> ttnn.Tensor:
+        """Normed hidden states [1, 1, tokens, hidden / columns] on each chip -> [1, 1, tokens, vocabulary / columns]."""
         return ttnn.linear(composite.all_gather(normed, **cfg["all_gather"]), **cfg["linear"])
 
     @classmethod
