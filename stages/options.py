@@ -158,8 +158,9 @@ class StageOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `model_path` is a checkpoint directory; with `weights.load_format` "dummy" only its config.json is read and the
     weights are random, from `seed`. Converted weights go to `cache_dir`. `dtype` is what float tensors are held in.
-    Only the layers that `changes` leave are the model. With `drafts` the last stage has the draft layer. `timed` is for the timed device alone. `tiers` are those of the
-    stage, or before it has one of all stages on its host. Without a `vocabulary` requests can have no grammar.
+    Only the layers that `changes` leave are the model. `timed` is for the timed device alone. `tiers` are those of the
+    stage, or before it has one of all stages on its host. With `drafts` the last stage has the layer that makes them.
+    Without a `vocabulary` requests can have no grammar.
     """
 
     model_path: str

@@ -243,7 +243,8 @@ class StepResult(Message, frozen=True, kw_only=True):
     GRAMMAR_FAILED, behind as many drafts as were accepted.
 
     `accepted` has that number for each of these segments, or is empty where no segment has drafts. `drafts` are those
-    that were made for each of them, or empty where none were asked for. `logprobs` has an entry for each token, None where its request asks for none, or is empty where all would be None.
+    that were made for each of them, or empty where none were asked for. `logprobs` has an entry for each token, None
+    where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of
     segments: entries for the prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes.
     `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring.

@@ -108,7 +108,7 @@ class LMHead(HeadModule[LMHeadRunConfig]):
 
     @classmethod
     def project(cls, normed: ttnn.Tensor, cfg: LMHeadRunConfig) -> ttnn.Tensor:
-        """Normed hidden states [1, 1, tokens, hidden / columns] on each chip -> [1, 1, tokens, vocabulary / columns]."""
+        """normed [1, 1, tokens, hidden / columns] on each chip -> [1, 1, tokens, vocabulary / columns]."""
         return ttnn.linear(composite.all_gather(normed, **cfg["all_gather"]), **cfg["linear"])
 
     @classmethod
