@@ -33,16 +33,17 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
         return range(self.first_layer, self.end_layer)
 
 
-def plan_stages(config: ModelConfig, stages: int) -> list[StageSpec]:
+def plan_stages(config: ModelConfig, stages: int, *, drafts: int = 0) -> list[StageSpec]:
     """Splits the layers into contiguous ranges so that the most expensive stage is as cheap as possible.
 
-    Cost is the number of weights that a decode step of one token reads: what bounds a small batch. Raises PlanError
-    unless 1 <= stages <= layers.
+    Cost is the number of weights that a decode step of one token reads: what bounds a small batch. The last stage reads
+    the layer of `drafts` and the head for each of them too. Raises PlanError unless 1 <= stages <= layers.
     """
     check_stages(config, stages)
     layer_cost = architecture_of(config).layer_cost
     costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
-    costs[-1] += config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size
+    costs[-1] += head + drafts * (layer_cost(config, config.num_hidden_layers) + head)
     return _specs(balanced_split(costs, stages))
 
 

@@ -16,7 +16,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     Each of `stages` owns `rows_per_stage` rows of 8 chips. A microbatch has `users_per_row` requests on each row, and
     `microbatches` are in flight (None: one more than stages), each request with up to `max_model_len` tokens in the
-    KV cache. A prefill step has up to `prefill_chunk` tokens. `layers_per_stage` is None where memory decides.
+    KV cache. A prefill step has up to `prefill_chunk` tokens. `layers_per_stage` is None where memory decides. The last
+    stage drafts `num_speculative_tokens` for each request and decode step.
     """
 
     stages: int
@@ -29,6 +30,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     layers_per_stage: tuple[int, ...] | None = None
     trace_region_bytes: int = TRACE_REGION_BYTES
     dtypes: WeightDtypes = WeightDtypes()
+    num_speculative_tokens: int = 0
 
     @property
     def rows(self) -> int:
