@@ -21,6 +21,7 @@ from api.errors import EngineError, OptionError, RequestError
 from api.messages.engine import (
     AbortRequest,
     AddRequest,
+    DraftCounts,
     EngineMetrics,
     EngineState,
     FromEngine,
@@ -222,6 +223,7 @@ class PipelineReports:
     ) -> None:
         self.roster = StageRoster(options.pipeline.specs)
         self._microbatches = options.scheduler.steps_in_flight
+        self._num_speculative_tokens = options.scheduler.num_speculative_tokens
         self._scheduler = scheduler
         self._meters = meters
         self._tiers = tiers
@@ -234,7 +236,12 @@ class PipelineReports:
         """The measurements of the engine and its stages."""
         scheduler = self._scheduler
         return self._meters.metrics(
-            scheduler.counts(), scheduler.tallies, self._prefix(), self.roster.hosts, self._tiers.stage_bytes
+            scheduler.counts(),
+            scheduler.tallies,
+            self._prefix(),
+            self._drafts(),
+            self.roster.hosts,
+            self._tiers.stage_bytes,
         )
 
     def send_report(self, pipeline: EnginePipeline | None) -> None:
@@ -266,6 +273,7 @@ class PipelineReports:
                 healths, self._meters.busy_share, counts.blocks - counts.free_blocks, self._tiers.stage_bytes
             ),
             prefix=self._prefix(),
+            drafts=self._drafts(),
         )
         while self._owed:
             self._owed -= 1
@@ -279,3 +287,7 @@ class PipelineReports:
             hits=tallies.prefix_hits,
             recomputed_tokens=tallies.recomputed_tokens,
         )
+
+    def _drafts(self) -> DraftCounts:
+        count = self._num_speculative_tokens
+        return DraftCounts(num_speculative_tokens=count, accepted_per_position=[0] * count)

@@ -49,8 +49,8 @@ class DraftSettings(msgspec.Struct, frozen=True, kw_only=True):
         count = self.count
         if count and not config.num_nextn_predict_layers:
             raise OptionError(
-                "The model has no multi-token-prediction layer (num_nextn_predict_layers is 0 in its config.json), "
-                "which would make the drafts: leave out --num-speculative-tokens and --speculative-config."
+                "The model has no multi-token-prediction layer to draft tokens with (num_nextn_predict_layers is 0 in "
+                "its config.json): run it without drafts."
             )
         return DraftOptions(num_speculative_tokens=count)
 
