@@ -101,11 +101,11 @@ class DraftDriver:
 
     def _run(self, step: Step, batch: Batch, texts: Mapping[int, Sequence[int]]) -> "DraftLogits":
         hidden = self.model.forward(self.model.enter(self._builder.ids(batch, step), batch), batch)
-        following = [
-            msgspec.structs.replace(segment, tokens=_following(texts[segment.slot], segment))
+        shifted = [
+            msgspec.structs.replace(segment, tokens=following(texts[segment.slot], segment))
             for segment in step.segments
         ]
-        ids = self._builder.ids(batch, msgspec.structs.replace(step, segments=following))
+        ids = self._builder.ids(batch, msgspec.structs.replace(step, segments=shifted))
         rows = iter(self._logits(self.draft.forward(hidden, ids, batch), batch, step.token_count))
         return {
             (segment.slot, segment.start + index): next(rows)
@@ -139,5 +139,6 @@ def _step(mode: Mode, segments: list[Segment], admissions: list[Admission]) -> S
     return Step(epoch=1, step_id=1, mode=mode, segments=segments, admissions=admissions, ended=[])
 
 
-def _following(text: Sequence[int], segment: Segment) -> list[int]:
+def following(text: Sequence[int], segment: Segment) -> list[int]:
+    """Returns the tokens that follow those of a segment, one further on each."""
     return list(text[segment.start + 1 : segment.start + 1 + len(segment.tokens)])
