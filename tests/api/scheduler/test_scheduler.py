@@ -252,7 +252,7 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
     line = FakeLine(scheduler_options())
-    with pytest.raises(ProtocolError, match=r"sent 0 tokens for step 3; awaited was none\."):
+    with pytest.raises(ProtocolError, match=r"sent a result of step 3; awaited was none\."):
         line.scheduler.on_result(StepResult(epoch=0, step_id=3, tokens=[]))
     line.scheduler.add_request(request(0, 5, 5))
     line.submit()
