@@ -59,7 +59,7 @@ class Average:
         self.count += 1
 
     def interval_ns(self, microbatches: int) -> float:
-        """The time from step to step of a microbatch: the slowest stage runs all of them, and each passes all stages."""
+        """The time between a microbatch's steps: each passes all stages, and the slowest one runs all microbatches."""
         return max(self.total_ns, microbatches * self.slowest_ns)
 
 

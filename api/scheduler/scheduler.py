@@ -228,7 +228,8 @@ class Scheduler:
         """The output of a chunk that scores a prompt and samples nothing."""
         if _has_nan(entries):
             return self._end_without(NO_TOKEN, step_id, run)
-        return RequestOutput(request_id=run.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries)
+        request_id = run.request_id
+        return RequestOutput(request_id=request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries)
 
     def _end_without(self, token: int, step_id: int, run: Run) -> RequestOutput:
         """Ends a request for which no token could be drawn, or that has a log-probability which is not a number."""

@@ -47,9 +47,8 @@ class StepInFlight:
                 f"{len(self.scored)}."
             )
         had = self.drafts if any(self.drafts) else []
-        if len(result.accepted) != len(had) or any(
-            right > count for right, count in zip(result.accepted, had, strict=False)
-        ):
+        accepted = zip(result.accepted, had, strict=False)
+        if len(result.accepted) != len(had) or any(right > count for right, count in accepted):
             raise ProtocolError(f"The last stage accepted {result.accepted} drafts of {had} in step {result.step_id}.")
         if len(result.drafts) not in {0, len(self.sampled)}:
             raise ProtocolError(
