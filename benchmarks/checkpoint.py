@@ -123,10 +123,11 @@ def write_checkpoint(name: str, directory: Path) -> Path:
 
 
 def config_keys(size: Size) -> dict[str, object]:
-    """The contents of config.json."""
+    """The contents of config.json. Random weights draft nothing, so there is no multi-token-prediction layer."""
     sizes = msgspec.structs.asdict(size)
     quantisation = {"quantization_config": QUANTISATION} if sizes.pop("is_fp8") else {}
-    return {**CONFIG, **sizes, "num_key_value_heads": size.num_attention_heads, **quantisation}
+    changes = {"num_key_value_heads": size.num_attention_heads, "num_nextn_predict_layers": 0}
+    return {**CONFIG, **sizes, **changes, **quantisation}
 
 
 def _stored_tensors(weights: RandomCheckpoint, is_fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:

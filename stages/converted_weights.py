@@ -21,7 +21,7 @@ from weights.cache.cache_key import CacheKey
 from weights.checkpoint import open_weights
 from weights.errors import CheckpointError
 from weights.model_config import ModelConfig, directory_name
-from weights.source import WeightSource, layer_prefix
+from weights.source import WeightSource, draft_prefix, layer_prefix
 
 Convert = Callable[[ModelConfig, StateDict, Path, ttnn.MeshDevice, WeightDtypes], WeightConfig]
 
@@ -30,7 +30,7 @@ Specs = Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
 
 @dataclasses.dataclass(frozen=True)
 class ModelPart:
-    """A part of a model that is converted and cached by itself: the embedding, a decoder layer or the head.
+    """A part of a model that is converted and cached by itself, as the embedding, a decoder layer or the head.
 
     `convert` makes its files from the tensors whose names begin with `prefixes`. With one prefix, names are passed
     without it. `specs` are its weights, given the columns of the mesh and the dtypes.
@@ -71,11 +71,28 @@ def layer_part(config: ModelConfig, layer: int) -> ModelPart:
     )
 
 
-def stage_parts(config: ModelConfig, spec: StageSpec) -> list[ModelPart]:
-    """Returns all parts that a stage loads, in the order in which tokens pass them."""
+def draft_part(config: ModelConfig) -> ModelPart:
+    """The multi-token-prediction layer of a model that has one."""
+    architecture = architecture_of(config)
+    return ModelPart(
+        f"mtp{config.num_hidden_layers}",
+        (draft_prefix(config),),
+        architecture.load_modules().draft.convert_weights,
+        lambda own, _columns, dtypes: architecture.draft_weights(own, dtypes),
+    )
+
+
+def stage_parts(config: ModelConfig, spec: StageSpec, *, drafts: bool = False) -> list[ModelPart]:
+    """Returns all parts that a stage loads, in the order in which tokens pass them.
+
+    With `drafts` the last stage has the multi-token-prediction layer, and the embedding for what that takes in.
+    """
     first = [embedding_part(config)] if spec.is_first else []
     last = [head_part(config)] if spec.is_last else []
-    return [*first, *(layer_part(config, layer) for layer in spec.layers), *last]
+    drafting = []
+    if drafts and spec.is_last:
+        drafting = [draft_part(config)] if spec.is_first else [embedding_part(config), draft_part(config)]
+    return [*first, *(layer_part(config, layer) for layer in spec.layers), *last, *drafting]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +195,15 @@ class Conversion:
 def open_conversion(options: ConvertOptions) -> Iterator[Conversion]:
     """Opens a model for conversion, reading its headers, and its bytes if they are new; closes the mesh at the end.
 
-    Raises CheckpointError where any tensor of the model is missing or has the wrong shape.
+    The multi-token-prediction layer is converted too where the checkpoint has it. Raises CheckpointError where any
+    other tensor of the model is missing, or one has the wrong shape.
     """
     if min(options.mesh_shape) < 1:
         raise PlanError(f"{options.mesh_shape} is not a shape of a mesh: give rows and columns.")
     source = open_weights(Path(options.model_path), load_format=options.weights.load_format, seed=options.seed)
     set_float_dtype(TORCH_DTYPES[options.dtype])
     whole = StageSpec(index=0, stages=1, first_layer=0, end_layer=source.config.num_hidden_layers)
-    parts = stage_parts(source.config, whole)
+    parts = stage_parts(source.config, whole, drafts=source.has_draft_layer)
     source.validate(*(prefix for part in parts for prefix in part.prefixes))
     mesh_device = ttnn.open_mesh_device(ttnn.MeshShape(*options.mesh_shape))
     try:

@@ -6,11 +6,20 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
-from stages.converted_weights import ConvertedWeights, ModelPart, embedding_part, head_part, layer_part, stage_parts
-from stages.models.module import AnyDecoderModule, HeadModule, Module, RunConfigT, TokenwiseModule
+from stages.converted_weights import (
+    ConvertedWeights,
+    ModelPart,
+    draft_part,
+    embedding_part,
+    head_part,
+    layer_part,
+    stage_parts,
+)
+from stages.errors import PlanError
+from stages.models.module import AnyDecoderModule, DraftModule, HeadModule, Module, Modules, RunConfigT, TokenwiseModule
 from stages.models.registry import architecture_of
 from stages.options import CacheOptions
-from stages.plan import StageSpec
+from stages.plan import NO_DRAFT_LAYER, StageSpec
 from stages.run_config import WeightConfig
 from weights.model_config import ModelConfig
 
@@ -37,6 +46,10 @@ class RunConfigs(Generic[RunConfigT]):
 
     prefill: RunConfigT
     decode: RunConfigT
+
+    def of(self, batch: Batch) -> RunConfigT:
+        """Returns the run config for a batch."""
+        return self.prefill if isinstance(batch, PrefillBatch) else self.decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +89,71 @@ class End(Generic[ModuleT]):
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftLayer:
+    """The multi-token-prediction layer, ready to run, beside the model's own embedding and head, which it shares."""
+
+    module: type[DraftModule[Any]]
+    configs: RunConfigs[Any]
+    embedding: End[TokenwiseModule[Any]]
+    head: End[HeadModule[Any]]
+
+    @property
+    def kv_cache(self) -> ttnn.Tensor:
+        """The layer's KV cache, which both modes share."""
+        return self.module.kv_cache(self.configs.decode)
+
+    def forward(self, hidden: ttnn.Tensor, ids: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
+        """hidden [1, 1, tokens, hidden / columns] on each chip -> the same shape; its tokens are added to the cache.
+
+        `hidden` is the output of the last decoder layer, or of this one for the drafts after the first. `ids`
+        [1, tokens], uint32, are the tokens that follow those of the batch.
+        """
+        following = self.embedding.forward(ids, batch)
+        if isinstance(batch, PrefillBatch):
+            return self.module.forward_prefill(hidden, following, self.configs.prefill, batch)
+        return self.module.forward_decode(hidden, following, self.configs.decode, batch)
+
+    def logits(self, x: ttnn.Tensor, batch: Batch, indices: ttnn.Tensor | None) -> ttnn.Tensor:
+        """Returns logits [1, 1, n, vocabulary / columns] of the second token after each of the tokens `indices` [1, n],
+        or after all, given the output of `forward`.
+        """
+        head = self.head.configs.of(batch)
+        chosen = x if indices is None else self.head.module.pick(x, head, indices)
+        return self.head.module.project(self.module.norm(chosen, self.configs.of(batch)), head)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSlice:
-    """A stage's modules; only the first stage has an `embedding`, and only the last one a `head`."""
+    """A stage's modules; only the first stage has an `embedding`, and only the last one a `head`.
+
+    The last stage also has the layer that makes drafts, where it was asked for.
+    """
 
     embedding: End[TokenwiseModule[Any]] | None
     layers: list[Layer]
     head: End[HeadModule[Any]] | None
+    draft: DraftLayer | None = None
 
     @classmethod
     def load(
-        cls, spec: StageSpec, weights: ConvertedWeights, cache: CacheOptions, on_progress: OnProgress
+        cls,
+        spec: StageSpec,
+        weights: ConvertedWeights,
+        cache: CacheOptions,
+        on_progress: OnProgress,
+        *,
+        drafts: bool = False,
     ) -> "ModelSlice":
         """Loads the modules of a stage, converting the weights that the cache does not have.
 
-        Raises CheckpointError, before anything is converted, where a tensor is missing or has the wrong shape.
+        With `drafts` the last stage has the multi-token-prediction layer too. Raises PlanError where the model has
+        none, and CheckpointError, before anything is converted, where a tensor is missing or has the wrong shape.
         """
         config = weights.source.config
-        weights.source.validate(*(prefix for part in stage_parts(config, spec) for prefix in part.prefixes))
+        if drafts and not weights.source.has_draft_layer:
+            raise PlanError(NO_DRAFT_LAYER)
+        parts = stage_parts(config, spec, drafts=drafts)
+        weights.source.validate(*(prefix for part in parts for prefix in part.prefixes))
         modules = architecture_of(config).load_modules()
         on_progress(0, len(spec.layers))
         embedding = _end(modules.embedding, embedding_part(config), weights) if spec.is_first else None
@@ -101,7 +162,8 @@ class ModelSlice:
             layers.append(_layer(modules.decoder(config, layer), layer, weights, cache))
             on_progress(len(layers), len(spec.layers))
         head = _end(modules.head, head_part(config), weights) if spec.is_last else None
-        return cls(embedding, layers, head)
+        draft = _draft_layer(modules, embedding, head, weights, cache) if drafts and head is not None else None
+        return cls(embedding, layers, head, draft)
 
     def enter(self, inputs: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """Returns the input of the layers, [1, 1, tokens, hidden / columns] on each chip.
@@ -120,9 +182,7 @@ class ModelSlice:
         """Returns logits [1, 1, n, vocabulary / columns] of the tokens `indices` [1, n], or of all; last stage only."""
         if self.head is None:
             raise RuntimeError("only the last stage has a head")
-        configs = self.head.configs
-        config = configs.prefill if isinstance(batch, PrefillBatch) else configs.decode
-        chosen = x if indices is None else self.head.module.pick(x, config, indices)
+        chosen = x if indices is None else self.head.module.pick(x, self.head.configs.of(batch), indices)
         return self.head.forward(chosen, batch)
 
 
@@ -137,6 +197,20 @@ def _layer(block: AnyDecoderModule, layer: int, weights: ConvertedWeights, cache
     # The state first: a model that it refuses need not be converted.
     state = block.create_state(config, weights.mesh_device, cache, weights.dtypes)
     return Layer(block, _run_configs(block, config, weights.load(layer_part(config, layer)), state))
+
+
+def _draft_layer(
+    modules: Modules,
+    embedding: End[TokenwiseModule[Any]] | None,
+    head: End[HeadModule[Any]],
+    weights: ConvertedWeights,
+    cache: CacheOptions,
+) -> DraftLayer:
+    config, module = weights.source.config, modules.draft
+    state = module.create_state(config, weights.mesh_device, cache, weights.dtypes)
+    configs = _run_configs(module, config, weights.load(draft_part(config)), state)
+    own = embedding or _end(modules.embedding, embedding_part(config), weights)
+    return DraftLayer(module, configs, own, head)
 
 
 def _run_configs(

@@ -24,7 +24,7 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_last(self) -> bool:
-        """Whether this stage holds the final norm, the head and the sampler."""
+        """Whether this stage holds the final norm, the head, the sampler and the layer that makes drafts."""
         return self.index == self.stages - 1
 
     @property
@@ -33,17 +33,30 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True):
         return range(self.first_layer, self.end_layer)
 
 
-def plan_stages(config: ModelConfig, stages: int) -> list[StageSpec]:
+def plan_stages(config: ModelConfig, stages: int, *, drafts: int = 0) -> list[StageSpec]:
     """Splits the layers into contiguous ranges so that the most expensive stage is as cheap as possible.
 
-    Cost is the number of weights that a decode step of one token reads: what bounds a small batch. Raises PlanError
-    unless 1 <= stages <= layers.
+    Cost is the number of weights that a decode step of one token reads: what bounds a small batch. The last stage also
+    makes so many `drafts` of each step, one pass after the other. Raises PlanError unless 1 <= stages <= layers, and as
+    `check_drafts` does.
     """
     check_stages(config, stages)
-    layer_cost = architecture_of(config).layer_cost
-    costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
+    check_drafts(config, drafts)
+    architecture = architecture_of(config)
+    costs = [architecture.layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
     costs[-1] += config.vocab_size * config.hidden_size
+    if drafts:
+        costs[-1] += drafts * architecture.draft_cost(config)
     return _specs(balanced_split(costs, stages))
+
+
+NO_DRAFT_LAYER = "The model has no multi-token-prediction layer: leave out --num-speculative-tokens."
+
+
+def check_drafts(config: ModelConfig, drafts: int) -> None:
+    """Raises PlanError where drafts are asked for of a model without a multi-token-prediction layer."""
+    if drafts and not config.num_nextn_predict_layers:
+        raise PlanError(NO_DRAFT_LAYER)
 
 
 def check_stages(config: ModelConfig, stages: int) -> None:

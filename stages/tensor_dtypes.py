@@ -56,6 +56,7 @@ class WeightDtypes(msgspec.Struct, frozen=True, kw_only=True):
     """The dtype of each kind of weight, and of the KV cache; the defaults are what the modules write.
 
     `gate_up` and `down` are the projections of all feed-forward networks: experts, routed and shared, and dense.
+    `attention` is the dtype of the multi-token-prediction layer's own projection too.
     Raises PlanError for a dtype that a kind cannot have.
     """
 

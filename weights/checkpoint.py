@@ -63,7 +63,7 @@ HASH_THREADS_MAX = 8
 class Checkpoint(WeightSource):
     """The weights of a checkpoint directory, memory-mapped; FP8 matrices become float32 when they are asked for.
 
-    Only the shards of tensors that are asked for are opened. The multi-token-prediction layer is ignored.
+    Only the shards of tensors that are asked for are opened.
     """
 
     def __init__(self, path: Path, config: ModelConfig, files: SafetensorsDirectory) -> None:
@@ -109,7 +109,8 @@ class Checkpoint(WeightSource):
     def fingerprint(self, *prefixes: str) -> str:
         """Returns a hexadecimal BLAKE2b hash of the config and of names, dtypes, shapes and bytes under `prefixes`.
 
-        Reads all those bytes once, without keeping them. Raises CheckpointError as `validate` does.
+        It is the same whether or not the config counts multi-token-prediction layers. Reads all those bytes once,
+        without keeping them. Raises CheckpointError as `validate` does.
         """
         parts: list[str] = []
         for name in self._required(prefixes):
@@ -117,7 +118,8 @@ class Checkpoint(WeightSource):
             if self._check(name) == FP8:
                 parts.append(name + SCALE_SUFFIX)
         headers = [(name, *self._files.header(self._stored_name(name))) for name in parts]
-        digest = hashlib.blake2b(msgspec.json.encode(("checkpoint", self.config, headers)), digest_size=32)
+        facts = ("checkpoint", self.config.without_drafts, headers)
+        digest = hashlib.blake2b(msgspec.json.encode(facts), digest_size=32)
         with ThreadPoolExecutor(min(HASH_THREADS_MAX, os.cpu_count() or 1)) as threads:
             tensors = (self._files.tensor(self._stored_name(name)) for name in parts)
             for part in threads.map(_bytes_digest, tensors):
@@ -139,7 +141,8 @@ class Checkpoint(WeightSource):
         newest_ns = max(max(file.modified_ns, file.changed_ns) for file in facts)
         if newest_ns > time.time_ns() - SETTLED_S * 1e9:
             return None
-        return hashlib.blake2b(msgspec.json.encode((self.config, names, facts)), digest_size=32).hexdigest()
+        every = (self.config.without_drafts, names, facts)
+        return hashlib.blake2b(msgspec.json.encode(every), digest_size=32).hexdigest()
 
     def _stored_name(self, name: str) -> str:
         """The head of a model with tied embeddings is the embedding, unless it is stored on its own."""
@@ -244,7 +247,7 @@ class RandomCheckpoint(WeightSource):
 
     def fingerprint(self, *prefixes: str) -> str:
         """Returns a hexadecimal BLAKE2b hash of the config, the seed and the names under `prefixes`."""
-        facts = ("random", self.config, self._seed, self._required(prefixes))
+        facts = ("random", self.config.without_drafts, self._seed, self._required(prefixes))
         return hashlib.blake2b(msgspec.json.encode(facts), digest_size=32).hexdigest()
 
     def identity(self, *prefixes: str) -> None:

@@ -63,8 +63,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Sizes and constants of one model of DeepSeek-V3's family, under the names of its config.json.
 
     `yarn` is None where the rope is not scaled. `num_nextn_predict_layers` counts the multi-token-prediction layers
-    behind the others. `architecture` is left out of encodings where it is the default, so that cache keys stay as they
-    are. Everything is checked on construction by `from_dict`.
+    behind the others, of which the first is used. What is the default is left out of encodings where that keeps cache
+    keys as they are. Everything is checked on construction by `from_dict`.
     """
 
     vocab_size: int
@@ -118,13 +118,24 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         """Whether the layer's feed-forward part is a mixture of experts."""
         return layer >= self.first_k_dense_replace
 
+    @property
+    def without_drafts(self) -> "ModelConfig":
+        """The configuration without multi-token-prediction layers, which no weight of the model depends on."""
+        return msgspec.structs.replace(self, num_nextn_predict_layers=0)
+
     def changed(self, changes: "ConfigChanges") -> "ModelConfig":
-        """Returns the configuration with other layers. Raises CheckpointError where the model has fewer."""
+        """Returns the configuration with other layers. Raises CheckpointError where the model has fewer.
+
+        With fewer layers there is no multi-token-prediction layer: it reads the hidden states of the last of all.
+        """
         layers = self.num_hidden_layers if changes.num_hidden_layers is None else changes.num_hidden_layers
         dense = self.first_k_dense_replace if changes.first_k_dense_replace is None else changes.first_k_dense_replace
         if not 1 <= layers <= self.num_hidden_layers:
             raise CheckpointError(f"The model has {self.num_hidden_layers} layers: {layers} of them cannot be taken.")
-        return msgspec.structs.replace(self, num_hidden_layers=layers, first_k_dense_replace=dense)
+        drafting = self.num_nextn_predict_layers if layers == self.num_hidden_layers else 0
+        return msgspec.structs.replace(
+            self, num_hidden_layers=layers, first_k_dense_replace=dense, num_nextn_predict_layers=drafting
+        )
 
     @classmethod
     def from_hf(cls, hf_config: "HuggingFaceConfig | ModelConfig") -> "ModelConfig":
@@ -167,6 +178,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         values.update(_rope(keys, source))
         values["architecture"] = architecture
         values["eos_token_ids"] = _token_ids(keys.get("eos_token_id"))
+        values["num_nextn_predict_layers"] = keys.get("num_nextn_predict_layers") or 0
         values.setdefault("bos_token_id", None)
         values.setdefault("tie_word_embeddings", False)
         values.setdefault("norm_topk_prob", True)
@@ -253,8 +265,9 @@ def _refuse_contradictions(config: ModelConfig, source: str) -> None:
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise CheckpointError(f"{source}: {name} is {value}; it must be positive.")
-    if config.first_k_dense_replace < 0:
-        raise CheckpointError(f"{source}: first_k_dense_replace is negative.")
+    for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
+        if getattr(config, name) < 0:
+            raise CheckpointError(f"{source}: {name} is negative.")
     if config.qk_rope_head_dim % 2:
         raise CheckpointError(f"{source}: qk_rope_head_dim is {config.qk_rope_head_dim}; rotary positions need pairs.")
     for token in config.eos_token_ids:

@@ -24,15 +24,23 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def draft_prefix(config: ModelConfig) -> str:
+    """Returns the beginning of the names of the multi-token-prediction layer's tensors."""
+    return layer_prefix(config.num_hidden_layers)
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Returns the shapes of all tensors of the model by name; matrices are [out, in], as torch.nn.Linear has them.
 
-    The multi-token-prediction layer that follows the last decoder layer in some checkpoints is not among them.
+    Of the multi-token-prediction layers that follow the last decoder layer in some checkpoints the first is among them,
+    without its embedding and its head, which are copies of the model's own.
     """
     hidden = config.hidden_size
     shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         shapes.update((layer_prefix(layer) + name, shape) for name, shape in _layer(config, layer))
+    if config.num_nextn_predict_layers:
+        shapes.update((draft_prefix(config) + name, shape) for name, shape in _draft_layer(config))
     shapes[NORM] = (hidden,)
     shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
@@ -51,6 +59,15 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     for expert in range(experts):
         yield from _mlp(f"mlp.experts.{expert}.", config.hidden_size, inner)
     yield from _mlp("mlp.shared_experts.", config.hidden_size, inner * config.n_shared_experts)
+
+
+def _draft_layer(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    hidden = config.hidden_size
+    yield "enorm.weight", (hidden,)
+    yield "hnorm.weight", (hidden,)
+    yield "eh_proj.weight", (hidden, 2 * hidden)
+    yield from _layer(config, config.num_hidden_layers)
+    yield "shared_head.norm.weight", (hidden,)
 
 
 def _attention(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -139,6 +156,14 @@ class WeightSource(ABC):
     def values(self, *prefixes: str) -> int:
         """Returns how many numbers the tensors of the model under `prefixes` hold. Raises CheckpointError."""
         return sum(math.prod(self._shape(name)) for name in self._required(prefixes))
+
+    @property
+    def has_draft_layer(self) -> bool:
+        """Whether tensors of the model's multi-token-prediction layer are present.
+
+        Some checkpoints leave out the layer that their config.json counts.
+        """
+        return self.config.num_nextn_predict_layers > 0 and bool(self.names(draft_prefix(self.config)))
 
     def names(self, prefix: str = "") -> list[str]:
         """Returns the sorted names of the tensors of the model that are present and begin with `prefix`."""

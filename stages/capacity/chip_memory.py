@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -48,6 +49,11 @@ class Activations:
     def feed_forward(self, layer: int) -> list[ChipTensor]:
         """The activations of a layer's feed-forward part, before its results are added to the residual."""
         return self._mixture() if self._config.is_moe(layer) else self._dense()
+
+    def draft(self) -> list[ChipTensor]:
+        """What is held while the multi-token-prediction layer runs, beside the activations of its decoder layer."""
+        shape = (1, 1, self._tokens, self._config.hidden_size // self._columns)
+        return [_float(name, shape) for name in ("hidden", "following")]
 
     def experts(self) -> list[ChipTensor]:
         """The results of one pass of tokens through the chip's routed experts."""
@@ -161,12 +167,25 @@ def chip_stages(config: ModelConfig, deployment: Deployment) -> list[StageSpec]:
     costs = [layers.weights_of(config.is_moe(layer)) + layers.kv_cache for layer in range(config.num_hidden_layers)]
     costs[0] += allocated(layers.weights.embedding())
     costs[-1] += allocated(layers.weights.head())
+    if deployment.num_speculative_tokens:
+        drafting = layers.drafting(is_first=deployment.stages == 1)
+        costs[-1] += drafting.weights + drafting.kv_cache
     return explicit_stages(config, balanced_split(costs, deployment.stages))
 
 
 def allocated(tensors: Iterable[ChipTensor], banks: int = DRAM_BANKS) -> int:
     """Bytes that the allocator takes for all of `tensors`."""
     return sum(tensor.allocated(banks) for tensor in tensors)
+
+
+class _Drafting(NamedTuple):
+    """What a stage holds to make drafts: as in StageMemory, the last two being those of a pass of their layer."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    tables: int = 0
+    activations: int = 0
+    decode_l1: int = 0
 
 
 class _Layers:
@@ -178,10 +197,21 @@ class _Layers:
         self.weights = ChipWeights(config, deployment.dtypes, rows)
         self.kv_cache = self.weights.kv_cache(deployment.cache).allocated()
         self._prefill = Activations(config, rows, deployment.prefill_chunk)
-        self._decode = Activations(config, rows, deployment.users_per_row)
+        self._decode = Activations(config, rows, deployment.lanes_per_row)
         self.weights_of = functools.cache(self._weights_of)
         self.activations_of = functools.cache(self._activations_of)
         self.decode_l1_of = functools.cache(self._decode_l1_of)
+
+    def drafting(self, *, is_first: bool) -> "_Drafting":
+        """What making drafts takes of the last stage, which may be the first one too."""
+        is_moe = self.config.is_moe(self.config.num_hidden_layers)
+        return _Drafting(
+            weights=allocated(self.weights.drafting(is_first=is_first)),
+            kv_cache=self.kv_cache,
+            tables=is_moe * self.weights.selection().allocated(),
+            activations=self.activations_of(is_moe) + allocated(self._prefill.draft()),
+            decode_l1=self.decode_l1_of(is_moe) + allocated(self._decode.draft(), L1_BANKS),
+        )
 
     def _weights_of(self, is_moe: bool) -> int:
         return allocated(self.weights.layer(_a_layer(self.config, is_moe)))
@@ -200,17 +230,19 @@ def _stage_memory(deployment: Deployment, spec: StageSpec, layers: _Layers) -> S
     embedding = allocated(weights.embedding()) if spec.is_first else 0
     head = allocated(weights.head()) if spec.is_last else 0
     selections = sum(kinds) * weights.selection().allocated()
+    drafts = spec.is_last and deployment.num_speculative_tokens > 0
+    drafting = layers.drafting(is_first=spec.is_first) if drafts else _Drafting()
     return StageMemory(
         stage=spec.index,
         first_layer=spec.first_layer,
         end_layer=spec.end_layer,
         rows=deployment.rows_per_stage,
-        weights=embedding + sum(layers.weights_of(kind) for kind in kinds) + head,
-        kv_cache=len(kinds) * layers.kv_cache,
-        tables=allocated(weights.rope_tables(deployment.cache)) + selections,
-        activations=max(layers.activations_of(kind) for kind in set(kinds)),
+        weights=embedding + sum(layers.weights_of(kind) for kind in kinds) + head + drafting.weights,
+        kv_cache=len(kinds) * layers.kv_cache + drafting.kv_cache,
+        tables=allocated(weights.rope_tables(deployment.cache)) + selections + drafting.tables,
+        activations=max(drafting.activations, *(layers.activations_of(kind) for kind in kinds)),
         trace=_trace_region(deployment.trace_region_bytes),
-        decode_l1=max(layers.decode_l1_of(kind) for kind in set(kinds)),
+        decode_l1=max(drafting.decode_l1, *(layers.decode_l1_of(kind) for kind in kinds)),
     )
 
 

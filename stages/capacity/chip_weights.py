@@ -73,11 +73,16 @@ class ChipWeights:
         self._rows = rows
         self._columns = columns
 
-    def of_stage(self, spec: StageSpec) -> list[ChipTensor]:
-        """All weights of a stage."""
+    def of_stage(self, spec: StageSpec, *, drafts: bool = False) -> list[ChipTensor]:
+        """All weights of a stage; with `drafts` the last one has what makes them."""
         first = self.embedding() if spec.is_first else []
         last = self.head() if spec.is_last else []
-        return [*first, *(tensor for layer in spec.layers for tensor in self.layer(layer)), *last]
+        drafting = self.drafting(is_first=spec.is_first) if drafts and spec.is_last else []
+        return [*first, *(tensor for layer in spec.layers for tensor in self.layer(layer)), *last, *drafting]
+
+    def drafting(self, *, is_first: bool) -> list[ChipTensor]:
+        """What the last stage has to make drafts: their layer, and the embedding unless it is the first stage too."""
+        return self.draft() if is_first else [*self.embedding(), *self.draft()]
 
     def embedding(self) -> list[ChipTensor]:
         """The embedding table."""
@@ -90,6 +95,10 @@ class ChipWeights:
     def layer(self, layer: int) -> list[ChipTensor]:
         """The weights of a decoder layer."""
         return self._on_chip(self._architecture.layer_weights(self._config, layer, self._dtypes))
+
+    def draft(self) -> list[ChipTensor]:
+        """The multi-token-prediction layer of a model that has one."""
+        return self._on_chip(self._architecture.draft_weights(self._config, self._dtypes))
 
     def experts(self) -> list[ChipTensor]:
         """The weights of a layer's routed experts that are on this chip."""

@@ -4,7 +4,7 @@ import msgspec
 
 from stages.errors import PlanError
 from stages.options import TRACE_REGION_BYTES, CacheOptions
-from stages.plan import check_stages, default_microbatches
+from stages.plan import check_drafts, check_stages, default_microbatches
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import GALAXY_COLUMNS, HEADS_TOGETHER
 from weights.model_config import ModelConfig
@@ -16,7 +16,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     Each of `stages` owns `rows_per_stage` rows of 8 chips. A microbatch has `users_per_row` requests on each row, and
     `microbatches` are in flight (None: one more than stages), each request with up to `max_model_len` tokens in the
-    KV cache. A prefill step has up to `prefill_chunk` tokens. `layers_per_stage` is None where memory decides.
+    KV cache. A prefill step has up to `prefill_chunk` tokens. `layers_per_stage` is None where memory decides. The last
+    stage drafts `num_speculative_tokens` of each request for its next step.
     """
 
     stages: int
@@ -29,6 +30,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     layers_per_stage: tuple[int, ...] | None = None
     trace_region_bytes: int = TRACE_REGION_BYTES
     dtypes: WeightDtypes = WeightDtypes()
+    num_speculative_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -51,6 +53,17 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         return self.users_per_row * self.rows_per_stage * self.steps_in_flight
 
     @property
+    def lanes_per_row(self) -> int:
+        """The number of lanes of a decode step on each row: one for each request and each of its drafts.
+
+        With drafts, each chip's own are padded to a power of two, as steps are.
+        """
+        if not self.num_speculative_tokens:
+            return self.users_per_row
+        own = ceil_div(self.users_per_row, GALAXY_COLUMNS) * (1 + self.num_speculative_tokens)
+        return GALAXY_COLUMNS * (1 << (own - 1).bit_length())
+
+    @property
     def cache(self) -> CacheOptions:
         """A KV cache with room for all requests at their longest, with a pool on each chip of a stage."""
         blocks_per_slot = ceil_div(self.max_model_len, self.block_size)
@@ -63,8 +76,12 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def check(self, config: ModelConfig) -> None:
-        """Raises PlanError where the model or the users cannot be shared evenly by the chips of a stage."""
+        """Raises PlanError where the model or the users cannot be shared evenly by the chips of a stage.
+
+        And where the model cannot draft what is asked for.
+        """
         check_stages(config, self.stages)
+        check_drafts(config, self.num_speculative_tokens)
         if self.users_per_row < 1 or self.users_per_row % GALAXY_COLUMNS:
             raise PlanError(
                 f"{self.users_per_row} users a row cannot be shared evenly by its {GALAXY_COLUMNS} chips: choose a "

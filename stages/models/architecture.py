@@ -71,7 +71,8 @@ class Launches(NamedTuple):
 class OpCounts:
     """Ops of each part of a forward pass; `enter` is the embedding and the positions' cosines and sines.
 
-    `residual` is both additions of a layer. `head` is without its norm.
+    `residual` is both additions of a layer. `head` is without its norm. A pass of the multi-token-prediction layer is
+    three norms, `draft`, a decoder layer and `head`; the embedding is in `draft`, and positions are looked up before.
     """
 
     norm: Launches
@@ -81,6 +82,7 @@ class OpCounts:
     residual: Launches
     enter: Launches
     head: Launches
+    draft: Launches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,12 @@ class Architecture:
     """A family of models: its weights on chips, its state, its costs and its modules.
 
     `name` is that of the family in the `architectures` of a config.json. Specs of weights are functions of the config
-    and the dtypes, those of a layer also of its index, those of the head also of the columns of the mesh.
+    and the dtypes, those of a layer also of its index, those of the head also of the columns of the mesh. Those of the
+    multi-token-prediction layer, `draft_weights`, are for models that have one.
     `kv_cache_shape` is that of a layer on each chip, its last dimension the values that are kept for a token.
     `selection` is what a mixture of experts keeps beside its weights. `layer_cost` is the number of weights of a layer
-    that the decode of one token reads. `load_modules` imports what computes, and with it torch and the device.
+    that the decode of one token reads, `draft_cost` that of a pass of the multi-token-prediction layer with the head.
+    `load_modules` imports what computes, and with it torch and the device.
     """
 
     name: str
@@ -99,9 +103,11 @@ class Architecture:
     layer_weights: Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
     routed_expert_weights: Callable[[ModelConfig, WeightDtypes], WeightSpecs]
     head_weights: Callable[[ModelConfig, int, WeightDtypes], WeightSpecs]
+    draft_weights: Callable[[ModelConfig, WeightDtypes], WeightSpecs]
     selection: Callable[[ModelConfig], WeightSpec]
     kv_cache_shape: Callable[[ModelConfig, CacheOptions], tuple[int, ...]]
     rope_width: Callable[[ModelConfig], int]
     layer_cost: Callable[[ModelConfig, int], int]
+    draft_cost: Callable[[ModelConfig], int]
     ops: OpCounts
     load_modules: "Callable[[], Modules]"

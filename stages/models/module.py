@@ -196,11 +196,16 @@ AnyDecoderModule: TypeAlias = type[DecoderModule[Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Modules:
-    """The modules of a family of models: `decoder` returns the kind of a layer, `rope_tables` those of N positions."""
+    """The modules of a family of models.
+
+    `decoder` returns the kind of a layer, `rope_tables` those of N positions. `draft` is used where a model has a
+    multi-token-prediction layer.
+    """
 
     embedding: type[TokenwiseModule[Any]]
     decoder: Callable[[ModelConfig, int], AnyDecoderModule]
     head: type[HeadModule[Any]]
+    draft: type[DraftModule[Any]]
     rope_tables: Callable[[ModelConfig, ttnn.MeshDevice, int], RopeTables]
 
 

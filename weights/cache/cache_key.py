@@ -16,9 +16,9 @@ _PATTERN = re.compile(
 class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
     """The key of one part of a model, converted for one kind of mesh.
 
-    `part` is "embedding", "head" or "layer7"; `dtype` is that in which floats are held, and `weights` that of each
-    weight on chips, a letter each; `rows` x `columns` is the mesh, `transform` the version of the code that converts,
-    and `fingerprint` the hash of the part's tensors and of the model's config.
+    `part` is "embedding", "head", "layer7" or "mtp61"; `dtype` is that in which floats are held, and `weights` that of
+    each weight on chips, a letter each; `rows` x `columns` is the mesh, `transform` the version of the code that
+    converts, and `fingerprint` the hash of the part's tensors and of the model's config.
     """
 
     part: str

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from stages.models.architecture import Architecture, Launches, OpCounts
 from stages.models.deepseek_v3.weight_specs import (
+    draft_weights,
     embedding_weights,
     head_weights,
     kv_cache_shape,
@@ -26,6 +27,7 @@ OPS = OpCounts(
     enter=Launches(6, 6),
     # Four of them select the tokens that need logits.
     head=Launches(6, 6),
+    draft=Launches(5, 5),
 )
 
 
@@ -45,9 +47,15 @@ def layer_cost(config: ModelConfig, layer: int) -> int:
     return attention + router + 3 * config.hidden_size * config.moe_intermediate_size * experts
 
 
+def draft_cost(config: ModelConfig) -> int:
+    """The number of weights that a pass of the multi-token-prediction layer reads for one token, with the head."""
+    joining = 2 * config.hidden_size * config.hidden_size
+    return layer_cost(config, config.num_hidden_layers) + joining + config.vocab_size * config.hidden_size
+
+
 def _load_modules() -> "Modules":
     # Here and not above: plans need the rest of the family without torch.
-    from stages.models.deepseek_v3.decoder_block import MODULES  # noqa: PLC0415
+    from stages.models.deepseek_v3.modules import MODULES  # noqa: PLC0415
 
     return MODULES
 
@@ -58,10 +66,12 @@ DEEPSEEK_V3 = Architecture(
     layer_weights=layer_weights,
     routed_expert_weights=routed_expert_weights,
     head_weights=head_weights,
+    draft_weights=draft_weights,
     selection=selection,
     kv_cache_shape=kv_cache_shape,
     rope_width=lambda config: config.qk_rope_head_dim,
     layer_cost=layer_cost,
+    draft_cost=draft_cost,
     ops=OPS,
     load_modules=_load_modules,
 )

@@ -6,14 +6,11 @@ from typing import ClassVar, TypedDict, TypeVar
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
-from stages.models.deepseek_v3.embedding import Embedding
-from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mla import MLA, MLARunConfig, MLAState
 from stages.models.deepseek_v3.mlp import MLP, MLPRunConfig, MLPState
 from stages.models.deepseek_v3.moe import MoE, MoERunConfig, MoEState
 from stages.models.deepseek_v3.rms_norm import RMSNorm, RMSNormRunConfig, RMSNormState
-from stages.models.deepseek_v3.rope import rope_tables
-from stages.models.module import AnyDecoderModule, DecoderModule, Modules
+from stages.models.module import AnyDecoderModule, DecoderModule
 from stages.options import CacheOptions
 from stages.run_config import OperatorConfig, StateDict, WeightConfig
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
@@ -188,6 +185,3 @@ class MoEBlock(DecoderBlock[MoEBlockRunConfig]):
 def decoder_block(config: ModelConfig, layer: int) -> AnyDecoderModule:
     """Returns the kind of block that a layer is."""
     return MoEBlock if config.is_moe(layer) else DenseBlock
-
-
-MODULES = Modules(embedding=Embedding, decoder=decoder_block, head=LMHead, rope_tables=rope_tables)

@@ -54,6 +54,23 @@ def layer_weights(config: ModelConfig, layer: int, dtypes: WeightDtypes = DEFAUL
     }
 
 
+def draft_weights(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpecs:
+    """The multi-token-prediction layer, a decoder layer that follows the others behind a projection of its own."""
+    return {
+        "enorm": hidden_norm_weights(config),
+        "hnorm": hidden_norm_weights(config),
+        "eh_proj": draft_projection(config, dtypes),
+        "block": layer_weights(config, config.num_hidden_layers, dtypes),
+        "norm": hidden_norm_weights(config),
+    }
+
+
+def draft_projection(config: ModelConfig, dtypes: WeightDtypes = DEFAULT_DTYPES) -> WeightSpec:
+    """The projection of an embedding beside a hidden state; of its rows a column has those of its values of both."""
+    shape = (1, 1, 2 * config.hidden_size, config.hidden_size)
+    return WeightSpec("input_tensor_b", shape, dtypes.attention, (None, INPUTS))
+
+
 def hidden_norm_weights(config: ModelConfig) -> WeightSpecs:
     """A norm of hidden states, which the columns share."""
     return {"norm": norm_weights(config.hidden_size, is_sharded=True)}
