@@ -171,7 +171,8 @@ class ModelSlice:
     @property
     def kv_caches(self) -> list[ttnn.Tensor]:
         """The caches of all layers, that of the draft layer last."""
-        return [layer.kv_cache for layer in (*self.layers, *([] if self.draft is None else [self.draft]))]
+        caches = [layer.kv_cache for layer in self.layers]
+        return caches if self.draft is None else [*caches, self.draft.kv_cache]
 
     def enter(self, inputs: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """Returns the input of the layers, [1, 1, tokens, hidden / columns] on each chip.
