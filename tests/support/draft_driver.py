@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import torch
 
 from stages.backend import set_float_dtype, ttnn
@@ -102,12 +101,10 @@ class DraftDriver:
         ttnn.close_mesh_device(self.mesh)
 
     def _run(self, step: Step, batch: Batch, texts: Mapping[int, Sequence[int]]) -> "DraftLogits":
-        hidden = self.model.forward(self.model.enter(self._builder.ids(batch, step), batch), batch)
-        following = [
-            msgspec.structs.replace(segment, tokens=list(_following(texts[segment.slot], segment)))
-            for segment in step.segments
-        ]
-        ids = self._builder.ids(batch, msgspec.structs.replace(step, segments=following))
+        tokens = [token for segment in step.segments for token in segment.tokens]
+        hidden = self.model.forward(self.model.enter(self._builder.ids(batch.layout, tokens), batch), batch)
+        following = [token for segment in step.segments for token in _following(texts[segment.slot], segment)]
+        ids = self._builder.ids(batch.layout, following)
         logits = self.draft.logits(self.draft.forward(hidden, ids, batch), batch, None)
         rows = iter(batch.layout.collect(self._modules.head.to_torch(logits, self.config, self.mesh)))
         return {

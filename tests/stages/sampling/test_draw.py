@@ -39,7 +39,8 @@ def sampled(
     ]
     step = Step(epoch=1, step_id=1, mode="decode", segments=segments, admissions=admissions, ended=[])
     sampler.apply(step)
-    return list(zip(*sampler.sample(step, logits), strict=True))
+    drawn = sampler.sample(step, logits)
+    return list(zip(drawn.tokens, drawn.logprobs, strict=True))
 
 
 PROMPT, ANSWER = [2, 0], [6, 6, 1]
