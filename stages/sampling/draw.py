@@ -82,7 +82,7 @@ class Candidates:
             return np.flatnonzero(possible)
         # An exponential number is never less than its uniform one, which is never less than its high bits.
         high = noise.high_bits(self.tokens, len(self.weights))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             earliest = high.astype(np.float32) / self.weights
         # Zero by zero is not a number, which is the first of all here.
         first = int(earliest.argmin())
