@@ -48,7 +48,7 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
     microbatches: slot = microbatch * slots_per_microbatch + lane. A prefill step holds at most `prefill_chunk` tokens;
     where it holds up requests that decode, it takes no longer than `schedule.prefill_wait` decode steps, unless it is
     a single block. A request has up to `num_speculative_tokens` drafts in a decode step.
-        Raises OptionError when these do not fit together.
+    Raises OptionError when these do not fit together.
     """
 
     stages: int
