@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 
 from stages.backend import set_float_dtype, ttnn
 from stages.errors import PlanError
+from stages.models.deepseek_v3 import mtp
 from stages.models.deepseek_v3.mtp import MTP, by_column
+from tests.support import draft_driver
 from tests.support.checkpoints import reference_model, stored_tensors, write_checkpoint
 from tests.support.draft_driver import DraftDriver, load_slice
 from tests.support.model_errors import prompts
@@ -91,8 +93,8 @@ def load(tmp_path: Path) -> Iterator[Load]:
     """Loads models onto meshes, which are closed at the end."""
     drivers: list[DraftDriver] = []
 
-    def loaded(model: Path, mesh_shape: tuple[int, int] = (1, 1), length: int = 128) -> DraftDriver:
-        drivers.append(DraftDriver(model, tmp_path / "cache", mesh_shape, length))
+    def loaded(model: Path, mesh_shape: tuple[int, int] = (1, 1), **options: Any) -> DraftDriver:
+        drivers.append(DraftDriver(model, tmp_path / "cache", mesh_shape, **options))
         return drivers[-1]
 
     yield loaded
@@ -120,7 +122,7 @@ def test_values_of_prefill_and_of_lanes(
     # Two slots of one pool, and one of another row or column.
     slots = [0, pools, pools - 1] if pools > 1 else [0, 1, 2]
     texts = dict(zip(slots, [text for text in prompts(6, VOCABULARY) if len(text) > 40][:3], strict=True))
-    driver = load(model, mesh_shape)
+    driver = load(model, mesh_shape, picks=chunk == 32)
 
     lengths = {slot: len(text) - 8 for slot, text in texts.items()}
     found = driver.prefill(texts, lengths, chunk)
@@ -132,6 +134,46 @@ def test_values_of_prefill_and_of_lanes(
         expected = reference.logits(text)
         rows = torch.stack([found[slot, position] for position in range(len(text) - 1)])
         assert max(relative_error(row, true) for row, true in zip(rows, expected, strict=True)) < TOLERANCE
+
+
+def halves_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp, "by_column", lambda weight, parts: by_column(weight.roll(weight.shape[2] // 2, 2), parts))
+
+
+def rows_in_the_checkpoints_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp, "by_column", lambda weight, _parts: weight)
+
+
+def norms_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp, "NORMS", {**mtp.NORMS, "enorm": "hnorm.", "hnorm": "enorm."})
+
+
+def no_norm_before_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MTP, "norm", lambda x, _config: x)
+
+
+def the_same_tokens_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_driver, "following", lambda _text, segment: segment.tokens)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [halves_swapped, rows_in_the_checkpoints_order, norms_swapped, no_norm_before_the_head, the_same_tokens_again],
+    ids=lambda plant: plant.__name__,
+)
+def test_a_planted_mistake_shows(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    model: Path,
+    reference: Reference,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [text] = prompts(1, VOCABULARY)
+    expected = reference.logits(text)
+    plant(monkeypatch)
+    found = load(model, (1, 8)).prefill({0: text}, {0: len(text) - 1}, 32)
+    rows = torch.stack([found[0, position] for position in range(len(text) - 1)])
+    assert relative_error(rows, expected) > 10 * TOLERANCE
 
 
 def test_a_layer_in_fp8_beside_a_projection_that_is_not(tmp_path: Path, load: Load) -> None:
