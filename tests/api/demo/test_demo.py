@@ -22,7 +22,7 @@ from api.settings.engine import EngineSettings
 from tests import ROOT
 from tests.support.checkpoints import reference_model, write_checkpoint
 from tests.support.command_line import run
-from tests.support.demo_figures import TT_METAL_STATISTICS
+from tests.support.demo_figures import MTP_STATISTICS, TT_METAL_STATISTICS
 from tests.support.servers import sample_prompts
 from weights.sample import SAMPLE_DIR
 from weights.sample.train import Reference
@@ -134,6 +134,28 @@ def test_random_weights_need_neither_tokenizer_nor_safetensors(single_layer: str
     assert results["model_params"]["dense_layers"] == (1 if single_layer == "mlp" else 0)
     [generation] = results["generations"]
     assert generation["text"].split() == [str(token) for token in generation["tokens"]]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("joined")
+def test_completions_are_the_same_with_drafts(tmp_path: Path) -> None:
+    """Greedy ones, and drawn ones, which drafts could change by what they draw."""
+    prompts = [prompt.prompt for prompt in sample_prompts()[:4]]
+    settings = EngineSettings.of(cache_dir=tmp_path, stages=2)
+    for temperature in (0.0, 1.0):
+        off, on = [
+            run_demo(
+                prompts,
+                engine=settings,
+                generator="pp",
+                max_new_tokens=24,
+                sampling_temperature=temperature,
+                enable_mtp=enable_mtp,
+            )
+            for enable_mtp in (False, True)
+        ]
+        assert on["generations"] == off["generations"]
+        assert set(on["statistics"]) - set(off["statistics"]) == MTP_STATISTICS
 
 
 @pytest.mark.slow
