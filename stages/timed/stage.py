@@ -160,28 +160,31 @@ class TokenMaker:
 
 
 class DraftMaker:
-    """Makes drafts of which each is right with probability `acceptance`: the same ones for the same seed."""
+    """Makes drafts of which each is right with probability `acceptance`: the same ones for the same seed.
+
+    It is drawn for each slot, as requests with equal tokens would be right and wrong together.
+    """
 
     def __init__(self, tokens: TokenMaker, acceptance: float, seed: int) -> None:
         self._tokens = tokens
         self._bound = acceptance * (WORD + 1)
         self._seed = seed
 
-    def after(self, token: int, position: int, count: int) -> list[int]:
-        """So many drafts of the tokens that follow `token` at `position`."""
+    def after(self, slot: int, token: int, position: int, count: int) -> list[int]:
+        """So many drafts of the tokens that follow `token` at `position` of the request in a slot."""
         drafts: list[int] = []
         for place in range(position, position + count):
             latest = drafts[-1] if drafts else token
             following = self._tokens.after(latest, place)
-            is_right = draw(self._seed, latest, place) < self._bound
+            is_right = draw(self._seed, slot, latest, place) < self._bound
             drafts.append(following if is_right else self._tokens.other(following))
         return drafts
 
 
-def draw(seed: int, token: int, position: int) -> int:
-    """A number below 2**32 that looks random, made of all three (the finalizer of MurmurHash3 after each)."""
+def draw(*values: int) -> int:
+    """A number below 2**32 that looks random, made of all `values` (MurmurHash3's finalizer after each)."""
     mixed = 0
-    for value in (seed, token, position):
+    for value in values:
         mixed = ((mixed ^ value) + MULTIPLIER) & WORD
         mixed = ((mixed ^ (mixed >> 16)) * OTHER_MULTIPLIER) & WORD
         mixed = ((mixed ^ (mixed >> 13)) * LAST_MULTIPLIER) & WORD
@@ -287,7 +290,8 @@ class TimedStage:
     def _drafted(self, step: Step, segment: Segment, answer: list[int]) -> list[int]:
         """The drafts of what follows the `answer` to a segment."""
         behind = 1 if step.mode == "decode" else len(segment.tokens)
-        return self._drafts.after(answer[-1], segment.start + behind - 1 + len(answer), segment.drafts)
+        position = segment.start + behind - 1 + len(answer)
+        return self._drafts.after(segment.slot, answer[-1], position, segment.drafts)
 
     def _scores(self, step: Step) -> list[list[TokenLogprobs]]:
         """The log-probabilities of prompt tokens that the step scores, as in `StepResult`."""
