@@ -7,6 +7,7 @@ exchange heads for lanes. Lanes are padded where shapes must be few; one embedde
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -85,13 +86,20 @@ class PrefillBatch:
     groups: list[PrefillGroup]
 
 
+class Place(NamedTuple):
+    """A token of a decode step: its slot and its position there."""
+
+    slot: int
+    position: int
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeBatch:
-    """One token for each of `users` slots of every pool.
+    """Single tokens: `users` of every pool, of as many requests, or of fewer with drafts behind their tokens.
 
     `rope` is for all tokens of a row; `positions` [users] and `pages` [users, blocks], int32, are each chip's own.
     `kv_memory_config` is the layout of what they add to the cache, a core for each user, and `q_memory_config` that of
-    their queries.
+    their queries. All are added before any attends, so a draft finds the tokens before it.
     """
 
     layout: TokenLayout
@@ -135,17 +143,26 @@ class BatchBuilder:
         self._takes_all_shapes = self._rows * self._columns == 1 and not users_per_row
 
     def decode(self, step: Step) -> DecodeBatch:
-        """Makes the inputs of a decode step, which has been applied to the page tables; its segments have one token."""
-        pools = self._by_pool(step.segments)
+        """Makes the inputs of a decode step, which has been applied to the page tables."""
+        return self.decode_places(
+            [
+                Place(segment.slot, position)
+                for segment in step.segments
+                for position in range(segment.start, segment.start + len(segment.tokens))
+            ]
+        )
+
+    def decode_places(self, places: Sequence[Place]) -> DecodeBatch:
+        """Makes the inputs of single tokens at these places, in this order."""
+        pools = self._by_pool([place.slot for place in places])
         users = self.users(max(len(pool) for pool in pools))
-        lanes = [pool + [PADDING] * (users - len(pool)) for pool in pools]
-        tokens = torch.tensor(lanes)
-        slots = [PADDING if index == PADDING else step.segments[index].slot for lane in lanes for index in lane]
-        starts = [0 if index == PADDING else step.segments[index].start for lane in lanes for index in lane]
-        positions = torch.tensor(starts, dtype=torch.int32)
-        pages = self._tables.rows(slots, self._table_width(max(starts) + 1))
+        lanes = torch.tensor([pool + [PADDING] * (users - len(pool)) for pool in pools])
+        padded = [Place(PADDING, 0) if index == PADDING else places[index] for index in lanes.flatten().tolist()]
+        positions = torch.tensor([place.position for place in padded], dtype=torch.int32)
+        width = self._table_width(max(place.position for place in places) + 1)
+        pages = self._tables.rows([place.slot for place in padded], width)
         return DecodeBatch(
-            layout=self._layout_of(tokens.view(self._rows, -1)),
+            layout=self._layout_of(lanes.view(self._rows, -1)),
             rope=self._look_up(positions),
             users=users,
             positions=self._on_each_chip(positions),
@@ -155,7 +172,7 @@ class BatchBuilder:
         )
 
     def users(self, most: int) -> int:
-        """Returns the number of users of every pool in a decode step whose fullest pool has `most` users."""
+        """Returns the number of lanes of every pool in a decode step whose fullest pool has `most` tokens."""
         if self._takes_all_shapes:
             return most
         return max(_power_of_two(most), ceil_div(self._users_per_row, self._columns))
@@ -183,10 +200,17 @@ class BatchBuilder:
             groups=groups,
         )
 
-    def ids(self, batch: PrefillBatch | DecodeBatch, step: Step) -> ttnn.Tensor:
+    def ids(self, layout: TokenLayout, tokens: Sequence[int]) -> ttnn.Tensor:
         """Returns token ids, uint32 [1, tokens of the row] on each chip."""
-        ids = torch.tensor([token for segment in step.segments for token in segment.tokens], dtype=torch.int32)
-        return self._on_each_row(batch.layout.spread(ids)[None])
+        return self._on_each_row(layout.spread(torch.tensor(tokens, dtype=torch.int32))[None])
+
+    def sources(self, layout: TokenLayout, tokens: Sequence[int], target: TokenLayout) -> ttnn.Tensor:
+        """Returns where tokens of one layout lie, in the order of another: uint32 [1, width of `target`] on each row.
+
+        `tokens` are indices of the first layout's, one for each token of the second, which lies on the same row.
+        """
+        at = layout.places()[torch.tensor(tokens)] % layout.width
+        return self._on_each_row(target.spread(at.to(torch.int32))[None])
 
     def logit_indices(self, layout: TokenLayout, tokens: Sequence[int]) -> tuple[ttnn.Tensor, torch.Tensor]:
         """Returns which tokens of each row need logits, given those of the step: uint32 [1, n] on each row.
@@ -240,10 +264,10 @@ class BatchBuilder:
             use_height_and_width_as_shard_shape=True,
         )
 
-    def _by_pool(self, segments: Sequence[Segment]) -> list[list[int]]:
+    def _by_pool(self, slots: Sequence[int]) -> list[list[int]]:
         pools: list[list[int]] = [[] for _ in range(self._rows * self._columns)]
-        for index, segment in enumerate(segments):
-            pools[self._tables.options.pool_of(segment.slot)].append(index)
+        for index, slot in enumerate(slots):
+            pools[self._tables.options.pool_of(slot)].append(index)
         return pools
 
     def _group_members(self, segments: Sequence[Segment]) -> list[dict[int, int]]:

@@ -113,13 +113,16 @@ class DraftLayer:
             return self.module.forward_prefill(hidden, following, self.configs.prefill, batch)
         return self.module.forward_decode(hidden, following, self.configs.decode, batch)
 
+    def pick(self, x: ttnn.Tensor, batch: Batch, indices: ttnn.Tensor) -> ttnn.Tensor:
+        """Returns the output of `forward` for the tokens `indices` [1, n], uint32, of the batch."""
+        return self.head.module.pick(x, self.head.configs.of(batch), indices)
+
     def logits(self, x: ttnn.Tensor, batch: Batch, indices: ttnn.Tensor | None) -> ttnn.Tensor:
         """Returns logits [1, 1, n, vocabulary / columns] of the second token after each of the tokens `indices` [1, n],
         or after all, given the output of `forward`.
         """
-        head = self.head.configs.of(batch)
-        chosen = x if indices is None else self.head.module.pick(x, head, indices)
-        return self.head.module.project(self.module.norm(chosen, self.configs.of(batch)), head)
+        chosen = x if indices is None else self.pick(x, batch, indices)
+        return self.head.module.project(self.module.norm(chosen, self.configs.of(batch)), self.head.configs.of(batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +167,12 @@ class ModelSlice:
         head = _end(modules.head, head_part(config), weights) if spec.is_last else None
         draft = _draft_layer(modules, embedding, head, weights, cache) if drafts and head is not None else None
         return cls(embedding, layers, head, draft)
+
+    @property
+    def kv_caches(self) -> list[ttnn.Tensor]:
+        """The caches of all layers, that of the draft layer last."""
+        caches = [layer.kv_cache for layer in self.layers]
+        return caches if self.draft is None else [*caches, self.draft.kv_cache]
 
     def enter(self, inputs: ttnn.Tensor, batch: Batch) -> ttnn.Tensor:
         """Returns the input of the layers, [1, 1, tokens, hidden / columns] on each chip.

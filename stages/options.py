@@ -32,12 +32,21 @@ class PredictedTimes(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rows: int
 
 
+DRAFT_ACCEPTANCE = 0.8
+"""The probability that a draft is right where nothing else is known. It makes 1.8 tokens of a step with one draft, as
+many as DeepSeek report of V3's own layer, of whose drafts 85 to 90 % were right (arXiv:2412.19437, 5.4.3)."""
+
+
 class TimedOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How long steps take, and which tokens come out: ids below `vocabulary` except `never` (in rising order)."""
+    """How long steps take, and which tokens come out: ids below `vocabulary` except `never` (in rising order).
+
+    A draft is right with probability `acceptance`, where those before it are.
+    """
 
     times: GivenTimes | PredictedTimes
     vocabulary: int
     never: list[int]
+    acceptance: float = DRAFT_ACCEPTANCE
 
 
 Dtype = Literal["float32", "bfloat16"]

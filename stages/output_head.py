@@ -6,11 +6,12 @@ import torch
 
 from stages.backend import ttnn
 from stages.batch import BatchBuilder
+from stages.drafter import Drafter, LogitsOf
 from stages.model_slice import HiddenStates, ModelSlice
 from stages.models.registry import architecture_of
 from stages.options import VocabularyOptions
 from stages.sampling.logprobs import Floats, token_logprobs
-from stages.sampling.sampler import Sampler
+from stages.sampling.sampler import Sampler, sampling_tokens
 from stages.step import Step, StepResult, TokenLogprobs
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div
@@ -29,41 +30,53 @@ class OutputHead:
         model: ModelSlice,
         batches: BatchBuilder,
         vocabulary: VocabularyOptions | None,
+        *,
+        traced: bool,
     ) -> None:
-        """Takes a model with a head, the builder that makes the inputs of its steps, and what grammars need."""
+        """Takes a model with a head, the builder that makes the inputs of its steps, and what grammars need.
+
+        `traced`: decode passes of the draft layer, if the model has it, are replayed from traces.
+        """
         self._config = config
         self._mesh_device = mesh_device
         self._model = model
         self._module = architecture_of(config).load_modules().head
         self._batches = batches
         self._sampler = Sampler(config.vocab_size, vocabulary)
+        self._drafter: Drafter | None = None
+        if model.draft is not None:
+            self._drafter = Drafter(mesh_device, model.draft, batches, self._sampler, self._rows, traced=traced)
 
     def clear(self) -> None:
         """Forgets all requests, as at the start of an epoch."""
         self._sampler.clear()
 
     def close(self) -> None:
-        """Ends the sampler's thread."""
+        """Ends the sampler's thread, and releases the draft layer's traces."""
         self._sampler.close()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def apply(self, step: Step) -> None:
         """Applies a step's ends and admissions. Raises StepError as Sampler.apply does."""
         self._sampler.apply(step)
 
     def logits(self, step: Step, hidden: HiddenStates | None) -> torch.Tensor:
-        """Returns float32 logits [segments that sample, vocabulary]. `hidden` is None for a step without segments."""
-        ends = [begin + len(segment.tokens) for begin, segment in zip(_begins(step), step.segments, strict=True)]
-        return self._rows(hidden, [end - 1 for end, segment in zip(ends, step.segments, strict=True) if segment.sample])
+        """Returns float32 logits [tokens, vocabulary] of the step's `sampling_tokens`; `hidden` is None without any."""
+        return self._rows(self._model.logits, hidden, sampling_tokens(step))
 
     def result(self, step: Step, hidden: HiddenStates | None) -> StepResult:
         """Samples the step's tokens and log-probabilities. Raises StepError as Sampler.sample does."""
         sampled = self._sampler.sample(step, self.logits(step, hidden))
+        has_drafts = step.mode == "decode" and any(len(segment.tokens) > 1 for segment in step.segments)
         return StepResult(
             epoch=step.epoch,
             step_id=step.step_id,
             tokens=sampled.tokens,
             logprobs=sampled.logprobs if any(entry is not None for entry in sampled.logprobs) else [],
             prompt_logprobs=self._prompt_logprobs(step, hidden),
+            accepted=sampled.accepted if has_drafts else [],
+            drafts=[] if self._drafter is None else self._drafter.drafts(step, hidden, sampled),
         )
 
     def _prompt_logprobs(self, step: Step, hidden: HiddenStates | None) -> list[list[TokenLogprobs]]:
@@ -86,9 +99,9 @@ class OutputHead:
         # Every row of the mesh gives as many logits as the one that has the most of these tokens.
         count = ceil_div(SCORED_AT_ONCE, int(self._mesh_device.shape[0]))
         for begin in range(0, len(tokens), count):
-            yield from self._rows(hidden, tokens[begin : begin + count]).numpy()
+            yield from self._rows(self._model.logits, hidden, tokens[begin : begin + count]).numpy()
 
-    def _rows(self, hidden: HiddenStates | None, tokens: Sequence[int]) -> torch.Tensor:
+    def _rows(self, logits_of: LogitsOf, hidden: HiddenStates | None, tokens: Sequence[int]) -> torch.Tensor:
         """Returns float32 logits [tokens, vocabulary] of tokens of a step, given by their indices in rising order."""
         if hidden is None or not tokens:
             return torch.empty(0, self._config.vocab_size)
@@ -96,9 +109,9 @@ class OutputHead:
         if hidden.logits is not None:
             return self._to_torch(hidden.logits)[layout.places()[torch.tensor(tokens)]]
         if layout.tokens is None and len(tokens) == layout.width:
-            return self._to_torch(self._model.logits(hidden.x, hidden.batch, None))
+            return self._to_torch(logits_of(hidden.x, hidden.batch, None))
         indices, chosen = self._batches.logit_indices(layout, tokens)
-        return self._to_torch(self._model.logits(hidden.x, hidden.batch, indices))[chosen]
+        return self._to_torch(logits_of(hidden.x, hidden.batch, indices))[chosen]
 
     def _to_torch(self, logits: ttnn.Tensor) -> torch.Tensor:
         return self._module.to_torch(logits, self._config, self._mesh_device)

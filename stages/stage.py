@@ -1,7 +1,7 @@
 """One pipeline stage: it runs steps, keeps slots and caches, and returns hidden states or tokens."""
 
-import dataclasses
 import hashlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from stages.output_head import OutputHead
 from stages.plan import StageSpec
 from stages.run_config import TORCH_DTYPES
 from stages.step import Step, StepResult
+from stages.traces import DecodeTraces
 from stages.wormhole import GALAXY_COLUMNS
 from weights.cache.cache import WeightCache
 from weights.checkpoint import open_weights
@@ -78,10 +79,13 @@ class Stage:
         rope_tables = architecture_of(config).load_modules().rope_tables
         rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
         self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.execution.enable_trace)
-        self._traces = DecodeTraces(model, mesh_device) if options.execution.enable_trace else None
-        self._head = OutputHead(config, mesh_device, model, self._batches, options.vocabulary) if spec.is_last else None
+        traced = options.execution.enable_trace
+        self._traces = DecodeTraces(self._decode, mesh_device) if traced else None
+        self._head: OutputHead | None = None
+        if spec.is_last:
+            self._head = OutputHead(config, mesh_device, model, self._batches, options.vocabulary, traced=traced)
         self._prepared: tuple[Step, Batch | None] | None = None
-        memory = BlockMemory([layer.kv_cache for layer in model.layers], mesh_device, cache, self._dtype)
+        memory = BlockMemory(model.kv_caches, mesh_device, cache, self._dtype)
         # Last, as nobody would close them if something else failed.
         self._tiers = Tiers.open(options.tiers, _file_name(spec, options), memory.record_bytes)
         self._blocks = BlockStore(memory, self._tables, self._tiers)
@@ -120,8 +124,9 @@ class Stage:
                 options.weights.weight_dtypes,
                 directory_name(Path(options.model_path)),
             )
-            model = ModelSlice.load(spec, weights, options.cache, on_progress)
-            parts = [str(weights.cache_key(part)) for part in stage_parts(source.config, spec)]
+            drafts = options.drafts.num_speculative_tokens > 0
+            model = ModelSlice.load(spec, weights, options.cache, on_progress, drafts=drafts)
+            parts = [str(weights.cache_key(part)) for part in stage_parts(source.config, spec, drafts=drafts)]
             stage = cls(spec, options, model, mesh_device, source.config, _digest(parts))
             undo.pop_all()
         return stage
@@ -148,7 +153,8 @@ class Stage:
         """Runs one step on tensors.
 
         `hidden` [step.token_count, hidden_size] in the stage's dtype, None on the first stage. Returns the same for
-        the next stage, or on the last stage float32 logits [segments that sample, vocabulary]. Raises as `step` does.
+        the next stage, or on the last stage float32 logits [tokens after which one is sampled, vocabulary]. Raises as
+        `step` does.
         """
         states = self._run(step, hidden)
         self._blocks.end(step)
@@ -170,7 +176,10 @@ class Stage:
     def hidden_spec(self) -> MeshHidden:
         """The mesh and the hidden states on it: bfloat16 [1, 1, tokens, hidden / columns] on each chip."""
         rows, columns = self.mesh_device.shape
-        users = columns * self._batches.users(self._options.cache.slots // self._options.cache.pools)
+        lanes = (
+            self._options.cache.slots // self._options.cache.pools * (1 + self._options.drafts.num_speculative_tokens)
+        )
+        users = columns * self._batches.users(lanes)
         return MeshHidden((rows, columns), prefill=self._shard(0), decode=self._shard(users))
 
     @torch.inference_mode()
@@ -229,8 +238,15 @@ class Stage:
 
     def _compute(self, inputs: ttnn.Tensor, batch: Batch) -> HiddenStates:
         if self._traces is not None and isinstance(batch, DecodeBatch):
-            return self._traces.run(inputs, batch)
+            x, *logits = self._traces.run([inputs], batch)
+            return HiddenStates(x, batch, *logits)
         return HiddenStates(self.model.forward(self.model.enter(inputs, batch), batch), batch)
+
+    def _decode(self, inputs: Sequence[ttnn.Tensor], batch: DecodeBatch) -> list[ttnn.Tensor]:
+        """The pass that a trace records: hidden states of all lanes, and on the last stage logits."""
+        [entering] = inputs
+        x = self.model.forward(self.model.enter(entering, batch), batch)
+        return [x] if self.model.head is None else [x, self.model.logits(x, batch, None)]
 
     def _shard(self, tokens: int) -> HiddenShard:
         return HiddenShard((1, 1, tokens, self._config.hidden_size // self.mesh_device.shape[1]), HIDDEN_DTYPE)
@@ -248,7 +264,7 @@ class Stage:
         """Puts token ids on the mesh on the first stage, hidden states on the others."""
         if hidden is None:
             self._check_tokens(step)
-            return self._batches.ids(batch, step)
+            return self._batches.ids(batch.layout, [token for segment in step.segments for token in segment.tokens])
         if hidden.shape != (step.token_count, self._config.hidden_size):
             raise StepError(
                 f"Step {step.step_id} has {step.token_count} tokens of {self._config.hidden_size} values, but hidden "
@@ -287,89 +303,10 @@ def _mesh_shape(pools: int) -> tuple[int, int]:
 def _file_name(spec: StageSpec, options: StageOptions) -> str:
     """The name of the stage's files in the tiers: that of all plans with the same records."""
     facts = [str(spec.stages), str(options.cache.pools), options.dtype, options.model_path]
+    if spec.is_last and options.drafts.num_speculative_tokens:
+        facts.append("drafts")
     return f"layers-{spec.first_layer}-{spec.end_layer}-{_digest(facts)[:8]}{SUFFIX}"
 
 
 def _digest(facts: list[str]) -> str:
     return hashlib.blake2b(msgspec.json.encode(facts), digest_size=16).hexdigest()
-
-
-QUEUE = 0
-"""The command queue that traces run on."""
-
-
-class DecodeTraces:
-    """Decode steps as traces: captured once for a number of users, then replayed with the inputs of each step.
-
-    A replay saves the host of a chip the dispatch of every op, and the embedded device the Python around them. There is
-    one trace for each number of users so far; all other shapes are static.
-    """
-
-    def __init__(self, model: ModelSlice, mesh_device: ttnn.MeshDevice) -> None:
-        self._model = model
-        self._mesh_device = mesh_device
-        self._traces: dict[int, _DecodeTrace] = {}
-
-    def run(self, inputs: ttnn.Tensor, batch: DecodeBatch) -> HiddenStates:
-        """Returns hidden states of all users, and on the last stage logits; `inputs` are as for `ModelSlice.enter`."""
-        trace = self._traces.get(batch.users)
-        if trace is None:
-            trace = self._traces[batch.users] = _DecodeTrace(self._model, self._mesh_device, inputs, batch)
-        return trace.run(inputs, batch)
-
-    def release(self) -> None:
-        """Releases all traces."""
-        for trace in self._traces.values():
-            trace.release()
-        self._traces.clear()
-
-
-class _DecodeTrace:
-    """A trace, with the tensors that it reads its inputs from and those that it writes its results to."""
-
-    def __init__(
-        self, model: ModelSlice, mesh_device: ttnn.MeshDevice, inputs: ttnn.Tensor, batch: DecodeBatch
-    ) -> None:
-        self._mesh_device = mesh_device
-        self._inputs = ttnn.clone(inputs)
-        self._batch = _own(batch)
-        # Once before the capture, so that programs are compiled and weights packed. This writes to the KV cache what
-        # the capture and the first replay write again.
-        _decode(model, self._inputs, self._batch)
-        self._take(inputs, batch)
-        self._id = ttnn.begin_trace_capture(mesh_device, cq_id=QUEUE)
-        try:
-            self._results = _decode(model, self._inputs, self._batch)
-        finally:
-            ttnn.end_trace_capture(mesh_device, self._id, cq_id=QUEUE)
-
-    def run(self, inputs: ttnn.Tensor, batch: DecodeBatch) -> HiddenStates:
-        """Replays the trace; the next replay does not change the results, which are copies."""
-        self._take(inputs, batch)
-        ttnn.execute_trace(self._mesh_device, self._id, cq_id=QUEUE, blocking=True)
-        x, logits = self._results
-        return HiddenStates(ttnn.clone(x), batch, None if logits is None else ttnn.clone(logits))
-
-    def release(self) -> None:
-        ttnn.release_trace(self._mesh_device, self._id)
-
-    def _take(self, inputs: ttnn.Tensor, batch: DecodeBatch) -> None:
-        ttnn.copy(inputs, self._inputs)
-        for source, target in zip(_inputs_of(batch), _inputs_of(self._batch), strict=True):
-            ttnn.copy(source, target)
-
-
-def _decode(model: ModelSlice, inputs: ttnn.Tensor, batch: DecodeBatch) -> tuple[ttnn.Tensor, ttnn.Tensor | None]:
-    x = model.forward(model.enter(inputs, batch), batch)
-    return x, None if model.head is None else model.logits(x, batch, None)
-
-
-def _inputs_of(batch: DecodeBatch) -> list[ttnn.Tensor]:
-    """Returns the inputs that differ between steps of the same number of users."""
-    return [batch.rope.cos, batch.rope.sin, batch.positions, batch.pages]
-
-
-def _own(batch: DecodeBatch) -> DecodeBatch:
-    """Returns the batch with copies of its inputs."""
-    cos, sin, positions, pages = (ttnn.clone(tensor) for tensor in _inputs_of(batch))
-    return dataclasses.replace(batch, rope=batch.rope._replace(cos=cos, sin=sin), positions=positions, pages=pages)

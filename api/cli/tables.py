@@ -13,6 +13,7 @@ from rich.text import Text
 from api.messages.pipeline_view import DraftView, EngineView, PipelineView, StageView
 from api.settings.planning import PREDICTED, Plan
 from stages.capacity.chip_memory import StageMemory
+from stages.capacity.prediction import DraftPrediction
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
 from weights.cache.inventory import CacheEntry
 from weights.sizes import ceil_div, counted, in_words
@@ -143,13 +144,15 @@ def _memory_table(memory: Sequence[StageMemory]) -> FoldedTable:
 
 
 def _time_table(plan: Plan) -> FoldedTable:
-    decode, prefill = plan.prediction.decode, plan.prediction.prefill
+    decode, prefill, drafts = plan.prediction.decode, plan.prediction.prefill, plan.prediction.drafts
+    drafted = {} if drafts is None else {"with drafts": [step.total_s for step in drafts.decode]}
     seconds = {
         "decode": [step.total_s for step in decode],
         "memory": [step.memory_s for step in decode],
         "compute": [step.compute_s for step in decode],
         "network": [step.network_s for step in decode],
         "launches": [step.launch_s for step in decode],
+        **drafted,
         "prefill chunk": [step.total_s for step in prefill],
     }
     return FoldedTable(
@@ -164,8 +167,11 @@ def _speed(plan: Plan) -> Iterator[str]:
     prediction, options = plan.prediction, plan.options
     yield (
         f"{prediction.tokens_per_s_per_user:.2f} t/s/u (tokens per second for each user), "
-        f"{prediction.tokens_per_s:.0f} tokens/s with all {prediction.users} requests in flight ({PREDICTED})"
+        f"{prediction.tokens_per_s:.0f} tokens/s with all {prediction.users} requests in flight"
+        f"{'' if prediction.drafts is None else ' and without drafts'} ({PREDICTED})"
     )
+    if prediction.drafts is not None:
+        yield _draft_speed(plan, prediction.drafts)
     yield (
         f"{prediction.ttft_s:.2f} s to the first token of a prompt of {options.prompt_tokens} tokens on an idle "
         f"pipeline ({PREDICTED})"
@@ -173,6 +179,16 @@ def _speed(plan: Plan) -> Iterator[str]:
     steps = "replayed from traces" if options.traced else "launched op by op"
     experts = "all experts of a chip run" if options.expert_kernel == "all" else "only chosen experts run"
     yield f"Decode steps are {steps}; {experts}; sampling and other work of the hosts is not in it."
+
+
+def _draft_speed(plan: Plan, drafts: DraftPrediction) -> str:
+    count, longer = plan.deployment.num_speculative_tokens, drafts.cycle_s / plan.prediction.cycle_s
+    return (
+        f"{drafts.tokens_per_s_per_user:.2f} t/s/u, {drafts.tokens_per_s:.0f} tokens/s with {counted(count, 'draft')} "
+        f"of each request and step, right with a probability of {plan.options.acceptance:g}: "
+        f"{drafts.tokens_per_step:.2f} tokens in a step that takes {longer:.2f} times as long, which "
+        f"{'pays' if drafts.pays else 'does not pay, so `serve` would do without'} ({PREDICTED})"
+    )
 
 
 def _tiers(plan: Plan) -> Iterator[str]:

@@ -21,7 +21,6 @@ from api.errors import EngineError, OptionError, RequestError
 from api.messages.engine import (
     AbortRequest,
     AddRequest,
-    DraftCounts,
     EngineMetrics,
     EngineState,
     FromEngine,
@@ -223,7 +222,6 @@ class PipelineReports:
     ) -> None:
         self.roster = StageRoster(options.pipeline.specs)
         self._microbatches = options.scheduler.steps_in_flight
-        self._num_speculative_tokens = options.scheduler.num_speculative_tokens
         self._scheduler = scheduler
         self._meters = meters
         self._tiers = tiers
@@ -239,7 +237,7 @@ class PipelineReports:
             scheduler.counts(),
             scheduler.tallies,
             self._prefix(),
-            self._drafts(),
+            self._scheduler.drafts.counts(),
             self.roster.hosts,
             self._tiers.stage_bytes,
         )
@@ -273,7 +271,7 @@ class PipelineReports:
                 healths, self._meters.busy_share, counts.blocks - counts.free_blocks, self._tiers.stage_bytes
             ),
             prefix=self._prefix(),
-            drafts=self._drafts(),
+            drafts=self._scheduler.drafts.counts(),
         )
         while self._owed:
             self._owed -= 1
@@ -287,7 +285,3 @@ class PipelineReports:
             hits=tallies.prefix_hits,
             recomputed_tokens=tallies.recomputed_tokens,
         )
-
-    def _drafts(self) -> DraftCounts:
-        count = self._num_speculative_tokens
-        return DraftCounts(num_speculative_tokens=count, accepted_per_position=[0] * count)

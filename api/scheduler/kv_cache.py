@@ -7,10 +7,12 @@ found as soon as the step that fills it was issued, as every stage runs steps in
 import secrets
 from collections.abc import Container
 
+from api.messages.engine import Counts
 from api.scheduler.block_pool import BlockPool
 from api.scheduler.options import SchedulerOptions
-from api.scheduler.sequence import Filled, Run, Sequence, StepInFlight
+from api.scheduler.sequence import Filled, Run, Sequence, Snapshot
 from api.scheduler.slots import Slots
+from api.scheduler.step_in_flight import StepInFlight
 from stages.step import NO_TOKEN, BlockLoad, StepResult
 from weights.sizes import ceil_div
 
@@ -44,30 +46,38 @@ class KVCache:
         self._by_slot: dict[int, Run] = {}
         self.forgotten: list[bytes] = []
 
-    @property
-    def free_slots(self) -> int:
-        """The number of free slots."""
-        return self._slots.free
+    def counts(self, *, waiting: int, steps_in_flight: int) -> Counts:
+        """The numbers of slots and blocks as they are now, beside those of requests and steps."""
+        cache = self._options.cache
+        return Counts(
+            waiting=waiting,
+            running=len(self.runs),
+            steps_in_flight=steps_in_flight,
+            free_slots=self._slots.free,
+            slots=cache.slots,
+            free_blocks=sum(pool.free for pool in self._pools),
+            blocks=cache.blocks * cache.pools,
+        )
+
+    def snapshot(self, *, waiting: list[Sequence], ready: list[int]) -> Snapshot:
+        """Runs and blocks as they are now, beside what waits."""
+        return Snapshot(
+            waiting=waiting,
+            running=list(self.runs.values()),
+            ready=ready,
+            free_blocks=[pool.free_ids for pool in self._pools],
+            holders=[pool.holders for pool in self._pools],
+        )
 
     @property
-    def free_blocks(self) -> int:
-        """The number of blocks that no request holds, in all pools."""
-        return sum(pool.free for pool in self._pools)
+    def microbatches_in_use(self) -> int:
+        """Requests go to the emptiest microbatch, so that each has one before any has two."""
+        return min(len(self.runs), self._options.steps_in_flight)
 
     @property
     def findable(self) -> int:
         """The number of blocks that a request could find."""
         return sum(pool.findable for pool in self._pools)
-
-    @property
-    def free_ids(self) -> list[list[int]]:
-        """The free blocks of each pool."""
-        return [pool.free_ids for pool in self._pools]
-
-    @property
-    def holders(self) -> list[list[int]]:
-        """How many requests hold each block of each pool."""
-        return [pool.holders for pool in self._pools]
 
     def run_in(self, slot: int) -> Run:
         """The run that has the slot."""
@@ -150,6 +160,7 @@ class KVCache:
             loads=loads,
             issued=len(blocks) * self._block_size,
             secret=self._secret,
+            keyed=len(blocks),
         )
         self.runs[sequence.request_id] = self._by_slot[slot] = run
         return run
@@ -188,22 +199,33 @@ class KVCache:
         # The run computes these itself, and so writes to blocks that nobody else may read.
         pool.forget(run.blocks[run.cached :])
         run.loads = []
+        run.keyed = run.cached
         run.issued = run.cached * self._block_size
 
-    def grow(self, run: Run) -> list[int] | None:
-        """Adds a block for the run's next token where it needs one; returns what was added, None without room."""
-        if run.issued < len(run.blocks) * self._block_size:
+    def grow(self, run: Run, drafts: int = 0) -> list[int] | None:
+        """Adds the blocks that the run's next token and drafts behind it need; returns them, None without room."""
+        needed = ceil_div(run.issued + 1 + drafts, self._block_size) - len(run.blocks)
+        if needed <= 0:
             return []
         pool = self._pools[run.pool]
-        if not pool.free:
+        if pool.free < needed:
             return None
-        added = pool.take(1)
+        added = pool.take(needed)
         run.blocks += added
         return added
 
-    def filled(self, run: Run, start: int) -> list[Filled]:
-        """The blocks that are full once the run's tokens from `start` to `issued` are in the cache."""
-        first, last = start // self._block_size, run.issued // self._block_size
+    def shrink(self, run: Run) -> bool:
+        """Gives back the blocks behind the run's next token and its drafts; returns whether there were any."""
+        kept = ceil_div(run.issued + 1 + len(run.drafting.drafts), self._block_size)
+        given_back = run.blocks[kept:]
+        del run.blocks[kept:]
+        self._pools[run.pool].release(given_back)
+        return bool(given_back)
+
+    def filled(self, run: Run) -> list[Filled]:
+        """The blocks that are full once the run's first `issued` tokens are in the cache; each is given once."""
+        first, last = run.keyed, run.issued // self._block_size
+        run.keyed = last
         # What was begun before a reset rests on blocks from before it.
         if first == last or not self._finds or run.secret != self._secret:
             return []
@@ -217,9 +239,9 @@ class KVCache:
 
     def step_returned(self, step: StepInFlight, result: StepResult) -> None:
         """Lets what a step has filled be found in later epochs too, and takes in what it has loaded."""
-        for run, token in zip(step.sampled, result.tokens, strict=True):
+        for run, answer in zip(step.sampled, step.answers(result), strict=True):
             # One that is still running ends for this, and forgets then.
-            if token == NO_TOKEN and not run.active:
+            if answer.tokens[-1] == NO_TOKEN and not run.active:
                 self.forget_content(run)
         for pool, block, key in step.filled:
             self._pools[pool].confirm(block, key)

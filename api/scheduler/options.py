@@ -47,7 +47,7 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
     waits for the way back, and a single one where there is one stage. The cache's slots are shared evenly by the
     microbatches: slot = microbatch * slots_per_microbatch + lane. A prefill step holds at most `prefill_chunk` tokens;
     where it holds up requests that decode, it takes no longer than `schedule.prefill_wait` decode steps, unless it is
-    a single block. The last stage drafts up to `num_speculative_tokens` for each request of a step.
+    a single block. A request has up to `num_speculative_tokens` drafts in a decode step.
     Raises OptionError when these do not fit together.
     """
 

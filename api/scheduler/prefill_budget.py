@@ -33,6 +33,10 @@ class PrefillBudget:
         within = int(self._wait * self._decode_step_ns / self._prompt_token_ns)
         return min(max(within - within % self._block_size, self._block_size), self._chunk_max)
 
+    def chunk(self, remaining: int, budget: int) -> int:
+        """The tokens of a prompt's next chunk within the budget: only its last chunk may end within a block."""
+        return remaining if remaining <= budget else budget - budget % self._block_size
+
     def record_step(self, mode: Mode, tokens: int, timings: Sequence[StageTiming]) -> None:
         """Takes in how long the stages worked on a step of so many tokens; empty `timings` change nothing."""
         slowest = max((timing.ended_ns - timing.began_ns for timing in timings), default=0)

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from api.scheduler.kv_cache import KVCache
 from api.scheduler.quarantine import Quarantine
-from api.scheduler.sequence import Run, Sequence, StepInFlight
+from api.scheduler.sequence import Run, Sequence
+from api.scheduler.step_in_flight import StepInFlight
 
 LOADS_MAX = 512
 """Blocks from which on a step loads for no further request: at R1's size 150 MB for a stage of 16 layers."""

@@ -3,27 +3,44 @@
 Decode and prefill are separate steps and take turns when both are ready, so that a microbatch that is ready to decode
 waits for one prefill step at most before each decode step up to its own: never more than there are microbatches.
 Microbatches decode in the order of their last decode step; a decode step holds every request of its microbatch that
-is ready. Prefill takes requests in the order of arrival; one step may hold chunks of several, of any microbatch, and
-the chunks of one prompt follow each other without waiting for results. Every stage runs steps in order, so a block or
-slot that is given up may be in the very next step again, and a block that a step fills may be read in the next one.
+is ready, each with its next token and the drafts of those after it. Prefill takes requests in the order of arrival; one
+step may hold chunks of several, of any microbatch, and the chunks of one prompt follow each other without waiting for
+results. Every stage runs steps in order, so a block or slot that is given up may be in the very next step again, and a
+block that a step fills may be read in the next one.
 Requests whose steps make the pipeline fail share steps only as far as the quarantine allows
 (api/scheduler/quarantine.py).
 """
 
+import itertools
 import math
 from collections import deque
 from operator import attrgetter
 
+import msgspec
+
 from actors.errors import ProtocolError
 from api.errors import EngineError
-from api.messages.engine import AddRequest, Counts, FinishReason, RequestOutput, failed_output
+from api.messages.engine import AddRequest, Counts, RequestOutput, failed_output
+from api.scheduler.decode_queue import DecodeQueue
+from api.scheduler.drafts import DraftPolicy
 from api.scheduler.kv_cache import KVCache
 from api.scheduler.options import SchedulerOptions
 from api.scheduler.prefill_budget import PrefillBudget
 from api.scheduler.prefill_queue import PrefillQueue
 from api.scheduler.quarantine import Quarantine
-from api.scheduler.sequence import Filled, Run, Sequence, Snapshot, StepInFlight, Tallies, check_request
-from stages.step import GRAMMAR_FAILED, NO_TOKEN, Admission, BlockLoad, Segment, Step, StepResult, TokenLogprobs
+from api.scheduler.sequence import Run, Sequence, Snapshot, Tallies, check_request
+from api.scheduler.step_in_flight import Answer, StepInFlight
+from stages.step import (
+    GRAMMAR_FAILED,
+    NO_TOKEN,
+    Admission,
+    BlockLoad,
+    Segment,
+    ShrunkSlot,
+    Step,
+    StepResult,
+    TokenLogprobs,
+)
 from weights.errors import GalaxylineError
 
 BY_ARRIVAL = attrgetter("arrival")
@@ -44,6 +61,7 @@ class Scheduler:
         self._prefill_next = True
         self._quarantine = Quarantine()
         self.tallies = Tallies()
+        self.drafts = DraftPolicy(options.num_speculative_tokens)
         self._budget = PrefillBudget(options)
         self.cache = KVCache(options)
         self._in_flight: deque[StepInFlight] = deque()
@@ -54,15 +72,14 @@ class Scheduler:
 
         Results of former epochs will be dropped. Blocks whose steps had come back are found again.
         """
-        microbatches = self._options.steps_in_flight
         self._epoch = epoch
         self._queue = PrefillQueue(self.cache, self._quarantine, self._block_size, self._sequences.values())
-        self._decodable: list[list[Run]] = [[] for _ in range(microbatches)]
-        self._decoding = [False] * microbatches
+        self._decoding = DecodeQueue(self._quarantine, self._last_decode)
         # Not all stages may have had the steps that told them.
         self.cache.forgotten[:0] = [key for step in self._in_flight for key in step.forgotten]
         self._in_flight.clear()
         self._ended: list[int] = []
+        self._shrunk: list[ShrunkSlot] = []
         self.cache.begin_epoch()
 
     def add_request(self, request: AddRequest) -> None:
@@ -118,30 +135,11 @@ class Scheduler:
 
     def counts(self) -> Counts:
         """The numbers of requests, steps, slots and blocks as they are now."""
-        cache = self._options.cache
-        return Counts(
-            waiting=len(self._queue.waiting),
-            running=len(self.cache.runs),
-            steps_in_flight=len(self._in_flight),
-            free_slots=self.cache.free_slots,
-            slots=cache.slots,
-            free_blocks=self.cache.free_blocks,
-            blocks=cache.blocks * cache.pools,
-        )
+        return self.cache.counts(waiting=len(self._queue.waiting), steps_in_flight=len(self._in_flight))
 
     def snapshot(self) -> Snapshot:
         """The requests and blocks as they are now."""
-        return Snapshot(
-            waiting=list(self._queue.waiting),
-            running=list(self.cache.runs.values()),
-            ready=[
-                microbatch
-                for microbatch, runs in enumerate(self._decodable)
-                if any(run.active for run in runs) and not self._decoding[microbatch]
-            ],
-            free_blocks=self.cache.free_ids,
-            holders=self.cache.holders,
-        )
+        return self.cache.snapshot(waiting=list(self._queue.waiting), ready=self._decoding.ready)
 
     def requests_in(self, step: Step) -> list[int]:
         """The ids of the requests in the step that `next_step` gave last, in the order of its segments."""
@@ -162,9 +160,9 @@ class Scheduler:
         if result.epoch != self._epoch:
             return []
         awaited = self._awaited(result)
-        self._in_flight.popleft()
         if awaited.microbatch is not None:
-            self._decoding[awaited.microbatch] = False
+            self._decoding.step_returned(awaited.microbatch)
+            self.drafts.step_returned(awaited, result, self.cache.microbatches_in_use)
         self._budget.record_step(awaited.mode, awaited.token_count, result.timings)
         self.cache.step_returned(awaited, result)
         self._queue.have_loaded(awaited.loading)
@@ -173,101 +171,108 @@ class Scheduler:
             for (run, start), entries in zip(awaited.scored, result.prompt_logprobs, strict=True)
             if run.active
         }
-        logprobs = result.logprobs or [None] * len(result.tokens)
         outputs = [
-            self._advance(awaited, run, token, logprob, scores.pop(run, []))
-            for run, token, logprob in zip(awaited.sampled, result.tokens, logprobs, strict=True)
+            output
+            for run, answer in zip(awaited.sampled, awaited.answers(result), strict=True)
             if run.active
+            for output in self._advance(awaited, run, answer, scores.pop(run, []))
         ]
         return outputs + [self._scored(result.step_id, run, entries) for run, entries in scores.items() if entries]
 
     def _awaited(self, result: StepResult) -> StepInFlight:
-        awaited = self._in_flight[0] if self._in_flight else None
-        if awaited is None or (awaited.step_id, len(awaited.sampled)) != (result.step_id, len(result.tokens)):
-            raise ProtocolError(
-                f"The last stage sent {len(result.tokens)} tokens for step {result.step_id}; awaited was "
-                + (f"step {awaited.step_id} with {len(awaited.sampled)}." if awaited else "none.")
-            )
-        if len(result.logprobs) not in {0, len(result.tokens)} or len(result.prompt_logprobs) != len(awaited.scored):
-            raise ProtocolError(
-                f"The last stage sent log-probabilities of {len(result.logprobs)} tokens and "
-                f"{len(result.prompt_logprobs)} prompts for step {result.step_id}, which has {len(result.tokens)} and "
-                f"{len(awaited.scored)}."
-            )
-        return awaited
+        if not self._in_flight:
+            raise ProtocolError(f"The last stage sent a result of step {result.step_id}; awaited was none.")
+        self._in_flight[0].check(result)
+        return self._in_flight.popleft()
 
     def _advance(
-        self, step: StepInFlight, run: Run, token: int, logprob: TokenLogprobs | None, scores: list[TokenLogprobs]
-    ) -> RequestOutput:
+        self, step: StepInFlight, run: Run, answer: Answer, scores: list[TokenLogprobs]
+    ) -> list[RequestOutput]:
+        """The outputs of one run: its tokens, and behind them the error that it ends with, if any."""
         sequence = run.sequence
         self._quarantine.release(sequence.request_id, step.mode)
         # The token after a prompt that is only scored is dropped: it may be one beyond the model's length.
         only_scores = sequence.is_whole
-        if _has_nan(scores) or (token == NO_TOKEN and not only_scores):
-            return self._end_for_nan(step.step_id, run)
-        if token == GRAMMAR_FAILED and not only_scores:
-            return self._end_for_grammar(run)
-        reason: FinishReason | None = "length" if only_scores else sequence.append(token)
-        if reason is None:
-            self._decodable[run.microbatch].append(run)
-        else:
-            self._end(sequence)
-            self._leave(run)
-        return RequestOutput(
+        if _has_nan(scores):
+            return [self._end_without(NO_TOKEN, step.step_id, run)]
+        tokens = [] if only_scores else list(itertools.takewhile(lambda token: token >= 0, answer.tokens))
+        reason, count = ("length", 0) if only_scores else sequence.extend(tokens)
+        output = RequestOutput(
             request_id=sequence.request_id,
-            tokens=[] if only_scores else [token],
+            tokens=tokens[:count],
             finish_reason=reason,
             error=None,
-            logprobs=[] if only_scores or logprob is None else [logprob],
+            logprobs=[entry for entry in answer.logprobs[:count] if entry is not None],
             prompt_logprobs=scores,
             cached_tokens=sequence.cached_tokens,
         )
+        if reason is not None:
+            self._end(sequence)
+            self._leave(run)
+            return [output]
+        outputs = [output] if tokens or scores else []
+        if len(tokens) < len(answer.tokens):
+            return [*outputs, self._end_without(answer.tokens[-1], step.step_id, run)]
+        self._go_on(run, answer)
+        return outputs
+
+    def _go_on(self, run: Run, answer: Answer) -> None:
+        """Lets a run wait for its next tokens, behind those that it has got."""
+        run.issued += len(answer.tokens) - 1
+        self.drafts.take(run, answer.drafts)
+        if self.cache.shrink(run):
+            self._shrunk.append(ShrunkSlot(slot=run.slot, blocks=len(run.blocks)))
+        self._decoding.put(run)
 
     def _scored(self, step_id: int, run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
         """The output of a chunk that scores a prompt and samples nothing."""
         if _has_nan(entries):
-            return self._end_for_nan(step_id, run)
-        return RequestOutput(
-            request_id=run.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries
-        )
+            return self._end_without(NO_TOKEN, step_id, run)
+        request_id = run.request_id
+        return RequestOutput(request_id=request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries)
 
-    def _end_for_nan(self, step_id: int, run: Run) -> RequestOutput:
-        """Ends a request whose token, or log-probability, is not a number: nothing that follows would be right."""
-        self.tallies.non_finite_logits += 1
-        self.cache.forget_content(run)
-        return self._end_with(
-            run, f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
-        )
-
-    def _end_for_grammar(self, run: Run) -> RequestOutput:
-        self.tallies.grammar_failures += 1
-        return self._end_with(run, GRAMMAR_SENTENCE)
-
-    def _end_with(self, run: Run, sentence: str) -> RequestOutput:
+    def _end_without(self, token: int, step_id: int, run: Run) -> RequestOutput:
+        """Ends a request for which no token could be drawn, or that has a log-probability which is not a number."""
+        if token == GRAMMAR_FAILED:
+            self.tallies.grammar_failures += 1
+            sentence = GRAMMAR_SENTENCE
+        else:
+            # Nothing that follows would be right.
+            self.tallies.non_finite_logits += 1
+            self.cache.forget_content(run)
+            sentence = f"Stage {self._options.stages - 1} got logits that are not numbers at step {step_id}."
         self._end(run.sequence)
         self._leave(run)
         return failed_output(run.request_id, EngineError.for_clients(sentence))
 
     def _decode_step(self) -> Step | None:
-        ready = [m for m, runs in enumerate(self._decodable) if runs and not self._decoding[m]]
-        for microbatch in sorted(ready, key=self._last_decode.__getitem__):
-            runs, self._decodable[microbatch] = self._quarantine.split(self._decodable[microbatch])
+        for microbatch, runs in self._decoding.take():
             # In the order of arrival, so that a run that is preempted for another one is not in the step yet.
-            runs.sort(key=BY_ARRIVAL)
-            segments: list[Segment] = []
-            decoded: list[Run] = []
-            filled: list[Filled] = []
-            for run in runs:
-                if run.active and (new_blocks := self._blocks_to_decode(run)) is not None:
-                    segments.append(self._segment(run, 1, new_blocks, filled))
-                    decoded.append(run)
-            if segments:
-                self._decoding[microbatch] = True
-                self._last_decode[microbatch] = self._step_id
-                in_flight = StepInFlight(self._step_id, "decode", microbatch, len(segments), decoded, decoded)
-                in_flight.filled = filled
-                return self._issue(in_flight, segments)
+            blocks = [(run, added) for run in runs if run.active and (added := self._blocks_to_decode(run)) is not None]
+            if blocks:
+                step = StepInFlight(self._step_id, "decode", microbatch, members=[run for run, _ in blocks])
+                return self._issue(step, self._decode_segments(step, blocks))
         return None
+
+    def _decode_segments(self, step: StepInFlight, blocks: list[tuple[Run, list[int]]]) -> list[Segment]:
+        """The segments of runs that have got blocks for their next tokens; for drafts they take what is left."""
+        step.sampled = step.members
+        step.asks = self.drafts.in_step(step.members)
+        ratio = self.drafts.ratio(len(step.members), self.cache.microbatches_in_use)
+        segments: list[Segment] = []
+        for run, new_blocks in blocks:
+            drafts = run.drafting.drafts if step.asks else []
+            more = self.cache.grow(run, len(drafts))
+            if more is None:
+                drafts = []
+            wanted = self.drafts.wanted(run, len(drafts), ratio) if step.asks else 0
+            segment = self._segment(step, run, 1, new_blocks + (more or []), wanted)
+            segments.append(msgspec.structs.replace(segment, tokens=segment.tokens + drafts) if drafts else segment)
+            step.drafts.append(len(drafts))
+            step.token_count += 1 + len(drafts)
+        if step.microbatch is not None:
+            self._decoding.step_issued(step.microbatch, step.step_id)
+        return segments
 
     def _blocks_to_decode(self, run: Run) -> list[int] | None:
         """The blocks to add for the run's next token, at most one; None if the run itself was preempted."""
@@ -290,20 +295,22 @@ class Scheduler:
         segments: list[Segment] = []
         admissions: list[Admission] = []
         step = StepInFlight(self._step_id, "prefill")
-        most = budget = self._prefill_tokens_max()
+        # A whole chunk where no request waits to decode.
+        most = budget = self._options.prefill_chunk if self._decoding.is_empty else self._budget.tokens
         while run := self._queue.next_run(budget, step):
-            count = self._chunk(run.prefill_end - run.issued, budget)
+            count = self._budget.chunk(run.prefill_end - run.issued, budget)
             if not count:
                 break
             step.members.append(run)
-            count = self._chunk(run.prefill_end - run.issued, budget)
+            count = self._budget.chunk(run.prefill_end - run.issued, budget)
             if run.sequence.sampling.prompt_logprobs is not None:
                 step.scored.append((run, run.issued))
             new_blocks: list[int] = []
             if not run.has_begun:
                 admissions.append(self._begin(run))
                 new_blocks = run.blocks[run.cached :]
-            segments.append(self._segment(run, count, new_blocks, step.filled))
+            wanted = self.drafts.in_prompt(run, count)
+            segments.append(self._segment(step, run, count, new_blocks, wanted))
             budget -= count
             if run.issued == run.prefill_end:
                 step.sampled.append(run)
@@ -317,6 +324,7 @@ class Scheduler:
         """The admission of a run to the stages, once what is cached of it is certain."""
         run.has_begun = True
         sequence, tallies = run.sequence, self.tallies
+        self.drafts.begin(run, max(len(self.cache.runs) // self._options.steps_in_flight, 1))
         sequence.stays += 1
         if sequence.stays == 1:
             sequence.cached_tokens = run.issued
@@ -326,21 +334,11 @@ class Scheduler:
             tallies.recomputed_tokens += run.prefill_end - run.issued
         return run.admission()
 
-    def _prefill_tokens_max(self) -> int:
-        """The most tokens that the next prefill step may hold: a whole chunk where no request waits to decode."""
-        if any(self._decodable) or any(self._decoding):
-            return self._budget.tokens
-        return self._options.prefill_chunk
-
-    def _chunk(self, remaining: int, budget: int) -> int:
-        """The number of tokens in the next chunk: only the last chunk of a prompt may end within a block."""
-        return remaining if remaining <= budget else budget - budget % self._block_size
-
-    def _segment(self, run: Run, count: int, new_blocks: list[int], filled: list[Filled]) -> Segment:
+    def _segment(self, step: StepInFlight, run: Run, count: int, new_blocks: list[int], wanted: int) -> Segment:
         start = run.issued
         run.issued += count
-        fills = self.cache.filled(run, start)
-        filled += fills
+        fills = self.cache.filled(run)
+        step.filled += fills
         tokens = run.sequence.tokens
         return Segment(
             slot=run.slot,
@@ -349,6 +347,8 @@ class Scheduler:
             new_blocks=new_blocks,
             sample=run.issued == len(tokens),
             keys=[block.key for block in fills],
+            drafts=wanted,
+            next_token=tokens[run.issued] if run.issued < len(tokens) else NO_TOKEN,
         )
 
     def _issue(
@@ -368,9 +368,11 @@ class Scheduler:
             ended=self._ended,
             loads=loads or [],
             forgotten=in_flight.forgotten,
+            shrunk=self._shrunk,
         )
         self.cache.publish(in_flight.filled)
         self._ended = []
+        self._shrunk = []
         self._step_id += 1
         self._prefill_next = in_flight.mode == "decode"
         self._in_flight.append(in_flight)

@@ -1,4 +1,4 @@
-"""A request inside the scheduler: whether it can run, its tokens, its stay in a slot, and the steps it is in."""
+"""A request inside the scheduler: whether it can run, its tokens and drafts, and its stay in a slot."""
 
 import hashlib
 from array import array
@@ -9,7 +9,7 @@ from api.errors import RequestError
 from api.messages.engine import AddRequest, FinishReason
 from stages.kv.record_file import KEY_BYTES
 from stages.options import CacheOptions
-from stages.step import Admission, BlockLoad, Mode, SamplingParams, TokenLogprobs
+from stages.step import Admission, BlockLoad, SamplingParams, TokenLogprobs
 
 
 def check_request(request: AddRequest, cache: CacheOptions) -> None:
@@ -101,11 +101,67 @@ class Sequence:
             return "stop"
         return "length" if self.is_whole else None
 
+    def extend(self, tokens: list[int]) -> tuple[FinishReason | None, int]:
+        """Appends tokens up to the one that ends the request; returns why it ends, and how many were appended."""
+        for count, token in enumerate(tokens, start=1):
+            reason = self.append(token)
+            if reason is not None:
+                return reason, count
+        return None, len(tokens)
+
     def unscored(self, start: int, entries: list[TokenLogprobs]) -> list[TokenLogprobs]:
         """The `entries` of a chunk, for positions from `start` + 1 on, without those that were handed out before."""
         fresh = entries[max(self.scored - start, 0) :]
         self.scored += len(fresh)
         return fresh
+
+
+MEMORY = 128
+"""Steps after which what drafts came to counts less and less: a request's text may change."""
+
+PRIOR = 16
+"""Drafted steps that a request's own acceptance has to outweigh: before it has as many, it is taken for like others."""
+
+GAPS_MAX = 0.125
+"""The share of a request's tokens that may have passed without the draft layer if its acceptance is to count."""
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How many drafts of a step were right, in a mean in which old steps are forgotten after some MEMORY others."""
+
+    steps: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, accepted: int) -> None:
+        """Takes in a step."""
+        forget = 1 - 1 / MEMORY
+        self.steps = self.steps * forget + 1
+        self.accepted = self.accepted * forget + accepted
+
+    def beside(self, others: "Acceptance") -> float:
+        """The mean, as if PRIOR of the steps had been those of others."""
+        prior = others.accepted / others.steps if others.steps else 0.0
+        return (self.accepted + PRIOR * prior) / (self.steps + PRIOR)
+
+
+@dataclass(slots=True)
+class Drafting:
+    """The drafts of one request: those that its next step has, and how well they did.
+
+    So many of its tokens have passed the last stage `without` its draft layer, and it has `waited` so many steps since
+    its drafts ceased to pay.
+    """
+
+    is_possible: bool = False
+    drafts: list[int] = field(default_factory=list)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    without: int = 0
+    waited: int = 0
+
+    def is_ready(self, tokens: int) -> bool:
+        """Whether the draft layer knows enough of the request's `tokens` for its acceptance to count."""
+        return self.is_possible and self.without <= GAPS_MAX * tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -115,8 +171,8 @@ class Run:
     Steps in flight refer to the run and not to the sequence: once it is no longer `active`, what they sampled is
     dropped, even when the sequence is running again. The first `issued` tokens are in steps, and so in the cache of
     every later step; the first `prefill_end` are the prompt and what had been sampled before this stay. The first
-    `cached` blocks hold their tokens from the beginning, once their `loads` have come. `secret` is what keys began with
-    at the admission.
+    `cached` blocks hold their tokens from the beginning, once their `loads` have come; the stages have been told the
+    keys of the first `keyed`. `secret` is what keys began with at the admission.
     """
 
     sequence: Sequence
@@ -129,8 +185,10 @@ class Run:
     cached: int
     loads: list[BlockLoad]
     secret: bytes
+    keyed: int
     has_begun: bool = False
     active: bool = True
+    drafting: Drafting = field(default_factory=Drafting)
 
     def admission(self) -> Admission:
         """The admission of the request that its first step carries to the stages."""
@@ -178,28 +236,6 @@ class Tallies:
     prefix_queries: int = 0
     prefix_hits: int = 0
     recomputed_tokens: int = 0
-
-
-@dataclass(slots=True)
-class StepInFlight:
-    """A step whose result is awaited.
-
-    `members` are all runs with a segment in it and `sampled` those that get a token; `scored` are those whose prompt
-    is scored, each with its segment's start. `microbatch` is that of a decode step. `filled` are the blocks that are
-    full after it, and `forgotten` the keys that it tells the stages to forget. A load step has no members, but runs
-    that are `loading`.
-    """
-
-    step_id: int
-    mode: Mode
-    microbatch: int | None = None
-    token_count: int = 0
-    members: list[Run] = field(default_factory=list)
-    sampled: list[Run] = field(default_factory=list)
-    scored: list[tuple[Run, int]] = field(default_factory=list)
-    filled: list[Filled] = field(default_factory=list)
-    forgotten: list[bytes] = field(default_factory=list)
-    loading: list[Run] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True)

@@ -225,7 +225,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.timeline is not None:
             prepare_file(self.timeline, "--timeline")
         cluster, profile = self.cluster, self.cluster.profile
-        self.times.check(cluster.device)
+        self.times.check(cluster.device, self.drafts.count)
         drafts = self.drafts.options(config)
         if profile.has_chips or self._is_predicted:
             dtype = resolve_dtype(self.dtype, source, PROFILES["ttnn"])

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -19,10 +19,11 @@ from api.settings.tiers import KVOptions, size_of
 from api.text.model_source import check_model_files, resolve_config
 from stages.capacity.chip_memory import StageMemory
 from stages.capacity.deployment import Deployment
-from stages.capacity.fit import Prediction, PredictionOptions, Shape, check_fits, choose, predict
+from stages.capacity.fit import Shape, check_fits, choose
 from stages.capacity.kv_tiers import TierPrediction, TierSizes, predict_tiers
+from stages.capacity.prediction import DraftPrediction, Prediction, PredictionOptions, predict
 from stages.capacity.step_time import ExpertKernel
-from stages.options import TRACE_REGION_BYTES
+from stages.options import DRAFT_ACCEPTANCE, TRACE_REGION_BYTES, DraftOptions
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import USERS_PER_ROW
 from weights.model_config import ModelConfig
@@ -40,7 +41,8 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of `plan`, None where the plan decides. Counts are positive; lengths are in tokens.
 
     `users` are those of a row in one microbatch. `trace_region` is in bytes on each chip. `context` is what is cached
-    for each user while it decodes, `prompt` the length of the prompt whose first token is waited for.
+    for each user while it decodes, `prompt` the length of the prompt whose first token is waited for. An `acceptance`
+    alone asks for one draft of each request and step.
     """
 
     rows: (
@@ -102,11 +104,37 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
             "were chosen."
         ),
     ] = "all"
+    num_speculative_tokens: (
+        Annotated[int, again(DraftOptions, "num_speculative_tokens", default="0, or 1 with --acceptance")] | None
+    ) = None
+    acceptance: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=1,
+                description="The probability that a draft is right, where those before it are.",
+                extra={"default": f"{DRAFT_ACCEPTANCE:g} with drafts"},
+            ),
+        ]
+        | None
+    ) = None
     dtypes: WeightDtypes = WeightDtypes()
     kv_host_memory: Annotated[
         str, again(KVOptions, "kv_host_memory", "Memory of each Galaxy's host for copies of the KV cache.")
     ] = DEFAULT_HOST_MEMORY
     kv_disk: Annotated[str, again(KVOptions, "kv_disk", "Disk of each Galaxy's host for more of them.")] = "0"
+
+    @property
+    def drafts(self) -> int:
+        """The drafts of a request in each step. Raises OptionError where none are asked for, but an acceptance is."""
+        if self.acceptance is None:
+            return self.num_speculative_tokens or 0
+        if self.num_speculative_tokens == 0:
+            raise OptionError(
+                "--acceptance says how often drafts are right: leave it out, or give --num-speculative-tokens 1."
+            )
+        return self.num_speculative_tokens or 1
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +170,7 @@ def make_plan(name: str, config: ModelConfig, settings: PlanSettings) -> Plan:
         prompt_tokens=settings.prompt or min(DEFAULT_PROMPT_TOKENS, max_model_len),
         traced=settings.enable_trace,
         expert_kernel=settings.expert_kernel,
+        acceptance=_acceptance(settings),
     )
     for flag, tokens in (("--context", options.context), ("--prompt", options.prompt_tokens)):
         if tokens > max_model_len:
@@ -166,6 +195,7 @@ def make_plan(name: str, config: ModelConfig, settings: PlanSettings) -> Plan:
 
 def write_plan(path: Path, plan: Plan) -> None:
     """Writes a plan as JSON, with what follows from it. Raises OptionError where it cannot be written."""
+    prediction = plan.prediction
     content = {
         "model": plan.model,
         "deployment": msgspec.to_builtins(plan.deployment)
@@ -180,13 +210,27 @@ def write_plan(path: Path, plan: Plan) -> None:
         "prediction": {
             "kind": PREDICTED,
             "options": msgspec.to_builtins(plan.options),
-            **msgspec.to_builtins(plan.prediction),
-            "tokens_per_s_per_user": plan.prediction.tokens_per_s_per_user,
-            "tokens_per_s": plan.prediction.tokens_per_s,
+            **_speeds(prediction),
+            "drafts": None if prediction.drafts is None else _speeds(prediction.drafts),
         },
         "kv_tiers": {"kind": PREDICTED, **msgspec.to_builtins(plan.tiers)},
     }
     write_file(path, "--json", json.dumps(content, indent=2) + "\n")
+
+
+def _speeds(prediction: Prediction | DraftPrediction) -> dict[str, Any]:
+    """A prediction as it is written, with what follows from it."""
+    written: dict[str, Any] = msgspec.to_builtins(prediction)
+    return written | {
+        "tokens_per_s_per_user": prediction.tokens_per_s_per_user,
+        "tokens_per_s": prediction.tokens_per_s,
+    }
+
+
+def _acceptance(settings: PlanSettings) -> float | None:
+    if not settings.drafts:
+        return None
+    return DRAFT_ACCEPTANCE if settings.acceptance is None else settings.acceptance
 
 
 def _shape(settings: PlanSettings) -> Shape:
@@ -207,6 +251,7 @@ def _base(settings: PlanSettings, max_model_len: int) -> Deployment:
         layers_per_stage=None if layers is None else tuple(layers),
         trace_region_bytes=settings.trace_region,
         dtypes=settings.dtypes,
+        num_speculative_tokens=settings.drafts,
     )
 
 
@@ -222,4 +267,8 @@ def _assumptions(settings: PlanSettings, deployment: Deployment, options: Predic
         assumed.append(f"{options.context} tokens cached for each user that decodes (--context)")
     if settings.prompt is None:
         assumed.append(f"prompts of {options.prompt_tokens} tokens (--prompt)")
+    if deployment.num_speculative_tokens and settings.num_speculative_tokens is None:
+        assumed.append("1 draft of each request and step (--num-speculative-tokens)")
+    if options.acceptance is not None and settings.acceptance is None:
+        assumed.append(f"drafts that are right with a probability of {options.acceptance:g} (--acceptance)")
     return assumed

@@ -8,7 +8,7 @@ from msgspec import Meta
 from api.errors import OptionError
 from api.text.model_source import ModelSource
 from stages.device import PROFILES, Device
-from stages.options import GivenTimes, PredictedTimes, TimedOptions
+from stages.options import DRAFT_ACCEPTANCE, GivenTimes, PredictedTimes, TimedOptions
 from weights.model_config import ModelConfig
 
 MS = 1e-3
@@ -17,7 +17,10 @@ PARTIAL = "\ufffd"
 
 
 class TimeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How long steps take on the timed device, in milliseconds; without `stage_time` as long as is predicted."""
+    """How long steps take on the timed device, in milliseconds, and how often its drafts are right.
+
+    Without `stage_time` steps take as long as is predicted.
+    """
 
     stage_time: Annotated[
         list[float] | None,
@@ -37,9 +40,28 @@ class TimeOptions(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    draft_acceptance: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=1,
+                description="The probability that a draft of the timed device is right, where those before it are.",
+                extra={"default": f"{DRAFT_ACCEPTANCE:g}"},
+            ),
+        ]
+        | None
+    ) = None
 
-    def check(self, device: Device) -> None:
-        """Raises OptionError where the options are given for another device, or without each other."""
+    def check(self, device: Device, drafts: int) -> None:
+        """Raises OptionError where the options are given for another device, or without what they are for.
+
+        `drafts` are those of a request in each step.
+        """
+        if self.draft_acceptance is not None and PROFILES[device].computes:
+            raise OptionError(f"--draft-acceptance is for --device timed: the {device} device makes its own drafts.")
+        if self.draft_acceptance is not None and not drafts:
+            raise OptionError("--draft-acceptance goes with --num-speculative-tokens: without it there are no drafts.")
         for flag, given in (("--stage-time", self.stage_time), ("--prompt-token-time", self.prompt_token_time)):
             if given is not None and PROFILES[device].computes:
                 raise OptionError(f"{flag} is for --device timed: the {device} device takes its own time.")
@@ -68,4 +90,9 @@ class TimeOptions(msgspec.Struct, frozen=True, kw_only=True):
             token_s = (self.prompt_token_time or 0.0) * MS
             times = GivenTimes(step_s=[time * MS for time in self.stage_time], prompt_token_s=token_s)
             times.check(stages)
-        return TimedOptions(times=times, vocabulary=vocabulary, never=sorted(never))
+        return TimedOptions(
+            times=times,
+            vocabulary=vocabulary,
+            never=sorted(never),
+            acceptance=DRAFT_ACCEPTANCE if self.draft_acceptance is None else self.draft_acceptance,
+        )

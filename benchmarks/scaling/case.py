@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from api.engine.options import EngineOptions
 from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
 from benchmarks.scaling.ideal import Ideal
@@ -40,7 +42,7 @@ PROMPT_TOKENS = 10
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One pipeline; `ideal` is None if the time of a step has to be measured."""
+    """One pipeline; `ideal` is None if the time of a step has to be measured. A microbatch has `users` at its slots."""
 
     name: str
     model: str
@@ -49,11 +51,12 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     microbatches: int
     options: list[str]
     ideal: Ideal | None
+    users: int = USERS
 
     @property
     def streams(self) -> int:
         """The number of requests at once."""
-        return USERS * self.microbatches
+        return self.users * self.microbatches
 
 
 def cases(device: Device, directory: Path, *, short: bool) -> Iterator[Case]:
@@ -101,19 +104,9 @@ def equal_case(stages: int, milliseconds: float, directory: Path, microbatches: 
 
 def r1_case(stages: int) -> Case:
     """DeepSeek-R1 on stages of one row, with predicted times."""
-    path = preset_directory("r1")
-    config = ModelConfig.from_file(path / "config.json")
+    pipeline = r1_options(stages).pipeline
     microbatches = default_microbatches(stages)
-    settings = EngineSettings.of(
-        cache_dir=path,
-        device="timed",
-        stages=stages,
-        max_model_len=R1_MAX_MODEL_LEN,
-        max_num_seqs=SLOTS * microbatches,
-        enable_trace=True,
-    )
-    pipeline = settings.engine_options(ModelSource(path=path, name="r1", root="r1", tokenizer=SAMPLE_DIR), config)
-    of_stages = [durations(config, spec, pipeline.pipeline.stage) for spec in pipeline.pipeline.specs]
+    of_stages = [durations(r1_config(), spec, pipeline.stage) for spec in pipeline.specs]
     decode, prefill = _decode(USERS), _prefill(PROMPT_TOKENS)
     return Case(
         name=R1,
@@ -129,6 +122,30 @@ def r1_case(stages: int) -> Case:
             users=USERS,
         ),
     )
+
+
+def r1_config() -> ModelConfig:
+    """DeepSeek-R1's configuration."""
+    return ModelConfig.from_file(preset_directory("r1") / "config.json")
+
+
+def r1_options(stages: int, users: int = SLOTS, **given: Any) -> EngineOptions:
+    """What the engine is told for DeepSeek-R1 on stages of one row in predicted times; `given` are more options.
+
+    A microbatch has slots for so many `users`.
+    """
+    path = preset_directory("r1")
+    settings = EngineSettings.of(
+        cache_dir=path,
+        device="timed",
+        stages=stages,
+        max_model_len=R1_MAX_MODEL_LEN,
+        max_num_seqs=users * default_microbatches(stages),
+        enable_trace=True,
+        **given,
+    )
+    source = ModelSource(path=path, name="r1", root="r1", tokenizer=SAMPLE_DIR)
+    return settings.engine_options(source, r1_config())
 
 
 def _decode(users: int) -> Step:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import psutil
 
 from api.messages.pipeline_view import PipelineView
-from benchmarks.scaling.case import SLOTS, USERS, Case
+from benchmarks.scaling.case import SLOTS, Case
 from benchmarks.scaling.ideal import Ideal
 from benchmarks.scaling.steady_client import SteadyTimes
 from benchmarks.support.ports import free_port
@@ -22,6 +23,8 @@ from stages.device import Device
 
 CLIENT_SECONDS = 600.0
 STEP_SECONDS = re.compile(r'^galaxyline:stage_step_seconds_(count|sum)\{.*mode="(\w+)",stage="(\d+)"\} (\S+)$', re.M)
+
+GENERATED = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.M)
 
 
 class Effort(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,13 +36,18 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
-    """The counters at one moment: seconds of processor time, and the pipeline's view of itself."""
+    """The counters at one moment: seconds of processor time, and the pipeline's view of itself.
+
+    Clients count events; the server has made so many `tokens` by the moment `at_s` of a clock.
+    """
 
     client_s: float
     front_end_s: float
     engine_s: float
     stages_s: float
     view: PipelineView
+    tokens: float
+    at_s: float
 
     @property
     def steps(self) -> int:
@@ -78,9 +86,9 @@ def _measured(case: Case, server: ServerProcesses, clients: "subprocess.Popen[st
     if clients.stdout is None:
         raise StreamError("The clients have no output.")
     _await(clients.stdout.readline(), "begins")
-    before, steps_before = _counters(server, clients.pid), _step_seconds(server)
+    before, steps_before = _counters(server, clients.pid)
     _await(clients.stdout.readline(), "ended")
-    after, steps_after = _counters(server, clients.pid), _step_seconds(server)
+    after, steps_after = _counters(server, clients.pid)
     times = msgspec.json.decode(clients.stdout.readline(), type=SteadyTimes)
     of_steps = _ideal_of_steps(case, steps_before, steps_after)
     return Run(case=case, ideal=case.ideal or of_steps, of_steps=of_steps, before=before, after=after, times=times)
@@ -105,23 +113,28 @@ def _await(line: str, moment: str) -> None:
         raise StreamError("The clients ended before all was measured; their own error is above.")
 
 
-def _counters(server: ServerProcesses, client: int) -> Counters:
+StepSeconds = dict[tuple[str, int], tuple[float, float]]
+"""The number of steps and their seconds together, by mode and stage."""
+
+
+def _counters(server: ServerProcesses, client: int) -> tuple[Counters, StepSeconds]:
+    metrics, at_s = httpx.get(f"{server.url}/metrics", timeout=CLIENT_SECONDS).text, time.monotonic()
     view = msgspec.json.decode(httpx.get(f"{server.url}/pipeline", timeout=CLIENT_SECONDS).content, type=PipelineView)
-    return Counters(
+    counters = Counters(
         client_s=processor_seconds(psutil.Process(client)),
         front_end_s=processor_seconds(server.front_end),
         engine_s=sum(map(processor_seconds, server.engines)),
         stages_s=sum(map(processor_seconds, server.stages)),
         view=view,
+        tokens=generated_tokens(metrics),
+        at_s=at_s,
     )
+    return counters, step_seconds(metrics)
 
 
-StepSeconds = dict[tuple[str, int], tuple[float, float]]
-"""The number of steps and their seconds together, by mode and stage."""
-
-
-def _step_seconds(server: ServerProcesses) -> StepSeconds:
-    return step_seconds(httpx.get(f"{server.url}/metrics", timeout=CLIENT_SECONDS).text)
+def generated_tokens(metrics: str) -> float:
+    """The tokens that all engines have made, by a server's metrics."""
+    return sum(map(float, GENERATED.findall(metrics)))
 
 
 def step_seconds(metrics: str) -> StepSeconds:
@@ -148,5 +161,5 @@ def _ideal_of_steps(case: Case, before: StepSeconds, after: StepSeconds) -> Idea
         decode_s=[decode_s(stage) for stage in stages],
         prefill_s=[prefill_s(stage) for stage in stages],
         microbatches=case.microbatches,
-        users=USERS,
+        users=case.users,
     )

@@ -54,14 +54,11 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lanes_per_row(self) -> int:
-        """The number of lanes of a decode step on each row: one for each request and each of its drafts.
-
-        With drafts, each chip's own are padded to a power of two, as steps are.
-        """
+        """The lanes of a decode step on each row: one for each request and each of its drafts, and padding."""
         if not self.num_speculative_tokens:
             return self.users_per_row
         own = ceil_div(self.users_per_row, GALAXY_COLUMNS) * (1 + self.num_speculative_tokens)
-        return GALAXY_COLUMNS * (1 << (own - 1).bit_length())
+        return GALAXY_COLUMNS * padded_lanes(own)
 
     @property
     def cache(self) -> CacheOptions:
@@ -108,3 +105,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
                 f"{config.num_attention_heads} attention heads are {heads} for each of {GALAXY_COLUMNS} columns of "
                 f"chips, which exchange them by {HEADS_TOGETHER}: the model cannot be served on chips."
             )
+
+
+def padded_lanes(own: int) -> int:
+    """The lanes of each chip in a step with drafts whose fullest chip has `own`: a power of two, so that few differ."""
+    return 1 << (own - 1).bit_length()

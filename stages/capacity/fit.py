@@ -1,97 +1,18 @@
-"""Deployments that fit their chips: their predicted speed, the changes that make one fit, and the fastest one."""
+"""Deployments that fit their chips: the changes that make one fit, and the fastest one."""
 
 from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
-from stages.capacity.chip_memory import StageMemory, chip_memory, chip_stages
+from stages.capacity.chip_memory import StageMemory, chip_memory
 from stages.capacity.deployment import Deployment
-from stages.capacity.step_time import ACTIVATION_BYTES, ExpertKernel, StageTimes, StepTime, hop_s
+from stages.capacity.prediction import PredictionOptions, predict
 from stages.errors import PlanError
 from stages.tensor_dtypes import CHOICES
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, counted, in_words
-
-
-class PredictionOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The load to predict: `context` cached tokens for each user that decodes, and prompts of `prompt_tokens`."""
-
-    context: int
-    prompt_tokens: int
-    traced: bool = False
-    expert_kernel: ExpertKernel = "all"
-
-
-class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """Predicted times of each stage's decode and prefill steps, and what follows for users.
-
-    `hop_s` is the time from a stage to the next, `cycle_s` the time between two tokens of a user while all microbatches
-    are in flight, and `ttft_s` the time to the first token of a prompt that nothing else delays.
-    """
-
-    decode: list[StepTime]
-    prefill: list[StepTime]
-    hop_s: float
-    cycle_s: float
-    users: int
-    ttft_s: float
-
-    @property
-    def tokens_per_s_per_user(self) -> float:
-        """Tokens per second per user (t/s/u)."""
-        return 1 / self.cycle_s
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second of all users in flight."""
-        return self.users / self.cycle_s
-
-
-def predict(config: ModelConfig, deployment: Deployment, options: PredictionOptions) -> Prediction:
-    """Predicts the speed of a deployment. Raises PlanError as `chip_stages` does."""
-    stages = [
-        StageTimes(
-            config,
-            spec,
-            deployment.rows_per_stage,
-            deployment.dtypes,
-            traced=options.traced,
-            expert_kernel=options.expert_kernel,
-        )
-        for spec in chip_stages(config, deployment)
-    ]
-    decode = [stage.decode(deployment.users_per_row, options.context) for stage in stages]
-    chunk = min(deployment.prefill_chunk, options.prompt_tokens)
-    prefill = [stage.prefill(chunk, max(0, options.prompt_tokens - chunk)) for stage in stages]
-    decode_hop = _hop_s(config, deployment, deployment.users_per_row)
-    return Prediction(
-        decode=decode,
-        prefill=prefill,
-        hop_s=decode_hop,
-        cycle_s=_cycle_s([time.total_s for time in decode], decode_hop, deployment.steps_in_flight),
-        users=deployment.users,
-        ttft_s=_ttft_s([time.total_s for time in prefill], _hop_s(config, deployment, chunk), options, chunk),
-    )
-
-
-def _hop_s(config: ModelConfig, deployment: Deployment, tokens: int) -> float:
-    if deployment.stages == 1:
-        return 0.0
-    return hop_s(deployment.rows_per_stage, tokens * config.hidden_size / GALAXY_COLUMNS * ACTIVATION_BYTES)
-
-
-def _cycle_s(stages: list[float], hop: float, microbatches: int) -> float:
-    """Seconds between two tokens of a user: the slowest stage runs every microbatch, and each passes all stages."""
-    return max(microbatches * max(stages), sum(stages) + hop * (len(stages) - 1))
-
-
-def _ttft_s(stages: list[float], hop: float, options: PredictionOptions, chunk: int) -> float:
-    """Seconds to the first token: the last chunk, as slow as all others, follows them through the slowest stage."""
-    chunks = ceil_div(options.prompt_tokens, chunk)
-    return sum(stages) + hop * (len(stages) - 1) + (chunks - 1) * max(stages)
-
 
 ROWS_MAX = 32
 """The most rows that a search tries: those of 8 Galaxies."""
@@ -103,7 +24,7 @@ GALAXIES = (1, 2, 4, 8)
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One change to a deployment, in words, with the command line flags for it and the deployment that it gives."""
 
-    what: Literal["rows", "dtype", "users", "length"]
+    what: Literal["rows", "dtype", "users", "length", "drafts"]
     text: str
     flags: str
     deployment: Deployment
@@ -134,9 +55,16 @@ def refusal(config: ModelConfig, deployment: Deployment, memory: StageMemory) ->
     last = memory.end_layer - 1
     layers = f"layer {last}" if memory.first_layer == last else f"layers {memory.first_layer} to {last}"
     found = [f"{change.text} ({change.flags})" for change in single_changes(config, deployment)]
-    advice = f"give {', or '.join(found)}" if found else "no single change of rows, dtype, users or length would do"
+    advice = f"give {', or '.join(found)}" if found else _no_change(deployment)
     where = f"{layers} on {counted(memory.rows, 'row')}"
     return f"Stage {memory.stage} of {deployment.stages} ({where}) needs {_lack(memory)} on each chip: {advice}."
+
+
+def _no_change(deployment: Deployment) -> str:
+    kinds = (
+        "rows, dtype, users, length or drafts" if deployment.num_speculative_tokens else "rows, dtype, users or length"
+    )
+    return f"no single change of {kinds} would do"
 
 
 def single_changes(config: ModelConfig, deployment: Deployment) -> list[Change]:
@@ -145,7 +73,8 @@ def single_changes(config: ModelConfig, deployment: Deployment) -> list[Change]:
     narrower = [change for change in _narrower(deployment) if fits(config, change.deployment)]
     users = next((change for change in _fewer_users(deployment) if fits(config, change.deployment)), None)
     length = _shorter(config, deployment)
-    return [change for change in (rows, *narrower, users, length) if change is not None]
+    drafts = next((change for change in _fewer_drafts(deployment) if fits(config, change.deployment)), None)
+    return [change for change in (rows, *narrower, users, length, drafts) if change is not None]
 
 
 def _lack(memory: StageMemory) -> str:
@@ -191,6 +120,16 @@ def _fewer_users(deployment: Deployment) -> Iterator[Change]:
             text=f"{users} users a row in place of {deployment.users_per_row}",
             flags=f"--users {users}",
             deployment=msgspec.structs.replace(deployment, users_per_row=users),
+        )
+
+
+def _fewer_drafts(deployment: Deployment) -> Iterator[Change]:
+    for drafts in range(deployment.num_speculative_tokens - 1, -1, -1):
+        yield Change(
+            what="drafts",
+            text=f"{counted(drafts, 'draft')} of each request and step in place of {deployment.num_speculative_tokens}",
+            flags=f"--num-speculative-tokens {drafts}",
+            deployment=msgspec.structs.replace(deployment, num_speculative_tokens=drafts),
         )
 
 
@@ -245,7 +184,7 @@ def choose(config: ModelConfig, shape: Shape, base: Deployment, options: Predict
         open_ones = list(_shapes(shape, rows, base))
         fitting = [deployment for deployment in open_ones if fits(config, deployment)]
         if fitting:
-            fastest = max(fitting, key=lambda one: predict(config, one, options).tokens_per_s)
+            fastest = max(fitting, key=lambda one: predict(config, one, options).served_tokens_per_s)
             return Choice(deployment=fastest, assumptions=_assumptions(shape, fastest, len(open_ones)))
     every = [deployment for rows in totals for deployment in _shapes(shape, rows, base)]
     return Choice(deployment=_least_lacking(config, every), assumptions=[])

@@ -7,8 +7,8 @@ import msgspec
 
 from stages.capacity.chip_memory import chip_stages
 from stages.capacity.deployment import Deployment
-from stages.capacity.fit import Prediction, PredictionOptions
-from stages.capacity.step_time import ACTIVATION_BYTES, UNTRACED_LAUNCH_S, StageTimes
+from stages.capacity.prediction import Prediction, PredictionOptions, stage_times
+from stages.capacity.step_time import ACTIVATION_BYTES, UNTRACED_LAUNCH_S
 from stages.models.registry import architecture_of
 from stages.plan import StageSpec
 from stages.wormhole import GALAXY_ROWS, HOST_BYTES_PER_S
@@ -55,16 +55,18 @@ def predict_tiers(
     width = architecture_of(config).kv_cache_shape(config, deployment.cache)[-1]
     layer_bytes = width * deployment.block_size * ACTIVATION_BYTES
     block_size, cache = deployment.block_size, deployment.cache
-    stages = [_times(config, spec, deployment, options) for spec in specs]
+    stages = stage_times(config, specs, deployment, options)
+    drafts = deployment.num_speculative_tokens
     chunk = min(deployment.prefill_chunk, options.prompt_tokens)
-    slowest_s = max(stage.prefill(chunk, options.context // 2).total_s for stage in stages)
+    slowest_s = max(stage.prefill(chunk, options.context // 2, drafts=drafts).total_s for stage in stages)
     blocks = deployment.users * ceil_div(options.context, block_size)
-    layers = max(len(spec.layers) for spec in specs)
+    layers = max(_layers(spec, deployment) for spec in specs)
     writes = layers * ceil_div(ceil_div(blocks, deployment.chips), BLOCKS_AT_ONCE)
     load_s = blocks * layers * layer_bytes / HOST_BYTES_PER_S + writes * UNTRACED_LAUNCH_S
-    last_s = [stage.prefill(block_size, max(options.prompt_tokens - block_size, 0)).total_s for stage in stages]
+    last = max(options.prompt_tokens - block_size, 0)
+    last_s = [stage.prefill(block_size, last, drafts=drafts).total_s for stage in stages]
     return TierPrediction(
-        block_bytes=layer_bytes * config.num_hidden_layers,
+        block_bytes=layer_bytes * sum(_layers(spec, deployment) for spec in specs),
         device_tokens=cache.blocks * cache.pools * block_size,
         host_tokens=_tokens(sizes.host_bytes, specs, deployment, layer_bytes),
         disk_tokens=_tokens(sizes.disk_bytes, specs, deployment, layer_bytes),
@@ -74,20 +76,14 @@ def predict_tiers(
     )
 
 
-def _times(config: ModelConfig, spec: StageSpec, deployment: Deployment, options: PredictionOptions) -> StageTimes:
-    return StageTimes(
-        config,
-        spec,
-        deployment.rows_per_stage,
-        deployment.dtypes,
-        traced=options.traced,
-        expert_kernel=options.expert_kernel,
-    )
+def _layers(spec: StageSpec, deployment: Deployment) -> int:
+    """The layers of which a stage keeps blocks: the one that makes drafts is one of the last stage's."""
+    return len(spec.layers) + (1 if spec.is_last and deployment.num_speculative_tokens else 0)
 
 
 def _tokens(size: int, specs: list[StageSpec], deployment: Deployment, layer_bytes: int) -> int:
     """The tokens of which all stages keep their part: the host with most layers bounds them."""
     per_host = max(GALAXY_ROWS // deployment.rows_per_stage, 1)
     hosts = [specs[begin : begin + per_host] for begin in range(0, len(specs), per_host)]
-    layers = max(sum(len(spec.layers) for spec in host) for host in hosts)
+    layers = max(sum(_layers(spec, deployment) for spec in host) for host in hosts)
     return size // (layers * layer_bytes) * deployment.block_size

@@ -6,12 +6,13 @@ computing and sending are assumed to follow each other, as ops of one queue do.
 
 import functools
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from stages.capacity.chip_memory import Activations
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
+from stages.capacity.deployment import padded_lanes
 from stages.models.architecture import Launches
 from stages.models.registry import architecture_of
 from stages.plan import StageSpec
@@ -158,21 +159,41 @@ class StageTimes:
         self._traced = traced
         self._expert_kernel = expert_kernel
 
-    def decode(self, users_per_row: int, context: int) -> StepTime:
-        """The time of a step of one token for `users_per_row` users of each row, with `context` cached tokens each."""
-        tokens, own = _tiles(users_per_row), ceil_div(users_per_row, GALAXY_COLUMNS)
-        # The heads of a user share tiles, so the cache of each user is read once.
-        attention = self._attend(own, context, cache_reads=own) + self._swap(tokens, own)
-        return self._step(tokens, attention, is_decode=True)
+    def decode(self, users_per_row: int, context: int, *, drafts: int = 0) -> StepTime:
+        """The time of a step of `users_per_row` users of each row, with `context` cached tokens each.
 
-    def prefill(self, tokens: int, start: int = 0) -> StepTime:
-        """The time of a step of `tokens` prompt tokens of one request from position `start`; other rows only pad."""
+        Each user has a token and so many `drafts` behind it, and gets as many for its next step.
+        """
+        return self.decode_lanes(users_per_row, users_per_row * (1 + drafts), context, passes=drafts)
+
+    def decode_lanes(self, users: int, lanes: int, context: int, *, passes: int) -> StepTime:
+        """The time of a decode step in which the `users` of each row have `lanes` tokens, drafts among them.
+
+        On the last stage the draft layer makes so many `passes`, the first over all lanes.
+        """
+        single, every = _Lanes.of(users, users), _Lanes.of(users, lanes)
+        attention = self._attend_lanes(every, context)
+        time = self._step(every.tokens, attention, is_decode=True)
+        if passes and self._spec.is_last:
+            time += self._draft_pass(every.tokens, users, attention, is_decode=True)
+            time += self._later_passes(single, users, context, passes)
+        return time
+
+    def prefill(self, tokens: int, start: int = 0, *, drafts: int = 0) -> StepTime:
+        """The time of a step of `tokens` prompt tokens of one request from position `start`; other rows only pad.
+
+        With `drafts`, as many are made of what follows.
+        """
         length = _tiles(tokens)
         # The kernel reads the cache for every head and every tile of queries.
         reads = self._config.num_attention_heads * length // TILE
         attention = self._attend(length, start + length // 2, cache_reads=reads)
         attention += self._swap(length * GALAXY_COLUMNS, length)
-        return self._step(length, attention, is_decode=False)
+        time = self._step(length, attention, is_decode=False)
+        if drafts and self._spec.is_last:
+            time += self._draft_pass(length, 1, attention, is_decode=False)
+            time += self._later_passes(_Lanes.of(1, 1), 1, start + tokens, drafts)
+        return time
 
     def _step(self, tokens: int, attention: StepTime, *, is_decode: bool) -> StepTime:
         kind = functools.cache(lambda is_moe: self._layer(tokens, attention, is_moe=is_moe, is_decode=is_decode))
@@ -198,6 +219,23 @@ class StageTimes:
         time += self._experts(every) + self._mixture_network(tokens) + self._launches(self._ops.mixture, is_decode)
         return time if is_decode else time + self._traffic(tokens)
 
+    def _draft_pass(self, tokens: int, users: int, attention: StepTime, *, is_decode: bool) -> StepTime:
+        """The time of the multi-token-prediction layer over `tokens` of each row, and of the head for its `users`."""
+        is_moe = self._config.is_moe(self._config.num_hidden_layers)
+        joining = [weight for weight in self._weights.draft() if not weight.name.startswith("block/")]
+        time = self._norm(tokens, is_decode).times(2) + _sum(_product(weight, tokens) for weight in joining)
+        time += _network(reduce_scatter_s(GALAXY_COLUMNS, self._hidden(tokens)))
+        time += self._launches(self._ops.draft, is_decode)
+        time += self._layer(tokens, attention, is_moe=is_moe, is_decode=is_decode)
+        return time + self._head(_tiles(users), is_decode, is_traced=False)
+
+    def _later_passes(self, single: "_Lanes", users: int, context: int, passes: int) -> StepTime:
+        """The time of all passes after the first, each over the latest draft of every user."""
+        if passes == 1:
+            return StepTime()
+        attention = self._attend_lanes(single, context)
+        return self._draft_pass(single.tokens, users, attention, is_decode=True).times(passes - 1)
+
     def _experts(self, tokens: int) -> StepTime:
         weights = self._weights.experts()
         if self._expert_kernel == "all":
@@ -207,6 +245,10 @@ class StageTimes:
         experts = hit * self._config.n_routed_experts
         each = _tiles(ceil_div(tokens * self._config.num_experts_per_tok, max(1, round(experts))))
         return _sum(_product(weight, each, share=hit) for weight in weights)
+
+    def _attend_lanes(self, lanes: "_Lanes", context: int) -> StepTime:
+        """The time of attention in decode: the heads of a lane share tiles, so the cache is read once for each."""
+        return self._attend(lanes.own, context, cache_reads=lanes.own) + self._swap(lanes.tokens, lanes.padded)
 
     def _attend(self, queries: int, context: int, cache_reads: int) -> StepTime:
         """The time of attention on the busiest chip: `queries` tokens, each over `context` cached ones.
@@ -238,14 +280,15 @@ class StageTimes:
         whole, rows = self._hidden(tokens), self._rows
         return self._mlp_network(tokens) + _network(all_gather_s(rows, whole) + reduce_scatter_s(rows, rows * whole))
 
-    def _norm(self, tokens: int, is_decode: bool) -> StepTime:
-        statistics = tokens * TILE * ACTIVATION_BYTES
-        return _network(all_gather_s(GALAXY_COLUMNS, statistics)) + self._launches(self._ops.norm, is_decode)
+    def _norm(self, tokens: int, is_decode: bool, *, is_traced: bool = True) -> StepTime:
+        network = _network(all_gather_s(GALAXY_COLUMNS, tokens * TILE * ACTIVATION_BYTES))
+        return network + self._launches(self._ops.norm, is_decode, is_traced=is_traced)
 
-    def _head(self, tokens: int, is_decode: bool) -> StepTime:
+    def _head(self, tokens: int, is_decode: bool, *, is_traced: bool = True) -> StepTime:
         gather = _network(all_gather_s(GALAXY_COLUMNS, self._hidden(tokens) / GALAXY_COLUMNS))
         products = _sum(_product(weight, tokens) for weight in self._weights.head())
-        return self._norm(tokens, is_decode) + gather + products + self._launches(self._ops.head, is_decode)
+        launches = self._launches(self._ops.head, is_decode, is_traced=is_traced)
+        return self._norm(tokens, is_decode, is_traced=is_traced) + gather + products + launches
 
     def _traffic(self, tokens: int) -> StepTime:
         """The time in which experts write results to DRAM and read them again in prefill; in decode they stay in L1."""
@@ -258,10 +301,28 @@ class StageTimes:
     def _hidden(self, tokens: int) -> float:
         return tokens * self._config.hidden_size * ACTIVATION_BYTES
 
-    def _launches(self, ops: Launches, is_decode: bool) -> StepTime:
-        if is_decode and self._traced:
+    def _launches(self, ops: Launches, is_decode: bool, *, is_traced: bool = True) -> StepTime:
+        """The time of launches, which take less in decode steps that are traced: all but the head of drafts are."""
+        if is_decode and self._traced and is_traced:
             return StepTime(launch_s=ops.decode * TRACED_LAUNCH_S)
         return StepTime(launch_s=(ops.decode if is_decode else ops.prefill) * UNTRACED_LAUNCH_S)
+
+
+class _Lanes(NamedTuple):
+    """The lanes of a decode step: `own` of the fullest chip, `padded` ones of each, and `tokens` of a row."""
+
+    own: int
+    padded: int
+    tokens: int
+
+    @classmethod
+    def of(cls, users: int, lanes: int) -> "_Lanes":
+        """The `users` of a row share its `lanes` evenly. With drafts, chips pad theirs as steps do."""
+        own = ceil_div(ceil_div(users, GALAXY_COLUMNS) * lanes, users)
+        if lanes == users:
+            return cls(own, own, _tiles(users))
+        padded = padded_lanes(own)
+        return cls(own, padded, _tiles(padded * GALAXY_COLUMNS))
 
 
 def _product(weight: ChipTensor, tokens: int, share: float = 1.0) -> StepTime:

@@ -1,7 +1,7 @@
 """What the blocks of a stage's cache hold, by their keys, and the way back into it from the tiers."""
 
 from stages.kv.block_memory import BlockBytes, BlockMemory
-from stages.kv.page_tables import PageTables
+from stages.kv.page_tables import PageTables, sure_tokens
 from stages.kv.tiers import Tiers
 from stages.step import BlockLoad, Step
 from weights.sizes import ceil_div
@@ -44,8 +44,8 @@ class BlockStore:
         for segment in step.segments:
             if segment.keys:
                 pool = self._tables.options.pool_of(segment.slot)
-                first = segment.start // self._tables.options.block_size
-                blocks = self._tables.blocks(segment.slot)[first : first + len(segment.keys)]
+                full = sure_tokens(segment, step.mode) // self._tables.options.block_size
+                blocks = self._tables.blocks(segment.slot)[full - len(segment.keys) : full]
                 self._keys.update({(pool, block): key for block, key in zip(blocks, segment.keys, strict=True)})
                 self._keep(pool, blocks, segment.keys)
 

@@ -5,19 +5,25 @@ from collections.abc import Sequence
 import torch
 
 from stages.errors import StepError
-from stages.options import CacheOptions
-from stages.step import Admission, BlockLoad, Segment, Step
+from stages.options import DRAFTS_MAX, CacheOptions
+from stages.step import Admission, BlockLoad, Mode, Segment, ShrunkSlot, Step
+
+
+def sure_tokens(segment: Segment, mode: Mode) -> int:
+    """The tokens of a slot that are cached for good with a segment: drafts may be rejected."""
+    return segment.start + (1 if mode == "decode" else len(segment.tokens))
 
 
 class Slot:
     """The blocks of one request in order, and the number of tokens cached in them.
 
-    The first `shared` of these tokens were there at the admission, and are not written again.
+    The first `shared` of these tokens were there at the admission, and are not written again; all but the first `sure`
+    are drafts of the latest step, which may have been rejected.
     """
 
     def __init__(self, blocks: list[int], tokens: int) -> None:
         self.blocks = blocks
-        self.tokens = self.shared = tokens
+        self.tokens = self.sure = self.shared = tokens
 
 
 class PageTables:
@@ -44,11 +50,13 @@ class PageTables:
             self._release(number)
 
     def apply(self, step: Step) -> None:
-        """Applies a step's ends, admissions and new blocks, in this order; blocks that it loads may have no holder.
+        """Applies what slots give back, ends, admissions and new blocks, in this order; blocks to load have no holder.
 
         The end of a slot that is not held is not an error: its request may have been aborted before its first step.
         Raises StepError where the step contradicts what the slots hold.
         """
+        for shrunk in step.shrunk:
+            self._shrink(shrunk)
         for number in step.ended:
             self._check_number(number)
             self._release(number)
@@ -92,14 +100,26 @@ class PageTables:
 
     def _release(self, number: int) -> None:
         slot = self._slots.pop(number, None)
-        if slot is None:
-            return
+        if slot is not None:
+            self._give_back(number, slot.blocks, 0)
+
+    def _shrink(self, shrunk: ShrunkSlot) -> None:
+        slot = self._held(shrunk.slot)
+        if shrunk.blocks * self.options.block_size < slot.shared or shrunk.blocks >= len(slot.blocks):
+            raise StepError(
+                f"Slot {shrunk.slot} has {len(slot.blocks)} blocks, of which it cannot keep the first {shrunk.blocks}."
+            )
+        self._give_back(shrunk.slot, slot.blocks, shrunk.blocks)
+        slot.tokens = min(slot.tokens, len(slot.blocks) * self.options.block_size)
+
+    def _give_back(self, number: int, blocks: list[int], kept: int) -> None:
         holders = self._holders[self.options.pool_of(number)]
-        for block in slot.blocks:
+        for block in blocks[kept:]:
             holders[block] -= 1
             if not holders[block]:
                 del holders[block]
-        self._table[number] = self.scratch_block
+        self._table[number, kept:] = self.scratch_block
+        del blocks[kept:]
 
     def _held(self, number: int) -> Slot:
         slot = self._slots.get(number)
@@ -121,16 +141,21 @@ class PageTables:
         first, last = segment.start // self.options.block_size, (end - 1) // self.options.block_size
         if shared := [block for block in slot.blocks[first : last + 1] if holders[block] != 1]:
             raise StepError(f"Slot {segment.slot} writes block {shared[0]}, which another slot reads.")
-        filled = end // self.options.block_size - first
-        if len(segment.keys) not in {0, max(filled, 0)}:
+        # Drafts that were accepted fill a block with the step after theirs.
+        before, slot.sure = min(slot.sure, segment.start), sure_tokens(segment, step.mode)
+        filled = slot.sure // self.options.block_size - before // self.options.block_size
+        if len(segment.keys) not in {0, filled}:
             raise StepError(f"Slot {segment.slot} fills {filled} blocks, but has keys of {len(segment.keys)}.")
         slot.tokens = end
 
     def _check_position(self, segment: Segment, slot: Slot, step: Step) -> None:
         if not segment.tokens:
             raise StepError(f"The segment of slot {segment.slot} has no tokens.")
-        if step.mode == "decode" and len(segment.tokens) != 1:
-            raise StepError(f"Slot {segment.slot} decodes {len(segment.tokens)} tokens; a decode step takes one each.")
+        if step.mode == "decode" and len(segment.tokens) > 1 + DRAFTS_MAX:
+            raise StepError(
+                f"Slot {segment.slot} decodes {len(segment.tokens)} tokens; a decode step takes one and at most "
+                f"{DRAFTS_MAX} drafts."
+            )
         if step.mode == "prefill" and segment.start % self.options.block_size:
             raise StepError(
                 f"Slot {segment.slot} prefills from position {segment.start}, which is not a multiple of the block "

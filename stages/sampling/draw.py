@@ -1,4 +1,4 @@
-"""Draws of one token: the candidates, how likely each is, and the random number that chooses between them."""
+"""Draws of one token: the candidates, how likely each is, and the race between them."""
 
 import math
 from dataclasses import dataclass
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.sampling.logprobs import BLOCK, Doubles, Floats, TokenIds, best_tokens, block_sums, softmax_weights
+from stages.sampling.logprobs import Floats, TokenIds, best_tokens, block_sums, softmax_weights, weights_below
+from stages.sampling.noise import Noise
+from stages.sampling.race import SMALL, first_of, first_of_all
 from stages.step import GREEDY_BELOW, SamplingParams
-
-WORD = (1 << 64) - 1
-"""The bits of a seed that are used."""
 
 BAND_BITS = 18
 """Low bits of a float32 that two weights of one band may differ in: there are 32 bands to each power of two."""
@@ -53,15 +52,21 @@ class Candidates:
         near._drop_after(near._reaching(top_p * whole))
         return near
 
-    def draw(self, share: float) -> int:
-        """The token at which the running sum of weights passes `share`, in [0, 1), of the whole."""
-        ends = block_sums(self.weights).cumsum()
-        level = share * float(ends[-1])
-        block = _passing(ends, level)
-        begin = block * BLOCK
-        rest = level - float(ends[block - 1]) if block else level
-        drawn = begin + _passing(self.weights[begin : begin + BLOCK].cumsum(dtype=np.float64), rest)
-        return drawn if self.tokens is None else int(self.tokens[drawn])
+    def draw(self, noise: Noise) -> int:
+        """The token drawn with this `noise`, each with its share of all weights as its probability."""
+        kept = self.weights > 0
+        if np.count_nonzero(kept) <= SMALL:
+            indices = np.flatnonzero(kept)
+            return first_of(noise, indices if self.tokens is None else self.tokens[indices], self.weights[indices])
+        return first_of_all(noise, self._of_all(), lambda weights: weights)
+
+    def _of_all(self) -> Floats:
+        """The weights of all tokens up to the last candidate."""
+        if self.tokens is None:
+            return self.weights
+        weights = np.zeros(int(self.tokens[-1]) + 1, dtype=np.float32)
+        weights[self.tokens] = self.weights
+        return weights
 
     def _gathered(self, chosen: NDArray[np.bool_]) -> "Candidates":
         indices = np.flatnonzero(chosen)
@@ -90,20 +95,6 @@ class Candidates:
         self.weights[end + 1 :][self.logits[end + 1 :] == self.logits[end]] = 0
 
 
-def _passing(running: Doubles, level: float) -> int:
-    """The first index whose running sum is greater than `level`, at most the first that has the whole sum."""
-    return min(int(running.searchsorted(level, side="right")), int(running.searchsorted(running[-1])))
-
-
-def uniform(seed: int, choice: int, position: int) -> float:
-    """The random number in [0, 1) of this seed, choice and position: Philox, a counter-based generator.
-
-    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011). Any integer may be a seed.
-    """
-    philox = np.random.Philox(key=np.array([seed & WORD, choice], dtype=np.uint64), counter=[0, 0, 0, position])
-    return float(np.random.Generator(philox).random())
-
-
 def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
     """The token for `position`: the best one, or a draw from softmax(logits / temperature) among the candidates.
 
@@ -115,9 +106,12 @@ def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
     best = int(logits.argmax())
     if params.temperature < GREEDY_BELOW or not math.isfinite(logits[best]):
         return best
+    noise = Noise.of(params.seed, params.choice, position)
+    if not params.top_k and not params.min_p and params.top_p >= 1:
+        return first_of_all(noise, logits, lambda some: weights_below(logits[best], some, params.temperature))
     candidates = Candidates.of(logits, params.top_k, params.temperature)
     if params.min_p:
         candidates.drop_unlikely(params.min_p)
     if params.top_p < 1:
         candidates = candidates.nucleus(params.top_p)
-    return candidates.draw(uniform(params.seed, params.choice, position))
+    return candidates.draw(noise)

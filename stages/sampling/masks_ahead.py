@@ -19,6 +19,10 @@ MASK_SECONDS = 10.0
 """The longest that a step waits for one mask. llguidance's own limits end a mask after some ten milliseconds, and what
 takes longer to compile than a quarter of a second is refused by the front end: this is for what nobody foresaw."""
 
+SOON_SECONDS = 0.01
+"""The longest that a draft waits for a mask, which was begun before the draft layer ran: without it a draft is worth
+little, but other requests wait too."""
+
 STACK_BYTES = 1 << 26
 """The thread's stack. llguidance compiles nested rules recursively; the front end refuses what needs 8 MB of stack."""
 
@@ -106,6 +110,13 @@ class MasksAhead:
         except FutureTimeoutError:
             self._thread.replace()
             raise GrammarError(f"The grammar's next tokens were not known after {MASK_SECONDS:.0f} seconds.") from None
+
+    def allowed_soon(self) -> Mask | None:
+        """What `allowed` returns, for a guess: raises GrammarError too where it takes longer than SOON_SECONDS."""
+        try:
+            return self._next.result(SOON_SECONDS)
+        except FutureTimeoutError:
+            raise GrammarError("The grammar's next tokens are not known yet.") from None
 
     def note(self, token: int) -> None:
         """Takes in the token that was drawn, and begins with what may follow it."""

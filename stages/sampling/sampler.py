@@ -1,6 +1,8 @@
 """The sampler of the last stage: its requests by slot, and the tokens that it draws for them."""
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -75,6 +77,20 @@ class Request:
                 self._masks.note(token)
         return token
 
+    def draft(self, logits: Floats, position: int, drafts: Sequence[int]) -> int | None:
+        """A guess at the token at `position`; see `Sampler.draft`. Penalties do not count the drafts before it."""
+        if not math.isfinite(logits.max()):
+            return None
+        mask = None
+        if self._masks is not None and not drafts:
+            try:
+                mask = self._masks.allowed_soon()
+            except GrammarError:
+                return None
+        answered = position - self._prompt_tokens
+        changed = self._options.apply(logits, [*self._answer, *drafts], answered, mask)
+        return draw_token(changed, self._sampling, position)
+
     def leave(self) -> None:
         """Gives up what was begun for the request's next token."""
         if self._masks is not None:
@@ -92,6 +108,17 @@ class Request:
         return ScoredPrompt(self._prompt[after : after + len(segment.tokens)], self._sampling.prompt_logprobs)
 
 
+def sampling_tokens(step: Step) -> list[int]:
+    """The tokens of a step after which one is sampled, by their indices: a prompt's last; all of a decode segment."""
+    chosen: list[int] = []
+    end = 0
+    for segment in step.segments:
+        begin, end = end, end + len(segment.tokens)
+        if segment.sample:
+            chosen += range(begin if step.mode == "decode" else end - 1, end)
+    return chosen
+
+
 def _check(admission: Admission) -> None:
     sampling = admission.sampling
     if sampling.reads_tokens and not 0 < admission.prompt_tokens <= len(admission.tokens):
@@ -104,10 +131,21 @@ def _check(admission: Admission) -> None:
 
 
 class Sampled(NamedTuple):
-    """The tokens of a step, in the order of the segments that sample, each with its log-probabilities if asked for."""
+    """The tokens of a step, in the order of the segments that sample, each with its log-probabilities if asked for.
+
+    Each of these segments has one more than drafts of it were `accepted`.
+    """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
+    accepted: list[int]
+
+    def by_segment(self) -> Iterator[list[int]]:
+        """The tokens of each segment that samples, at least one."""
+        begin = 0
+        for count in self.accepted:
+            yield self.tokens[begin : begin + count + 1]
+            begin += count + 1
 
 
 class Sampler:
@@ -139,25 +177,44 @@ class Sampler:
             self._requests[admission.slot] = Request(admission, self._vocabulary, self._masks)
 
     def sample(self, step: Step, logits: torch.Tensor) -> Sampled:
-        """One token for each segment that samples, from their `logits` [segments that sample, vocabulary], float32.
+        """A token for each segment that samples, behind the drafts of it that are what was sampled in their place.
 
-        Raises StepError if a request that reads its tokens is at another position than the step's.
+        `logits` [tokens, vocabulary], float32, are those of the `sampling_tokens`. Raises StepError if a request that
+        reads its tokens is at another position than the step's.
         """
         rows = iter(logits.numpy())
-        sampled = Sampled([], [])
+        sampled = Sampled([], [], [])
         for segment in step.segments:
             if segment.sample:
-                row, request = next(rows), self._requests[segment.slot]
-                token = request.sample(row, segment.start + len(segment.tokens))
-                sampled.tokens.append(token)
-                sampled.logprobs.append(None if token < 0 else request.logprobs(row, token))
+                drafts = segment.tokens[1:] if step.mode == "decode" else []
+                own = list(itertools.islice(rows, 1 + len(drafts)))
+                position = segment.start + len(segment.tokens) - len(drafts)
+                sampled.accepted.append(self._verify(self._requests[segment.slot], own, position, drafts, sampled))
         return sampled
+
+    def draft(self, slot: int, logits: Floats, position: int, drafts: Sequence[int]) -> int | None:
+        """A guess at the request's token at `position`, behind other `drafts`; None where none can be made.
+
+        `logits` [vocabulary] are the draft layer's. The guess is drawn as the token will be, with the same options and
+        random numbers: that makes the two agree as often as their distributions allow without knowing each other.
+        """
+        return self._requests[slot].draft(logits, position, drafts)
 
     def scored_prompts(self, step: Step) -> list[ScoredPrompt | None]:
         """The prompt tokens that each segment scores; None in decode steps and for requests that want no scores."""
         if step.mode == "decode":
             return [None] * len(step.segments)
         return [self._requests[segment.slot].scored_prompt(segment) for segment in step.segments]
+
+    def _verify(self, request: Request, rows: list[Floats], position: int, drafts: list[int], sampled: Sampled) -> int:
+        """Samples from the first position on, as long as drafts are right; returns how many were."""
+        for accepted, row in enumerate(rows):
+            token = request.sample(row, position + accepted)
+            sampled.tokens.append(token)
+            sampled.logprobs.append(None if token < 0 else request.logprobs(row, token))
+            if accepted == len(drafts) or token != drafts[accepted]:
+                break
+        return accepted
 
     def _leave(self, slot: int) -> None:
         if (request := self._requests.pop(slot, None)) is not None:

@@ -49,7 +49,8 @@ def load(steps: FullSteps, directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_step_is_drafted_on(mode: Mode, steps: FullSteps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft = load(steps, tmp_path, monkeypatch)
     batch = steps.batch(mode)
-    ids = steps.builder.ids(batch, steps.prefill_step if mode == "prefill" else steps.decode_step)
+    step = steps.prefill_step if mode == "prefill" else steps.decode_step
+    ids = steps.builder.ids(batch.layout, [token for segment in step.segments for token in segment.tokens])
     x = draft.forward(steps.hidden(mode), ids, batch)
     check(x, tokens(mode), HIDDEN)
 

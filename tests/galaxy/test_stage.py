@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from stages.capacity.chip_weights import ChipWeights
-from stages.options import TierOptions
+from stages.options import DraftOptions, TierOptions
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
 from stages.step import Admission, BlockLoad, Segment, StepResult
@@ -23,7 +23,7 @@ HIDDEN_BYTES = 2 * R1.hidden_size
 SMALL_THINGS = 1.01
 """The most that rounding by the allocator, rope tables and the like may take, as a share of weights and caches."""
 
-Load = Callable[[StageSpec, int], Stage]
+Load = Callable[..., Stage]
 
 
 @pytest.fixture
@@ -33,11 +33,17 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     allocate_in_place_of_files(monkeypatch)
     loaded = []
 
-    def load_stage(spec: StageSpec, rows: int) -> Stage:
+    def load_stage(spec: StageSpec, rows: int, *, drafts: int = 0) -> Stage:
         cache = r1_cache(rows, microbatches=spec.stages)
         tiers = TierOptions(host_directory=str(tmp_path), host_bytes=1 << 26)
         options = stage_options(
-            tmp_path, tmp_path / "cache", dtype="bfloat16", cache=cache, load_format="dummy", tiers=tiers
+            tmp_path,
+            tmp_path / "cache",
+            dtype="bfloat16",
+            cache=cache,
+            load_format="dummy",
+            tiers=tiers,
+            drafts=DraftOptions(num_speculative_tokens=drafts),
         )
         loaded.append(Stage.load(spec, options, lambda _done, _of: None))
         return loaded[-1]
@@ -129,6 +135,36 @@ def test_blocks_of_a_stage_of_r1_are_kept_and_brought_back(load: Load) -> None:
         "decode", [Segment(slot=0, start=2 * BLOCK_SIZE + PROMPT, tokens=[1], new_blocks=[24], sample=True)], step_id=4
     )
     check_output(stage.step(decode, hidden(spec, 1)), spec, 1, 1)
+
+
+@pytest.mark.parametrize(("rows", "drafts"), [(1, 1), (4, 1), (1, 3), (4, 3)])
+def test_the_last_stage_of_r1_verifies_and_makes_drafts(rows: int, drafts: int, load: Load) -> None:
+    """As many users as fill the lanes that a step without drafts has; all logits of a mock are 0, so all are right."""
+    spec = plan_stages(R1, R1.num_hidden_layers)[-1]
+    stage = load(spec, rows, drafts=drafts)
+    cache = r1_cache(rows, microbatches=spec.stages)
+    users = range(cache.pools * (USERS_PER_ROW // COLUMNS // (1 + drafts)))
+
+    prompts = [
+        msgspec.structs.replace(each, drafts=drafts, next_token=1, sample=each.slot > 0)
+        for each in segments(cache, range(cache.pools), 0, PROMPT)
+    ]
+    prefill = step("prefill", prompts, admitted=admissions(cache))
+    result = stage.step(prefill, hidden(spec, prefill.token_count))
+    assert isinstance(result, StepResult)
+    assert (result.accepted, [len(draft) for draft in result.drafts]) == ([], [drafts] * (cache.pools - 1))
+
+    parts = segments(cache, range(cache.pools), PROMPT, 1 + drafts)
+    parts += segments(cache, users[cache.pools :], 0, 1 + drafts)
+    for step_id in (2, 3):
+        decoded = [msgspec.structs.replace(each, tokens=[1] + [0] * drafts, drafts=drafts) for each in parts]
+        decode = step("decode", decoded, step_id=step_id)
+        result = stage.step(decode, hidden(spec, decode.token_count))
+        assert isinstance(result, StepResult)
+        assert result.tokens == [0] * decode.token_count
+        assert result.accepted == [drafts] * len(parts)
+        assert [len(draft) for draft in result.drafts] == [drafts] * len(parts)
+        parts = [msgspec.structs.replace(each, start=each.start + 1 + drafts, new_blocks=[]) for each in parts]
 
 
 def hidden(spec: StageSpec, tokens: int) -> memoryview:

@@ -22,9 +22,9 @@ ASKED: list[dict[str, Any]] = [
     {"prompt": "Write a letter about the harbour", "seed": 14, "repetition_penalty": 1.2, "presence_penalty": 0.5},
     {"prompt": "San Francisco is a", "seed": 5, "min_p": 0.05, "frequency_penalty": 0.3, "logit_bias": {"40": 1.5}},
 ]
-"""Seeds whose draws stayed the same in seven full batches of other requests.
+"""Seeds whose draws stayed the same in four full batches of other requests, and four times where these gave way.
 
-A draw within a millionth of the edge between two tokens would not: float32 rounds such an edge to either side.
+A draw in which two tokens' times are within a millionth of each other would not: float32 rounds them to either side.
 """
 COMPANY = [{"prompt": f"{number} boats on the river", "seed": 100 + number} for number in range(12)]
 FULL_BATCH = ("--max-num-seqs", "15")

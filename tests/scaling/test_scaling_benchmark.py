@@ -37,7 +37,7 @@ def counters(seconds: float, steps: int) -> Counters:
         "stages": [stage_view(0, steps + 1, 0.5), stage_view(1, steps, 0.25)],
     }
     processor = {"client_s": seconds, "front_end_s": 2 * seconds, "engine_s": 4 * seconds, "stages_s": 10 * seconds}
-    return msgspec.convert({**processor, "view": view}, type=Counters)
+    return msgspec.convert({**processor, "view": view, "tokens": 4 * steps, "at_s": seconds}, type=Counters)
 
 
 def stage_view(stage: int, steps: int, busy: float) -> dict[str, object]:

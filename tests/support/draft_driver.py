@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import torch
 
 from stages.backend import set_float_dtype, ttnn
@@ -101,12 +100,10 @@ class DraftDriver:
         close_mesh(self.mesh)
 
     def _run(self, step: Step, batch: Batch, texts: Mapping[int, Sequence[int]]) -> "DraftLogits":
-        hidden = self.model.forward(self.model.enter(self._builder.ids(batch, step), batch), batch)
-        shifted = [
-            msgspec.structs.replace(segment, tokens=following(texts[segment.slot], segment))
-            for segment in step.segments
-        ]
-        ids = self._builder.ids(batch, msgspec.structs.replace(step, segments=shifted))
+        tokens = [token for segment in step.segments for token in segment.tokens]
+        hidden = self.model.forward(self.model.enter(self._builder.ids(batch.layout, tokens), batch), batch)
+        shifted = [token for segment in step.segments for token in following(texts[segment.slot], segment)]
+        ids = self._builder.ids(batch.layout, shifted)
         rows = iter(self._logits(self.draft.forward(hidden, ids, batch), batch, step.token_count))
         return {
             (segment.slot, segment.start + index): next(rows)

@@ -66,7 +66,10 @@ def step_seconds(step: Step) -> float:
 
 
 class FakeStage:
-    """A stand-in for all stages of a pipeline, which run the same steps in the same order."""
+    """A stand-in for all stages of a pipeline, which run the same steps in the same order.
+
+    It makes as many drafts as a segment asks for, of which one in four is wrong.
+    """
 
     def __init__(self, cache: CacheOptions, prefill_chunk: int) -> None:
         self._cache = cache
@@ -74,6 +77,8 @@ class FakeStage:
         self._admitted: dict[int, Admission] = {}
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
+        self._keyed: dict[int, int] = {}
+        self._next_tokens: dict[int, int] = {}
         self._holders: Counter[tuple[int, int]] = Counter()
         self._keys: dict[tuple[int, int], bytes] = {}
         self.tier: dict[bytes, list[int]] | None = None
@@ -109,11 +114,12 @@ class FakeStage:
         demand(bool(step.segments) != bool(step.loads), "a step with neither segments nor loads, or with both")
         demand((step.mode == "load") == bool(step.loads), "a load step without loads, or loads in another one")
         self._forget(step.forgotten)
+        for shrunk in step.shrunk:
+            self._shrink(shrunk.slot, shrunk.blocks)
         for slot in step.ended:
             demand(slot in self._tables, f"slot {slot} ended without having begun")
-            for block in self._tables.pop(slot):
-                self._holders[self._cache.pool_of(slot), block] -= 1
-            del self._lengths[slot]
+            self._shrink(slot, 0)
+            del self._tables[slot], self._lengths[slot]
         self._admit(step)
         slots = [segment.slot for segment in step.segments]
         demand(len(set(slots)) == len(slots), "two segments of one slot")
@@ -122,12 +128,23 @@ class FakeStage:
             self._store(segment, step.mode == "decode")
         sampled = [segment.slot for segment in step.segments if segment.sample]
         wanted = [self._admitted[slot].sampling.logprobs is not None for slot in sampled]
-        tokens = [next_token(self._read(slot)) for slot in sampled]
+        answers = [self._verify(segment, step.mode == "decode") for segment in step.segments if segment.sample]
+        drafts = [
+            self._drafts([*self._read(segment.slot), answer[-1]], segment.drafts)
+            for segment, answer in zip([s for s in step.segments if s.sample], answers, strict=True)
+        ]
+        has_drafts = step.mode == "decode" and any(len(segment.tokens) > 1 for segment in step.segments)
         return StepResult(
             epoch=step.epoch,
             step_id=step.step_id,
-            tokens=tokens,
-            logprobs=[scores([0, token], 0, 1)[0] if asks else None for token, asks in zip(tokens, wanted, strict=True)]
+            tokens=[token for answer in answers for token in answer],
+            accepted=[len(answer) - 1 for answer in answers] if has_drafts else [],
+            drafts=drafts if any(segment.drafts for segment in step.segments) else [],
+            logprobs=[
+                scores([0, token], 0, 1)[0] if asks else None
+                for answer, asks in zip(answers, wanted, strict=True)
+                for token in answer
+            ]
             if any(wanted)
             else [],
             prompt_logprobs=[
@@ -179,15 +196,20 @@ class FakeStage:
                 self._holders[place] += 1
             self._tables[slot] = cached.copy()
             self._lengths[slot] = len(cached) * self._cache.block_size
+            self._keyed[slot] = len(cached)
+            self._next_tokens.pop(slot, None)
 
     def _store(self, segment: Segment, decode: bool) -> None:
         slot = segment.slot
         demand(slot in self._tables, f"slot {slot} was not admitted")
         demand(segment.start == self._lengths[slot], f"slot {slot} begins at {segment.start}, not where it left off")
         demand(len(segment.tokens) > 0, "an empty segment")
+        demand(self._next_tokens.pop(slot, segment.tokens[0]) == segment.tokens[0], "another token than was announced")
         if decode:
-            demand(len(segment.tokens) == 1 and segment.sample, "a decode is one token and samples")
+            demand(segment.sample, "a decode samples")
         else:
+            if not segment.sample:
+                self._next_tokens[slot] = segment.next_token
             demand(segment.start % self._cache.block_size == 0, "a chunk begins inside a block")
         self._extend_table(slot, segment.new_blocks)
         pool, table = self._cache.pool_of(slot), self._tables[slot]
@@ -197,14 +219,43 @@ class FakeStage:
             demand(self._holders[pool, table[index]] == 1, f"block {table[index]} is written while another reads it")
             demand((pool, table[index]) not in self._keys, f"block {table[index]} is written while it can be found")
             self._stored[pool, table[index]][offset] = token
-        begin, self._lengths[slot] = self._lengths[slot], self._lengths[slot] + len(segment.tokens)
+        self._lengths[slot] += 1 if decode else len(segment.tokens)
         self.computed += 0 if decode else len(segment.tokens)
-        filled = table[begin // self._cache.block_size : self._lengths[slot] // self._cache.block_size]
+        full = self._lengths[slot] // self._cache.block_size
+        filled = table[self._keyed[slot] : full]
+        self._keyed[slot] = full
         demand(len(segment.keys) in {0, len(filled)}, "a key for a block that is not full")
         for block, key in zip(filled, segment.keys, strict=False):
             self._keys[pool, block] = key
             if self.tier is not None:
                 self.tier[key] = self._stored[pool, block].copy()
+
+    def _verify(self, segment: Segment, decode: bool) -> list[int]:
+        """The token after a segment, behind those of its drafts that are right."""
+        answer = [next_token(self._read(segment.slot))]
+        for draft in segment.tokens[1:] if decode else []:
+            if draft != answer[-1]:
+                break
+            self._lengths[segment.slot] += 1
+            answer.append(next_token(self._read(segment.slot)))
+        return answer
+
+    def _drafts(self, tokens: list[int], count: int) -> list[int]:
+        drafts: list[int] = []
+        for _ in range(count):
+            token = next_token([*tokens, *drafts])
+            is_right = zlib.crc32(array("I", [*tokens, *drafts, count]).tobytes()) % 4
+            drafts.append(token if is_right else (token + 1) % VOCABULARY)
+        return drafts
+
+    def _shrink(self, slot: int, kept: int) -> None:
+        """Gives back all but the first blocks of a slot, none of which can be found by a key for what was rejected."""
+        table = self._tables[slot]
+        demand(not kept or kept < len(table), f"slot {slot} has no more than {kept} blocks")
+        demand(not kept or kept * self._cache.block_size > self._lengths[slot], f"slot {slot} gives back its tokens")
+        for block in table[kept:]:
+            self._holders[self._cache.pool_of(slot), block] -= 1
+        del table[kept:]
 
     def _extend_table(self, slot: int, blocks: list[int]) -> None:
         pool = self._cache.pool_of(slot)

@@ -20,6 +20,7 @@ def scheduler_options(
     microbatches: int | None = None,
     prefill_wait: float = DEFAULT_PREFILL_WAIT,
     enable_prefix_caching: bool = True,
+    num_speculative_tokens: int = 0,
 ) -> SchedulerOptions:
     cache = CacheOptions(slots=slots, pools=pools, blocks=blocks, block_size=BLOCK, max_model_len=max_model_len)
     return SchedulerOptions(
@@ -29,6 +30,7 @@ def scheduler_options(
         schedule=ScheduleOptions(
             microbatches=microbatches, prefill_wait=prefill_wait, enable_prefix_caching=enable_prefix_caching
         ),
+        num_speculative_tokens=num_speculative_tokens,
     )
 
 

@@ -252,7 +252,7 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
     line = FakeLine(scheduler_options())
-    with pytest.raises(ProtocolError, match=r"sent 0 tokens for step 3; awaited was none\."):
+    with pytest.raises(ProtocolError, match=r"sent a result of step 3; awaited was none\."):
         line.scheduler.on_result(StepResult(epoch=0, step_id=3, tokens=[]))
     line.scheduler.add_request(request(0, 5, 5))
     line.submit()
@@ -372,6 +372,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefill_chunk=st.sampled_from([32, 64, 128]),
         prefill_wait=st.sampled_from([0.1, 3.0, 50.0]),
         enable_prefix_caching=st.booleans(),
+        num_speculative_tokens=st.sampled_from([0, 1, 2, 3, 8]),
         has_tier=st.booleans(),
     )
     def begin(
@@ -385,6 +386,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefill_chunk: int,
         prefill_wait: float,
         enable_prefix_caching: bool,
+        num_speculative_tokens: int,
         has_tier: bool,
     ) -> None:
         steps_in_flight = microbatches or (stages + 1 if stages > 1 else 1)
@@ -398,8 +400,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prefill_chunk=prefill_chunk,
                 prefill_wait=prefill_wait,
                 enable_prefix_caching=enable_prefix_caching,
+                num_speculative_tokens=num_speculative_tokens,
             )
         )
+        self.num_speculative_tokens = num_speculative_tokens
         self.line.stage.tier = {} if has_tier else None
         self.salts: dict[bytes, str] = {}
         self.steps_in_flight = steps_in_flight
@@ -515,7 +519,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt = asked.tokens if is_scored else []
                 assert self.scores[output.request_id] == scores(prompt, 0, len(prompt))
             if output.finish_reason is None:
-                assert len(output.tokens) == 1 or output.prompt_logprobs
+                assert 1 <= len(output.tokens) <= 1 + self.num_speculative_tokens or output.prompt_logprobs
                 continue
             del self.live[output.request_id]
             answer = reference_answer(asked.tokens, asked.max_tokens, asked.stop_token_ids)

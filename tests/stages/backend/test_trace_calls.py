@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from stages.backend import composite, ttnn
-from stages.options import TRACE_REGION_BYTES
+from stages.options import TRACE_REGION_BYTES, DraftOptions
 from tests.support.checkpoints import write_checkpoint
 from tests.support.stage_driver import Driver, cache_options, stage_options
 
@@ -53,9 +54,16 @@ def driver(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     # Chips would do this.
     monkeypatch.setattr(composite, "moe_gate", composite.chip_moe_gate)
     monkeypatch.setattr(composite, "routed_experts", composite.chip_routed_experts)
-    model = write_checkpoint(tmp_path / "model")
+    model = write_checkpoint(tmp_path / "model", overrides={"num_nextn_predict_layers": 1})
     cache = cache_options(slots=16, pools=8, max_model_len=128)
-    options = stage_options(model, tmp_path / "cache", cache=cache, enable_trace=True)
+    options = stage_options(
+        model,
+        tmp_path / "cache",
+        cache=cache,
+        enable_trace=True,
+        load_format="dummy",
+        drafts=DraftOptions(num_speculative_tokens=2),
+    )
     loaded = Driver.load(options, mesh_shape=(1, 8))
     assert recorder.calls[0] == ("open_mesh_device", {"trace_region_size": TRACE_REGION_BYTES})
     for slot in (0, 9):
@@ -92,6 +100,30 @@ def test_later_steps_only_replay(driver: Driver, recorder: Recorder) -> None:
     assert "copy" not in names[at:]
     # Results are copied before the next replay, and then read.
     assert names[at + 1 :].count("clone") == 2
+
+
+def drafted(driver: Driver, slot: int, start: int) -> None:
+    segment = driver.segment(slot, start, [1, 2])
+    driver.run_bytes("decode", [msgspec.structs.replace(segment, drafts=2)])
+
+
+def test_the_draft_layer_is_captured_for_all_lanes_and_for_the_one_of_each_further_draft(
+    driver: Driver, recorder: Recorder
+) -> None:
+    recorder.forget()
+    drafted(driver, 0, 3)
+    names = recorder.names
+    # The step of two lanes, the layer over both, and the layer over the one that goes on.
+    assert [name for name in names if name in TRACE_CALLS] == [*TRACE_CALLS[:3]] * 3
+    for begin in (index for index, name in enumerate(names) if name == "begin_trace_capture"):
+        end = names.index("end_trace_capture", begin)
+        assert set(names[begin + 1 : end]) == {"linear"}
+    recorder.forget()
+    drafted(driver, 9, 2)
+    assert [name for name in recorder.names if name in TRACE_CALLS] == ["execute_trace"] * 3
+    recorder.forget()
+    driver.close()
+    assert recorder.names == ["release_trace"] * 3 + ["close_mesh_device"]
 
 
 def test_traces_are_released_before_the_mesh_is_closed(driver: Driver, recorder: Recorder) -> None:

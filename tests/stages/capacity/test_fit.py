@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stages.capacity.deployment import Deployment
-from stages.capacity.fit import PredictionOptions, Shape, check_fits, choose, fits, predict, single_changes
+from stages.capacity.fit import Shape, check_fits, choose, fits, single_changes
+from stages.capacity.prediction import PredictionOptions, predict
 from stages.errors import PlanError
 from tests.support.plans import deployment, deployments, r1_config
 from weights.model_config import ConfigChanges

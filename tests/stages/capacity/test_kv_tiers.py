@@ -5,8 +5,8 @@ import pytest
 
 from stages.capacity.chip_memory import chip_stages
 from stages.capacity.deployment import Deployment
-from stages.capacity.fit import PredictionOptions, predict
 from stages.capacity.kv_tiers import TierPrediction, TierSizes, predict_tiers
+from stages.capacity.prediction import PredictionOptions, predict
 from tests.support.plans import r1_config
 
 R1 = r1_config()

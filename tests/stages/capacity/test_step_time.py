@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.capacity.chip_memory import chip_stages
-from stages.capacity.fit import PredictionOptions, predict
+from stages.capacity.prediction import PredictionOptions, predict
 from stages.capacity.step_time import (
     ALL_GATHER,
     ALL_REDUCE,
