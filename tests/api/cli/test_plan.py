@@ -114,7 +114,7 @@ def test_the_change_that_a_refusal_names_is_accepted() -> None:
 def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     given = {
-        "layers-per-stage": "30,31",
+        "layers-per-stage": "32,29",
         "rows-per-stage": "4",
         "users": "16",
         "microbatches": "5",
@@ -125,6 +125,8 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "context": "512",
         "prompt": "100",
         "expert-kernel": "chosen",
+        "num-speculative-tokens": "1",
+        "acceptance": "0.7",
         "attention-dtype": "bfloat16",
         "gate-up-dtype": "bfloat8_b",
         "down-dtype": "bfloat4_b",
@@ -145,9 +147,9 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "max_model_len": 1024,
         "block_size": 64,
         "prefill_chunk": 512,
-        "layers_per_stage": [30, 31],
+        "layers_per_stage": [32, 29],
         "trace_region_bytes": 1000000,
-        "num_speculative_tokens": 0,
+        "num_speculative_tokens": 1,
         "dtypes": {
             "embedding": "bfloat16",
             "attention": "bfloat16",
@@ -158,7 +160,7 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
             "kv_cache": "bfloat16",
         },
     }
-    options = {"context": 512, "prompt_tokens": 100, "traced": True, "expert_kernel": "chosen"}
+    options = {"context": 512, "prompt_tokens": 100, "traced": True, "expert_kernel": "chosen", "acceptance": 0.7}
     assert plan["prediction"]["options"] == options
 
 
