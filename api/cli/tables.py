@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from api.messages.pipeline_view import EngineView, PipelineView, StageView
+from api.messages.pipeline_view import DraftView, EngineView, PipelineView, StageView
 from api.settings.planning import PREDICTED, Plan
 from stages.capacity.chip_memory import StageMemory
 from stages.wormhole import GALAXY_COLUMNS, GALAXY_ROWS
@@ -217,7 +217,9 @@ def _engine_lines(name: str, phase: str, detail: str, engine: EngineView | None)
     head = _head(name, phase)
     if detail:
         head.append(f". {detail}")
-    return [head] if engine is None else [head, _engine_line(engine), _prefix_line(engine)]
+    if engine is None:
+        return [head]
+    return [head, _engine_line(engine), _prefix_line(engine), *_draft_lines(engine.drafts)]
 
 
 def _head(name: str, phase: str) -> Text:
@@ -241,6 +243,18 @@ def _prefix_line(engine: EngineView) -> Text:
     if engine.host_tier_bytes or engine.disk_tier_bytes:
         text += f"; {in_words(engine.host_tier_bytes)} in host memory, {in_words(engine.disk_tier_bytes)} on disk"
     return Text(text)
+
+
+def _draft_lines(drafts: DraftView | None) -> Iterator[Text]:
+    if drafts is None:
+        return
+    text = f"drafts: {'on' if drafts.are_on else 'off'}, up to {counted(drafts.num_speculative_tokens, 'token')}"
+    if drafts.acceptance_rate is not None and drafts.tokens_per_draft is not None:
+        text += (
+            f"; {drafts.acceptance_rate:.0%} of {drafts.draft_tokens:,} accepted, {drafts.tokens_per_draft:.2f} tokens "
+            "a step"
+        )
+    yield Text(text)
 
 
 def _stage_table(stages: Sequence[StageView], *, shows_replica: bool) -> FoldedTable:

@@ -13,6 +13,7 @@ DEFAULT_MAX_NEW_TOKENS = 32
 
 Generator = Literal["bp", "pp"]
 SingleLayer = Literal["mlp", "moe"]
+MTP = Literal["on", "off"]
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +67,14 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra={"off": True},
         ),
     ] = False
+    mtp: Annotated[
+        MTP | None,
+        Meta(
+            description="Whether the model's multi-token-prediction layer drafts tokens; on: one for each step, unless "
+            "--num-speculative-tokens says more.",
+            extra={"default": "off, unless --num-speculative-tokens is given"},
+        ),
+    ] = None
     repeat_batches: Annotated[int, Meta(ge=1, description="Complete all prompts so often.")] = 1
     max_users_per_row: Annotated[
         int, Meta(ge=1, description="Users of a Galaxy row in one microbatch, a multiple of 8.")

@@ -37,15 +37,17 @@ def run_demo(
     cache_dir: str | Path | None = None,
     reference_file: str | Path | Sequence[str | Path] | None = None,
     early_print_first_user: bool = False,
+    enable_mtp: bool | None = None,
     engine: EngineSettings | None = None,
     **options: Any,
 ) -> Results:
     """Completes `prompts` and returns generations, statistics and model_params, as the tt-metal demo's run_demo does.
 
-    `model_path` is a directory or a hub id, by default what the environment names, else the sample model. `options`
-    are those of DemoOptions, such as `max_new_tokens`, `generator`, `random_weights` or `token_accuracy`, and those of
-    ENGINE_FLAGS; `engine` has all others. May be called from any thread, and where a loop is running; nothing is left
-    when it returns. Raises GalaxylineError where it cannot be done as asked, or the pipeline fails.
+    `model_path` is a directory or a hub id, by default what the environment names, else the sample model. `enable_mtp`
+    is the option `mtp` as the tt-metal demo has it here. `options` are those of DemoOptions, such as `max_new_tokens`,
+    `generator`, `random_weights` or `token_accuracy`, and those of ENGINE_FLAGS; `engine` has all others. May be called
+    from any thread, and where a loop is running; nothing is left when it returns. Raises GalaxylineError where it
+    cannot be done as asked, or the pipeline fails.
     """
     keep_logs_off_stdout()
     directory = cache_dir or (engine.cache_dir if engine else None)
@@ -53,6 +55,8 @@ def run_demo(
     settings = (engine or EngineSettings()).but(**asked, cache_dir=directory)
     files = [reference_file] if isinstance(reference_file, str | Path) else reference_file or []
     texts = [prompts] if isinstance(prompts, str) else prompts or []
+    if enable_mtp is not None:
+        options["mtp"] = "on" if enable_mtp else "off"
     demo = made(DemoOptions, {"prompts": list(texts), "reference_files": list(files), **options})
     setup = DemoSetup.of(demo, settings, None if model_path is None else str(model_path))
     return run(setup, _print_text if early_print_first_user else None)

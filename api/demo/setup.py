@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from actors.log import LateLogger
 from api.demo.files import ResultsLog, read_prompts_file
 from api.demo.options import DemoOptions
 from api.engine.options import EngineOptions
@@ -19,6 +20,8 @@ from api.text.served_model import ServedModel
 from api.text.tokenizer import has_tokenizer
 from stages.plan import default_microbatches
 from weights.model_config import ConfigChanges, ModelConfig
+
+log = LateLogger(__name__)
 
 RESULT_PARAMS = (
     "model",
@@ -64,8 +67,13 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
         source = source_for(settings.cluster.device, model_path, environment)
         check_model_files(source, needs_weights=settings.needs_weights and not options.random_weights)
         changes = _changes(options)
-        config = ModelConfig.from_file(source.path / "config.json").changed(changes)
+        whole = ModelConfig.from_file(source.path / "config.json")
+        config = whole.changed(changes)
         settings = _engine_settings(options, settings, config)
+        if settings.drafts.count and settings.needs_weights and config.num_hidden_layers < whole.num_hidden_layers:
+            raise OptionError(
+                "Drafts are made from what the model's last layer gives: leave out --override-num-layers or --mtp on."
+            )
         engine = settings.engine_options(source, config, changes)
         model = _served_model(options, source, config, engine.pipeline.stage.cache.max_model_len)
         return cls(
@@ -127,7 +135,21 @@ def _engine_settings(options: DemoOptions, settings: EngineSettings, config: Mod
         enable_prefix_caching=False,
         kv_host_memory="0",
         kv_dir=None,
+        num_speculative_tokens=_drafts(options, settings),
+        speculative_config=None,
     )
+
+
+def _drafts(options: DemoOptions, settings: EngineSettings) -> int:
+    """Tokens to draft for each step. None under teacher forcing, as in the tt-metal demo."""
+    asked = settings.drafts.count
+    if options.mtp == "off" and asked:
+        raise OptionError(f"--mtp off drafts nothing, and --num-speculative-tokens is {asked}: leave one of them out.")
+    drafts = max(asked, 1) if options.mtp == "on" else asked
+    if drafts and options.token_accuracy:
+        log.info("no tokens are drafted with --token-accuracy", asked=drafts)
+        return 0
+    return drafts
 
 
 def _served_model(
@@ -157,6 +179,7 @@ def _model_params(
         "microbatches": engine.scheduler.steps_in_flight,
         "users": pipeline.stage.cache.slots,
         "max_model_len": pipeline.stage.cache.max_model_len,
+        "num_speculative_tokens": pipeline.stage.drafts.num_speculative_tokens,
         "max_new_tokens": options.max_new_tokens,
         "chat_template": options.chat_template,
         "sampling": {

@@ -234,7 +234,12 @@ class PipelineReports:
         """The measurements of the engine and its stages."""
         scheduler = self._scheduler
         return self._meters.metrics(
-            scheduler.counts(), scheduler.tallies, self._prefix(), self.roster.hosts, self._tiers.stage_bytes
+            scheduler.counts(),
+            scheduler.tallies,
+            self._prefix(),
+            scheduler.drafts.counts(),
+            self.roster.hosts,
+            self._tiers.stage_bytes,
         )
 
     def send_report(self, pipeline: EnginePipeline | None) -> None:
@@ -266,6 +271,7 @@ class PipelineReports:
                 healths, self._meters.busy_share, counts.blocks - counts.free_blocks, self._tiers.stage_bytes
             ),
             prefix=self._prefix(),
+            drafts=self._scheduler.drafts.counts(),
         )
         while self._owed:
             self._owed -= 1

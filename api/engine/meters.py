@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from actors.clock import now_ns
 from actors.errors import ProtocolError
-from api.messages.engine import Counts, EngineMetrics, PrefixCounts, RequestOutput, StageMetrics
+from api.messages.engine import Counts, DraftCounts, EngineMetrics, PrefixCounts, RequestOutput, StageMetrics
 from api.messages.histogram import LATENCY_BOUNDS_S, Histogram
 from api.messages.pipeline_view import TierBytes
 from api.scheduler.sequence import Tallies
@@ -197,8 +197,11 @@ class EngineMeters:
         mode = record.step.mode
         sent_ns = record.submitted_ns
         self._step_times[mode].observe((returned_ns - sent_ns) * NS)
-        if mode != "load":
+        if mode == "prefill":
             self._step_tokens.observe(record.step.token_count)
+        elif mode == "decode":
+            # Not the drafts that were rejected, as vLLM counts.
+            self._step_tokens.observe(len(result.tokens))
         self._inference_ns[mode] += returned_ns - max(sent_ns, self._returned_ns)
         self._returned_ns = returned_ns
         for meter, timing in zip(self.stages, result.timings, strict=True):
@@ -220,6 +223,7 @@ class EngineMeters:
         counts: Counts,
         tallies: Tallies,
         prefix: PrefixCounts,
+        drafts: DraftCounts,
         hosts: Sequence[str],
         tiers: Sequence[TierBytes],
     ) -> EngineMetrics:
@@ -245,4 +249,5 @@ class EngineMeters:
                 for stage, (meter, host, tier) in enumerate(zip(self.stages, hosts, tiers, strict=True))
             ],
             prefix=prefix,
+            drafts=drafts,
         )

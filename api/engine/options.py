@@ -58,4 +58,5 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             cache=self.pipeline.stage.cache,
             prefill_chunk=self.prefill_chunk,
             schedule=self.schedule,
+            num_speculative_tokens=self.pipeline.stage.drafts.num_speculative_tokens,
         )

@@ -176,11 +176,13 @@ class PrefixCounts(EngineMessage, frozen=True, kw_only=True):
 class DraftCounts(EngineMessage, frozen=True, kw_only=True):
     """What drafts have come to since the engine began, by vLLM's names.
 
-    So many `drafts` were verified, each of one request in one step, with `draft_tokens` in all, of which
-    `accepted_tokens` were right; `accepted_per_position` has those of each place in a draft. Drafts are made for
-    requests that begin now, and for batches as they are now, where `are_on`.
+    A draft has up to `num_speculative_tokens` tokens, 0 where none are asked for. So many `drafts` were verified, each
+    of one request in one step, with `draft_tokens` in all, of which `accepted_tokens` were right;
+    `accepted_per_position` has those of each place in a draft. Drafts are made for requests that begin now, and for
+    batches as they are now, where `are_on`.
     """
 
+    num_speculative_tokens: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0

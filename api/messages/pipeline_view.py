@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -64,10 +65,50 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     disk_tier_bytes: int = 0
 
 
+class DraftView(msgspec.Struct, frozen=True, kw_only=True):
+    """What drafts came to (see `DraftCounts`).
+
+    `acceptance_rate` is the share of draft tokens that were right, and `tokens_per_draft` what a request got on average
+    from a step that verified one; both are None before any was.
+    """
+
+    num_speculative_tokens: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    accepted_per_position: list[int]
+    are_on: bool
+    acceptance_rate: float | None
+    tokens_per_draft: float | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        num_speculative_tokens: int,
+        drafts: int,
+        draft_tokens: int,
+        accepted_tokens: int,
+        accepted_per_position: list[int],
+        are_on: bool,
+    ) -> "DraftView":
+        """The view of these counts, with what follows from them."""
+        return cls(
+            num_speculative_tokens=num_speculative_tokens,
+            drafts=drafts,
+            draft_tokens=draft_tokens,
+            accepted_tokens=accepted_tokens,
+            accepted_per_position=accepted_per_position,
+            are_on=are_on,
+            acceptance_rate=accepted_tokens / draft_tokens if draft_tokens else None,
+            tokens_per_draft=1 + accepted_tokens / drafts if drafts else None,
+        )
+
+
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of an engine (see `Counts` and `PrefixCounts`). `epoch` is None before the pipeline is ready.
 
-    The bytes of tiers are those of all stages.
+    The bytes of tiers are those of all stages. `drafts` is None where none are asked for.
 
     A view of several engines has sums; there `pid` and `epoch`, which cannot be added, are None.
     """
@@ -89,6 +130,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     recomputed_tokens: int = 0
     host_tier_bytes: int = 0
     disk_tier_bytes: int = 0
+    drafts: DraftView | None = None
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +179,23 @@ def total(engines: Sequence[EngineView]) -> EngineView | None:
         recomputed_tokens=sum(engine.recomputed_tokens for engine in engines),
         host_tier_bytes=sum(engine.host_tier_bytes for engine in engines),
         disk_tier_bytes=sum(engine.disk_tier_bytes for engine in engines),
+        drafts=_all_drafts([engine.drafts for engine in engines if engine.drafts is not None]),
+    )
+
+
+def _all_drafts(views: Sequence[DraftView]) -> DraftView | None:
+    """The sum over the engines that are asked for drafts, as all or none of them are."""
+    if not views:
+        return None
+    return DraftView.of(
+        num_speculative_tokens=max(view.num_speculative_tokens for view in views),
+        drafts=sum(view.drafts for view in views),
+        draft_tokens=sum(view.draft_tokens for view in views),
+        accepted_tokens=sum(view.accepted_tokens for view in views),
+        accepted_per_position=[
+            sum(counts) for counts in zip_longest(*(view.accepted_per_position for view in views), fillvalue=0)
+        ],
+        are_on=any(view.are_on for view in views),
     )
 
 

@@ -129,6 +129,7 @@ class DraftPolicy:
     def counts(self) -> DraftCounts:
         """What drafts have come to, and whether batches as the latest one draft."""
         return DraftCounts(
+            num_speculative_tokens=self._tokens,
             drafts=self._drafts,
             draft_tokens=self._draft_tokens,
             accepted_tokens=sum(self._accepted),

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from api.client.request_metrics import CompletionMetrics, RequestMetrics
-from api.messages.engine import EngineMetrics, StageMetrics
+from api.messages.engine import DraftCounts, EngineMetrics, StageMetrics
 from api.messages.histogram import Histogram
 from api.server.access import RequestWatch
 
@@ -74,7 +74,9 @@ class MetricsText:
             families += _completion_families((self._model_name, "0"), front.completions)
             families.append(_cache_config(front.cache_config, len(engines)))
         if answers:
-            families += _scheduler_families({(self._model_name, engine): one for engine, one in answers.items()})
+            by_model: dict[Labels, EngineMetrics] = {(self._model_name, engine): one for engine, one in answers.items()}
+            families += _scheduler_families(by_model)
+            families += _draft_families({labels: one.drafts for labels, one in by_model.items()})
             families += _step_families(answers)
             families += _stage_families([(engine, stage) for engine, one in answers.items() for stage in one.stages])
         return families
@@ -133,7 +135,7 @@ def _request_families(requests: Mapping[Labels, RequestMetrics]) -> Iterator[Met
         ),
         (
             "vllm:inter_token_latency_seconds",
-            "From one token of a request to its next.",
+            "From one token of a request to its next; tokens that come together count as one.",
             each(lambda one: one.inter_token_times),
         ),
         ("vllm:e2e_request_latency_seconds", "From a request to its last token.", each(lambda one: one.latencies)),
@@ -206,6 +208,32 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _histogram("vllm:request_inference_time_seconds", text, each(lambda one: one.inference_times), MODEL)
     text = "Tokens of a step, of prompts and generated."
     yield _histogram("vllm:iteration_tokens_total", text, each(lambda one: one.step_tokens), MODEL)
+
+
+def _draft_families(engines: Mapping[Labels, DraftCounts]) -> Iterator[Metric]:
+    """What drafts came to; as in vLLM, nothing where none are asked for."""
+    asked = {labels: drafts for labels, drafts in engines.items() if drafts.num_speculative_tokens}
+    if not asked:
+        return
+
+    def each(of: Callable[[DraftCounts], Value]) -> dict[Labels, Value]:
+        return {labels: of(drafts) for labels, drafts in asked.items()}
+
+    text = "Drafts that were verified, each of one request in one step."
+    yield _counter("vllm:spec_decode_num_drafts", text, each(lambda drafts: drafts.drafts), MODEL)
+    text = "Tokens of such drafts."
+    yield _counter("vllm:spec_decode_num_draft_tokens", text, each(lambda drafts: drafts.draft_tokens), MODEL)
+    text = "Tokens of such drafts that were right."
+    yield _counter("vllm:spec_decode_num_accepted_tokens", text, each(lambda drafts: drafts.accepted_tokens), MODEL)
+    positions: dict[Labels, int] = {
+        (*labels, str(position)): accepted
+        for labels, drafts in asked.items()
+        for position, accepted in enumerate(drafts.accepted_per_position)
+    }
+    text = "Tokens of such drafts that were right, by their place in the draft."
+    yield _counter("vllm:spec_decode_num_accepted_tokens_per_pos", text, positions, (*MODEL, "position"))
+    text = "1 where requests that begin now get drafts, 0 where these do not pay."
+    yield _gauge("galaxyline:drafts_on", text, each(lambda drafts: drafts.are_on), MODEL)
 
 
 def _step_families(engines: Mapping[str, EngineMetrics]) -> Iterator[Metric]:

@@ -10,8 +10,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages.engine import EngineMetrics, EngineState, PipelineReport, common_state, not_ready
-from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, total
+from api.messages.engine import DraftCounts, EngineMetrics, EngineState, PipelineReport, common_state, not_ready
+from api.messages.pipeline_view import DraftView, EngineView, PipelineView, ReplicaView, total
 from api.openai.bodies import INTERNAL_ERROR, encode
 from api.server.metrics import FrontMetrics, Measured, MetricsText
 from api.server.openapi import add_route, empty_answer, object_answer, text_answer
@@ -177,4 +177,16 @@ def _engine_view(pid: int | None, report: PipelineReport) -> EngineView:
         recomputed_tokens=prefix.recomputed_tokens,
         host_tier_bytes=sum(stage.host_tier_bytes for stage in report.stages),
         disk_tier_bytes=sum(stage.disk_tier_bytes for stage in report.stages),
+        drafts=_draft_view(report.drafts) if report.drafts.num_speculative_tokens else None,
+    )
+
+
+def _draft_view(drafts: DraftCounts) -> DraftView:
+    return DraftView.of(
+        num_speculative_tokens=drafts.num_speculative_tokens,
+        drafts=drafts.drafts,
+        draft_tokens=drafts.draft_tokens,
+        accepted_tokens=drafts.accepted_tokens,
+        accepted_per_position=drafts.accepted_per_position,
+        are_on=drafts.are_on,
     )

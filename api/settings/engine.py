@@ -14,6 +14,7 @@ from actors.options import ClusterOptions, PipelineOptions, Transport
 from api.engine.options import EngineOptions, RecoveryOptions
 from api.errors import OptionError
 from api.scheduler.options import ScheduleOptions
+from api.settings.drafts import DraftSettings
 from api.settings.environment import CACHE_VARIABLE
 from api.settings.model import SplitOptions
 from api.settings.option import changed, made
@@ -192,6 +193,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     execution: ExecutionOptions = ExecutionOptions()
+    drafts: DraftSettings = DraftSettings()
     recovery: RecoveryOptions = RecoveryOptions()
     kv: KVOptions = KVOptions()
     timeline: Annotated[
@@ -224,6 +226,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             prepare_file(self.timeline, "--timeline")
         cluster, profile = self.cluster, self.cluster.profile
         self.times.check(cluster.device)
+        drafts = self.drafts.options(config)
         if profile.has_chips or self._is_predicted:
             dtype = resolve_dtype(self.dtype, source, PROFILES["ttnn"])
             specs, cache = chip_plan(config, self._deployment(config), self.capacity.num_blocks)
@@ -247,6 +250,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     cache=cache,
                     weights=self.weights,
                     execution=self.execution,
+                    drafts=drafts,
                     changes=changes,
                     timed=timed,
                     tiers=tiers if profile.computes else TierOptions(host_bytes=0),
@@ -297,13 +301,15 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             layers_per_stage=None if layers is None else tuple(layers),
             trace_region_bytes=TRACE_REGION_BYTES if self.execution.enable_trace else 0,
             dtypes=self.weights.weight_dtypes,
+            num_speculative_tokens=self.drafts.count,
         )
 
     def _specs(self, config: ModelConfig) -> list[StageSpec]:
         stages = self.split.count
         if self.split.layers_per_stage is not None:
             return explicit_stages(config, self.split.layers_per_stage)
-        return plan_stages(config, min(DEFAULT_STAGES, config.num_hidden_layers) if stages is None else stages)
+        stages = min(DEFAULT_STAGES, config.num_hidden_layers) if stages is None else stages
+        return plan_stages(config, stages, drafts=self.drafts.count)
 
     def _prefill_chunk(self) -> int:
         asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
@@ -335,7 +341,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         needed = ceil_div(max_model_len, self.lengths.block_size)
         if not self.cluster.profile.computes:
             return slots * needed  # Nothing is kept in them.
-        block_bytes = self.lengths.block_size * config.num_hidden_layers * config.kv_dim * ITEM_BYTES[dtype]
+        layers = config.num_hidden_layers + (1 if self.drafts.count else 0)
+        block_bytes = self.lengths.block_size * layers * config.kv_dim * ITEM_BYTES[dtype]
         affordable = int(CACHE_MEMORY_SHARE * memory_bytes()) // sharers // block_bytes
         if affordable < needed:
             raise OptionError(

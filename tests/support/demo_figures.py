@@ -1,6 +1,6 @@
 """Figures of the demo: what an engine measured, and what the tt-metal demo reports."""
 
-from api.messages.engine import Counts, EngineMetrics, StageMetrics
+from api.messages.engine import Counts, DraftCounts, EngineMetrics, StageMetrics
 from api.messages.histogram import Histogram
 from stages.step import MODES
 
@@ -19,8 +19,13 @@ TT_METAL_STATISTICS = {
 }
 """Keys of the tt-metal demo's statistics."""
 
+MTP_STATISTICS = {"mtp_verifies", "mtp_accepts", "mtp_accept_rate"}
+"""Those that it has with --mtp on alone."""
 
-def metrics(prefill: float, decode: float, *busy: float) -> EngineMetrics:
+NO_DRAFTS = DraftCounts()
+
+
+def metrics(prefill: float, decode: float, *busy: float, drafts: DraftCounts = NO_DRAFTS) -> EngineMetrics:
     empty = Histogram.of((1.0,))
     return EngineMetrics(
         counts=Counts(waiting=0, running=0, steps_in_flight=0, free_slots=1, slots=1, free_blocks=1, blocks=1),
@@ -36,6 +41,7 @@ def metrics(prefill: float, decode: float, *busy: float) -> EngineMetrics:
         inference_times=empty,
         step_tokens=empty,
         stages=[stage(seconds) for seconds in busy],
+        drafts=drafts,
     )
 
 

@@ -44,12 +44,15 @@ def scored(before: Sequence[int], token: int, count: int) -> TokenLogprobs:
 
 
 class FakeStream:
-    """The stream of one request: its script's tokens, one per output, until `max_tokens` or a stop token.
+    """The stream of one request: its script's tokens, `together` in each output, until `max_tokens` or a stop token.
 
-    A prompt is scored in chunks before the first token, the last of them together with it.
+    The first token comes alone, as a prompt gives no more. A prompt is scored in chunks before the first token, the
+    last of them together with it.
     """
 
-    def __init__(self, request: AddRequest, tokens: Sequence[int], fail_after: int | None, cached: int) -> None:
+    def __init__(
+        self, request: AddRequest, tokens: Sequence[int], fail_after: int | None, cached: int, together: int
+    ) -> None:
         self.request = request
         self.outputs: asyncio.Queue[RequestOutput | EngineError] = asyncio.Queue()
         self.ended = False
@@ -63,11 +66,18 @@ class FakeStream:
             self._put([])
         if request.only_scores:
             self._put([], finish="length")
+        coming: list[int] = []
         for count, token in enumerate(tokens[: request.max_tokens], start=1):
-            if token in request.stop_token_ids:
-                self._put([token], finish="stop")
+            coming.append(token)
+            is_stopped = token in request.stop_token_ids
+            finish: FinishReason | None = "stop" if is_stopped else "length" if count == request.max_tokens else None
+            if finish is not None or count == 1 or len(coming) == together:
+                self._put(coming, finish)
+                coming = []
+            if finish is not None:
                 return
-            self._put([token], finish="length" if count == request.max_tokens else None)
+        if coming:
+            self._put(coming)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -108,8 +118,11 @@ class FakeStream:
         prompt_logprobs = self._prompt_logprobs[:PROMPT_CHUNK]
         del self._prompt_logprobs[:PROMPT_CHUNK]
         count = self.request.sampling.logprobs
-        logprobs = [] if count is None else [scored(self._tokens, token, count) for token in tokens]
-        self._tokens += tokens
+        logprobs: list[TokenLogprobs] = []
+        for token in tokens:
+            if count is not None:
+                logprobs.append(scored(self._tokens, token, count))
+            self._tokens.append(token)
         self.outputs.put_nowait(
             RequestOutput(
                 request_id=self.request.request_id,
@@ -126,7 +139,8 @@ class FakeStream:
 class FakeEngine:
     """An engine that answers each request from `script`; one shorter than `max_tokens` leaves the request waiting.
 
-    `cached` tells how many tokens of a request's prompt it finds in its cache.
+    `cached` tells how many tokens of a request's prompt it finds in its cache. Tokens come `together` in an output, as
+    they do where drafts are accepted.
     """
 
     def __init__(self, script: Script, fail_after: int | None = None) -> None:
@@ -135,6 +149,7 @@ class FakeEngine:
         self.refusal: Exception | None = None
         self.script = script
         self.cached: Callable[[AddRequest], int] = lambda _: 0
+        self.together = 1
         self._fail_after = fail_after
         self._request_id = 0
 
@@ -145,7 +160,8 @@ class FakeEngine:
     def generate(self, request: AddRequest) -> TokenStream:
         if self.refusal is not None:
             raise self.refusal
-        stream = FakeStream(request, self.script(request), self._fail_after, self.cached(request))
+        tokens = self.script(request)
+        stream = FakeStream(request, tokens, self._fail_after, self.cached(request), self.together)
         self.streams.append(stream)
         return stream
 

@@ -5,7 +5,7 @@ import msgspec
 from actors.stage.health import Phase, StageHealth, StageProgress
 from api.client.request_metrics import RequestMetrics
 from api.errors import EngineError
-from api.messages.engine import Counts, EngineMetrics, PipelineReport, PrefixCounts
+from api.messages.engine import Counts, DraftCounts, EngineMetrics, PipelineReport, PrefixCounts
 from api.messages.pipeline_view import StageRoster, StageView, TierBytes
 from stages.plan import StageSpec
 from tests.support.api_server import endless_text
@@ -19,6 +19,15 @@ SPECS = [
 COUNTS = Counts(waiting=2, running=5, steps_in_flight=2, free_slots=91, slots=96, free_blocks=70, blocks=100, tasks=0)
 
 PREFIX = PrefixCounts(blocks=1234, queries=2000, hits=1740, recomputed_tokens=50)
+
+DRAFTS = DraftCounts(
+    num_speculative_tokens=2,
+    drafts=1000,
+    draft_tokens=2000,
+    accepted_tokens=1500,
+    accepted_per_position=[900, 600],
+    are_on=True,
+)
 
 
 def progress(stage: int, phase: Phase, done: int = 0) -> StageProgress:
@@ -39,6 +48,7 @@ class ReportingEngine(FakeEngine):
         self.pid = 4711
         self.stages = stages
         self.failure: EngineError | None = None
+        self.drafts = DraftCounts()
         self.resets = 0
 
     async def metrics(self) -> EngineMetrics:
@@ -47,7 +57,15 @@ class ReportingEngine(FakeEngine):
     async def report(self) -> PipelineReport:
         if self.failure is not None:
             raise self.failure
-        return PipelineReport(epoch=3, microbatches=4, counts=COUNTS, preemptions=6, stages=self.stages, prefix=PREFIX)
+        return PipelineReport(
+            epoch=3,
+            microbatches=4,
+            counts=COUNTS,
+            preemptions=6,
+            stages=self.stages,
+            prefix=PREFIX,
+            drafts=self.drafts,
+        )
 
     async def reset_prefix_cache(self) -> None:
         if self.failure is not None:

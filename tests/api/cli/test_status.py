@@ -16,13 +16,13 @@ from rich.console import Console
 from api.cli.status import follow
 from api.cli.tables import pipeline_text
 from api.errors import EngineError, NoServerError
-from api.messages.engine import EnginePhase, EngineState, failed_state
-from api.messages.pipeline_view import EngineView, PipelineView, ReplicaView, StageRoster, ViewPhase, total
+from api.messages.engine import DraftCounts, EnginePhase, EngineState, failed_state
+from api.messages.pipeline_view import DraftView, EngineView, PipelineView, ReplicaView, StageRoster, ViewPhase, total
 from api.server.app import create_app
 from api.server.monitoring import STOPPING, add_monitoring_routes
 from tests.support.api_server import MODEL, AppServer
 from tests.support.command_line import run
-from tests.support.reporting_engine import SPECS, ReportingEngine, at_work, progress, views
+from tests.support.reporting_engine import DRAFTS, SPECS, ReportingEngine, at_work, progress, views
 
 
 def replica_view(phase: EnginePhase, detail: str = "") -> ReplicaView:
@@ -113,6 +113,30 @@ def test_json_is_the_servers_own() -> None:
     assert msgspec.json.decode(result.stdout, type=PipelineView).stages[0].rows == [0]
 
 
+def test_what_drafts_came_to_is_shown_where_they_are_asked_for() -> None:
+    engine, other = ReportingEngine(at_work()), ReportingEngine(at_work())
+    with serving(engine) as url:
+        without = status("--url", url).stdout
+        engine.drafts = DraftCounts(num_speculative_tokens=1)
+        before = status("--url", url).stdout
+        engine.drafts = DRAFTS
+        after = status("--url", url).stdout
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert "drafts" not in without
+    assert "drafts: off, up to 1 token\n" in before
+    assert "drafts: on, up to 2 tokens; 75% of 2,000 accepted, 2.50 tokens a step\n" in after
+    assert view["engine"]["drafts"] == {
+        **msgspec.structs.asdict(DRAFTS),
+        "acceptance_rate": 0.75,
+        "tokens_per_draft": 2.5,
+    }
+    other.drafts = DraftCounts(num_speculative_tokens=2, accepted_per_position=[0, 0])
+    with serving(engine, other) as url:
+        view = json.loads(status("--url", url, "--json").stdout)
+    assert view["engine"]["drafts"] == view["replicas"][0]["engine"]["drafts"]
+    assert view["replicas"][1]["engine"]["drafts"]["acceptance_rate"] is None
+
+
 def test_a_loading_and_a_failed_server_are_shown() -> None:
     roster = StageRoster(SPECS)
     roster.record_progress(progress(0, "loading", done=3))
@@ -168,17 +192,45 @@ def test_a_replica_that_does_not_answer_hides_no_other() -> None:
 
 
 def test_books_of_engines_add_up() -> None:
-    numbers = [name for name in EngineView.__struct_fields__ if name not in {"pid", "epoch"}]
+    numbers = [name for name in EngineView.__struct_fields__ if name not in {"pid", "epoch", "drafts"}]
     books = [
-        EngineView(pid=1, epoch=2, **{name: factor * place for place, name in enumerate(numbers)})
+        EngineView(pid=1, epoch=2, drafts=None, **{name: factor * place for place, name in enumerate(numbers)})
         for factor in (1, 10, 100)
     ]
     added = total(books)
     assert added is not None
     assert (added.pid, added.epoch) == (None, None)
     assert [getattr(added, name) for name in numbers] == [111 * place for place in range(len(numbers))]
+    assert added.drafts is None
     assert total(books[:1]) == books[0]
     assert total([]) is None
+
+
+def test_what_drafts_of_engines_came_to_adds_up() -> None:
+    views = [
+        DraftView.of(
+            num_speculative_tokens=2,
+            drafts=10 * engine,
+            draft_tokens=20 * engine,
+            accepted_tokens=12 * engine,
+            accepted_per_position=[9 * engine, 3 * engine],
+            are_on=engine == 1,
+        )
+        for engine in (1, 2)
+    ]
+    numbers = [name for name in EngineView.__struct_fields__ if name not in {"pid", "epoch", "drafts"}]
+    added = total([EngineView(pid=1, epoch=2, **dict.fromkeys(numbers, 0), drafts=view) for view in views])
+    assert added is not None
+    assert added.drafts == DraftView(
+        num_speculative_tokens=2,
+        drafts=30,
+        draft_tokens=60,
+        accepted_tokens=36,
+        accepted_per_position=[27, 9],
+        are_on=True,
+        acceptance_rate=0.6,
+        tokens_per_draft=2.2,
+    )
 
 
 def test_where_no_server_answers_it_says_so() -> None:

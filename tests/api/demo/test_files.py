@@ -22,7 +22,8 @@ from api.demo.generation import Generation, statistics
 from api.demo.options import DemoOptions
 from api.demo.reference import Reference, accuracy, read_reference_file
 from api.errors import OptionError, exit_code
-from tests.support.demo_figures import metrics
+from api.messages.engine import DraftCounts
+from tests.support.demo_figures import MTP_STATISTICS, metrics
 
 PROMPTS = [{"prompt": "First prompt"}, {"prompt": "Zweiter Ärger"}]
 
@@ -285,6 +286,34 @@ def test_statistics_are_what_their_keys_say() -> None:
         "inter_token_latency_p99": pytest.approx(0.5),
         "stage_busy_share": [0.5, 0.25],
     }
+
+
+def test_tokens_that_come_together_have_one_time_and_one_gap() -> None:
+    times = [101.0] + [102.0 + place // 3 for place in range(129)]
+    together = Generation(prompt_tokens=10, tokens=[1] * 130, text="", submitted=100.0, times=times)
+    told = statistics([together], metrics(2.0, 8.0), seconds_to_ready=3.0, runtime=20.0)
+    assert (told["inter_token_latency_p50"], told["inter_token_latency_p99"]) == (1.0, 1.0)
+    assert told["trace_execution_t/s/u @128th token"] == 3.0
+    assert (told["decode_t/s"], told["decode_t/s/u"]) == (129 / 8.0, 3.0)
+
+
+def test_speed_needs_something_that_came_before() -> None:
+    assert generation(10, 101.0, 0.0, 130).speed_at(128) is None
+    assert generation(10, 101.0, 0.5, 127).speed_at(128) is None
+
+
+def test_what_drafts_came_to_is_told_under_the_tt_metal_demos_names() -> None:
+    counts = DraftCounts(num_speculative_tokens=2, drafts=5, draft_tokens=10, accepted_tokens=7)
+    run = [generation(10, 101.0, 0.5, 4)]
+    told = statistics(run, metrics(2.0, 8.0, drafts=counts), seconds_to_ready=3.0, runtime=20.0)
+    assert {name: told[name] for name in MTP_STATISTICS} == {
+        "mtp_verifies": 10,
+        "mtp_accepts": 7,
+        "mtp_accept_rate": 0.7,
+    }
+    unused = metrics(2.0, 8.0, drafts=DraftCounts(num_speculative_tokens=2))
+    assert statistics(run, unused, seconds_to_ready=3.0, runtime=20.0)["mtp_accept_rate"] is None
+    assert not MTP_STATISTICS & set(statistics(run, metrics(2.0, 8.0), seconds_to_ready=3.0, runtime=20.0))
 
 
 def test_what_was_not_measured_is_none() -> None:

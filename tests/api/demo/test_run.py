@@ -13,12 +13,12 @@ from structlog.testing import capture_logs
 from api.demo import run_demo
 from api.engine.options import EngineOptions
 from api.errors import OptionError
-from api.messages.engine import AddRequest, EngineMetrics, EngineState
+from api.messages.engine import AddRequest, DraftCounts, EngineMetrics, EngineState
 from api.settings.engine import EngineSettings
 from api.text.tokenizer import TextTokenizer
 from tests import ROOT
 from tests.support.command_line import VARIABLES
-from tests.support.demo_figures import TT_METAL_STATISTICS, metrics
+from tests.support.demo_figures import MTP_STATISTICS, TT_METAL_STATISTICS, metrics
 from tests.support.fake_engine import FakeEngine, Script
 from weights.sample import SAMPLE_DIR
 
@@ -44,7 +44,9 @@ class DemoEngine(FakeEngine):
         assert timeout_s > 0
 
     async def metrics(self) -> EngineMetrics:
-        return metrics(6.0, 8.0, 4.0)
+        count = self.options[-1].pipeline.stage.drafts.num_speculative_tokens
+        drafts = DraftCounts(num_speculative_tokens=count, drafts=4, draft_tokens=4 * count, accepted_tokens=3)
+        return metrics(6.0, 8.0, 4.0, drafts=drafts)
 
     @property
     def requests(self) -> list[AddRequest]:
@@ -127,10 +129,44 @@ def test_the_first_prompts_text_is_printed_as_it_comes(engine: DemoEngine, capsy
 
 
 def test_statistics_have_the_tt_metal_demos_keys_and_all_are_in_the_docs(engine: DemoEngine) -> None:
-    told = run_demo(["a"])["statistics"]
-    assert set(told) >= TT_METAL_STATISTICS
+    told = run_demo(["a"], mtp="on")["statistics"]
+    assert set(told) >= TT_METAL_STATISTICS | MTP_STATISTICS
     docs = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     assert [key for key in told if f"`{key}`" not in docs and f"`_{key.rpartition('_')[2]}`" not in docs] == []
+
+
+def test_the_models_own_layer_drafts_a_token_where_mtp_is_on(engine: DemoEngine) -> None:
+    """Tokens that come together make the same completion as one after the other."""
+    off = run_demo(["a", "b"], max_new_tokens=7)
+    engine.together = 2
+    on = run_demo(["a", "b"], max_new_tokens=7, enable_mtp=True)
+    run_demo(["a"], mtp="on", engine=EngineSettings.of(speculative_config='{"num_speculative_tokens": 3}'))
+    run_demo(["a"], engine=EngineSettings.of(num_speculative_tokens=2))
+    run_demo(["a"], enable_mtp=False)
+    told = [options.pipeline.stage.drafts.num_speculative_tokens for options in engine.options]
+    assert told == [0, 1, 3, 2, 0]
+    assert on["generations"] == off["generations"]
+    assert [on["statistics"][name] for name in ("mtp_verifies", "mtp_accepts", "mtp_accept_rate")] == [4, 3, 0.75]
+    assert not MTP_STATISTICS & set(off["statistics"])
+    assert (off["model_params"]["num_speculative_tokens"], on["model_params"]["num_speculative_tokens"]) == (0, 1)
+
+
+def test_eos_within_an_output_ends_the_completion(engine: DemoEngine) -> None:
+    engine.script, engine.together = lambda _: [10, 11, 12, EOS, 13], 3
+    [stopped] = run_demo(["a"], max_new_tokens=5, mtp="on")["generations"]
+    assert stopped["tokens"] == [10, 11, 12]
+
+
+def test_nothing_is_drafted_where_a_reference_is_followed(engine: DemoEngine, tmp_path: Path) -> None:
+    run_demo(None, token_accuracy=True, reference_file=reference_file(tmp_path / "r", 20), mtp="on")
+    assert engine.options[0].pipeline.stage.drafts.num_speculative_tokens == 0
+
+
+def test_a_log_of_results_goes_on_with_drafts_or_without(engine: DemoEngine, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    run_demo(["a"], checkpoint_jsonl=log)
+    run_demo(["a"], checkpoint_jsonl=log, mtp="on")
+    assert len(engine.options) == 1
 
 
 def test_references_are_followed_from_their_middle_to_their_ends(engine: DemoEngine, tmp_path: Path) -> None:
@@ -211,6 +247,20 @@ def test_some_options_are_the_engines(engine: DemoEngine, tmp_path: Path) -> Non
     ],
 )
 def test_an_option_that_is_none_is_refused(options: dict[str, Any], message: str, engine: DemoEngine) -> None:
+    with pytest.raises(OptionError, match=message):
+        run_demo(["a"], **options)
+    assert engine.options == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mtp": "auto"}, "mtp"),
+        ({"mtp": "off", "engine": EngineSettings.of(num_speculative_tokens=2)}, "--mtp off drafts nothing, and"),
+        ({"mtp": "on", "override_num_layers": 2}, "leave out --override-num-layers or --mtp on"),
+    ],
+)
+def test_drafts_that_cannot_be_made_are_one_sentence(options: dict[str, Any], message: str, engine: DemoEngine) -> None:
     with pytest.raises(OptionError, match=message):
         run_demo(["a"], **options)
     assert engine.options == []

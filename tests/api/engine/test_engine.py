@@ -29,6 +29,7 @@ from api.messages.engine import (
     AbortRequest,
     AddRequest,
     Counts,
+    DraftCounts,
     EngineMetrics,
     EngineState,
     FromEngine,
@@ -47,7 +48,7 @@ from api.messages.engine import (
 )
 from api.messages.framing import FRAME_BYTES_MAX, Framing
 from stages.kv.inventory import Inventory
-from stages.options import TierOptions
+from stages.options import DraftOptions, TierOptions
 from stages.step import SamplingParams
 from tests import ROOT
 from tests.support.engine_fakes import FakePipeline, engine_options, reference_answer
@@ -214,6 +215,24 @@ async def test_what_stages_keep_beside_their_devices_is_in_metrics_and_reports()
     assert isinstance(report, PipelineReport)
     for stages in (metrics.stages, report.stages):
         assert [(stage.host_tier_bytes, stage.disk_tier_bytes) for stage in stages] == [(0, 0), (300, 5000)]
+
+
+async def test_how_many_tokens_are_drafted_is_in_metrics_and_reports() -> None:
+    plain = engine_options()
+    stage = msgspec.structs.replace(plain.pipeline.stage, drafts=DraftOptions(num_speculative_tokens=2))
+    options = msgspec.structs.replace(plain, pipeline=msgspec.structs.replace(plain.pipeline, stage=stage))
+    said: list[DraftCounts] = []
+    for asked in (plain, options):
+        async with running(FakePipeline(asked.pipeline), asked) as harness:
+            harness.engine.handle_message(GetMetrics())
+            metrics = await harness.hear()
+            harness.engine.handle_message(GetPipelineReport())
+            report = await harness.hear()
+        assert isinstance(metrics, EngineMetrics)
+        assert isinstance(report, PipelineReport)
+        assert metrics.drafts == report.drafts
+        said.append(metrics.drafts)
+    assert [(drafts.num_speculative_tokens, drafts.accepted_per_position) for drafts in said] == [(0, []), (2, [0, 0])]
 
 
 def with_directory(options: EngineOptions, directory: Path) -> EngineOptions:

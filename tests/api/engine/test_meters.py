@@ -11,20 +11,21 @@ from prometheus_client import Histogram as PrometheusHistogram
 
 from actors.errors import ProtocolError
 from api.engine.meters import NS, NS_PER_S, RECENT_SECONDS, BusyWindow, EngineMeters, StepRecord
-from api.messages.engine import Counts, EngineMetrics, FinishReason, PrefixCounts, RequestOutput
+from api.messages.engine import Counts, DraftCounts, EngineMetrics, FinishReason, PrefixCounts, RequestOutput
 from api.messages.histogram import Histogram, one_two_five
 from api.messages.pipeline_view import TierBytes
 from api.scheduler.sequence import Tallies
-from stages.step import StageTiming, StepResult
+from stages.step import Mode, StageTiming, StepResult
 from tests.support.step_flows import EPOCH, Flow, flows, step_of
 
+DRAFTS = DraftCounts(num_speculative_tokens=2, drafts=5, draft_tokens=10, accepted_tokens=7)
 NO_COUNTS = Counts(waiting=0, running=0, steps_in_flight=0, free_slots=1, slots=1, free_blocks=1, blocks=1)
 
 
 def measured(meters: EngineMeters) -> EngineMetrics:
     hosts = [f"host-{stage}" for stage in range(len(meters.stages))]
     tiers = [TierBytes(stage, 2 * stage) for stage in range(len(meters.stages))]
-    return meters.metrics(NO_COUNTS, Tallies(), PrefixCounts(), hosts, tiers)
+    return meters.metrics(NO_COUNTS, Tallies(), PrefixCounts(), DRAFTS, hosts, tiers)
 
 
 def run(flow: Flow, meters: EngineMeters, until: float = math.inf) -> int:
@@ -213,13 +214,17 @@ def test_a_request_prefills_from_its_first_slot_to_its_first_token_and_decodes_t
         assert histogram.total == pytest.approx(seconds)
 
 
-def test_the_tokens_of_each_step_are_counted() -> None:
+def test_a_steps_tokens_are_those_of_prompts_or_those_that_came_without_rejected_drafts() -> None:
     meters = EngineMeters(1)
     timing = StageTiming(received_ns=1, began_ns=2, ended_ns=3)
-    for step_id, tokens in enumerate((1, 40, 8)):
-        step = step_of(step_id, "decode", tokens)
-        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=[timing])
+    steps: list[tuple[Mode, int, int]] = [("prefill", 40, 1), ("decode", 8, 8), ("decode", 24, 11), ("load", 0, 0)]
+    for step_id, (mode, tokens, came) in enumerate(steps):
+        step = step_of(step_id, mode, tokens)
+        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[5] * came, timings=[timing])
         meters.step_done(StepRecord(step, 0, []), result, 10 * (step_id + 1))
-    steps = measured(meters).step_tokens
-    assert sum(steps.counts) == 3
-    assert steps.total == sum(StepRecord(step_of(0, "decode", tokens), 0, []).step.token_count for tokens in (1, 40, 8))
+    counted = measured(meters).step_tokens
+    assert (sum(counted.counts), counted.total) == (3, 40 + 8 + 11)
+
+
+def test_what_drafts_came_to_goes_with_the_times() -> None:
+    assert measured(EngineMeters(1)).drafts == DRAFTS
