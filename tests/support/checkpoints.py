@@ -190,9 +190,13 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     return values
 
 
-def reference_model(path: Path) -> DeepseekV3ForCausalLM:
-    """transformers' DeepSeek-V3 with the checkpoint's weights: float32, eager attention and experts, eval mode."""
+def reference_model(path: Path, *, mtp_layer: bool = False) -> DeepseekV3ForCausalLM:
+    """transformers' DeepSeek-V3 with the checkpoint's weights: float32, eager attention and experts, eval mode.
+
+    With `mtp_layer` the decoder layer of the multi-token-prediction layer is one more of the model's layers.
+    """
     keys = json.loads((path / "config.json").read_text())
+    keys["num_hidden_layers"] += mtp_layer
     keys.pop("quantization_config", None)
     keys["torch_dtype"] = "float32"
     config = DeepseekV3Config.from_dict(keys)

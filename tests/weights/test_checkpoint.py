@@ -15,6 +15,10 @@ from weights.checkpoint import Checkpoint, RandomCheckpoint, open_weights
 from weights.errors import CheckpointError
 
 LAYER = "model.layers.1."
+DRAFT = "model.layers.3."
+"""The multi-token-prediction layer of the default model."""
+COPIES = {DRAFT + "embed_tokens.weight", DRAFT + "shared_head.head.weight"}
+"""What a checkpoint has of the model's embedding and head in that layer."""
 FP8_TENSOR = LAYER + "self_attn.o_proj.weight"
 SCALES = FP8_TENSOR + "_scale_inv"
 
@@ -40,7 +44,7 @@ def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 def test_every_tensor_equals_what_safetensors_own_loader_reads(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
-    expected = {name: values for name, values in stored_tensors(model).items() if "model.layers.3." not in name}
+    expected = {name: values for name, values in stored_tensors(model).items() if name not in COPIES}
     assert checkpoint.names() == sorted(expected)
     for name, values in expected.items():
         assert torch.equal(checkpoint.tensor(name).to(torch.float32), values), name
@@ -48,7 +52,8 @@ def test_every_tensor_equals_what_safetensors_own_loader_reads(model: Path) -> N
 
 def test_the_names_are_those_that_transformers_needs(model: Path) -> None:
     needed = {name for name in reference_model(model).state_dict() if ".experts." not in name}
-    assert {name for name in Checkpoint.open(model).names() if ".experts." not in name} == needed
+    found = {name for name in Checkpoint.open(model).names() if ".experts." not in name}
+    assert {name for name in found if not name.startswith(DRAFT)} == needed
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("fp8", torch.float32), ("bfloat16", torch.bfloat16)])
@@ -57,15 +62,6 @@ def test_fp8_becomes_float32_and_other_dtypes_stay(tmp_path: Path, dtype: Stored
     assert checkpoint.tensor(FP8_TENSOR).dtype == expected
     assert checkpoint.tensor("model.norm.weight").dtype == torch.bfloat16
     assert checkpoint.tensor(LAYER + "mlp.gate.e_score_correction_bias").dtype == torch.float32
-
-
-def test_the_multi_token_prediction_layer_is_left_aside(model: Path) -> None:
-    checkpoint = Checkpoint.open(model)
-    stored = set().union(*(load_file(file) for file in model.glob("*.safetensors")))
-    assert any(name.startswith("model.layers.3.") for name in stored)
-    assert checkpoint.names("model.layers.3.") == []
-    with pytest.raises(CheckpointError, match=r"the model has no tensor 'model\.layers\.3\.enorm\.weight'"):
-        checkpoint.tensor("model.layers.3.enorm.weight")
 
 
 def test_a_stage_opens_only_the_shards_it_owns(tmp_path: Path) -> None:
@@ -126,7 +122,7 @@ def test_open_weights_chooses_by_load_format(fp8: Path) -> None:
 
 @pytest.mark.parametrize("scale_format", ["ue8m0", "e8m0"])
 def test_scales_that_are_powers_of_two_are_read_in_either_dtype(scale_format: ScaleFormat, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", dtype="fp8", scale_format=scale_format)
+    path = write_checkpoint(tmp_path / "model", dtype="fp8", scale_format=scale_format, mtp_layer=True)
     checkpoint, expected = Checkpoint.open(path), stored_tensors(path)
     checkpoint.validate("")
     assert all(torch.equal(checkpoint.tensor(name).float(), expected[name]) for name in checkpoint.names())
@@ -390,7 +386,8 @@ print(sum(tensor.numel() * 2 for tensor in tensors.values()) / 2**20, held, anon
 
 
 def test_reading_and_hashing_leave_tensors_in_mapped_memory(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, overrides={"vocab_size": 200_000, "tie_word_embeddings": True})
+    overrides = {"vocab_size": 200_000, "tie_word_embeddings": True, "num_nextn_predict_layers": 0}
+    write_checkpoint(tmp_path, overrides=overrides)
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     megabytes, held, hashed = map(float, run.stdout.split())

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from stages.models.registry import ARCHITECTURES
 from tests.support.checkpoints import KIMI_K2, config_keys
 from weights.errors import CheckpointError
-from weights.model_config import MODEL_TYPES, ModelConfig
+from weights.model_config import MODEL_TYPES, ConfigChanges, ModelConfig
 
 
 def read(**overrides: Any) -> ModelConfig:
@@ -73,13 +73,27 @@ def test_kimi_k2_is_a_deepseek_v3_of_other_numbers() -> None:
     assert (kimi.n_group, kimi.topk_group, kimi.rope_theta, kimi.yarn and kimi.yarn.factor) == (1, 1, 50000, 32)
 
 
+@pytest.mark.parametrize(("given", "expected"), [(1, 1), (0, 0), (2, 2), (None, 0)])
+def test_multi_token_prediction_layers_are_counted(given: int | None, expected: int) -> None:
+    config = read(num_nextn_predict_layers=given)
+    assert config.num_nextn_predict_layers == expected
+    assert config.without_drafts == read(num_nextn_predict_layers=0)
+
+
+def test_the_first_layers_of_a_model_are_not_followed_by_its_multi_token_prediction_layer() -> None:
+    config = read(num_hidden_layers=3, num_nextn_predict_layers=1)
+    assert config.changed(ConfigChanges(num_hidden_layers=2)).num_nextn_predict_layers == 0
+    for changes in (ConfigChanges(), ConfigChanges(num_hidden_layers=3), ConfigChanges(first_k_dense_replace=2)):
+        assert config.changed(changes).num_nextn_predict_layers == 1
+
+
 def test_every_architecture_that_a_config_may_name_is_registered() -> None:
     assert set(MODEL_TYPES.values()) == set(ARCHITECTURES)
 
 
 def test_a_deepseek_configs_encoding_is_what_it_was_before_there_were_families() -> None:
     """Cache keys are made of it: entries of earlier releases are found again."""
-    assert "architecture" not in msgspec.to_builtins(read())
+    assert not {"architecture", "num_nextn_predict_layers"} & msgspec.to_builtins(read().without_drafts).keys()
 
 
 def test_kimi_k2s_own_sizes_are_accepted() -> None:
@@ -120,6 +134,8 @@ YARN = config_keys()["rope_scaling"]
         ({"hidden_size": 0}, "hidden_size is 0; it must be positive"),
         ({"hidden_size": "256"}, "Expected `int`, got `str` - at `$.hidden_size`"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace is negative"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is negative"),
+        ({"num_nextn_predict_layers": "1"}, "Expected `int`, got `str` - at `$.num_nextn_predict_layers`"),
         ({"qk_rope_head_dim": 31}, "qk_rope_head_dim is 31; rotary positions need pairs"),
         ({"eos_token_id": 512}, "eos_token_id 512 is not in the vocabulary of 512"),
         ({"n_routed_experts": 18}, "18 experts cannot form 4 equal groups"),

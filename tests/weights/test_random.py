@@ -16,15 +16,26 @@ from weights.model_config import ModelConfig
 
 CONFIG = ModelConfig.from_dict(config_keys(), source="config.json")
 TIED = ModelConfig.from_dict(config_keys({"tie_word_embeddings": True}), source="config.json")
+DRAFT = "model.layers.3."
+"""The multi-token-prediction layer."""
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def test_names_and_shapes_are_those_of_a_checkpoint(tmp_path: Path) -> None:
-    stored = stored_tensors(write_checkpoint(tmp_path))
+    stored = stored_tensors(write_checkpoint(tmp_path, mtp_layer=True))
     weights = RandomCheckpoint(CONFIG, seed=0)
-    assert weights.names() == sorted(stored)
-    for name, tensor in stored.items():
-        assert weights.tensor(name).shape == tensor.shape, name
+    copies = {DRAFT + "embed_tokens.weight", DRAFT + "shared_head.head.weight"}
+    assert weights.names() == sorted(stored.keys() - copies)
+    for name in weights.names():
+        assert weights.tensor(name).shape == stored[name].shape, name
+
+
+def test_a_multi_token_prediction_layer_changes_no_other_part() -> None:
+    weights, without = RandomCheckpoint(CONFIG, seed=0), RandomCheckpoint(CONFIG.without_drafts, seed=0)
+    assert (weights.has_draft_layer, without.has_draft_layer) == (True, False)
+    assert [name for name in weights.names() if not name.startswith(DRAFT)] == without.names()
+    for part in ("model.embed_tokens.", "model.layers.2.", "lm_head."):
+        assert weights.fingerprint(part) == without.fingerprint(part)
 
 
 def test_a_tensor_does_not_depend_on_what_was_asked_for_before() -> None:
@@ -70,6 +81,8 @@ def test_seeds_and_names_give_unrelated_tensors() -> None:
         ("model.layers.1.mlp.experts.0.down_proj.weight", 0.0, 64**-0.5),
         ("model.layers.1.input_layernorm.weight", 1.0, 0.1),
         ("model.layers.1.self_attn.kv_a_layernorm.weight", 1.0, 0.1),
+        ("model.layers.3.eh_proj.weight", 0.0, 512**-0.5),
+        ("model.layers.3.hnorm.weight", 1.0, 0.1),
         ("model.norm.weight", 1.0, 0.1),
     ],
 )
@@ -124,5 +137,5 @@ def test_what_the_model_does_not_have_is_refused() -> None:
     weights.validate("model.layers.2.", "lm_head.")
     with pytest.raises(CheckpointError, match=r"random weights of seed 3: the model has no tensor 'model\.bias'"):
         weights.tensor("model.bias")
-    with pytest.raises(CheckpointError, match=r"no tensor of the model begins with 'model\.layers\.3\.'"):
-        weights.validate("model.layers.3.")
+    with pytest.raises(CheckpointError, match=r"no tensor of the model begins with 'model\.layers\.4\.'"):
+        weights.validate("model.layers.4.")

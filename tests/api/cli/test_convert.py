@@ -19,6 +19,7 @@ import click
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from api.cli.cache import prune_command
 from api.cli.group import main
@@ -117,7 +118,27 @@ def missing(model: Path, cache: Path, **changes: Any) -> list[str]:
 )
 def test_what_was_converted_for_others_is_not_found(model: Path, whole: Path, changes: Mapping[str, Any]) -> None:
     assert missing(model, whole) == []
-    assert missing(model, whole, **changes) == PARTS
+    # Of random weights there is also the layer that this checkpoint counts but lacks.
+    assert missing(model, whole, **changes) == [*PARTS, *(["mtp8"] if "weights" in changes else [])]
+
+
+def test_a_layer_that_drafts_is_a_part_of_its_own(tmp_path: Path) -> None:
+    """The cache of a checkpoint without the layer serves the same one with it, whose other parts are equal."""
+    tiny = {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 320}
+    with_layer = write_checkpoint(tmp_path / "with", overrides=tiny, mtp_layer=True)
+    without = shutil.copytree(with_layer, tmp_path / "without")
+    tensors = load_file(with_layer / "model.safetensors")
+    save_file({name: each for name, each in tensors.items() if ".layers.2." not in name}, without / "model.safetensors")
+
+    cache = tmp_path / "cache"
+    assert convert(without, cache) == 4
+    assert missing(with_layer, cache) == ["mtp2"]
+    keys = json.loads((without / "config.json").read_text())
+    (without / "config.json").write_text(json.dumps({**keys, "num_nextn_predict_layers": 0}))
+    assert missing(without, cache) == []
+    assert convert(with_layer, cache) == 1
+    assert len([name for name in entries(cache) if name.startswith("mtp2-embedded-bfloat16-")]) == 1
+    assert [entry.key.part for entry in cache_entries(cache) if entry.key is not None][-1] == "mtp2"
 
 
 @pytest.mark.parametrize(("fact", "value"), [("TRANSFORM_VERSION", 2), ("DEVICE", "ttnn")])

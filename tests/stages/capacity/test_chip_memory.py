@@ -84,6 +84,47 @@ def test_a_split_that_is_asked_for_is_taken() -> None:
     assert [len(spec.layers) for spec in specs] == [20, 41]
 
 
+@pytest.mark.parametrize(("stages", "rows_per_stage"), [(1, 8), (2, 4), (16, 1)])
+def test_drafts_take_a_layer_and_an_embedding_of_the_last_stage(stages: int, rows_per_stage: int) -> None:
+    split = tuple(len(spec.layers) for spec in chip_stages(R1, deployment(stages, rows_per_stage)))
+    without, drafting = (
+        chip_memory(R1, deployment(stages, rows_per_stage, layers_per_stage=split, num_speculative_tokens=drafts))
+        for drafts in (0, 1)
+    )
+    assert [kept(memory) for memory in drafting[:-1]] == [kept(memory) for memory in without[:-1]]
+    before, after = without[-1], drafting[-1]
+    weights = ChipWeights(R1, WeightDtypes(), rows_per_stage)
+    added = [*weights.draft(), *(weights.embedding() if stages > 1 else [])]
+    assert after.weights - before.weights == sum(tensor.allocated() for tensor in added)
+    assert after.kv_cache - before.kv_cache == weights.kv_cache(deployment(stages, rows_per_stage).cache).allocated()
+    assert after.tables - before.tables == weights.selection().allocated()
+    assert after.activations > before.activations
+
+
+def test_drafts_are_lanes_of_every_stages_decode_steps() -> None:
+    plans = [
+        deployment(2, 4, users_per_row=users, num_speculative_tokens=drafts) for users, drafts in ((32, 0), (16, 1))
+    ]
+    assert [plan.lanes_per_row for plan in plans] == [32, 32]
+    (first, last), (drafting_first, drafting_last) = (chip_memory(R1, plan) for plan in plans)
+    assert first.decode_l1 == drafting_first.decode_l1
+    inputs = 2 * 64 * 2048
+    """Two hidden states of 32 lanes, 28 tiles each on 64 banks."""
+    assert drafting_last.decode_l1 == last.decode_l1 + inputs
+
+
+@pytest.mark.parametrize(
+    ("users", "drafts", "lanes"), [(24, 0, 24), (32, 1, 64), (32, 2, 128), (32, 3, 128), (8, 2, 32)]
+)
+def test_lanes_with_drafts_are_padded_as_steps_are(users: int, drafts: int, lanes: int) -> None:
+    assert deployment(2, 4, users_per_row=users, num_speculative_tokens=drafts).lanes_per_row == lanes
+
+
+def test_the_split_makes_room_for_drafts() -> None:
+    held = [memory.weights + memory.kv_cache for memory in chip_memory(R1, deployment(8, 1, num_speculative_tokens=1))]
+    assert max(held) / min(held) < 1.15
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -97,6 +138,11 @@ def test_a_split_that_is_asked_for_is_taken() -> None:
 def test_what_chips_cannot_share_is_refused(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         chip_memory(R1, msgspec.structs.replace(deployment(2, 4), **changes))
+
+
+def test_drafts_of_a_model_without_their_layer_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"^The model has no multi-token-prediction layer: leave out --num-spec"):
+        chip_memory(R1.without_drafts, deployment(2, 4, num_speculative_tokens=1))
 
 
 def test_heads_too_few_for_the_columns_are_refused_as_a_stage_does() -> None:
@@ -124,7 +170,8 @@ def test_a_dtype_that_a_kind_cannot_have_is_refused(kind: Kind) -> None:
 def test_memory_is_whole_pages(config: ModelConfig, kinds: WeightDtypes, rows: int, data: st.DataObject) -> None:
     weights = ChipWeights(config, kinds, rows)
     layer = data.draw(st.integers(0, config.num_hidden_layers - 1))
-    for tensor in [*weights.embedding(), *weights.layer(layer), *weights.head(), weights.selection()]:
+    layers = [*weights.layer(layer), *weights.draft()]
+    for tensor in [*weights.embedding(), *layers, *weights.head(), weights.selection()]:
         assert tensor.allocated() % tensor.page_bytes == 0
         assert tensor.bytes <= tensor.allocated() < tensor.bytes + 12 * tensor.page_bytes
         assert tensor.bytes >= smallest(tensor)
@@ -138,13 +185,15 @@ def smallest(tensor: ChipTensor) -> float:
 @settings(max_examples=50, deadline=None)
 @given(models(), st.data())
 def test_totals_add_up(config: ModelConfig, data: st.DataObject) -> None:
-    plan = data.draw(deployments(config.num_hidden_layers))
+    drafts = data.draw(st.integers(0, 2))
+    plan = msgspec.structs.replace(data.draw(deployments(config.num_hidden_layers)), num_speculative_tokens=drafts)
     memories = chip_memory(config, plan)
     weights = ChipWeights(config, plan.dtypes, plan.rows_per_stage)
     for memory, spec in zip(memories, chip_stages(config, plan), strict=True):
-        assert memory.weights == sum(tensor.allocated() for tensor in weights.of_stage(spec))
+        assert memory.weights == sum(tensor.allocated() for tensor in weights.of_stage(spec, drafts=drafts > 0))
         assert memory.total == kept(memory) + memory.activations + memory.trace
-        assert memory.kv_cache == len(spec.layers) * weights.kv_cache(plan.cache).allocated()
+        layers = len(spec.layers) + (drafts > 0 and spec.is_last)
+        assert memory.kv_cache == layers * weights.kv_cache(plan.cache).allocated()
         assert min(memory.activations, memory.trace, memory.decode_l1, memory.tables) > 0
     assert sum(memory.end_layer - memory.first_layer for memory in memories) == config.num_hidden_layers
 

@@ -13,6 +13,7 @@ from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mla import MLA
 from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.mtp import MTP
 from stages.models.deepseek_v3.rope import rope_tables
 from stages.options import CacheOptions
 from stages.plan import StageSpec
@@ -21,7 +22,7 @@ from stages.tensor_dtypes import CHOICES, TILE_BYTES, WeightDtypes
 from tests.support.checkpoints import config_keys
 from weights.checkpoint import RandomCheckpoint
 from weights.model_config import ModelConfig
-from weights.source import PrefixView, layer_prefix
+from weights.source import PrefixView, draft_prefix, layer_prefix
 
 CONFIG = ModelConfig.from_dict(config_keys({"vocab_size": 500}), source="the test's model")
 MESHES = [(1, 1), (1, 8), (2, 8)]
@@ -83,6 +84,21 @@ def test_of_a_layer(
     assert planned(weights.layer(layer)) == converted(tmp_path, mesh)
 
 
+def test_of_the_layer_that_drafts(
+    tmp_path: Path, mesh: ttnn.MeshDevice, weights: ChipWeights, source: RandomCheckpoint
+) -> None:
+    MTP.convert_weights(CONFIG, PrefixView(source, draft_prefix(CONFIG)), tmp_path, mesh)
+    assert planned(weights.draft()) == converted(tmp_path, mesh)
+
+
+def test_of_its_state(mesh: ttnn.MeshDevice, weights: ChipWeights) -> None:
+    """It is that of a decoder layer."""
+    cache, selection = weights.kv_cache(CACHE), weights.selection()
+    block = MTP.create_state(CONFIG, mesh, CACHE)["block"]
+    assert held(block["self_attn"]["kv_cache"]) == (cache.shape, cache.dtype, cache.layout)
+    assert held(block["mlp"]["select"]) == (selection.shape, selection.dtype, selection.layout)
+
+
 def test_of_a_layers_state(mesh: ttnn.MeshDevice, weights: ChipWeights) -> None:
     cache, selection = weights.kv_cache(CACHE), weights.selection()
     assert held(MLA.create_state(CONFIG, mesh, CACHE)["kv_cache"]) == (cache.shape, cache.dtype, cache.layout)
@@ -100,6 +116,16 @@ def test_a_stage_holds_its_parts_alone() -> None:
     last = weights.of_stage(StageSpec(index=1, stages=2, first_layer=1, end_layer=3))
     assert first == [*weights.embedding(), *weights.layer(0)]
     assert last == [*weights.layer(1), *weights.layer(2), *weights.head()]
+
+
+def test_the_last_stage_holds_what_makes_drafts() -> None:
+    weights = ChipWeights(CONFIG, WeightDtypes(), 1)
+    specs = [StageSpec(index=index, stages=2, first_layer=index, end_layer=index + 1) for index in (0, 1)]
+    assert weights.of_stage(specs[0], drafts=True) == weights.of_stage(specs[0])
+    drafting = [*weights.embedding(), *weights.draft()]
+    assert weights.of_stage(specs[1], drafts=True) == [*weights.of_stage(specs[1]), *drafting]
+    whole = StageSpec(index=0, stages=1, first_layer=0, end_layer=3)
+    assert weights.of_stage(whole, drafts=True) == [*weights.of_stage(whole), *weights.draft()]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

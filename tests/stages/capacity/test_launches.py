@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from stages.backend import composite
 from stages.capacity.step_time import MATMUL_FIDELITY
 from stages.models import rope
 from stages.models.architecture import Launches
-from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm
+from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, mtp, rms_norm
 from stages.models.deepseek_v3.architecture import OPS
 from stages.models.module import matmul_kernel
 from tests.support.checkpoints import write_checkpoint
+from tests.support.draft_driver import DraftDriver
 from tests.support.stage_driver import Driver, cache_options, stage_options
 
-MODULES = (composite, decoder_block, embedding, lm_head, mla, mlp, moe, rms_norm, rope)
+MODULES = (composite, decoder_block, embedding, lm_head, mla, mlp, moe, mtp, rms_norm, rope)
 MESH = (2, 8)
 R1_ROUTING = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
 """The numbers for which chips have a fused gate."""
@@ -47,16 +49,21 @@ class Counter:
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """A dense layer and one with experts, on a mesh with collectives on both axes."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense layer, one with experts, and one that drafts."""
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 32}
-    model = write_checkpoint(tmp_path_factory.mktemp("model"), overrides={**R1_ROUTING, **layers})
+    return write_checkpoint(tmp_path_factory.mktemp("model"), overrides={**R1_ROUTING, **layers}, mtp_layer=True)
+
+
+@pytest.fixture(scope="module")
+def driver(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    """The model on a mesh with collectives on both axes."""
     options = stage_options(model, tmp_path_factory.mktemp("cache"), cache=cache_options(slots=32, pools=16))
     return Driver.load(options, mesh_shape=MESH)
 
 
 @pytest.fixture
-def calls(driver: Driver) -> Iterator[list[str]]:
+def calls() -> Iterator[list[str]]:
     """Records the ops of the chips' algorithms, in the order of their calls."""
     names: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +73,7 @@ def calls(driver: Driver) -> Iterator[list[str]]:
         yield names
 
 
-def expected(mode: int) -> int:
+def of_a_step(mode: int) -> int:
     every: tuple[tuple[int, Launches], ...] = (
         (1, OPS.enter),
         (5, OPS.norm),
@@ -89,4 +96,31 @@ def test_of_a_prefill_step_and_a_decode_step(driver: Driver, calls: list[str]) -
     prefill = len(calls)
     driver.decode({0: (40, 7)})
     # Eight tokens, one for each column, are cut out of a tile after the experts; on chips steps have whole tiles.
-    assert (prefill, len(calls) - prefill) == (expected(1), expected(0) + 1), calls
+    assert (prefill, len(calls) - prefill) == (of_a_step(1), of_a_step(0) + 1), calls
+
+
+def of_drafting(mode: int) -> int:
+    """Of a pass of the multi-token-prediction layer and the head: three norms are its own, two its decoder layer's."""
+    every: tuple[tuple[int, Launches], ...] = (
+        (5, OPS.norm),
+        (1, OPS.draft),
+        (1, OPS.attention),
+        (1, OPS.residual),
+        (1, OPS.mixture),
+        (1, OPS.head),
+    )
+    return sum(count * ops[mode] for count, ops in every)
+
+
+def test_of_drafting_behind_a_prefill_step_and_a_decode_step(model: Path, calls: list[str], tmp_path: Path) -> None:
+    driver = DraftDriver(model, tmp_path, MESH)
+    texts = {0: list(range(50))}
+    del calls[:]
+    driver.prefill(texts, {0: 40}, 64)
+    prefill = len(calls)
+    driver.decode(texts, {0: range(40, 41)})
+    driver.close()
+    # The step's own layers come first; of decode steps, as above, both mixtures cut their tokens out of a tile.
+    layers = [of_a_step(mode) - OPS.head[mode] - OPS.norm[mode] for mode in (0, 1)]
+    decode = layers[0] + 1 + of_drafting(0) + 1
+    assert (prefill, len(calls) - prefill) == (layers[1] + of_drafting(1), decode), calls
