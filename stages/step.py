@@ -58,7 +58,7 @@ class SamplingParams(Message, frozen=True, kw_only=True):
     """How to choose the tokens of one request: a function of the request alone. Defaults change nothing.
 
     `temperature` 0 is greedy; `top_k` 0 means all; `top_p` in (0, 1]. Random numbers are keyed by (`seed`, `choice`,
-    position), where `choice` counts the `n` answers of one request.
+    position, token id), where `choice` counts the `n` answers of one request.
 
     `min_p` is a share of the best token's probability. The penalties are vLLM's: repetition divides or multiplies the
     logits of tokens in prompt or answer, presence and frequency are subtracted for those of the answer.

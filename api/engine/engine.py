@@ -237,7 +237,7 @@ class PipelineReports:
             scheduler.counts(),
             scheduler.tallies,
             self._prefix(),
-            scheduler.drafts.counts(),
+            self._scheduler.drafts.counts(),
             self.roster.hosts,
             self._tiers.stage_bytes,
         )

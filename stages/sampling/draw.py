@@ -1,4 +1,4 @@
-"""Draws of one token: the candidates, how likely each is, and the random number that chooses between them."""
+"""Draws of one token: the candidates, how likely each is, and the race between them."""
 
 import math
 from dataclasses import dataclass
@@ -6,11 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.sampling.logprobs import BLOCK, Doubles, Floats, TokenIds, best_tokens, block_sums, softmax_weights
+from stages.sampling.logprobs import Floats, TokenIds, best_tokens, block_sums, softmax_weights
+from stages.sampling.noise import HIGH_BITS, LEAST, Noise
 from stages.step import GREEDY_BELOW, SamplingParams
 
-WORD = (1 << 64) - 1
-"""The bits of a seed that are used."""
+NEVER_DRAWN = 2.0**-59
+"""Tokens of smaller weight cannot come before the best one, whose weight is 1, whatever the noise is.
+
+They come at 2^-53 / weight or later, and the best one at -log(2^-53), which is 36.7, or earlier.
+"""
+
+ROUNDING = 1e-6
+"""More than three roundings in float32 add up to."""
+
+SMALL = 1024
+"""So many candidates' exact times take no longer than the choice of those that need them."""
 
 BAND_BITS = 18
 """Low bits of a float32 that two weights of one band may differ in: there are 32 bands to each power of two."""
@@ -53,15 +63,33 @@ class Candidates:
         near._drop_after(near._reaching(top_p * whole))
         return near
 
-    def draw(self, share: float) -> int:
-        """The token at which the running sum of weights passes `share`, in [0, 1), of the whole."""
-        ends = block_sums(self.weights).cumsum()
-        level = share * float(ends[-1])
-        block = _passing(ends, level)
-        begin = block * BLOCK
-        rest = level - float(ends[block - 1]) if block else level
-        drawn = begin + _passing(self.weights[begin : begin + BLOCK].cumsum(dtype=np.float64), rest)
-        return drawn if self.tokens is None else int(self.tokens[drawn])
+    def draw(self, noise: Noise) -> int:
+        """The token that comes first in an exponential race (the Gumbel-max trick), each at the rate of its weight.
+
+        It is the one with the largest log(weight) - log(exponential), where the latter is Gumbel noise. As a token's
+        noise depends on no other token, two models that draw with the same noise agree with a probability of at least
+        (1 - TV) / (1 + TV), where TV is the total variation distance of what they draw from (Daliri et al.,
+        arXiv:2408.07978). Equal times rank by token id.
+        """
+        near = self._contenders(noise)
+        tokens = near if self.tokens is None else self.tokens[near]
+        return int(tokens[(noise.exponentials(tokens) / self.weights[near]).argmin()])
+
+    def _contenders(self, noise: Noise) -> TokenIds:
+        """The indices of all candidates that may come first, in ascending order, and of few others."""
+        possible = self.weights >= NEVER_DRAWN
+        if len(possible) <= SMALL or np.count_nonzero(possible) * FEW < len(possible):
+            return np.flatnonzero(possible)
+        # An exponential number is never less than its uniform one, which is never less than its high bits.
+        high = noise.high_bits(self.tokens, len(self.weights))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            earliest = high.astype(np.float32) / self.weights
+        # Zero by zero is not a number, which is the first of all here.
+        first = int(earliest.argmin())
+        if not possible[first]:
+            return np.flatnonzero(possible)
+        latest = -math.log1p(LEAST - (int(high[first]) + 1) * 2.0**-HIGH_BITS) / float(self.weights[first])
+        return np.flatnonzero(earliest <= np.float32(latest * 2.0**HIGH_BITS * (1 + ROUNDING)))
 
     def _gathered(self, chosen: NDArray[np.bool_]) -> "Candidates":
         indices = np.flatnonzero(chosen)
@@ -90,20 +118,6 @@ class Candidates:
         self.weights[end + 1 :][self.logits[end + 1 :] == self.logits[end]] = 0
 
 
-def _passing(running: Doubles, level: float) -> int:
-    """The first index whose running sum is greater than `level`, at most the first that has the whole sum."""
-    return min(int(running.searchsorted(level, side="right")), int(running.searchsorted(running[-1])))
-
-
-def uniform(seed: int, choice: int, position: int) -> float:
-    """The random number in [0, 1) of this seed, choice and position: Philox, a counter-based generator.
-
-    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011). Any integer may be a seed.
-    """
-    philox = np.random.Philox(key=np.array([seed & WORD, choice], dtype=np.uint64), counter=[0, 0, 0, position])
-    return float(np.random.Generator(philox).random())
-
-
 def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
     """The token for `position`: the best one, or a draw from softmax(logits / temperature) among the candidates.
 
@@ -120,4 +134,4 @@ def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
         candidates.drop_unlikely(params.min_p)
     if params.top_p < 1:
         candidates = candidates.nucleus(params.top_p)
-    return candidates.draw(uniform(params.seed, params.choice, position))
+    return candidates.draw(Noise.of(params.seed, params.choice, position))

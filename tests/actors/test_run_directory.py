@@ -99,7 +99,7 @@ def test_directories_of_servers_that_were_killed_are_removed_and_no_others(paren
 def test_one_that_is_taken_for_abandoned_before_it_is_locked_is_made_again(
     parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locks = []
+    locks: list[int] = []
 
     def lock_late(descriptor: int, operation: int) -> None:
         if not locks:

@@ -35,7 +35,8 @@ def test_hidden_states_keep_their_shape(module: Any, mode: Mode, steps: FullStep
 @modes
 def test_the_embedding_gives_each_column_its_part(mode: Mode, steps: FullSteps) -> None:
     config = configured(Embedding, mode, steps)
-    ids = steps.builder.ids(steps.batch(mode), steps.prefill_step if mode == "prefill" else steps.decode_step)
+    step = steps.prefill_step if mode == "prefill" else steps.decode_step
+    ids = steps.builder.ids(steps.batch(mode).layout, [token for segment in step.segments for token in segment.tokens])
     check(getattr(Embedding, f"forward_{mode}")(ids, config), tokens(mode), HIDDEN)
 
 

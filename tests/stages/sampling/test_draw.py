@@ -1,7 +1,7 @@
 """Draws of tokens against the definitions written out, by statistics, and by what they must not depend on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.sampling.draw import Candidates, draw_token, uniform
+from stages.sampling.draw import Candidates, draw_token
+from stages.sampling.logprobs import Doubles, Floats, TokenIds
+from stages.sampling.noise import Noise
 from stages.sampling.sampler import Sampler
 from stages.step import NO_TOKEN, VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
 from tests.support.sampling_reference import changed_logits, chi_squared_bound, distribution, ranked
+from tests.support.splitmix import key_with
 
 LOGITS = [1.3, -0.4, 2.0, 0.1, 0.9, -3.0, 1.1, 0.0]
 DRAWS = 3000
@@ -36,7 +39,8 @@ def sampled(
     ]
     step = Step(epoch=1, step_id=1, mode="decode", segments=segments, admissions=admissions, ended=[])
     sampler.apply(step)
-    return list(zip(*sampler.sample(step, logits), strict=True))
+    drawn = sampler.sample(step, logits)
+    return list(zip(drawn.tokens, drawn.logprobs, strict=True))
 
 
 PROMPT, ANSWER = [2, 0], [6, 6, 1]
@@ -117,44 +121,147 @@ def cuts(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+def cut(logits: list[float] | Floats, chosen: SamplingParams) -> Candidates:
+    candidates = Candidates.of(np.array(logits, dtype=np.float32), chosen.top_k, chosen.temperature)
+    candidates.drop_unlikely(chosen.min_p)
+    return candidates.nucleus(chosen.top_p) if chosen.top_p < 1 else candidates
+
+
+def tokens_of(candidates: Candidates) -> TokenIds:
+    return np.arange(len(candidates.weights)) if candidates.tokens is None else candidates.tokens
+
+
 @settings(deadline=None)
 @given(rows(), cuts())
 def test_what_may_be_drawn_is_what_the_definitions_keep(logits: list[float], chosen: SamplingParams) -> None:
-    candidates = Candidates.of(np.array(logits, dtype=np.float32), chosen.top_k, chosen.temperature)
-    candidates.drop_unlikely(chosen.min_p)
-    if chosen.top_p < 1:
-        candidates = candidates.nucleus(chosen.top_p)
-    tokens = np.arange(len(logits)) if candidates.tokens is None else candidates.tokens
-    kept = set(tokens[candidates.weights > 0].tolist())
+    candidates = cut(logits, chosen)
+    kept = set(tokens_of(candidates)[candidates.weights > 0].tolist())
     assert sorted(kept) == sorted(ranked(logits)[: len(kept)])
     # Rounding decides if a share is reached to within a few units in the last place of a float32.
     assert kept <= set(distribution(logits, chosen, slack=1e-5))
     assert kept >= {token for token, p in distribution(logits, chosen, slack=-1e-5).items() if p > 1e-30}
 
 
-def assert_drawn_at(share: float, candidates: Candidates, tokens: list[int]) -> None:
-    weights = [float(weight) for weight in candidates.weights]
-    whole = math.fsum(weights)
-    index = tokens.index(candidates.draw(share))
-    assert weights[index] > 0
-    assert math.fsum(weights[:index]) <= (share + 1e-9) * whole
-    assert math.fsum(weights[: index + 1]) >= (share - 1e-9) * whole
+def drawn_by_definition(candidates: Candidates, noise: Noise) -> int:
+    """The largest log(weight) + Gumbel noise, which is -log of an exponential number, over all in double precision."""
+    tokens, weights = tokens_of(candidates), candidates.weights.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return int(tokens[(np.log(weights) - np.log(noise.exponentials(tokens))).argmax()])
 
 
 @settings(deadline=None)
-@given(rows(), cuts(), st.one_of(st.just(0.0), st.floats(0, 1, exclude_max=True)))
-def test_a_draw_is_where_the_running_sum_passes_the_share(
-    logits: list[float], chosen: SamplingParams, share: float
+@given(rows(), cuts(), st.integers(0, 2**40))
+def test_a_draw_is_the_best_of_log_probabilities_with_gumbel_noise(
+    logits: list[float], chosen: SamplingParams, position: int
 ) -> None:
-    candidates = Candidates.of(np.array(logits, dtype=np.float32), chosen.top_k, chosen.temperature)
-    tokens = list(range(len(logits))) if candidates.tokens is None else candidates.tokens.tolist()
-    assert_drawn_at(share, candidates, tokens)
+    expected = drawn_by_definition(cut(logits, chosen), Noise.of(chosen.seed, chosen.choice, position))
+    assert draw_token(np.array(logits, dtype=np.float32), chosen, position) == expected
 
 
-def test_draws_from_a_large_vocabulary_are_where_the_running_sum_passes_the_share() -> None:
-    candidates = Candidates.of(np.random.default_rng(0).normal(size=5000).astype(np.float32), 0, 1.0)
-    for share in np.linspace(0, 1, 101)[:-1]:
-        assert_drawn_at(float(share), candidates, list(range(5000)))
+VOCABULARIES: dict[str, Callable[[np.random.Generator], Doubles]] = {
+    "flat": lambda _: np.zeros(129280),
+    "spread": lambda generator: generator.normal(size=129280) * 3,
+    "peaked": lambda generator: generator.normal(size=129280) + np.where(np.arange(129280) == 77777, 14, 0),
+    "underflowing": lambda generator: generator.normal(size=129280) * 40,
+    "half excluded": lambda generator: np.where(generator.random(129280) < 0.5, -np.inf, 0.0),
+    "few allowed": lambda generator: np.where(generator.random(129280) < 1e-4, generator.normal(size=129280), -np.inf),
+}
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_draws_from_a_large_vocabulary_are_by_the_definition(name: str, top_p: float) -> None:
+    logits = VOCABULARIES[name](np.random.default_rng(1)).astype(np.float32)
+    chosen = params(top_p=top_p)
+    candidates = cut(logits, chosen)
+    for position in range(20):
+        expected = drawn_by_definition(candidates, Noise.of(0, 0, position))
+        assert draw_token(logits, chosen, position) == expected
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-44, 1e-30, 1e-18, 1e-15, 0.5])
+@pytest.mark.parametrize("output", [0, 2**12, 2**33, 2**64 - 1])
+def test_draws_are_by_the_definition_at_both_ends_of_the_noise(weight: float, output: int) -> None:
+    """Where one token has the smallest number or the largest of all, whatever its weight is."""
+    weights = np.full(5000, weight, dtype=np.float32)
+    weights[17], weights[4000:] = 1, 0.0
+    for token in (0, 17, 3999, 4999):
+        noise = Noise(key_with(output, token))
+        candidates = Candidates(None, np.zeros(5000, dtype=np.float32), weights)
+        assert candidates.draw(noise) == drawn_by_definition(candidates, noise)
+
+
+@settings(deadline=None)
+@given(rows(), st.floats(0.1, 3.0), st.integers(0, 2**40), st.integers(0, 2**32))
+def test_a_draw_does_not_depend_on_candidates_that_are_dropped(
+    logits: list[float], temperature: float, position: int, mask: int
+) -> None:
+    """If the token drawn from all is among those kept, it is drawn from these, however the others were dropped."""
+    noise, whole = Noise.of(1, 0, position), cut(logits, params(temperature=temperature))
+    drawn = whole.draw(noise)
+    kept = np.random.default_rng(mask).random(len(logits)) < 0.3
+    kept[[drawn, int(np.argmax(logits))]] = True
+    tokens = np.flatnonzero(kept)
+    assert Candidates(tokens, whole.logits[tokens], whole.weights[tokens]).draw(noise) == drawn
+    assert Candidates(None, whole.logits, whole.weights * kept).draw(noise) == drawn
+    excluded = np.where(kept, np.array(logits, dtype=np.float32), np.float32(-np.inf))
+    assert draw_token(excluded, params(temperature=temperature, seed=1), position) == drawn
+
+
+def test_equal_times_rank_by_token_id() -> None:
+    class Even(Noise):
+        def exponentials(self, tokens: TokenIds) -> Doubles:
+            return np.ones(len(tokens))
+
+    candidates = Candidates(np.array([3, 5, 9]), np.zeros(3, np.float32), np.array([0.5, 1, 1], dtype=np.float32))
+    assert candidates.draw(Even(0)) == 5
+
+
+PAIRS, POSITIONS = 40, 300
+
+
+def pair_of_logits(generator: np.random.Generator) -> tuple[Floats, Floats]:
+    """Two rows of logits, flat or peaked, from nearly equal to unlike; some tokens are excluded from one alone."""
+    size = int(generator.choice([2, 5, 40, 2000]))
+    first = generator.normal(size=size) * generator.choice([0.0, 1.0, 4.0])
+    second = first + generator.normal(size=size) * generator.choice([0.1, 0.5, 2.0])
+    if generator.random() < 0.3:
+        second[: size // 3] = -np.inf
+    return first.astype(np.float32), second.astype(np.float32)
+
+
+def probabilities(logits: Floats) -> Doubles:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities: Doubles = weights / weights.sum()
+    return probabilities
+
+
+def agreement(p: Doubles, q: Doubles) -> float:
+    """The chance that the races of `p` and `q` with the same noise end alike: sum over t of 1 / sum over i of
+    max(p_i / p_t, q_i / q_t), as i is behind t in both races with noise of at least that rate (Daliri et al.)."""
+    both = np.flatnonzero((p > 0) & (q > 0))
+    return math.fsum(1 / np.maximum(p / p[token], q / q[token]).sum() for token in both)
+
+
+def test_two_models_draws_agree_as_often_as_they_can_without_communication() -> None:
+    """Error rates under one in a million: five standard deviations for each pair and for all together."""
+    generator = np.random.default_rng(4)
+    agreed, bounds, limits = [], [], []
+    for pair in range(PAIRS):
+        logits = pair_of_logits(generator)
+        p, q = map(probabilities, logits)
+        variation = float(np.abs(p - q).sum() / 2)
+        tokens = [[draw_token(row, params(seed=pair), position) for position in range(POSITIONS)] for row in logits]
+        share = sum(one == other for one, other in zip(*tokens, strict=True)) / POSITIONS
+        expected = agreement(p, q)
+        assert abs(share - expected) <= 5 * math.sqrt(expected * (1 - expected) / POSITIONS) + 0.01
+        agreed.append(share)
+        bounds.append((1 - variation) / (1 + variation))
+        limits.append(1 - variation)
+    deviation = 5 * 0.5 / math.sqrt(PAIRS * POSITIONS)
+    assert np.mean(bounds) - deviation <= np.mean(agreed) <= np.mean(limits) + deviation
+    # The pairs are such that the bounds say something: neither all alike nor all different.
+    assert 0.3 < np.mean(bounds) < np.mean(limits) < 0.9
 
 
 @given(rows(), cuts(), st.integers(-(2**63), 2**64), st.integers(0, 2**40))
@@ -228,20 +335,6 @@ def test_nothing_depends_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
         results.append(sampled(logits, [params(**chosen) for chosen in options], [PROMPT + ANSWER] * len(options)))
     assert results[0] == results[1] == results[2]
-
-
-def test_random_numbers_depend_on_seed_choice_and_position() -> None:
-    keys = [(seed, choice, position) for seed in (0, 1, -1) for choice in (0, 1) for position in (0, 1, 2**40)]
-    drawn = {key: uniform(*key) for key in keys}
-    assert len(set(drawn.values())) == len(keys)
-    assert all(0 <= value < 1 for value in drawn.values())
-    assert drawn == {key: uniform(*key) for key in keys}
-
-
-def test_random_numbers_are_uniform() -> None:
-    values = np.sort([uniform(5, 0, position) for position in range(2000)])
-    distance = np.abs(values - (np.arange(2000) + 0.5) / 2000).max()
-    assert distance < 2.6 / math.sqrt(2000)  # Kolmogorov-Smirnov, error rate under 3e-6
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
