@@ -13,7 +13,7 @@ OUTPUTS_WAITING_MAX = 4096
 
 """Outputs that may wait for their consumer: a client that reads at all falls less behind."""
 
-TOO_SLOW = f"The client read too slowly: {OUTPUTS_WAITING_MAX} tokens waited for it."
+TOO_SLOW = f"The client read too slowly: {OUTPUTS_WAITING_MAX} parts of its answer waited for it."
 
 
 class RequestStream(AsyncIterator[RequestOutput]):

@@ -20,6 +20,7 @@ from api.text.served_model import ServedModel
 from api.text.tokenizer import has_tokenizer
 from stages.plan import default_microbatches
 from weights.model_config import ConfigChanges, ModelConfig
+from weights.sizes import counted
 
 log = LateLogger(__name__)
 
@@ -70,9 +71,10 @@ class DemoSetup(msgspec.Struct, frozen=True, kw_only=True):
         whole = ModelConfig.from_file(source.path / "config.json")
         config = whole.changed(changes)
         settings = _engine_settings(options, settings, config)
-        if settings.drafts.count and settings.needs_weights and config.num_hidden_layers < whole.num_hidden_layers:
+        if settings.drafts.count and config.num_hidden_layers < whole.num_hidden_layers:
             raise OptionError(
-                "Drafts are made from what the model's last layer gives: leave out --override-num-layers or --mtp on."
+                f"Tokens are drafted behind the last of the model's {counted(whole.num_hidden_layers, 'layer')}, and "
+                f"{config.num_hidden_layers} of them are to run: leave out --mtp on, or run them all."
             )
         engine = settings.engine_options(source, config, changes)
         model = _served_model(options, source, config, engine.pipeline.stage.cache.max_model_len)

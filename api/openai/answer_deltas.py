@@ -14,7 +14,7 @@ class CallDelta(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """The next part of a message, of one kind: a delta never has reasoning and content together."""
+    """The next part of a message, of one kind: reasoning, content or one call."""
 
     reasoning: str = ""
     content: str = ""
@@ -66,6 +66,30 @@ class DeltaCollector:
             last.parts += run.parts
         else:
             self._runs.append(run)
+
+
+def joined_deltas(deltas: list[Delta]) -> list[Delta]:
+    """The same deltas, with those of one kind that follow each other joined."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        both = _both(joined[-1], delta) if joined else None
+        if both is None:
+            joined.append(delta)
+        else:
+            joined[-1] = both
+    return joined
+
+
+def _both(first: Delta, second: Delta) -> Delta | None:
+    """Both deltas as one; None where they are not of one kind, or of two calls."""
+    if first.reasoning and second.reasoning:
+        return Delta(reasoning=first.reasoning + second.reasoning)
+    if first.content and second.content:
+        return Delta(content=first.content + second.content)
+    if first.calls and second.calls and first.calls[0].index == second.calls[0].index:
+        call = first.calls[0]
+        return Delta(calls=(CallDelta(call.index, call.name, call.arguments + second.calls[0].arguments),))
+    return None
 
 
 def _delta(run: _Run) -> Delta:

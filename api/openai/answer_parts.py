@@ -1,5 +1,6 @@
 """The parts of one answer in their order: thoughts, texts and tool calls, each with a beginning and an end."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -72,8 +73,29 @@ class PartReader:
         """The reason of the answer's end, when it has come: the calls, where it ends with some that are complete."""
         return self._reader.finish(self.last.finish_reason or "stop")
 
-    def add(self, chunk: Chunk) -> Iterator[Step]:
-        """Gives what the chunk does to parts; the last one ends them."""
+    def add(self, chunks: list[Chunk]) -> Iterator[Step]:
+        """Gives what chunks do to parts; the last one ends them. Texts of a part that follow each other are joined."""
+        held: Step | None = None
+        for step in itertools.chain.from_iterable(map(self._add, chunks)):
+            if held is not None and held.kind == step.kind == "more" and held.part is step.part:
+                held = Step(
+                    part=held.part, kind="more", text=held.text + step.text, logprobs=[*held.logprobs, *step.logprobs]
+                )
+                continue
+            if held is not None:
+                yield held
+            held = step
+        if held is not None:
+            yield held
+
+    def read(self, chunks: list[Chunk]) -> list[Part]:
+        """Returns the parts of a whole answer."""
+        for chunk in chunks:
+            for _ in self._add(chunk):
+                pass
+        return self.parts
+
+    def _add(self, chunk: Chunk) -> Iterator[Step]:
         self._last = chunk
         was_thinking = self._reader.is_thinking
         deltas = self._reader.add(chunk)
@@ -89,13 +111,6 @@ class PartReader:
             if self._has_always_one and not self.parts:
                 yield from self._more("text", "")
             yield from self._end(is_cut=chunk.finish_reason == "length")
-
-    def read(self, chunks: list[Chunk]) -> list[Part]:
-        """Returns the parts of a whole answer."""
-        for chunk in chunks:
-            for _ in self.add(chunk):
-                pass
-        return self.parts
 
     def _keep_entries(self, chunk: Chunk, is_dropped: bool) -> None:
         """Keeps entries until the text of their tokens comes; those of a thought and the tag behind it are dropped."""

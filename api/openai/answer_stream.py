@@ -123,9 +123,10 @@ class ChoiceText:
 
 
 class ChunkStream:
-    """The chunks of all choices of one request, as they come. Close it in any case: `contextlib.aclosing`.
+    """The chunks of all choices of one request, as they come: those of one output of the engine together.
 
-    A choice whose text ends with a stop string is aborted in the engine at once; `aclose` aborts the others.
+    Close it in any case: `contextlib.aclosing`. A choice whose text ends with a stop string is aborted in the engine at
+    once; `aclose` aborts the others.
     """
 
     def __init__(self) -> None:
@@ -145,38 +146,41 @@ class ChunkStream:
         for _, stream in self._choices:
             await stream.aclose()
 
-    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
+    async def __aiter__(self) -> AsyncGenerator[list[Chunk], None]:
         """Raises what the engine's streams raise; the other choices then give no more chunks."""
         for chunk in self._empty:
-            yield chunk
+            yield [chunk]
         source = _chunks_of(*self._choices[0]) if len(self._choices) == 1 else _merged(self._choices)
         async with aclosing(source):
-            async for chunk in source:
-                yield chunk
+            async for chunks in source:
+                yield chunks
 
 
-async def _chunks_of(text: ChoiceText, stream: TokenStream) -> AsyncGenerator[Chunk, None]:
+async def _chunks_of(text: ChoiceText, stream: TokenStream) -> AsyncGenerator[list[Chunk], None]:
     async for output in stream:
-        for chunk in text.add_output(output):
-            if chunk.finish_reason is not None:
-                await stream.aclose("stop")
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
+        chunks = list(text.add_output(output))
+        if not chunks:
+            continue
+        is_last = chunks[-1].finish_reason is not None
+        if is_last:
+            await stream.aclose("stop")
+        yield chunks
+        if is_last:
+            return
     raise EngineError.for_clients("The engine's answer ended before this request was complete.")
 
 
-async def _merged(choices: list[tuple[ChoiceText, TokenStream]]) -> AsyncGenerator[Chunk, None]:
+async def _merged(choices: list[tuple[ChoiceText, TokenStream]]) -> AsyncGenerator[list[Chunk], None]:
     # A client that does not read holds up all its choices, but not for ever: `_forward` ends them.
-    queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
+    queue: asyncio.Queue[list[Chunk] | None] = asyncio.Queue()
     most = OUTPUTS_WAITING_MAX * len(choices)
     tasks = [asyncio.create_task(_forward(text, stream, queue, most)) for text, stream in choices]
     try:
         running = len(tasks)
         while running:
-            chunk = await queue.get()
-            if chunk is not None:
-                yield chunk
+            chunks = await queue.get()
+            if chunks is not None:
+                yield chunks
                 continue
             running -= 1
             for task in tasks:
@@ -188,13 +192,13 @@ async def _merged(choices: list[tuple[ChoiceText, TokenStream]]) -> AsyncGenerat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _forward(text: ChoiceText, stream: TokenStream, queue: asyncio.Queue[Chunk | None], most: int) -> None:
+async def _forward(text: ChoiceText, stream: TokenStream, queue: asyncio.Queue[list[Chunk] | None], most: int) -> None:
     try:
-        async for chunk in _chunks_of(text, stream):
+        async for chunks in _chunks_of(text, stream):
             if queue.qsize() >= most:
                 await stream.aclose()
                 raise EngineError.for_clients(TOO_SLOW)
-            queue.put_nowait(chunk)
+            queue.put_nowait(chunks)
     finally:
         queue.put_nowait(None)
 
@@ -224,8 +228,11 @@ class AnswerWriter(Protocol):
         """The events before the first chunk, when nothing is generated yet: none, unless a route has some."""
         yield from ()
 
-    def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
-        """The server-sent events of a chunk; `usage` is that of its choice alone."""
+    def events(self, chunks: list[Chunk], usage: Usage) -> Iterator[bytes]:
+        """The server-sent events of chunks of one choice that came together; `usage` is that of the choice alone.
+
+        What could be one event is one, as in vLLM.
+        """
 
     def last_events(self, usage: Usage) -> Iterator[bytes]:
         """The events after the last chunk."""
@@ -263,9 +270,9 @@ class AnswerStream:
         """Waits for the whole answer. Raises what the engine's streams raise."""
         chunks: list[list[Chunk]] = [[] for _ in self._choices]
         try:
-            async for chunk in self._source:
-                self._record(chunk)
-                chunks[chunk.index].append(chunk)
+            async for together in self._source:
+                self._record(together[-1])
+                chunks[together[-1].index] += together
         except Exception as error:
             self._failure = str(error)
             raise
@@ -276,11 +283,12 @@ class AnswerStream:
         try:
             for event in self._answer.first_events(self._usage()):
                 yield event
-            async for chunk in self._source:
-                self._record(chunk)
-                prompt_tokens = len(self._choices[chunk.index].prompt.tokens)
-                usage = Usage.of(prompt_tokens, chunk.completion_tokens, chunk.cached_tokens)
-                for event in self._answer.events(chunk, usage):
+            async for chunks in self._source:
+                last = chunks[-1]
+                self._record(last)
+                prompt_tokens = len(self._choices[last.index].prompt.tokens)
+                usage = Usage.of(prompt_tokens, last.completion_tokens, last.cached_tokens)
+                for event in self._answer.events(chunks, usage):
                     yield event
             for event in self._answer.last_events(self._usage()):
                 yield event
@@ -305,6 +313,7 @@ class AnswerStream:
         self._log()
 
     def _record(self, chunk: Chunk) -> None:
+        """Notes the last chunk of a choice so far."""
         if chunk.index not in self._last:
             self._ticket.began(chunk.index)
         self._last[chunk.index] = chunk

@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from api.openai.answer_deltas import Delta
+from api.openai.answer_deltas import Delta, joined_deltas
 from api.openai.answer_stream import AnswerWriter, Chunk
 from api.openai.bodies import DONE_EVENT, ErrorBody, Usage, event
 from api.openai.chat import ChatTurn
@@ -164,31 +164,34 @@ class ChatWriter(AnswerWriter):
             prompt_logprobs=UNSET if details is None else details.prompt_logprobs,
         )
 
-    def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
-        """The events of a chunk: its role before a choice's first, then one for each part that it adds."""
-        reader = self._reader(chunk.index)
-        deltas = reader.add(chunk)
+    def events(self, chunks: list[Chunk], usage: Usage) -> Iterator[bytes]:
+        """The events of chunks: the role before a choice's first, then one for each part that they add."""
+        last = chunks[-1]
+        index, finish = last.index, last.finish_reason
+        reader = self._reader(index)
+        deltas = joined_deltas([delta for chunk in chunks for delta in reader.add(chunk)])
+        details = joined_details([chunk.details for chunk in chunks if chunk.details is not None])
         if not reader.has_begun:
             reader.has_begun = True
             first = AnswerMessage(role="assistant", content="")
-            tokens = UNSET if chunk.details is None else chunk.details.prompt_token_ids
-            yield self._event(ChatChunkChoice(index=chunk.index, delta=first), chunk, usage, tokens)
-        messages = [self._delta(delta, chunk.index) for delta in deltas]
-        if not messages and (chunk.finish_reason is not None or chunk.details is not None):
+            tokens = UNSET if details is None else details.prompt_token_ids
+            yield self._event(ChatChunkChoice(index=index, delta=first), usage, tokens)
+        messages = [self._delta(delta, index) for delta in deltas]
+        if not messages and (finish is not None or details is not None):
             messages = [AnswerMessage()]
         for position, message in enumerate(messages):
-            # What belongs to the chunk's tokens goes with the first part, and its end with the last.
-            details = chunk.details if position == 0 else None
-            is_end = position == len(messages) - 1 and chunk.finish_reason is not None
+            # What belongs to the chunks' tokens goes with the first part, and the end with the last.
+            own = details if position == 0 else None
+            is_end = position == len(messages) - 1 and finish is not None
             choice = ChatChunkChoice(
-                index=chunk.index,
+                index=index,
                 delta=message,
-                logprobs=None if details is None else details.chat_logprobs,
-                finish_reason=reader.finish(chunk.finish_reason) if is_end and chunk.finish_reason else None,
-                stop_reason=chunk.stop_reason if is_end else UNSET,
-                token_ids=UNSET if details is None else details.token_ids,
+                logprobs=None if own is None else own.chat_logprobs,
+                finish_reason=reader.finish(finish) if is_end and finish else None,
+                stop_reason=last.stop_reason if is_end else UNSET,
+                token_ids=UNSET if own is None else own.token_ids,
             )
-            yield self._event(choice, chunk, usage)
+            yield self._event(choice, usage)
 
     def last_events(self, usage: Usage) -> Iterator[bytes]:
         """What comes after the last chunk."""
@@ -270,12 +273,10 @@ class ChatWriter(AnswerWriter):
     def _with_reasoning(self, usage: Usage) -> Usage:
         return usage.with_reasoning(sum(reader.reasoning_tokens for reader in self._readers.values()))
 
-    def _event(
-        self, choice: ChatChunkChoice, chunk: Chunk, usage: Usage, prompt_token_ids: list[int] | Unset = UNSET
-    ) -> bytes:
+    def _event(self, choice: ChatChunkChoice, usage: Usage, prompt_token_ids: list[int] | Unset = UNSET) -> bytes:
         given: Usage | Unset | None = None if self._options.include_usage else UNSET
         if self._options.continuous_usage_stats:
-            given = usage.with_reasoning(self._reader(chunk.index).reasoning_tokens)
+            given = usage.with_reasoning(self._reader(choice.index).reasoning_tokens)
         return event(self._chunk([choice], given, prompt_token_ids))
 
     def _chunk(

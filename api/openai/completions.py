@@ -187,10 +187,10 @@ class CompletionWriter(AnswerWriter):
         """The answer that consists of these chunks of each choice."""
         return self._completion([_joined(chunks) for chunks in choices], usage)
 
-    def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
-        """The event of a chunk; `usage` is that of its choice so far."""
+    def events(self, chunks: list[Chunk], usage: Usage) -> Iterator[bytes]:
+        """The event of chunks that came together; `usage` is that of their choice so far."""
         given: Usage | msgspec.UnsetType | None = None if self._options.include_usage else msgspec.UNSET
-        yield event(self._completion([_choice(chunk)], usage if self._options.continuous_usage_stats else given))
+        yield event(self._completion([_joined(chunks)], usage if self._options.continuous_usage_stats else given))
 
     def last_events(self, usage: Usage) -> Iterator[bytes]:
         """What comes after the last chunk."""
@@ -226,6 +226,8 @@ def _choice(chunk: Chunk) -> CompletionChoice:
 
 def _joined(chunks: list[Chunk]) -> CompletionChoice:
     """The choice that consists of these chunks."""
+    if len(chunks) == 1:
+        return _choice(chunks[0])
     text = "".join(chunk.text for chunk in chunks)
     details = joined_details([chunk.details for chunk in chunks if chunk.details is not None])
     return _choice(msgspec.structs.replace(chunks[-1], text=text, details=details))

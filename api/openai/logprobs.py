@@ -306,9 +306,9 @@ class TokenDetails:
 
 
 def joined_details(parts: list[Details]) -> Details | None:
-    """Joins the details of all chunks of a choice in their order; returns None without parts."""
-    if not parts:
-        return None
+    """Joins the details of chunks of a choice in their order; returns None without parts."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
     first = parts[0]
     return msgspec.structs.replace(
         first,

@@ -6,21 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.sampling.logprobs import Floats, TokenIds, best_tokens, block_sums, softmax_weights
-from stages.sampling.noise import HIGH_BITS, LEAST, Noise
+from stages.sampling.logprobs import Floats, TokenIds, best_tokens, block_sums, softmax_weights, weights_below
+from stages.sampling.noise import Noise
+from stages.sampling.race import SMALL, first_of, first_of_all
 from stages.step import GREEDY_BELOW, SamplingParams
-
-NEVER_DRAWN = 2.0**-59
-"""Tokens of smaller weight cannot come before the best one, whose weight is 1, whatever the noise is.
-
-They come at 2^-53 / weight or later, and the best one at -log(2^-53), which is 36.7, or earlier.
-"""
-
-ROUNDING = 1e-6
-"""More than three roundings in float32 add up to."""
-
-SMALL = 1024
-"""So many candidates' exact times take no longer than the choice of those that need them."""
 
 BAND_BITS = 18
 """Low bits of a float32 that two weights of one band may differ in: there are 32 bands to each power of two."""
@@ -64,32 +53,20 @@ class Candidates:
         return near
 
     def draw(self, noise: Noise) -> int:
-        """The token that comes first in an exponential race (the Gumbel-max trick), each at the rate of its weight.
+        """The token drawn with this `noise`, each with its share of all weights as its probability."""
+        kept = self.weights > 0
+        if np.count_nonzero(kept) <= SMALL:
+            indices = np.flatnonzero(kept)
+            return first_of(noise, indices if self.tokens is None else self.tokens[indices], self.weights[indices])
+        return first_of_all(noise, self._of_all(), lambda weights: weights)
 
-        It is the one with the largest log(weight) - log(exponential), where the latter is Gumbel noise. As a token's
-        noise depends on no other token, two models that draw with the same noise agree with a probability of at least
-        (1 - TV) / (1 + TV), where TV is the total variation distance of what they draw from (Daliri et al.,
-        arXiv:2408.07978). Equal times rank by token id.
-        """
-        near = self._contenders(noise)
-        tokens = near if self.tokens is None else self.tokens[near]
-        return int(tokens[(noise.exponentials(tokens) / self.weights[near]).argmin()])
-
-    def _contenders(self, noise: Noise) -> TokenIds:
-        """The indices of all candidates that may come first, in ascending order, and of few others."""
-        possible = self.weights >= NEVER_DRAWN
-        if len(possible) <= SMALL or np.count_nonzero(possible) * FEW < len(possible):
-            return np.flatnonzero(possible)
-        # An exponential number is never less than its uniform one, which is never less than its high bits.
-        high = noise.high_bits(self.tokens, len(self.weights))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            earliest = high.astype(np.float32) / self.weights
-        # Zero by zero is not a number, which is the first of all here.
-        first = int(earliest.argmin())
-        if not possible[first]:
-            return np.flatnonzero(possible)
-        latest = -math.log1p(LEAST - (int(high[first]) + 1) * 2.0**-HIGH_BITS) / float(self.weights[first])
-        return np.flatnonzero(earliest <= np.float32(latest * 2.0**HIGH_BITS * (1 + ROUNDING)))
+    def _of_all(self) -> Floats:
+        """The weights of all tokens up to the last candidate."""
+        if self.tokens is None:
+            return self.weights
+        weights = np.zeros(int(self.tokens[-1]) + 1, dtype=np.float32)
+        weights[self.tokens] = self.weights
+        return weights
 
     def _gathered(self, chosen: NDArray[np.bool_]) -> "Candidates":
         indices = np.flatnonzero(chosen)
@@ -129,9 +106,12 @@ def draw_token(logits: Floats, params: SamplingParams, position: int) -> int:
     best = int(logits.argmax())
     if params.temperature < GREEDY_BELOW or not math.isfinite(logits[best]):
         return best
+    noise = Noise.of(params.seed, params.choice, position)
+    if not params.top_k and not params.min_p and params.top_p >= 1:
+        return first_of_all(noise, logits, lambda some: weights_below(logits[best], some, params.temperature))
     candidates = Candidates.of(logits, params.top_k, params.temperature)
     if params.min_p:
         candidates.drop_unlikely(params.min_p)
     if params.top_p < 1:
         candidates = candidates.nucleus(params.top_p)
-    return candidates.draw(Noise.of(params.seed, params.choice, position))
+    return candidates.draw(noise)

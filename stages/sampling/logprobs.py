@@ -37,9 +37,14 @@ def token_ids(tokens: Iterable[int], vocabulary: int) -> TokenIds:
 
 def softmax_weights(logits: Floats, temperature: float) -> Floats:
     """exp((logits - best) / temperature), [vocabulary]: softmax before the division by the sum; the best has 1."""
+    return weights_below(logits.max(), logits, temperature)
+
+
+def weights_below(best: np.float32, logits: Floats, temperature: float) -> Floats:
+    """The weights of some `logits`, where `best` is the largest of all."""
     # A difference that overflows becomes minus infinity, whose weight is 0.
     with np.errstate(over="ignore"):
-        weights: Floats = logits - logits.max()
+        weights: Floats = logits - best
         weights /= np.float32(temperature)
     np.exp(weights, out=weights)
     return weights

@@ -1,6 +1,7 @@
 """The random numbers of draws: one exponential for each token at each position, whichever tokens may be drawn."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,24 +20,43 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
 """SplitMix64's finaliser: Stafford's variant 13 of MurmurHash3's, each shift followed by its factor but the last."""
 
-HIGH_BITS = 31
-"""The first bits of a number: the finaliser's last step leaves them as they are, and an int32 holds them."""
+LANES = 2048
+GROUP = 64
+"""Tokens whose smallest number is made before the others; at most 2^12, as it is an output's last bits that choose it.
 
-LEAST = 2.0**-53
-"""The smallest of the uniform numbers; the largest is 1 - LEAST, and both are exact in float64."""
+A group is every LANES-th of LANES * GROUP successive tokens, named by the first: so numpy finds the largest weights of
+all groups in successive memory.
+"""
 
-CHUNK = 1 << 14
-"""Tokens whose numbers are made at once, so that they stay in a core's cache."""
+PLACES = (GROUP - 1) * LANES
+"""The bits by which the tokens of a group differ."""
 
-STEPS: Words = np.arange(CHUNK, dtype=np.uint64) * np.uint64(GAMMA)
-STEPS.flags.writeable = False
+GROUPS_FROM = 1 << 40
+"""The number of the first group's output; those below are the tokens'."""
+
+
+class Minima(NamedTuple):
+    """The smallest number of each of some groups, and the token that has it."""
+
+    values: Doubles
+    tokens: TokenIds
+
+    def of(self, indices: TokenIds) -> "Minima":
+        """Those at `indices`."""
+        return Minima(self.values[indices], self.tokens[indices])
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random numbers by token id: token t has output number t of a SplitMix64 generator whose state begins at `key`.
+    """Independent numbers of the exponential distribution of rate 1 by token id, made from a 64-bit key.
 
-    Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014).
+    They are made in groups of GROUP tokens: the smallest number of a group is itself exponential, of rate GROUP, each
+    token is as likely to have it, and the others exceed it by independent numbers of rate 1, as exponentials have no
+    memory (Rényi, On the theory of order statistics, 1953). So the smallest numbers of the groups, which are few, rule
+    out nearly all tokens of a draw, and only what is left needs numbers of its own.
+
+    All come from the outputs of a SplitMix64 generator whose state begins at `key`: output t for token t (Steele, Lea
+    and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014).
     """
 
     key: int
@@ -46,58 +66,36 @@ class Noise:
         """The noise of this seed, choice and position; any integer may be a seed.
 
         The key is a number of Philox, a counter-based generator (Salmon et al., Parallel random numbers: as easy as
-        1, 2, 3, SC 2011), so that keys which differ in one bit have nothing to do with each other.
+        1, 2, 3, SC 2011), so that the streams of neighbouring positions have nothing to do with each other.
         """
         philox = np.random.Philox(key=np.array([seed & MASK, choice], dtype=np.uint64), counter=[0, 0, 0, position])
         return cls(int(philox.random_raw()))
 
-    def uniforms(self, tokens: TokenIds) -> Doubles:
-        """A number in (0, 1) for each of `tokens`: odd multiples of 2^-53, all with the same chance."""
-        words = self._states(tokens)
-        _mix(words, np.empty_like(words))
-        words ^= words >> np.uint64(LAST_SHIFT)
-        # Exact: the sum has 53 bits at most.
-        uniforms: Doubles = (words >> np.uint64(12)).astype(np.float64) * 2.0**-52 + LEAST
-        return uniforms
-
-    def exponentials(self, tokens: TokenIds) -> Doubles:
-        """A number of the exponential distribution of rate 1 for each of `tokens`, never less than its uniform one."""
-        exponentials: Doubles = -np.log1p(-self.uniforms(tokens))
-        return exponentials
-
-    def high_bits(self, tokens: TokenIds | None, count: int) -> NDArray[np.int32]:
-        """The uniform numbers of `tokens`, or of the first `count` if None, times 2^HIGH_BITS and rounded down.
-
-        These take a fraction of the time, and are enough to tell of nearly all tokens that they are not drawn.
-        """
-        high = np.empty(count, dtype=np.int32)
-        spare: Words = np.empty(min(count, CHUNK), dtype=np.uint64)
-        words = np.empty_like(spare)
-        for begin in range(0, count, CHUNK):
-            part = high[begin : begin + CHUNK]
-            states = words[: len(part)]
-            if tokens is None:
-                np.add(STEPS[: len(part)], self._state(begin), out=states)
-            else:
-                states[:] = self._states(tokens[begin : begin + CHUNK])
-            _mix(states, spare[: len(part)])
-            states >>= np.uint64(64 - HIGH_BITS)
-            part[:] = states
-        return high
-
-    def _state(self, token: int) -> np.uint64:
-        state: np.uint64 = np.uint64((self.key + (token + 1) * GAMMA) & MASK)
-        return state
-
-    def _states(self, tokens: TokenIds) -> Words:
-        states: Words = tokens.astype(np.uint64) * np.uint64(GAMMA)
-        states += self._state(0)
+    def outputs(self, numbers: TokenIds) -> Words:
+        """The outputs of SplitMix64 with these `numbers`, from 0."""
+        states: Words = numbers.astype(np.uint64) * np.uint64(GAMMA)
+        states += np.uint64((self.key + GAMMA) & MASK)
+        for shift, factor in ROUNDS:
+            states ^= states >> np.uint64(shift)
+            states *= np.uint64(factor)
+        states ^= states >> np.uint64(LAST_SHIFT)
         return states
 
+    def minima(self, groups: TokenIds) -> Minima:
+        """The smallest number of each of these `groups`."""
+        outputs = self.outputs(groups + GROUPS_FROM)
+        places = (outputs % np.uint64(GROUP)).astype(np.int64)
+        return Minima(_exponentials(outputs) / GROUP, groups + places * LANES)
 
-def _mix(words: Words, spare: Words) -> None:
-    """Finalises `words` but for the last step; `spare` is overwritten."""
-    for shift, factor in ROUNDS:
-        np.right_shift(words, np.uint64(shift), out=spare)
-        words ^= spare
-        words *= np.uint64(factor)
+    def exponentials(self, tokens: TokenIds, minima: Minima | None = None) -> Doubles:
+        """The number of each of `tokens`; `minima` are those of each token's group, if they are known."""
+        least = minima or self.minima(tokens & ~PLACES)
+        numbers: Doubles = least.values + _exponentials(self.outputs(tokens)) * (tokens != least.tokens)
+        return numbers
+
+
+def _exponentials(outputs: Words) -> Doubles:
+    """-log(1 - u), where u is an odd multiple of 2^-53 made of the first 52 bits, so that it is exact and in (0, 1)."""
+    uniforms = ((outputs >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    exponentials: Doubles = -np.log1p(-uniforms)
+    return exponentials

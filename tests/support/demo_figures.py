@@ -20,7 +20,7 @@ TT_METAL_STATISTICS = {
 """Keys of the tt-metal demo's statistics."""
 
 MTP_STATISTICS = {"mtp_verifies", "mtp_accepts", "mtp_accept_rate"}
-"""Those that it has with --mtp on alone."""
+"""The keys that it has with --mtp on alone."""
 
 NO_DRAFTS = DraftCounts()
 

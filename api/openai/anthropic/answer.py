@@ -210,10 +210,10 @@ class AnthropicWriter(AnswerWriter):
         )
         yield named_event(MessageStart(message=message))
 
-    def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
-        """The events of a chunk."""
+    def events(self, chunks: list[Chunk], usage: Usage) -> Iterator[bytes]:
+        """The events of chunks that came together."""
         self._silent += 1
-        for step in self._reader.add(chunk):
+        for step in self._reader.add(chunks):
             for event in self._step_events(step):
                 self._silent = 0
                 yield named_event(event)

@@ -210,9 +210,9 @@ class ResponseWriter(AnswerWriter):
         yield self._event(ResponseCreated(response=self._draft))
         yield self._event(ResponseInProgress(response=self._draft))
 
-    def events(self, chunk: Chunk, usage: Usage) -> Iterator[bytes]:
-        """The events of a chunk."""
-        for step in self._reader.add(chunk):
+    def events(self, chunks: list[Chunk], usage: Usage) -> Iterator[bytes]:
+        """The events of chunks that came together."""
+        for step in self._reader.add(chunks):
             yield from map(self._event, self._step_events(step))
 
     def last_events(self, usage: Usage) -> Iterator[bytes]:

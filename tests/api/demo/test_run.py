@@ -257,7 +257,8 @@ def test_an_option_that_is_none_is_refused(options: dict[str, Any], message: str
     [
         ({"mtp": "auto"}, "mtp"),
         ({"mtp": "off", "engine": EngineSettings.of(num_speculative_tokens=2)}, "--mtp off drafts nothing, and"),
-        ({"mtp": "on", "override_num_layers": 2}, "leave out --override-num-layers or --mtp on"),
+        ({"mtp": "on", "override_num_layers": 2}, "last of the model's 6 layers, and 2 of them are to run"),
+        ({"mtp": "on", "random_weights": True}, "1 of them are to run: leave out --mtp on"),
     ],
 )
 def test_drafts_that_cannot_be_made_are_one_sentence(options: dict[str, Any], message: str, engine: DemoEngine) -> None:

@@ -199,7 +199,7 @@ def test_a_request_prefills_from_its_first_slot_to_its_first_token_and_decodes_t
         meters.request_waits(request_id, 0)
         meters.request_runs(request_id, 1 * NS_PER_S)
     meters.outputs_came([output(0, 1), output(1, 1), output(2, 0)], 3 * NS_PER_S)
-    meters.outputs_came([output(0, 1), output(2, 0, "length")], 7 * NS_PER_S)
+    meters.outputs_came([output(0, 3), output(2, 0, "length")], 7 * NS_PER_S)
     meters.outputs_came([output(0, 1, "stop"), output(9, 1)], 8 * NS_PER_S)
     meters.request_leaves(1)  # Aborted after a token,
     meters.request_leaves(3)  # and before one.

@@ -62,7 +62,7 @@ def streamed(chunks: list[Chunk], answer: AnthropicWriter | None = None) -> Name
     answer = answer or writer()
     events = [*answer.first_events(usage_of([]))]
     for chunk in chunks:
-        events += answer.events(chunk, usage_of([chunk]))
+        events += answer.events([chunk], usage_of([chunk]))
     events += answer.last_events(usage_of(chunks))
     return named_events(b"".join(events).decode())
 

@@ -53,7 +53,7 @@ def streamed(pieces: list[str], finish: ChunkFinish = "stop", **fields: Any) -> 
     answer, chunks = writer(**fields), chunks_of(pieces, finish)
     events = [*answer.first_events(usage_of([]))]
     for chunk in chunks:
-        events += answer.events(chunk, usage_of([chunk]))
+        events += answer.events([chunk], usage_of([chunk]))
     events += answer.last_events(usage_of(chunks))
     return named_events(b"".join(events).decode())
 
@@ -335,7 +335,7 @@ def test_a_stream_that_fails_says_so_in_both_ways_that_clients_look_for(begun: b
     if begun:
         events += answer.first_events(usage_of([]))
         for chunk in chunks_of(["hm</think>", "half", "more"])[:2]:
-            events += answer.events(chunk, usage_of([chunk]))
+            events += answer.events([chunk], usage_of([chunk]))
     events.append(answer.failure(status_body(503, "It died.")))
     stream = named_events(b"".join(events).decode())
     assert [event["sequence_number"] for _, event in stream] == list(range(len(stream)))

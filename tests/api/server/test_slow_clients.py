@@ -189,7 +189,7 @@ async def test_a_consumer_that_falls_far_behind_is_aborted_and_finds_what_it_mis
     assert aborted == [(1, "abort")]
     for _ in range(OUTPUTS_WAITING_MAX):
         assert (await anext(stream)).tokens == [1]
-    with pytest.raises(EngineError, match=f"read too slowly: {OUTPUTS_WAITING_MAX} tokens"):
+    with pytest.raises(EngineError, match=f"read too slowly: {OUTPUTS_WAITING_MAX} parts"):
         await anext(stream)
     await stream.aclose()
     assert len(aborted) == 1

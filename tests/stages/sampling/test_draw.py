@@ -1,7 +1,7 @@
 """Draws of tokens against the definitions written out, by statistics, and by what they must not depend on."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -17,7 +17,6 @@ from stages.sampling.noise import Noise
 from stages.sampling.sampler import Sampler
 from stages.step import NO_TOKEN, VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
 from tests.support.sampling_reference import changed_logits, chi_squared_bound, distribution, ranked
-from tests.support.splitmix import key_with
 
 LOGITS = [1.3, -0.4, 2.0, 0.1, 0.9, -3.0, 1.1, 0.0]
 DRAWS = 3000
@@ -158,37 +157,15 @@ def test_a_draw_is_the_best_of_log_probabilities_with_gumbel_noise(
     assert draw_token(np.array(logits, dtype=np.float32), chosen, position) == expected
 
 
-VOCABULARIES: dict[str, Callable[[np.random.Generator], Doubles]] = {
-    "flat": lambda _: np.zeros(129280),
-    "spread": lambda generator: generator.normal(size=129280) * 3,
-    "peaked": lambda generator: generator.normal(size=129280) + np.where(np.arange(129280) == 77777, 14, 0),
-    "underflowing": lambda generator: generator.normal(size=129280) * 40,
-    "half excluded": lambda generator: np.where(generator.random(129280) < 0.5, -np.inf, 0.0),
-    "few allowed": lambda generator: np.where(generator.random(129280) < 1e-4, generator.normal(size=129280), -np.inf),
-}
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.95])
-@pytest.mark.parametrize("name", VOCABULARIES)
-def test_draws_from_a_large_vocabulary_are_by_the_definition(name: str, top_p: float) -> None:
-    logits = VOCABULARIES[name](np.random.default_rng(1)).astype(np.float32)
-    chosen = params(top_p=top_p)
+@pytest.mark.parametrize(
+    "chosen", [params(), params(top_p=0.95), params(top_k=3000), params(temperature=0.3, top_p=0.9)]
+)
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0])
+def test_draws_from_a_large_vocabulary_are_by_the_definition(chosen: SamplingParams, spread: float) -> None:
+    logits = np.random.default_rng(1).normal(size=129280).astype(np.float32) * np.float32(spread)
     candidates = cut(logits, chosen)
     for position in range(20):
-        expected = drawn_by_definition(candidates, Noise.of(0, 0, position))
-        assert draw_token(logits, chosen, position) == expected
-
-
-@pytest.mark.parametrize("weight", [0.0, 1e-44, 1e-30, 1e-18, 1e-15, 0.5])
-@pytest.mark.parametrize("output", [0, 2**12, 2**33, 2**64 - 1])
-def test_draws_are_by_the_definition_at_both_ends_of_the_noise(weight: float, output: int) -> None:
-    """Where one token has the smallest number or the largest of all, whatever its weight is."""
-    weights = np.full(5000, weight, dtype=np.float32)
-    weights[17], weights[4000:] = 1, 0.0
-    for token in (0, 17, 3999, 4999):
-        noise = Noise(key_with(output, token))
-        candidates = Candidates(None, np.zeros(5000, dtype=np.float32), weights)
-        assert candidates.draw(noise) == drawn_by_definition(candidates, noise)
+        assert draw_token(logits, chosen, position) == drawn_by_definition(candidates, Noise.of(0, 0, position))
 
 
 @settings(deadline=None)
@@ -208,21 +185,12 @@ def test_a_draw_does_not_depend_on_candidates_that_are_dropped(
     assert draw_token(excluded, params(temperature=temperature, seed=1), position) == drawn
 
 
-def test_equal_times_rank_by_token_id() -> None:
-    class Even(Noise):
-        def exponentials(self, tokens: TokenIds) -> Doubles:
-            return np.ones(len(tokens))
-
-    candidates = Candidates(np.array([3, 5, 9]), np.zeros(3, np.float32), np.array([0.5, 1, 1], dtype=np.float32))
-    assert candidates.draw(Even(0)) == 5
-
-
 PAIRS, POSITIONS = 40, 300
 
 
 def pair_of_logits(generator: np.random.Generator) -> tuple[Floats, Floats]:
     """Two rows of logits, flat or peaked, from nearly equal to unlike; some tokens are excluded from one alone."""
-    size = int(generator.choice([2, 5, 40, 2000]))
+    size = int(generator.choice([2, 5, 40, 300]))
     first = generator.normal(size=size) * generator.choice([0.0, 1.0, 4.0])
     second = first + generator.normal(size=size) * generator.choice([0.1, 0.5, 2.0])
     if generator.random() < 0.3:
