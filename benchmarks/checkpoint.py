@@ -123,7 +123,7 @@ def write_checkpoint(name: str, directory: Path) -> Path:
 
 
 def config_keys(size: Size) -> dict[str, object]:
-    """The contents of config.json. Random weights draft nothing, so there is no multi-token-prediction layer."""
+    """The contents of config.json. Random weights draft nothing, so a multi-token-prediction layer is left out."""
     sizes = msgspec.structs.asdict(size)
     quantisation = {"quantization_config": QUANTISATION} if sizes.pop("is_fp8") else {}
     changes = {"num_key_value_heads": size.num_attention_heads, "num_nextn_predict_layers": 0}

@@ -127,7 +127,7 @@ def _following_tokens(step: Step, sampled: Sampled) -> Iterator[int]:
     for segment in step.segments:
         own = next(answers) if segment.sample else [segment.next_token]
         known = own if step.mode == "decode" else [*segment.tokens[1:], *own]
-        # What could not be drawn is no token.
+        # In place of a token that could not be drawn.
         padded = [*known, *[0] * (len(segment.tokens) - len(known))]
         yield from (max(token, 0) for token in padded)
 

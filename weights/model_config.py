@@ -126,7 +126,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     def changed(self, changes: "ConfigChanges") -> "ModelConfig":
         """Returns the configuration with other layers. Raises CheckpointError where the model has fewer.
 
-        With fewer layers there is no multi-token-prediction layer: it reads the hidden states of the last of all.
+        A model of fewer layers has no multi-token-prediction layer: that reads the hidden states of the last of all.
         """
         layers = self.num_hidden_layers if changes.num_hidden_layers is None else changes.num_hidden_layers
         dense = self.first_k_dense_replace if changes.first_k_dense_replace is None else changes.first_k_dense_replace

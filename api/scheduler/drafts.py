@@ -38,7 +38,7 @@ RETRY_STEPS = 64
 """Steps after which a request whose drafts do not pay makes one again, by which it is judged anew."""
 
 PROBE = 16
-"""Of so many requests that begin where drafts do not pay, one uses the draft layer."""
+"""One of so many requests that begin where drafts do not pay uses the draft layer."""
 
 
 @dataclass(slots=True)

@@ -17,12 +17,13 @@ def sure_tokens(segment: Segment, mode: Mode) -> int:
 class Slot:
     """The blocks of one request in order, and the number of tokens cached in them.
 
-    The first `shared` of these tokens were there at the admission, and are not written again.
+    The first `shared` of these tokens were there at the admission, and are not written again; all but the first `sure`
+    are drafts of the latest step, which may have been rejected.
     """
 
     def __init__(self, blocks: list[int], tokens: int) -> None:
         self.blocks = blocks
-        self.tokens = self.shared = tokens
+        self.tokens = self.sure = self.shared = tokens
 
 
 class PageTables:
@@ -140,18 +141,12 @@ class PageTables:
         first, last = segment.start // self.options.block_size, (end - 1) // self.options.block_size
         if shared := [block for block in slot.blocks[first : last + 1] if holders[block] != 1]:
             raise StepError(f"Slot {segment.slot} writes block {shared[0]}, which another slot reads.")
-        self._check_keys(segment, slot, step)
+        # Drafts that were accepted fill a block with the step after theirs.
+        before, slot.sure = min(slot.sure, segment.start), sure_tokens(segment, step.mode)
+        filled = slot.sure // self.options.block_size - before // self.options.block_size
+        if len(segment.keys) not in {0, filled}:
+            raise StepError(f"Slot {segment.slot} fills {filled} blocks, but has keys of {len(segment.keys)}.")
         slot.tokens = end
-
-    def _check_keys(self, segment: Segment, slot: Slot, step: Step) -> None:
-        """Prompts have keys of all blocks that they fill; a decode step that of one, which earlier drafts may fill."""
-        full = sure_tokens(segment, step.mode) // self.options.block_size
-        if step.mode == "decode":
-            counts = {0, min(1, full - slot.shared // self.options.block_size)}
-        else:
-            counts = {0, max(full - segment.start // self.options.block_size, 0)}
-        if len(segment.keys) not in counts:
-            raise StepError(f"Slot {segment.slot} fills {max(counts)} blocks, but has keys of {len(segment.keys)}.")
 
     def _check_position(self, segment: Segment, slot: Slot, step: Step) -> None:
         if not segment.tokens:

@@ -42,7 +42,7 @@ class Minima(NamedTuple):
     tokens: TokenIds
 
     def of(self, indices: TokenIds) -> "Minima":
-        """Those at `indices`."""
+        """The minima at `indices`."""
         return Minima(self.values[indices], self.tokens[indices])
 
 

@@ -9,6 +9,7 @@ from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
 from stages.kv.page_tables import PageTables
 from stages.models.deepseek_v3.decoder_block import DenseBlock, MoEBlock
+from stages.models.deepseek_v3.mtp import MTP
 from stages.models.deepseek_v3.rope import rope_tables
 from stages.step import Admission, SamplingParams, Segment, Step
 from weights.model_config import ModelConfig
@@ -24,18 +25,23 @@ def empty(tensor: ChipTensor, mesh: ttnn.MeshDevice) -> ttnn.Tensor:
 
 
 class EmptyBlock:
-    """One layer of a stage of a deployment."""
+    """One layer of a stage of a deployment: a decoder layer, or with `drafts` the one that comes after all of them."""
 
-    def __init__(self, config: ModelConfig, plan: Deployment, layer: int, mesh: ttnn.MeshDevice) -> None:
+    def __init__(
+        self, config: ModelConfig, plan: Deployment, layer: int, mesh: ttnn.MeshDevice, *, drafts: bool = False
+    ) -> None:
         self._mesh = mesh
         self._config = config
-        self._block: Any = MoEBlock if config.is_moe(layer) else DenseBlock
+        decoder = MoEBlock if config.is_moe(layer) else DenseBlock
+        self._block: Any = MTP if drafts else decoder
+        self._inputs = 2 if drafts else 1
         self._cache = plan.cache
         self._state = self._block.create_state(config, mesh, plan.cache)
         self._rope = rope_tables(config, mesh, plan.cache.blocks_per_slot * plan.cache.block_size)
         self._files: dict[str, Any] = {}
         self._loaded: dict[str, ttnn.Tensor] = {}
-        for tensor in ChipWeights(config, plan.dtypes, plan.rows_per_stage).layer(layer):
+        weights = ChipWeights(config, plan.dtypes, plan.rows_per_stage)
+        for tensor in weights.draft() if drafts else weights.layer(layer):
             self._add(tensor)
 
     def prefill(self, tokens: int) -> list[dict[str, Any]]:
@@ -48,9 +54,9 @@ class EmptyBlock:
         tables.apply(step)
         batch = BatchBuilder(self._config, self._mesh, tables, self._rope).prefill(step)
         config = self._run_config(self._block.prefill_model_config)
-        x = self._hidden(tokens, ttnn.DRAM_MEMORY_CONFIG)
+        inputs = [self._hidden(tokens, ttnn.DRAM_MEMORY_CONFIG) for _ in range(self._inputs)]
         _begin_record()
-        self._block.forward_prefill(x, config, batch)
+        self._block.forward_prefill(*inputs, config, batch)
         return _end_record()
 
     def decode_feed_forward(self, users_per_row: int) -> list[dict[str, Any]]:

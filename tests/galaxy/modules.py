@@ -11,9 +11,11 @@ from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mla import MLA
 from stages.models.deepseek_v3.mlp import MLP
 from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.mtp import MTP
 from stages.models.deepseek_v3.rms_norm import RMSNorm
 from stages.models.deepseek_v3.weight_specs import (
     attention_weights,
+    draft_weights,
     embedding_weights,
     head_weights,
     hidden_norm_weights,
@@ -37,8 +39,9 @@ SPECS: dict[type, WeightSpecs] = {
     MoEBlock: layer_weights(R1, MOE_LAYER),
     Embedding: embedding_weights(R1),
     LMHead: head_weights(R1, COLUMNS),
+    MTP: draft_weights(R1),
 }
-ATTENDS = (MLA, DenseBlock, MoEBlock)
+ATTENDS = (MLA, DenseBlock, MoEBlock, MTP)
 
 
 def configured(module: Any, mode: Mode, steps: FullSteps) -> Any:

@@ -11,6 +11,7 @@ from stages.models.deepseek_v3.lm_head import LMHead
 from stages.models.deepseek_v3.mla import MLA
 from stages.models.deepseek_v3.mlp import MLP
 from stages.models.deepseek_v3.moe import MoE
+from stages.models.deepseek_v3.mtp import MTP
 from stages.models.deepseek_v3.rms_norm import RMSNorm
 from stages.step import Mode
 from tests.galaxy.meshes import opened
@@ -30,6 +31,16 @@ def steps(request: pytest.FixtureRequest) -> Iterator[FullSteps]:
 @pytest.mark.parametrize("module", [RMSNorm, MLA, MLP, MoE, DenseBlock, MoEBlock], ids=lambda module: module.__name__)
 def test_hidden_states_keep_their_shape(module: Any, mode: Mode, steps: FullSteps) -> None:
     check_module(module, mode, steps)
+
+
+@modes
+def test_two_hidden_states_become_one(mode: Mode, steps: FullSteps) -> None:
+    config = configured(MTP, mode, steps)
+    forward = getattr(MTP, f"forward_{mode}")
+    x = forward(steps.hidden(mode), steps.hidden(mode), config, steps.batch(mode))
+
+    check(x, tokens(mode), HIDDEN)
+    check(MTP.norm(x, config), tokens(mode), HIDDEN)
 
 
 @modes

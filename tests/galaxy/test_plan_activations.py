@@ -27,6 +27,16 @@ def test_of_a_prefill_step(rows: int, layer: int, tokens: int) -> None:
     assert peak == pytest.approx(max(sum(tensor.bytes for tensor in part) for part in parts), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_of_a_prefill_step_of_the_layer_that_drafts(rows: int) -> None:
+    plan = deployment(1, rows, microbatches=1)
+    made = Activations(R1, rows, 256)
+    parts = ([*part, *made.draft()] for part in (made.attention(), made.feed_forward(R1.num_hidden_layers)))
+    with opened(rows, 8) as mesh:
+        peak = peak_bytes(EmptyBlock(R1, plan, R1.num_hidden_layers, mesh, drafts=True).prefill(256), "DRAM")
+    assert peak == pytest.approx(max(sum(tensor.bytes for tensor in part) for part in parts), rel=TOLERANCE)
+
+
 @pytest.mark.parametrize(("rows", "users"), [(1, 32), (4, 32), (1, 64)])
 def test_of_a_decode_step_in_l1(rows: int, users: int) -> None:
     plan = deployment(1, rows, microbatches=1)

@@ -23,10 +23,11 @@ R1 = r1_config()
 
 def held_tensors(plan: Deployment, spec: StageSpec) -> Iterator[ChipTensor]:
     """Allocates all that a stage keeps on a chip permanently."""
+    drafts = plan.num_speculative_tokens > 0
     weights = ChipWeights(R1, plan.dtypes, plan.rows_per_stage)
-    yield from weights.of_stage(spec)
+    yield from weights.of_stage(spec, drafts=drafts)
     yield from weights.rope_tables(plan.cache)
-    for layer in spec.layers:
+    for layer in [*spec.layers, *([R1.num_hidden_layers] if drafts and spec.is_last else [])]:
         yield weights.kv_cache(plan.cache)
         if R1.is_moe(layer):
             yield weights.selection()
@@ -37,12 +38,13 @@ def put(tensors: Iterator[ChipTensor], mesh: ttnn.MeshDevice) -> list[ttnn.Tenso
 
 
 @pytest.mark.parametrize(
-    ("stages", "rows_per_stage", "stage"),
-    [(2, 4, 0), (2, 4, 1), (8, 1, 0), (8, 1, 7), (4, 4, 0), (16, 1, 3)],
+    ("stages", "rows_per_stage", "stage", "drafts"),
+    [(2, 4, 0, 0), (2, 4, 1, 0), (8, 1, 0, 0), (8, 1, 7, 0), (4, 4, 0, 0), (16, 1, 3, 0), (2, 4, 1, 1), (16, 1, 15, 1)],
     ids=str,
 )
-def test_a_stage_of_r1_takes_what_is_planned(stages: int, rows_per_stage: int, stage: int) -> None:
-    plan = deployment(stages, rows_per_stage)
+def test_a_stage_of_r1_takes_what_is_planned(stages: int, rows_per_stage: int, stage: int, drafts: int) -> None:
+    # With a draft each, half as many users fill a decode step.
+    plan = deployment(stages, rows_per_stage, users_per_row=32 // (1 + drafts), num_speculative_tokens=drafts)
     memory: StageMemory = chip_memory(R1, plan)[stage]
     spec = chip_stages(R1, plan)[stage]
     with opened(rows_per_stage, 8) as mesh:

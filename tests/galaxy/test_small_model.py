@@ -14,6 +14,7 @@ from stages.run_config import FLOATS
 from stages.stage import Stage
 from stages.tensor_dtypes import WeightDtypes
 from tests.support.checkpoints import write_checkpoint
+from tests.support.draft_driver import DraftDriver
 from tests.support.stage_driver import Driver, cache_options, stage_options
 from weights.model_config import ModelConfig
 
@@ -113,6 +114,20 @@ def test_settings_reach_weights_cache_and_entries(load: Load, cache_dir: Path) -
         "gate_up": ttnn.bfloat8_b,
         "down": FLOATS[WIDE.down],
     }
+
+
+def test_the_layer_that_drafts_is_converted_and_run(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", overrides=OVERRIDES, mtp_layer=True)
+    driver = DraftDriver(model, tmp_path / "cache", (1, COLUMNS))
+    texts = {slot: [*prompt, 4, 5, 6, 7] for slot, prompt in PROMPTS.items()}
+    found = driver.prefill(texts, {slot: len(prompt) for slot, prompt in PROMPTS.items()}, chunk=32)
+    # Three lanes of each request.
+    found |= driver.decode(texts, {slot: range(len(prompt), len(prompt) + 3) for slot, prompt in PROMPTS.items()})
+    driver.close()
+    assert len(found) == sum(len(prompt) + 3 for prompt in PROMPTS.values())
+    assert {tuple(row.shape) for row in found.values()} == {(512,)}
+    parts = {path.partition("-")[0] for path in files_of(tmp_path / "cache")}
+    assert parts == {"embedding", "layer0", "layer1", "head", "mtp2"}
 
 
 def test_heads_that_chips_cannot_exchange_are_refused(tmp_path: Path) -> None:

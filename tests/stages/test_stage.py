@@ -180,7 +180,7 @@ def test_a_new_epoch_forgets_all_slots(load: Callable[..., Driver]) -> None:
         (a_segment(tokens=[1, VOCABULARY]), "prefill", "outside the vocabulary"),
         (a_segment(tokens=[1, -1]), "prefill", "outside the vocabulary"),
         (a_segment(tokens=[]), "prefill", "no tokens"),
-        (a_segment(), "decode", "decodes 3 tokens"),
+        (a_segment(tokens=[1] * 10), "decode", "decodes 10 tokens"),
         (a_segment(tokens=[1] * 33), "prefill", r"would hold 33 tokens, but its 1 blocks of 32 hold 32"),
         (a_segment(new_blocks=[]), "prefill", "its 0 blocks"),
         (a_segment(start=32, new_blocks=[0, 1]), "prefill", "does not go on from there"),

@@ -13,6 +13,7 @@ from stages.model_slice import Batch, DraftLayer, ModelSlice
 from stages.models.registry import architecture_of
 from stages.options import CacheOptions
 from stages.plan import plan_stages
+from stages.stage import close_mesh, open_mesh
 from stages.step import Admission, Mode, Segment, Step
 from tests.support.stage_driver import GREEDY, cache_options
 from weights.cache.cache import WeightCache
@@ -52,7 +53,7 @@ class DraftDriver:
         With `picks` the tokens that need logits, which are all, are picked before the head.
         """
         set_float_dtype(torch.float32)
-        self.mesh = ttnn.open_mesh_device(ttnn.MeshShape(*mesh_shape))
+        self.mesh = open_mesh(*mesh_shape, enable_trace=False)
         source = Checkpoint.open(model)
         self.config = source.config
         pools = mesh_shape[0] * mesh_shape[1]
@@ -96,7 +97,7 @@ class DraftDriver:
 
     def close(self) -> None:
         """Closes the mesh."""
-        ttnn.close_mesh_device(self.mesh)
+        close_mesh(self.mesh)
 
     def _run(self, step: Step, batch: Batch, texts: Mapping[int, Sequence[int]]) -> "DraftLogits":
         tokens = [token for segment in step.segments for token in segment.tokens]

@@ -147,6 +147,7 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "prefill_chunk": 512,
         "layers_per_stage": [30, 31],
         "trace_region_bytes": 1000000,
+        "num_speculative_tokens": 0,
         "dtypes": {
             "embedding": "bfloat16",
             "attention": "bfloat16",

@@ -100,7 +100,7 @@ def test_of_a_prefill_step_and_a_decode_step(driver: Driver, calls: list[str]) -
 
 
 def of_drafting(mode: int) -> int:
-    """Of a pass of the multi-token-prediction layer and the head: three norms are its own, two its decoder layer's."""
+    """A pass of the multi-token-prediction layer and the head: three norms are its own, two its decoder layer's."""
     every: tuple[tuple[int, Launches], ...] = (
         (5, OPS.norm),
         (1, OPS.draft),
