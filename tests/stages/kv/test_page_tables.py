@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ def load_of(pool: int, block: int) -> Step:
 def shrinking(slot: int, blocks: int, ended: list[int] | None = None) -> Step:
     """Gives back all but the first blocks of a slot."""
     shrunk = [ShrunkSlot(slot=slot, blocks=blocks)]
-    return Step(epoch=1, step_id=1, mode="decode", segments=[], admissions=[], ended=ended or [], shrunk=shrunk)
+    return msgspec.structs.replace(step_of("decode", [], [], ended or []), shrunk=shrunk)
 
 
 class PageTableMachine(RuleBasedStateMachine):
@@ -350,15 +351,8 @@ def test_blocks_that_are_given_back_may_be_anothers_in_the_same_step() -> None:
     drafted = Segment(slot=0, start=31, tokens=[1, 2, 3], new_blocks=[5], sample=True)
     tables.apply(step_of("decode", [drafted], [], []))
     taken = Segment(slot=other, start=0, tokens=[1], new_blocks=[5], sample=True)
-    step = Step(
-        epoch=1,
-        step_id=1,
-        mode="prefill",
-        segments=[taken],
-        admissions=[Admission(slot=other, sampling=GREEDY)],
-        ended=[],
-        shrunk=[ShrunkSlot(slot=0, blocks=1)],
-    )
+    shrunk = [ShrunkSlot(slot=0, blocks=1)]
+    step = msgspec.structs.replace(step_of("prefill", [taken], [other], []), shrunk=shrunk)
     tables.apply(step)
     assert tables.rows([0, other], 2).tolist() == [[3, OPTIONS.blocks], [5, OPTIONS.blocks]]
     # What it has goes no further than its blocks now.
