@@ -22,6 +22,10 @@ from stages.step import StageTiming, StepResult
 WEIGHT = 0.1
 """The share of the newest step in an average of times: many steps, as single ones are noisy on shared machines."""
 
+LONGEST = 2
+"""So many times the average a step may take to count as it is. Longer ones capture a trace, or the machine had others
+to run: a single one of seconds would switch drafts off for thousands of steps."""
+
 WARM_UP = 8
 """Steps with drafts from which on their time counts, and after which a batch is tried without for the first time."""
 
@@ -52,10 +56,12 @@ class Average:
     def add(self, timings: Collection[StageTiming]) -> None:
         """Takes in a step. The very first is left out, as it may have compiled what it ran."""
         stages = [timing.ended_ns - timing.began_ns for timing in timings]
-        share = max(WEIGHT, 1 / max(self.count, 1))
-        if self.count:
-            self.total_ns += share * (sum(stages) - self.total_ns)
-            self.slowest_ns += share * (max(stages) - self.slowest_ns)
+        if self.count == 1:
+            self.total_ns, self.slowest_ns = sum(stages), max(stages)
+        elif self.count:
+            share = max(WEIGHT, 1 / self.count)
+            self.total_ns += share * (min(sum(stages), LONGEST * self.total_ns) - self.total_ns)
+            self.slowest_ns += share * (min(max(stages), LONGEST * self.slowest_ns) - self.slowest_ns)
         self.count += 1
 
     def interval_ns(self, microbatches: int) -> float:

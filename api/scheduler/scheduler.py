@@ -252,6 +252,7 @@ class Scheduler:
             blocks = [(run, added) for run in runs if run.active and (added := self._blocks_to_decode(run)) is not None]
             if blocks:
                 step = StepInFlight(self._step_id, "decode", microbatch, members=[run for run, _ in blocks])
+                self._decoding.step_issued(microbatch, step.step_id)
                 return self._issue(step, self._decode_segments(step, blocks))
         return None
 
@@ -271,8 +272,6 @@ class Scheduler:
             segments.append(msgspec.structs.replace(segment, tokens=segment.tokens + drafts) if drafts else segment)
             step.drafts.append(len(drafts))
             step.token_count += 1 + len(drafts)
-        if step.microbatch is not None:
-            self._decoding.step_issued(step.microbatch, step.step_id)
         return segments
 
     def _blocks_to_decode(self, run: Run) -> list[int] | None:
@@ -303,7 +302,6 @@ class Scheduler:
             if not count:
                 break
             step.members.append(run)
-            count = self._budget.chunk(run.prefill_end - run.issued, budget)
             if run.sequence.sampling.prompt_logprobs is not None:
                 step.scored.append((run, run.issued))
             new_blocks: list[int] = []

@@ -46,15 +46,25 @@ class StepInFlight:
                 f"{len(result.prompt_logprobs)} prompts for step {result.step_id}, which has {len(result.tokens)} and "
                 f"{len(self.scored)}."
             )
-        had = self.drafts if any(self.drafts) else []
-        accepted = zip(result.accepted, had, strict=False)
-        if len(result.accepted) != len(had) or any(right > count for right, count in accepted):
-            raise ProtocolError(f"The last stage accepted {result.accepted} drafts of {had} in step {result.step_id}.")
         if len(result.drafts) not in {0, len(self.sampled)}:
             raise ProtocolError(
                 f"The last stage made drafts for {len(result.drafts)} requests in step {result.step_id}, which has "
                 f"{len(self.sampled)}."
             )
+        self._check_accepted(result)
+
+    def _check_accepted(self, result: StepResult) -> None:
+        had = self.drafts if any(self.drafts) else []
+        counts = zip(result.accepted, had, strict=False)
+        if len(result.accepted) != len(had) or not all(0 <= accepted <= count for accepted, count in counts):
+            raise ProtocolError(f"The last stage accepted {result.accepted} drafts of {had} in step {result.step_id}.")
+        for run, answer in zip(self.sampled, self.answers(result), strict=True):
+            accepted, drafts = answer.tokens[:-1], run.drafting.drafts
+            # All stages have cached the drafts: with other tokens, keys would not be those of what blocks hold.
+            if accepted != drafts[: len(accepted)]:
+                raise ProtocolError(
+                    f"The last stage accepted {accepted} in step {result.step_id}, where the drafts were {drafts}."
+                )
 
     def answers(self, result: StepResult) -> Iterator["Answer"]:
         """What the result, which has been checked, has for each of the runs that are sampled."""

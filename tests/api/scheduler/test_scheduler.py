@@ -261,6 +261,36 @@ def test_a_result_that_is_not_the_awaited_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("accepted", "tokens", "message"),
+    [
+        ([], [[], []], r"accepted \[\] drafts of \[2, 2\]"),
+        ([1, 3], [[0], [0, 1, 1]], r"accepted \[1, 3\] drafts of \[2, 2\]"),
+        ([-1, 1], [[], [0]], r"accepted \[-1, 1\] drafts of \[2, 2\]"),
+        ([1, 1], [[0], [1]], r"accepted \[\d+\] in step 1, where the drafts were \[\d+, \d+\]"),
+    ],
+)
+def test_drafts_that_were_not_in_the_step_cannot_be_accepted(
+    accepted: list[int], tokens: list[list[int]], message: str
+) -> None:
+    """`tokens` are places of a request's own drafts: all but the last token of an answer are drafts of the step."""
+    line = FakeLine(scheduler_options(stages=1, num_speculative_tokens=2))
+    for request_id in range(2):
+        line.scheduler.add_request(request(request_id, 10, 30))
+    line.submit()
+    line.deliver()
+    step = line.submit()
+    assert step is not None
+    answers = [
+        [*(segment.tokens[1 + place] for place in places), 0]
+        for segment, places in zip(step.segments, tokens, strict=True)
+    ]
+    flat = [token for answer in answers for token in answer][: 2 + sum(accepted)]
+    result = msgspec.structs.replace(line.results[0], tokens=flat, accepted=accepted)
+    with pytest.raises(ProtocolError, match=message):
+        line.scheduler.on_result(result)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"slots": 8}, r"8 slots cannot be shared evenly by 3 microbatches"),
