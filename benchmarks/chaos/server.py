@@ -116,7 +116,7 @@ class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
             epoch=body["engine"]["epoch"] or 0,
             pids=[stage["pid"] or 0 for stage in body["stages"]],
             restarts=[stage["restarts"] for stage in body["stages"]],
-            draft_tokens=body["drafts"]["draft_tokens"],
+            draft_tokens=body["engine"]["drafts"]["draft_tokens"],
         )
 
     async def back(self, client: httpx.AsyncClient, epoch: int, seconds: float) -> PipelineState:
