@@ -1,6 +1,6 @@
 """Drafts of DeepSeek-R1 on the timed device, beside what `plan` predicts: in the real server, and simulated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,6 +28,8 @@ from stages.options import DRAFT_ACCEPTANCE
 from stages.plan import default_microbatches
 from stages.step import SamplingParams
 
+FULL = Effort(warm_s=10.0, measured_s=20.0, probes=0)
+SHORT = Effort(warm_s=2.0, measured_s=3.0, probes=0)
 STAGES = (8, 16)
 SHORT_STAGES = (8,)
 OVER_PLAN = 0.95
@@ -75,6 +77,13 @@ class DraftRow(msgspec.Struct, frozen=True, kw_only=True):
     over_plan: float
 
 
+def measure_all(cache_dir: Path, *, short: bool) -> Iterator[DraftRow]:
+    """Measures pipelines without drafts and with them, one after the other. Raises ServerError or StreamError."""
+    for stages in SHORT_STAGES if short else STAGES:
+        for drafts in (0, 1):
+            yield measured(DraftCase(stages=stages, drafts=drafts), cache_dir, SHORT if short else FULL)
+
+
 def planned(case: DraftCase) -> Prediction:
     """What `galaxyline plan r1` predicts for a case."""
     settings = {
@@ -119,7 +128,7 @@ def simulated(case: DraftCase, warm_tokens: int, tokens: int) -> DraftRow:
 
 
 def targets(rows: Sequence[DraftRow]) -> list[Target]:
-    """What is predicted is to be reached, and drafts are on where they pay alone."""
+    """What is predicted is to be reached."""
     return [
         Target(
             name=f"tokens/s over plan, {row.stages} stages, {row.drafts} drafts",

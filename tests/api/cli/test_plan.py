@@ -266,6 +266,30 @@ def test_the_documents_table_is_what_is_predicted(row: list[str], tmp_path: Path
     assert f"{prediction['ttft_s']:.1f}" == first
 
 
+def draft_predictions() -> list[list[str]]:
+    """The cells of the table of drafts in the documents."""
+    rows = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8").splitlines()
+    return [row.strip("| ").split(" | ") for row in rows if row.startswith("| `--num-speculative-tokens")]
+
+
+@pytest.mark.parametrize("row", draft_predictions(), ids=lambda row: row[0])
+def test_the_documents_table_of_drafts_is_what_is_predicted(row: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    printed("r1", "--enable-trace", *row[0].strip("`").split(), "--json", str(file))
+    prediction = json.loads(file.read_text(encoding="utf-8"))["prediction"]
+    drafts = prediction["drafts"]
+    assert drafts["pays"]
+    assert row[1:] == [
+        str(prediction["users"]),
+        f"{prediction['tokens_per_s_per_user']:.2f}",
+        f"{prediction['tokens_per_s']:.0f}",
+        f"{drafts['tokens_per_s_per_user']:.2f}",
+        f"{drafts['tokens_per_s']:.0f}",
+        f"{drafts['tokens_per_step']:.2f}",
+        f"{drafts['cycle_s'] / prediction['cycle_s']:.2f}",
+    ]
+
+
 def test_the_documents_refusal_is_what_is_said() -> None:
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     quoted = " ".join(line.removeprefix("> ") for line in text.splitlines() if line.startswith("> "))
