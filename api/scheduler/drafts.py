@@ -73,7 +73,7 @@ class Average:
 class BatchSize:
     """What is known of decode steps of about as many requests, and which kind comes next.
 
-    Another `left` steps come before the other kind is tried, or before its trial is over.
+    Another `left` steps come before the other kind is tried, or before its trial is over, in which so many were `sent`.
     """
 
     plain: Average = field(default_factory=Average)
@@ -82,11 +82,20 @@ class BatchSize:
     in_trial: bool = False
     left: int = WARM_UP
     off_steps: int = OFF_STEPS
+    sent: int = 0
 
     @property
     def drafts(self) -> bool:
-        """Whether the next step drafts."""
+        """Whether the steps that count now draft."""
         return self.is_on != self.in_trial
+
+    def next_drafts(self) -> bool:
+        """Whether the step that is sent now drafts."""
+        if self.is_on and self.in_trial:
+            # As many as are in flight would be sent before the first of them is back.
+            self.sent += 1
+            return self.sent > PLAIN_STEPS
+        return self.drafts
 
     def ratio(self, microbatches: int) -> float | None:
         """How much longer a step with drafts takes; None where one of the two was not measured."""
@@ -105,7 +114,7 @@ class BatchSize:
         elif self.in_trial:
             self._switch(pays is not False)
         elif self.is_on or can_try:
-            self.in_trial, self.left = True, PLAIN_STEPS if self.is_on else TRIAL_STEPS
+            self.in_trial, self.sent, self.left = True, 0, PLAIN_STEPS if self.is_on else TRIAL_STEPS
         else:
             self.left = 1
 
@@ -143,6 +152,11 @@ class DraftPolicy:
             are_on=self._tokens > 0 and self._latest.is_on,
         )
 
+    def begin_epoch(self) -> None:
+        """Sends trials anew, as no step comes back that is in flight."""
+        for size in self._sizes.values():
+            size.sent = 0
+
     def begin(self, run: Run, users: int) -> None:
         """Decides whether a request that gets its slot, beside so many in its batch, uses the draft layer."""
         # What is forced is not what is sampled, by which drafts are judged.
@@ -163,7 +177,7 @@ class DraftPolicy:
         if not self._tokens or not any(run.drafting.is_possible for run in runs):
             return False
         self._latest = self._size(len(runs))
-        return self._latest.drafts
+        return self._latest.next_drafts()
 
     def wanted(self, run: Run, drafts: int, ratio: float | None) -> int:
         """The drafts that a run asks for in a step that has some of it, where such steps take `ratio` times as long."""

@@ -80,6 +80,7 @@ class Scheduler:
         self._in_flight.clear()
         self._ended: list[int] = []
         self._shrunk: list[ShrunkSlot] = []
+        self.drafts.begin_epoch()
         self.cache.begin_epoch()
 
     def add_request(self, request: AddRequest) -> None:

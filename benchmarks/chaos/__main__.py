@@ -65,6 +65,7 @@ async def work(run: Run, server: ChaosServer, findings: Findings) -> Holdings:
         after = await server.state(asking)
     findings.slopes = memory.percent_per_minute()
     findings.restarts = sum(after.restarts) - sum(before.restarts)
+    findings.draft_tokens = after.draft_tokens - before.draft_tokens
     return holdings
 
 

@@ -41,6 +41,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     server_recovery_p99_s: float
     recoveries: int
     restarts: int
+    draft_tokens: int
     rss_percent_per_minute: dict[str, float]
     leaks: dict[str, int]
     failure: str | None
@@ -53,6 +54,7 @@ class Findings(msgspec.Struct, kw_only=True):
     totals: Totals = msgspec.field(default_factory=Totals)
     faults: list[FaultRow] = []
     restarts: int = 0
+    draft_tokens: int = 0
     slopes: dict[str, float] = {}
     leaks: dict[str, int] = {}
     server_recoveries: list[float] = []
@@ -80,6 +82,7 @@ class Findings(msgspec.Struct, kw_only=True):
             server_recovery_p99_s=percentile(self.server_recoveries, 99),
             recoveries=len(self.server_recoveries),
             restarts=self.restarts,
+            draft_tokens=self.draft_tokens,
             rss_percent_per_minute={name: round(slope, 3) for name, slope in self.slopes.items()},
             leaks=self.leaks,
             failure=self.failure,
@@ -126,6 +129,7 @@ def losses_of(run: Run, summary: Summary) -> list[Target]:
         Target(name="messages damaged", bound=0, figure=summary.messages_damaged),
         Target(name="things held on to", bound=0, figure=sum(summary.leaks.values())),
         Target(name="did not get to its end", bound=0, figure=summary.failure is not None),
+        Target(name="tokens of drafts", bound=1, figure=summary.draft_tokens, is_floor=True),
     ]
     if run.has_faults:
         return losses

@@ -31,6 +31,7 @@ STEP_TIMEOUT_S = 10.0
 KV_DIRECTORY = "kv"
 KV_BYTES = 8 << 20
 """What each tier may hold: less than comes, so that blocks are given up too."""
+DRAFTS = 2
 ANSWER_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
@@ -53,13 +54,17 @@ class ChaosSettings(EngineSettings, frozen=True, kw_only=True):
 
 
 class PipelineState(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of GET /pipeline: `pids` by stage, 0 if a stage has none, and how often each was restarted."""
+    """The contents of GET /pipeline: `pids` by stage, 0 if a stage has none, and how often each was restarted.
+
+    So many `draft_tokens` were verified since the start.
+    """
 
     phase: str
     detail: str
     epoch: int
     pids: list[int]
     restarts: list[int]
+    draft_tokens: int
 
 
 class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +116,7 @@ class ChaosServer(msgspec.Struct, frozen=True, kw_only=True):
             epoch=body["engine"]["epoch"] or 0,
             pids=[stage["pid"] or 0 for stage in body["stages"]],
             restarts=[stage["restarts"] for stage in body["stages"]],
+            draft_tokens=body["engine"]["drafts"]["draft_tokens"],
         )
 
     async def back(self, client: httpx.AsyncClient, epoch: int, seconds: float) -> PipelineState:
@@ -178,6 +184,7 @@ def main(directory: Path, stages: int, clients: int, port: int) -> None:
         kv_host_memory=str(KV_BYTES),
         kv_dir=directory / KV_DIRECTORY,
         kv_disk=str(KV_BYTES),
+        num_speculative_tokens=DRAFTS,
     )
     source = resolve_model(None, {})
     settings = ServeSettings(engine=engine, source=source, host="127.0.0.1", port=port, shutdown_timeout_s=5.0)

@@ -23,7 +23,6 @@ from benchmarks.scaling.case import (
 from benchmarks.scaling.run import Effort, measure
 from benchmarks.scaling.simulation import Simulation
 from benchmarks.support.report import Target, table_of
-from benchmarks.support.server_process import ServerError
 from stages.capacity.prediction import Prediction
 from stages.options import DRAFT_ACCEPTANCE
 from stages.plan import default_microbatches
@@ -40,7 +39,7 @@ SAMPLING = SamplingParams(temperature=0, top_p=1, top_k=0, seed=0, choice=0)
 class DraftCase(msgspec.Struct, frozen=True, kw_only=True):
     """A pipeline of one row a stage, and `drafts` of each request and step, right with probability `acceptance`.
 
-    All slots of a microbatch are taken, so many as it has `users`.
+    All slots of a microbatch are taken, so many as it has `users`. With 0 `drafts` it is a pipeline without.
     """
 
     stages: int
@@ -86,7 +85,7 @@ def planned(case: DraftCase) -> Prediction:
         "context": CONTEXT,
         "enable_trace": True,
         "num_speculative_tokens": case.drafts,
-        "acceptance": case.acceptance,
+        "acceptance": case.acceptance if case.drafts else None,
     }
     return make_plan("r1", r1_config(), made(PlanSettings, settings)).prediction
 
@@ -95,9 +94,8 @@ def measured(case: DraftCase, cache_dir: Path, effort: Effort) -> DraftRow:
     """Measures a case in the real server on the timed device. Raises ServerError or StreamError."""
     run = measure(_served(case), "timed", cache_dir, effort)
     before, after = run.before, run.after
-    if after.view.engine is None or after.view.engine.drafts is None:
-        raise ServerError("The server says nothing of drafts.")
-    return _row(case, (after.tokens - before.tokens) / (after.at_s - before.at_s), after.view.engine.drafts)
+    drafts = None if after.view.engine is None else after.view.engine.drafts
+    return _row(case, (after.tokens - before.tokens) / (after.at_s - before.at_s), drafts)
 
 
 def simulated(case: DraftCase, warm_tokens: int, tokens: int) -> DraftRow:
@@ -105,10 +103,8 @@ def simulated(case: DraftCase, warm_tokens: int, tokens: int) -> DraftRow:
 
     They end at the same time, when the first request ends.
     """
-    options = r1_options(
-        case.stages, case.users, num_speculative_tokens=case.drafts, draft_acceptance=case.acceptance, seed=0
-    )
-    simulation = Simulation(options, r1_config())
+    given = {"num_speculative_tokens": case.drafts, "draft_acceptance": case.acceptance} if case.drafts else {}
+    simulation = Simulation(r1_options(case.stages, case.users, seed=0, **given), r1_config())
     had = [0] * case.requests
     began_s, counted = 0.0, 0
     for at_s, output in simulation.run([_request(number, warm_tokens + tokens) for number in range(case.requests)]):
@@ -159,7 +155,8 @@ def _said(is_true: bool) -> str:
 
 def _served(case: DraftCase) -> Case:
     """The case as the server is started for it."""
-    drafts = ["--num-speculative-tokens", str(case.drafts), "--draft-acceptance", str(case.acceptance)]
+    given = ["--num-speculative-tokens", str(case.drafts), "--draft-acceptance", str(case.acceptance)]
+    drafts = given if case.drafts else []
     plain = r1_case(case.stages)
     return msgspec.structs.replace(plain, users=case.users, options=[*plain.options, *drafts])
 
@@ -173,16 +170,16 @@ def _view(counts: DraftCounts) -> DraftView:
     return DraftView.of(**msgspec.structs.asdict(counts))
 
 
-def _row(case: DraftCase, tokens_per_s: float, drafts: DraftView) -> DraftRow:
+def _row(case: DraftCase, tokens_per_s: float, drafts: DraftView | None) -> DraftRow:
     plan = planned(case)
     return DraftRow(
         stages=case.stages,
         requests=case.requests,
         drafts=case.drafts,
         acceptance=case.acceptance,
-        tokens_per_draft=drafts.tokens_per_draft or 0.0,
+        tokens_per_draft=(drafts and drafts.tokens_per_draft) or 1.0,
         pays=plan.drafts is not None and plan.drafts.pays,
-        are_on=drafts.are_on,
+        are_on=drafts is not None and drafts.are_on,
         tokens_per_s=tokens_per_s,
         tokens_per_s_per_user=tokens_per_s / case.requests,
         planned_tokens_per_s=plan.served_tokens_per_s,

@@ -218,15 +218,16 @@ def test_the_servers_own_recoveries_are_read_from_its_log(tmp_path: Path) -> Non
 def test_every_loss_misses_its_target() -> None:
     run = Run(seconds=60.0, seed=1, clients=2, stages=2, has_faults=True, pause_s=0.0)
     fault = FaultRow(kind="kill", stages=[1], at_s=0.0, recovery_s=2.0)
-    summary = Findings(faults=[fault] * 5).summary()
+    summary = Findings(faults=[fault] * 5, draft_tokens=1).summary()
     assert all(target.is_met for target in [*losses_of(run, summary), *speeds_of(run, summary)])
     bad = [
-        Findings(faults=[fault] * 4),
-        Findings(faults=[fault] * 5, failure="It hung."),
-        Findings(faults=[fault] * 5, leaks={"threads": 1}),
-        Findings(faults=[fault] * 5, slopes={"engine": 1.5}),
-        Findings(faults=[FaultRow(kind="hang", stages=[1], at_s=0.0, recovery_s=9.0)] * 5),
-        *(Findings(faults=[fault] * 5, totals=totals) for totals in damaged()),
+        Findings(faults=[fault] * 4, draft_tokens=1),
+        Findings(faults=[fault] * 5),
+        Findings(faults=[fault] * 5, draft_tokens=1, failure="It hung."),
+        Findings(faults=[fault] * 5, draft_tokens=1, leaks={"threads": 1}),
+        Findings(faults=[fault] * 5, draft_tokens=1, slopes={"engine": 1.5}),
+        Findings(faults=[FaultRow(kind="hang", stages=[1], at_s=0.0, recovery_s=9.0)] * 5, draft_tokens=1),
+        *(Findings(faults=[fault] * 5, draft_tokens=1, totals=totals) for totals in damaged()),
     ]
     for findings in bad:
         targets = [*losses_of(run, findings.summary()), *speeds_of(run, findings.summary())]

@@ -139,7 +139,7 @@ def test_blocks_of_a_stage_of_r1_are_kept_and_brought_back(load: Load) -> None:
 
 @pytest.mark.parametrize(("rows", "drafts"), [(1, 1), (4, 1), (1, 3), (4, 3)])
 def test_the_last_stage_of_r1_verifies_and_makes_drafts(rows: int, drafts: int, load: Load) -> None:
-    """As many users as fill the lanes that a step without drafts has; all logits of a mock are 0, so all are right."""
+    """Users with their drafts fill the lanes of a step without any; all logits of a mock are 0, so all are right."""
     spec = plan_stages(R1, R1.num_hidden_layers)[-1]
     stage = load(spec, rows, drafts=drafts)
     cache = r1_cache(rows, microbatches=spec.stages)

@@ -42,6 +42,27 @@ def test_the_text_is_the_same_on_any_number_of_stages(tmp_path: Path, ray_cluste
 
 
 @pytest.mark.slow
+def test_the_text_is_the_same_with_drafts_of_which_some_are_wrong(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    found = []
+    for name, drafts in (("without", ()), ("with", ("--num-speculative-tokens", "2", "--draft-acceptance", "0.6"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        with serving(folder, *TIMED, "--stage-time", "1", *drafts, environment=ray_cluster) as server:
+            texts = [ask(server, 60), ask(server, 60, logprobs=1)]
+            steps = httpx.get(f"{server.url}/pipeline", timeout=10).json()
+            found.append((texts, steps["stages"][-1]["steps_done"], steps["engine"]["drafts"]))
+    (plain, steps_without, none), (drafted, steps_with, drafts) = found
+    assert plain == drafted
+    assert none is None
+    # Every step makes one token and those drafts that are right.
+    assert 2 * 60 - steps_with == drafts["accepted_tokens"] > 0
+    assert steps_without == 2 * 60
+    assert drafts["accepted_tokens"] < drafts["draft_tokens"]
+
+
+@pytest.mark.slow
 def test_r1_on_eight_rows_is_served_without_a_checkpoint_and_without_torch(
     tmp_path: Path, ray_cluster: Mapping[str, str]
 ) -> None:
@@ -83,6 +104,9 @@ def test_the_demo_runs_on_the_timed_device(tmp_path: Path, ray_cluster: Mapping[
         ((*TIMED, "--stages", "3", "--stage-time", "1,2"), "--stage-time gives 2 times for 3 stages"),
         ((*TIMED, "--stage-time", "1,-2"), "'1,-2' is not a list of times: write it like 10 or 10,12.5."),
         ((*TIMED, "--stage-time", "inf"), "'inf' is not a list of times"),
+        (("--draft-acceptance", "0.5"), "--draft-acceptance is for --device timed"),
+        ((*TIMED, "--draft-acceptance", "0.5"), "--draft-acceptance goes with --num-speculative-tokens"),
+        ((*TIMED, "--draft-acceptance", "2"), "2.0 is not in the range 0<=x<=1."),
         ((*TIMED, "--stage-time", "1", "--transport", "mesh"), "joins chips, and the timed device has none"),
     ],
 )

@@ -165,13 +165,13 @@ def test_predicted_times_are_those_of_the_plan() -> None:
 def test_a_prediction_is_made_once_for_steps_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     config = r1_config()
     asked: list[tuple[int, int]] = []
-    original: Callable[..., Any] = StageTimes.decode
+    original: Callable[..., Any] = StageTimes.decode_lanes
 
-    def counted(self: StageTimes, users: int, context: int) -> Any:
+    def counted(self: StageTimes, users: int, lanes: int, context: int, *, passes: int) -> Any:
         asked.append((users, context))
-        return original(self, users, context)
+        return original(self, users, lanes, context, passes=passes)
 
-    monkeypatch.setattr(StageTimes, "decode", counted)
+    monkeypatch.setattr(StageTimes, "decode_lanes", counted)
     found = durations(config, plan_stages(config, 8)[0], options(PredictedTimes(rows=1)))
     for position in range(3 * CONTEXT_TOKENS):
         found.seconds(decode([5], position))

@@ -18,6 +18,7 @@ def test_only_tokens_of_the_vocabulary_are_made_and_none_that_never_comes(
     assert 0 <= made < VOCABULARY
     assert made not in never
     assert TokenMaker(VOCABULARY, sorted(never)).after(token, position) == made
+    assert maker.other(made) not in {made, *never}
 
 
 def test_tokens_differ_by_the_last_one_and_by_its_position() -> None:

@@ -1,6 +1,6 @@
 """Answers that a sampler gives to requests with grammars, where the logits of a model are random numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Samplers:
         self.sampler = sampler or Sampler(SIZE, VOCABULARY)
         self._bonus = bonus
         self.logprobs: list[TokenLogprobs | None] = []
+        self.accepted: list[int] = []
         self._step_id = 0
         self._admitted: dict[int, tuple[SamplingParams, list[int]]] = {}
         self._admissions: list[Admission] = []
@@ -61,6 +62,11 @@ class Samplers:
             Admission(slot=slot, sampling=sampling, tokens=tokens.copy(), prompt_tokens=len(PROMPT))
         )
 
+    def take_admissions(self) -> list[Admission]:
+        """The admissions that are due."""
+        due, self._admissions = self._admissions, []
+        return due
+
     def end(self, slot: int) -> None:
         """Takes a request out of its slot."""
         del self._admitted[slot]
@@ -68,8 +74,18 @@ class Samplers:
 
     def step(self) -> dict[int, int]:
         """Samples for all slots; gives the token of each."""
+        return {slot: token for slot, [token] in self.verify({}).items()}
+
+    def verify(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Samples for all slots, some of which have drafts; gives the tokens of each."""
         segments = [
-            Segment(slot=slot, start=len(tokens) - 1, tokens=tokens[-1:], new_blocks=[], sample=True)
+            Segment(
+                slot=slot,
+                start=len(tokens) - 1,
+                tokens=[tokens[-1], *drafts.get(slot, [])],
+                new_blocks=[],
+                sample=True,
+            )
             for slot, (_, tokens) in self._admitted.items()
         ]
         step = Step(
@@ -77,20 +93,22 @@ class Samplers:
             step_id=self._step_id,
             mode="decode",
             segments=segments,
-            admissions=self._admissions,
+            admissions=self.take_admissions(),
             ended=self._ended,
         )
         self._step_id += 1
-        self._admissions, self._ended = [], []
+        self._ended = []
         self.sampler.apply(step)
         logits = [
-            random_logits(sampling.seed, len(tokens), self._bonus) for sampling, tokens in self._admitted.values()
+            random_logits(sampling.seed, position, self._bonus)
+            for slot, (sampling, tokens) in self._admitted.items()
+            for position in range(len(tokens), len(tokens) + 1 + len(drafts.get(slot, [])))
         ]
         drawn = self.sampler.sample(step, torch.stack(logits))
-        self.logprobs = drawn.logprobs
-        sampled = dict(zip(self._admitted, drawn.tokens, strict=True))
-        for slot, token in sampled.items():
-            self._admitted[slot][1].append(token)
+        self.logprobs, self.accepted = drawn.logprobs, drawn.accepted
+        sampled = dict(zip(self._admitted, drawn.by_segment(), strict=True))
+        for slot, own in sampled.items():
+            self._admitted[slot][1].extend(own)
         return sampled
 
     def answer(self, slot: int) -> list[int]:

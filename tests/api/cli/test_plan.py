@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,60 @@ def test_r1_on_two_and_on_four_galaxies(rows: int, split: list[int], users: int,
     assert len(prediction["decode"]) == len(split)
 
 
+ONE_DRAFT = ("--num-speculative-tokens", "1")
+EIGHT_STAGES = ("r1", "--stages", "8", "--rows-per-stage", "1", "--enable-trace")
+
+
+def written(file: Path, *arguments: str) -> dict[str, Any]:
+    printed(*EIGHT_STAGES, *arguments, "--json", str(file))
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def test_drafts_are_shown_beside_what_there_is_without(tmp_path: Path) -> None:
+    text = " ".join(printed(*EIGHT_STAGES, "--num-speculative-tokens", "1", "--acceptance", "0.8").split())
+    plan = written(tmp_path / "plan.json", "--num-speculative-tokens", "1", "--acceptance", "0.8")
+    prediction, drafts = plan["prediction"], plan["prediction"]["drafts"]
+    assert plan["deployment"]["num_speculative_tokens"] == 1
+    assert (drafts["tokens_per_step"], drafts["pays"]) == (1.8, True)
+    assert drafts["tokens_per_s"] == pytest.approx(288 * drafts["tokens_per_s_per_user"])
+    assert drafts["tokens_per_s_per_user"] == pytest.approx(1.8 / drafts["cycle_s"])
+    for speed in (prediction, drafts):
+        assert f"{speed['tokens_per_s_per_user']:.2f} t/s/u" in text
+        assert f"{speed['tokens_per_s']:.0f} tokens/s" in text
+    assert "with all 288 requests in flight and without drafts (predicted, not measured)" in text
+    longer = drafts["cycle_s"] / prediction["cycle_s"]
+    assert f"1.80 tokens in a step that takes {longer:.2f} times as long, which pays (predicted, not measured)" in text
+    assert "with drafts" in text
+    assert "assumed: drafts" not in text
+
+
+def test_drafts_that_do_not_pay_are_said_to_be_left_out(tmp_path: Path) -> None:
+    given = ("--num-speculative-tokens", "1", "--acceptance", "0.01")
+    text = " ".join(printed(*EIGHT_STAGES, *given).split())
+    assert "which does not pay, so `serve` would do without (predicted, not measured)" in text
+    assert written(tmp_path / "plan.json", *given)["prediction"]["drafts"]["pays"] is False
+
+
+def test_what_is_not_said_of_drafts_is_assumed(tmp_path: Path) -> None:
+    guessed = printed(*EIGHT_STAGES, "--num-speculative-tokens", "1")
+    assert "  assumed: drafts that are right with a probability of 0.8 (--acceptance)" in guessed.splitlines()
+    one = printed(*EIGHT_STAGES, "--acceptance", "0.9")
+    assert "  assumed: 1 draft of each request and step (--num-speculative-tokens)" in one.splitlines()
+    alone, both = (written(tmp_path / "plan.json", "--acceptance", "0.9", *more) for more in ((), ONE_DRAFT))
+    assert alone["prediction"] == both["prediction"]
+    none = written(tmp_path / "plan.json")["prediction"]
+    assert (none["drafts"], none["options"]["acceptance"]) == (None, None)
+    assert written(tmp_path / "plan.json", "--num-speculative-tokens", "0")["prediction"] == none
+
+
+def test_a_model_without_a_layer_for_drafts_has_none(tmp_path: Path) -> None:
+    given = {"num_hidden_layers": 2, "num_attention_heads": 128, "num_nextn_predict_layers": 0}
+    directory = write_config(tmp_path / "small", **given)
+    sentence = refused("plan", str(directory), "--rows", "1", "--acceptance", "0.5")
+    assert sentence == "Error: The model has no multi-token-prediction layer: leave out --num-speculative-tokens."
+
+
 def test_r1_on_one_galaxy_is_refused_in_one_sentence() -> None:
     sentence = refused("plan", "r1", "--rows", "4")
     assert sentence.startswith("Error: Stage 1 of 4 (layers 17 to 31 on 1 row) needs 15.9 GiB of the 12.0 GiB of DRAM ")
@@ -114,9 +169,9 @@ def test_the_change_that_a_refusal_names_is_accepted() -> None:
 def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     given = {
-        "layers-per-stage": "30,31",
+        "layers-per-stage": "32,29",
         "rows-per-stage": "4",
-        "users": "16",
+        "users": "8",
         "microbatches": "5",
         "max-model-len": "1024",
         "block-size": "64",
@@ -125,6 +180,8 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "context": "512",
         "prompt": "100",
         "expert-kernel": "chosen",
+        "num-speculative-tokens": "2",
+        "acceptance": "0.7",
         "attention-dtype": "bfloat16",
         "gate-up-dtype": "bfloat8_b",
         "down-dtype": "bfloat4_b",
@@ -139,15 +196,15 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "stages": 2,
         "rows_per_stage": 4,
         "rows": 8,
-        "users_per_row": 16,
-        "users": 320,
+        "users_per_row": 8,
+        "users": 160,
         "microbatches": 5,
         "max_model_len": 1024,
         "block_size": 64,
         "prefill_chunk": 512,
-        "layers_per_stage": [30, 31],
+        "layers_per_stage": [32, 29],
         "trace_region_bytes": 1000000,
-        "num_speculative_tokens": 0,
+        "num_speculative_tokens": 2,
         "dtypes": {
             "embedding": "bfloat16",
             "attention": "bfloat16",
@@ -158,7 +215,8 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
             "kv_cache": "bfloat16",
         },
     }
-    options = {"context": 512, "prompt_tokens": 100, "traced": True, "expert_kernel": "chosen"}
+    options: dict[str, object] = {"context": 512, "prompt_tokens": 100, "traced": True, "expert_kernel": "chosen"}
+    options["acceptance"] = 0.7
     assert plan["prediction"]["options"] == options
 
 
@@ -171,6 +229,12 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         (["r1", "--max-model-len", "200000"], "--max-model-len 200000 is more than the model's 163840 positions."),
         (["r1", "--context", "5000"], "--context 5000 is more than the 4096 tokens of --max-model-len."),
         (["r1", "--layers-per-stage", "30,31", "--stages", "3"], "leave one of them out"),
+        (
+            ["r1", "--num-speculative-tokens", "0", "--acceptance", "0.5"],
+            "leave it out, or give --num-speculative-tokens 1",
+        ),
+        (["r1", "--acceptance", "1.5"], "1.5 is not in the range 0<=x<=1."),
+        (["r1", "--num-speculative-tokens", "9"], "9 is not in the range 0<=x<=8."),
         (["r1", "--rows", "8", "--stages", "3"], "8 rows cannot be shared evenly with 3 stages."),
         (["deepseek-ai/DeepSeek-R2"], "'deepseek-ai/DeepSeek-R2' is not a directory"),
         (["/nowhere/r1"], "Model path does not exist: '/nowhere/r1'."),

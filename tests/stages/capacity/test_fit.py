@@ -57,6 +57,33 @@ def test_where_no_single_change_helps_that_is_said() -> None:
     assert refused(plan).endswith("on each chip: no single change of rows, dtype, users or length would do.")
 
 
+def test_fewer_drafts_help_too() -> None:
+    assert refused(deployment(8, 1, num_speculative_tokens=2)).endswith(
+        "of L1 in a decode step on each chip: give 16 users a row in place of 32 (--users 16), or 1 draft of each "
+        "request and step in place of 2 (--num-speculative-tokens 1)."
+    )
+    plan = deployment(1, 4, layers_per_stage=(61,), users_per_row=96, num_speculative_tokens=1)
+    assert refused(plan).endswith("no single change of rows, dtype, users, length or drafts would do.")
+
+
+def test_a_model_without_a_layer_for_drafts_is_refused() -> None:
+    config = msgspec.structs.replace(R1, num_nextn_predict_layers=0)
+    with pytest.raises(PlanError, match="The model has no multi-token-prediction layer: leave out"):
+        choose(config, Shape(), deployment(1, 1, num_speculative_tokens=1), OPTIONS)
+
+
+def test_the_fastest_split_is_that_which_is_with_drafts_where_they_pay() -> None:
+    base = deployment(1, 1, num_speculative_tokens=1, users_per_row=16)
+    for acceptance in (0.0, 0.8):
+        options = msgspec.structs.replace(OPTIONS, acceptance=acceptance)
+        chosen = choose(R1, Shape(rows=8), base, options).deployment
+        best = predict(R1, chosen, options).served_tokens_per_s
+        for stages in (1, 2, 4, 8):
+            rival = msgspec.structs.replace(base, stages=stages, rows_per_stage=8 // stages)
+            if stages > 1 and fits(R1, rival):
+                assert predict(R1, rival, options).served_tokens_per_s <= best
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(20, 61), deployments(4), st.integers(2000, 160000))
 def test_suggested_changes_fit_and_smaller_ones_do_not(layers: int, drawn: Deployment, longest: int) -> None:

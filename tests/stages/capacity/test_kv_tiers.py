@@ -25,6 +25,12 @@ def test_a_block_is_what_all_layers_keep_of_its_tokens_in_sixteen_bits() -> None
     assert tiers_of().block_bytes == 61 * 32 * 576 * 2
 
 
+def test_the_layer_that_makes_drafts_keeps_blocks_too() -> None:
+    drafting = msgspec.structs.replace(DEPLOYMENT, num_speculative_tokens=1)
+    assert tiers_of(drafting).block_bytes == 62 * 32 * 576 * 2
+    assert tiers_of(drafting).hit_ttft_s > tiers_of().hit_ttft_s
+
+
 @pytest.mark.parametrize(("rows_per_stage", "stages_on_host"), [(4, 1), (2, 2), (1, 4)])
 def test_stages_of_a_host_share_its_memory(rows_per_stage: int, stages_on_host: int) -> None:
     deployment = msgspec.structs.replace(DEPLOYMENT, stages=16 // rows_per_stage, rows_per_stage=rows_per_stage)

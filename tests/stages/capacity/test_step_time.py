@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.capacity.chip_memory import chip_stages
-from stages.capacity.prediction import PredictionOptions, predict
 from stages.capacity.step_time import (
     ALL_GATHER,
     ALL_REDUCE,
     ALL_TO_ALL,
     REDUCE_SCATTER,
+    TRACED_LAUNCH_S,
+    UNTRACED_LAUNCH_S,
     CollectiveCost,
     ExpertKernel,
     StageTimes,
@@ -26,15 +27,17 @@ from stages.capacity.step_time import (
     hit_share,
     reduce_scatter_s,
 )
+from stages.models.deepseek_v3.architecture import OPS
+from stages.plan import StageSpec
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import LINKS, flops_per_s
 from tests.support.plans import deployment, r1_config
 
 R1 = r1_config()
-OPTIONS = PredictionOptions(context=2048, prompt_tokens=1024)
 TORCH_FREE = (
     "stages.capacity.step_time",
     "stages.capacity.fit",
+    "stages.capacity.prediction",
     "api.cli.plan",
 )
 
@@ -42,7 +45,7 @@ TORCH_FREE = (
 def stage_times(
     stages: int = 8, rows: int = 1, stage: int = 3, *, traced: bool = True, experts: ExpertKernel = "all"
 ) -> StageTimes:
-    spec = chip_stages(R1, deployment(stages, rows))[stage]
+    spec = chip_stages(R1, deployment(stages, rows, num_speculative_tokens=1))[stage]
     return StageTimes(R1, spec, rows, WeightDtypes(), traced=traced, expert_kernel=experts)
 
 
@@ -130,27 +133,80 @@ def test_longer_chunks_and_later_ones_never_take_less(tokens: int, more: int, st
     assert times.prefill(tokens, start + more).total_s >= before * (1 - 1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 8000), st.sampled_from([1, 2, 4]), st.sampled_from([0, 3, 7]))
+def test_drafts_are_lanes_like_those_of_other_users_on_all_stages_but_the_last(
+    users: int, context: int, rows: int, stage: int
+) -> None:
+    times = stage_times(8, rows, stage)
+    plain = times.decode(8 * users, context)
+    drafted = times.decode_lanes(8 * users, 8 * users, context, passes=0)
+    assert drafted == plain == times.decode(8 * users, context, drafts=0)
+    # With three drafts, chips whose users are a power of two pad nothing.
+    power = 1 << (users.bit_length() - 1)
+    without_passes = times.decode_lanes(8 * power, 32 * power, context, passes=0)
+    assert without_passes == times.decode(32 * power, context)
+    if stage < 7:
+        assert times.decode(8 * power, context, drafts=3) == without_passes
+
+
+def test_lanes_of_chips_are_padded_to_powers_of_two_once_there_are_drafts() -> None:
+    times = stage_times()
+    # Two drafts of 4 users on each chip are 12 lanes, for which steps have 16; padding reads no cache.
+    two, three = (times.decode(32, 0, drafts=drafts) for drafts in (2, 3))
+    assert two == three
+    assert times.decode(32, 4000, drafts=2).total_s < times.decode(32, 4000, drafts=3).total_s
+
+
+def test_a_step_in_which_few_have_drafts_takes_the_lanes_that_there_are() -> None:
+    times = stage_times()
+    least, most = times.decode(32, 2048).total_s, times.decode(32, 2048, drafts=3).total_s
+    between = [times.decode_lanes(32, lanes, 2048, passes=0).total_s for lanes in (32, 40, 64, 65, 128)]
+    assert between == sorted(between)
+    assert (between[0], between[-1]) == (least, most)
+
+
+def pass_time(tokens: int, users: int, context: int) -> float:
+    """A pass of R1's draft layer over `tokens` lanes, of what it consists of: a layer, a projection, norms and a head.
+
+    Layer and head follow from stages that have one layer more and that are the last.
+    """
+
+    def seconds(first: int, lanes: int, *, stage: int = 1) -> float:
+        spec = StageSpec(index=stage, stages=3, first_layer=first, end_layer=61)
+        return StageTimes(R1, spec, 1, WeightDtypes(), traced=True).decode(lanes, context).total_s
+
+    layer = seconds(59, tokens) - seconds(60, tokens)
+    head = seconds(60, users, stage=2) - seconds(60, users)
+    untraced = (OPS.head.decode + OPS.norm.decode) * (UNTRACED_LAUNCH_S - TRACED_LAUNCH_S)
+    projection = 2 * 7168 // 8 * 7168 * 1088 / 1024 / (288e9 * 0.83)
+    sent = reduce_scatter_s(8, tokens * 7168 * 2) + 2 * all_gather_s(8, tokens * 32 * 2)
+    launches = (OPS.draft.decode + 2 * OPS.norm.decode) * TRACED_LAUNCH_S
+    return layer + head + untraced + projection + sent + launches
+
+
+@pytest.mark.parametrize("context", [64, 4000])
+def test_a_pass_of_the_draft_layer_takes_a_layer_a_projection_and_a_head(context: int) -> None:
+    last = stage_times(stage=7)
+    one, three = (
+        last.decode_lanes(32, 128, context, passes=passes).total_s
+        - last.decode_lanes(32, 128, context, passes=0).total_s
+        for passes in (1, 3)
+    )
+    first, later = pass_time(128, 32, context), pass_time(32, 32, context)
+    assert one == pytest.approx(first, rel=1e-3)
+    assert three == pytest.approx(first + 2 * later, rel=1e-3)
+
+
+def test_prompts_pass_the_draft_layer_once_and_their_end_once_more_for_each_draft() -> None:
+    others, last = stage_times(), stage_times(stage=7)
+    assert others.prefill(256, 512, drafts=2) == others.prefill(256, 512)
+    plain, one, two = (last.prefill(256, 512, drafts=drafts).total_s for drafts in (0, 1, 2))
+    layers = len(chip_stages(R1, deployment(8, 1, num_speculative_tokens=1))[7].layers)
+    assert plain / layers < one - plain < 1.5 * plain / layers
+    assert two - one == pytest.approx(pass_time(32, 1, 768), rel=0.01)
+
+
 def test_parts_add_up() -> None:
     time = StepTime(memory_s=1, compute_s=2, network_s=3, launch_s=4)
     assert (time + time.times(2)).total_s == 30
-
-
-def test_a_full_pipeline_is_as_fast_as_its_slowest_stage() -> None:
-    plan = deployment(4, 4)
-    prediction = predict(R1, plan, OPTIONS)
-    slowest = max(time.total_s for time in prediction.decode)
-    assert prediction.cycle_s == pytest.approx(5 * slowest)
-    assert prediction.tokens_per_s == pytest.approx(32 * 4 / slowest)
-    assert prediction.tokens_per_s_per_user == pytest.approx(prediction.tokens_per_s / 640)
-
-
-def test_one_microbatch_waits_for_every_stage_and_hop() -> None:
-    prediction = predict(R1, deployment(4, 4, microbatches=1), OPTIONS)
-    passed = sum(time.total_s for time in prediction.decode)
-    assert prediction.cycle_s == pytest.approx(passed + 3 * prediction.hop_s)
-
-
-def test_the_first_token_waits_for_all_chunks() -> None:
-    one, four = (predict(R1, deployment(4, 4), msgspec.structs.replace(OPTIONS, prompt_tokens=n)) for n in (256, 1024))
-    slowest = max(time.total_s for time in four.prefill)
-    assert four.ttft_s - one.ttft_s == pytest.approx(3 * slowest, rel=0.2)

@@ -16,7 +16,7 @@ from stages.kv.page_tables import PageTables
 from stages.kv.record_file import Record
 from stages.kv.tiers import Tiers
 from stages.options import CacheOptions
-from stages.step import Admission, BlockLoad, Segment, Step
+from stages.step import Admission, BlockLoad, Segment, ShrunkSlot, Step
 from tests.support.embedded_meshes import on_mesh_shapes
 from tests.support.kv_blocks import contents, floats_held_in, options_for, random_caches, tiers_in
 from tests.support.stage_driver import GREEDY, key_of
@@ -213,6 +213,45 @@ def test_a_block_that_a_decode_step_fills_is_kept(mesh: ttnn.MeshDevice, tmp_pat
     store.step([filled], mode="decode")
     assert store.tiers.inventory(0, "").added == [key_of(1)]
     assert store.tiers.fetch(key_of(1)) == bytes(store.memory.read(0, [3])[0])
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 3])
+@on_chip
+def test_a_block_that_drafts_fill_is_kept_with_the_step_after_them(
+    mesh: ttnn.MeshDevice, accepted: int, tmp_path: Path, opened: ExitStack
+) -> None:
+    """Unless the step's own token fills it: that is no draft."""
+    store = store_on(mesh, tmp_path / "host", opened)
+    size = store.options.block_size
+    tokens = [1] * (size - 2)
+    store.step(
+        [Segment(slot=1, start=0, tokens=tokens, new_blocks=[3, 5], sample=True)],
+        [Admission(slot=1, sampling=GREEDY)],
+    )
+    drafted = Segment(slot=1, start=size - 2, tokens=[1, 7, 8, 9], new_blocks=[], sample=True)
+    store.step([drafted], mode="decode")
+    assert store.tiers.inventory(0, "").added == []
+    start = size - 1 + accepted
+    after = Segment(slot=1, start=start, tokens=[1, 7], new_blocks=[], sample=True, keys=[key_of(1)])
+    store.step([after], mode="decode")
+    assert store.tiers.inventory(0, "").added == [key_of(1)]
+    assert store.tiers.fetch(key_of(1)) == bytes(store.memory.read(0, [3])[0])
+    store.step(ended=[1])
+    assert store.load((0, 3, key_of(1))) == []
+    assert reads(store) == 1
+
+
+@on_chip
+def test_a_block_of_drafts_that_was_given_back_is_found_by_no_key(mesh: ttnn.MeshDevice, opened: ExitStack) -> None:
+    store = store_on(mesh, None, opened)
+    size = store.options.block_size
+    store.fill(1, [5], [key_of(1)])
+    store.step(ended=[1])
+    # The block was another's before drafts were written to it.
+    store.fill(0, [4], [key_of(2)])
+    store.step([Segment(slot=0, start=size, tokens=[1, 2], new_blocks=[5], sample=True)], mode="decode")
+    store.step(mode="decode", shrunk=[ShrunkSlot(slot=0, blocks=1)])
+    assert store.load((0, 5, key_of(1))) == [0]
 
 
 @on_chip

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from stages.errors import StepError
 from stages.kv.page_tables import PageTables
-from stages.step import Admission, BlockLoad, Mode, Segment, Step
+from stages.options import DRAFTS_MAX
+from stages.step import Admission, BlockLoad, Mode, Segment, ShrunkSlot, Step
 from tests.support.stage_driver import GREEDY, cache_options
 
 OPTIONS = cache_options(slots=4, pools=2, max_model_len=128)
@@ -41,6 +43,12 @@ def sharing(slot: int, cached: list[int]) -> Step:
 
 def load_of(pool: int, block: int) -> Step:
     return step_of("load", [], [], [], [BlockLoad(pool=pool, block=block, key=bytes(16))])
+
+
+def shrinking(slot: int, blocks: int, ended: list[int] | None = None) -> Step:
+    """Gives back all but the first blocks of a slot."""
+    shrunk = [ShrunkSlot(slot=slot, blocks=blocks)]
+    return msgspec.structs.replace(step_of("decode", [], [], ended or []), shrunk=shrunk)
 
 
 class PageTableMachine(RuleBasedStateMachine):
@@ -119,6 +127,41 @@ class PageTableMachine(RuleBasedStateMachine):
         self.tables.apply(step_of("prefill" if prefill else "decode", [segment], [], []))
         self.blocks[slot] += new
         self.tokens[slot] = start + length
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), drafts=st.integers(0, DRAFTS_MAX))
+    def verify(self, data: st.DataObject, drafts: int) -> None:
+        """A slot goes on behind what was right of its latest tokens, with drafts that may be wrong again."""
+        slot = data.draw(st.sampled_from(sorted(self.tokens)))
+        first = max(self.shared[slot], self.tokens[slot] - DRAFTS_MAX)
+        start = data.draw(st.integers(first, self.tokens[slot]))
+        length = min(1 + drafts, OPTIONS.blocks_per_slot * SIZE - start)
+        written = self.blocks[slot][start // SIZE : -(-(start + length) // SIZE)]
+        if not length or any(len(self.holders(OPTIONS.pool_of(slot), block)) > 1 for block in written):
+            return
+        missing = max(-(-(start + length) // SIZE) - len(self.blocks[slot]), 0)
+        new = data.draw(st.permutations(self.free(slot)))[:missing]
+        segment = Segment(slot=slot, start=start, tokens=[1] * length, new_blocks=new, sample=True)
+        self.tables.apply(step_of("decode", [segment], [], []))
+        self.blocks[slot] += new
+        self.tokens[slot] = start + length
+
+    @precondition(lambda self: any(self.blocks.values()))
+    @rule(data=st.data(), ends=st.booleans())
+    def shrink(self, data: st.DataObject, ends: bool) -> None:
+        """A slot gives back blocks behind those that it began with; it may end with the same step."""
+        slot = data.draw(st.sampled_from(sorted(slot for slot, blocks in self.blocks.items() if blocks)))
+        kept = data.draw(st.integers(0, OPTIONS.blocks_per_slot))
+        step = shrinking(slot, kept, [slot] if ends else [])
+        if not self.shared[slot] // SIZE <= kept < len(self.blocks[slot]):
+            with pytest.raises(StepError, match=f"of which it cannot keep the first {kept}"):
+                self.tables.apply(step)
+            return
+        self.tables.apply(step)
+        del self.blocks[slot][kept:]
+        self.tokens[slot] = min(self.tokens[slot], kept * SIZE)
+        if ends:
+            del self.blocks[slot], self.tokens[slot]
 
     @precondition(lambda self: any(self.blocks.values()))
     @rule(data=st.data())
@@ -220,17 +263,108 @@ def test_keys_are_as_many_as_blocks_that_become_full(start: int, length: int, fi
 
 
 @pytest.mark.parametrize(("position", "filled"), [(SIZE - 2, 0), (SIZE - 1, 1), (SIZE, 0)])
-def test_a_decode_step_has_the_key_of_a_block_that_it_fills(position: int, filled: int) -> None:
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_a_decode_step_has_the_key_of_a_block_that_its_own_token_fills(position: int, filled: int, drafts: int) -> None:
     for keys in range(3):
         tables = PageTables(OPTIONS)
         first = Segment(slot=0, start=0, tokens=[1] * position, new_blocks=[1, 2], sample=True)
         tables.apply(step_of("prefill", [first], [0], []))
-        last = Segment(slot=0, start=position, tokens=[1], new_blocks=[], sample=True, keys=[bytes(16)] * keys)
+        tokens = [1] * (1 + drafts)
+        last = Segment(slot=0, start=position, tokens=tokens, new_blocks=[], sample=True, keys=[bytes(16)] * keys)
         if keys in {0, filled}:
             tables.apply(step_of("decode", [last], [], []))
             continue
         with pytest.raises(StepError, match=f"fills {filled} blocks, but has keys of {keys}"):
             tables.apply(step_of("decode", [last], [], []))
+
+
+@pytest.mark.parametrize(
+    ("position", "right", "filled"),
+    [
+        (SIZE - 2, 0, 1),
+        (SIZE - 2, 1, 1),
+        (SIZE - 2, 3, 1),
+        (SIZE - 6, 3, 0),
+        (SIZE - 5, 3, 1),
+        (SIZE - 1, 3, 0),
+        (SIZE, 3, 0),
+    ],
+)
+def test_a_block_that_right_drafts_fill_has_its_key_in_the_step_after_them(
+    position: int, right: int, filled: int
+) -> None:
+    for keys in range(3):
+        tables = PageTables(OPTIONS)
+        first = Segment(slot=0, start=0, tokens=[1] * position, new_blocks=[1, 2], sample=True)
+        tables.apply(step_of("prefill", [first], [0], []))
+        drafted = Segment(slot=0, start=position, tokens=[1] * 4, new_blocks=[], sample=True)
+        tables.apply(step_of("decode", [drafted], [], []))
+        start = position + 1 + right
+        after = Segment(slot=0, start=start, tokens=[1] * 4, new_blocks=[], sample=True, keys=[bytes(16)] * keys)
+        if keys in {0, filled}:
+            tables.apply(step_of("decode", [after], [], []))
+            continue
+        with pytest.raises(StepError, match=f"fills {filled} blocks, but has keys of {keys}"):
+            tables.apply(step_of("decode", [after], [], []))
+
+
+def test_a_block_that_was_cached_at_the_admission_gets_no_key() -> None:
+    tables = PageTables(OPTIONS)
+    tables.apply(sharing(0, [4, 2]))
+    segment = Segment(slot=0, start=2 * SIZE, tokens=[1], new_blocks=[1], sample=True, keys=[bytes(16)])
+    with pytest.raises(StepError, match="fills 0 blocks, but has keys of 1"):
+        tables.apply(step_of("decode", [segment], [], []))
+
+
+def test_a_decode_step_has_no_more_drafts_than_anyone_may_ask_for() -> None:
+    for drafts in (DRAFTS_MAX, DRAFTS_MAX + 1):
+        tables = PageTables(OPTIONS)
+        first = Segment(slot=0, start=0, tokens=[1], new_blocks=[0], sample=True)
+        tables.apply(step_of("prefill", [first], [0], []))
+        step = step_of(
+            "decode", [Segment(slot=0, start=1, tokens=[1] * (1 + drafts), new_blocks=[], sample=True)], [], []
+        )
+        if drafts == DRAFTS_MAX:
+            tables.apply(step)
+            continue
+        with pytest.raises(StepError, match=rf"decodes {1 + drafts} tokens; a decode step takes one and at most"):
+            tables.apply(step)
+
+
+def test_the_next_step_begins_behind_what_was_right_and_no_further() -> None:
+    tables = PageTables(OPTIONS)
+    first = Segment(slot=0, start=0, tokens=[1] * 5, new_blocks=[0], sample=True)
+    tables.apply(step_of("prefill", [first], [0], []))
+    for start in (5, 7, 8, 12):
+        step = step_of("decode", [Segment(slot=0, start=start, tokens=[1] * 4, new_blocks=[], sample=True)], [], [])
+        tables.apply(step)
+    beyond = Segment(slot=0, start=17, tokens=[1], new_blocks=[], sample=True)
+    with pytest.raises(StepError, match="has 16 tokens cached; 0 of them for good; a segment at position 17 does not"):
+        tables.apply(step_of("decode", [beyond], [], []))
+
+
+def test_blocks_that_are_given_back_may_be_anothers_in_the_same_step() -> None:
+    tables = PageTables(OPTIONS)
+    other = OPTIONS.pools
+    first = Segment(slot=0, start=0, tokens=[1] * 31, new_blocks=[3], sample=True)
+    tables.apply(step_of("prefill", [first], [0], []))
+    drafted = Segment(slot=0, start=31, tokens=[1, 2, 3], new_blocks=[5], sample=True)
+    tables.apply(step_of("decode", [drafted], [], []))
+    taken = Segment(slot=other, start=0, tokens=[1], new_blocks=[5], sample=True)
+    shrunk = [ShrunkSlot(slot=0, blocks=1)]
+    step = msgspec.structs.replace(step_of("prefill", [taken], [other], []), shrunk=shrunk)
+    tables.apply(step)
+    assert tables.rows([0, other], 2).tolist() == [[3, OPTIONS.blocks], [5, OPTIONS.blocks]]
+    # What it has goes no further than its blocks now.
+    beyond = Segment(slot=0, start=33, tokens=[1], new_blocks=[6], sample=True)
+    with pytest.raises(StepError, match="has 32 tokens cached"):
+        tables.apply(step_of("decode", [beyond], [], []))
+
+
+@pytest.mark.parametrize("slot", [1, OPTIONS.slots])
+def test_a_slot_that_is_not_held_gives_nothing_back(slot: int) -> None:
+    with pytest.raises(StepError, match=f"Slot {slot} was not admitted"):
+        PageTables(OPTIONS).apply(shrinking(slot, 0))
 
 
 def test_what_was_refused_holds_no_blocks() -> None:

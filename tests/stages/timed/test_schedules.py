@@ -16,7 +16,7 @@ from stages.errors import PlanError
 from stages.options import CacheOptions, GivenTimes, StageOptions
 from stages.plan import StageSpec
 from stages.step import SamplingParams, Segment, Step, StepResult, TokenLogprobs
-from stages.timed.stage import GivenDurations, TimedStage, TokenMaker, certain
+from stages.timed.stage import DraftMaker, GivenDurations, TimedStage, TokenMaker, certain
 
 BLOCK = 32
 BYTES_PER_TOKEN = 6
@@ -29,7 +29,8 @@ TOKENS = TokenMaker(VOCABULARY, NEVER)
 def timed_stages(count: int, step_s: Sequence[float] = (0.0,)) -> list[TimedStage]:
     specs = [StageSpec(index=index, stages=count, first_layer=index, end_layer=index + 1) for index in range(count)]
     times = GivenTimes(step_s=list(step_s))
-    return [TimedStage(spec, GivenDurations(times, spec.index), BYTES_PER_TOKEN, TOKENS) for spec in specs]
+    drafts = DraftMaker(TOKENS, 0.7, seed=0)
+    return [TimedStage(spec, GivenDurations(times, spec.index), BYTES_PER_TOKEN, TOKENS, drafts) for spec in specs]
 
 
 def run(stages: Sequence[TimedStage], step: Step) -> StepResult:
@@ -92,16 +93,21 @@ class Told:
     microbatches=st.integers(1, 3),
     blocks=st.integers(4, 12),
     chunk=st.sampled_from([32, 64, 96]),
+    drafts=st.integers(0, 4),
     delivers=st.lists(st.booleans(), max_size=200),
 )
 def test_tokens_are_the_same_however_they_are_scheduled(
-    added: list[AddRequest], stages: int, microbatches: int, blocks: int, chunk: int, delivers: list[bool]
+    added: list[AddRequest], stages: int, microbatches: int, blocks: int, chunk: int, drafts: int, delivers: list[bool]
 ) -> None:
-    """Schedulers with any number of stages, chunks and microbatches, and so few blocks that requests are preempted."""
+    """Any number of stages, chunks, microbatches and drafts, and so few blocks that requests are preempted."""
     cache = CacheOptions(slots=3 * microbatches, pools=1, blocks=blocks, block_size=BLOCK, max_model_len=128)
     scheduler = Scheduler(
         SchedulerOptions(
-            stages=stages, cache=cache, prefill_chunk=chunk, schedule=ScheduleOptions(microbatches=microbatches)
+            stages=stages,
+            cache=cache,
+            prefill_chunk=chunk,
+            schedule=ScheduleOptions(microbatches=microbatches),
+            num_speculative_tokens=drafts,
         ),
         epoch=0,
     )
