@@ -16,7 +16,7 @@ from api.messages.engine import AddRequest, RequestOutput
 from api.scheduler.kv_cache import new_secret
 from api.scheduler.scheduler import Scheduler
 from api.scheduler.sequence import Run
-from stages.step import NO_TOKEN, SamplingParams, Step, StepResult, TokenLogprobs
+from stages.step import GRAMMAR_FAILED, NO_TOKEN, SamplingParams, Step, StepResult, TokenLogprobs
 from tests.support.engine_fakes import VOCABULARY, FakeStage, next_token, reference_answer, scores, step_seconds
 from tests.support.fake_line import FakeLine
 from tests.support.scheduling import GREEDY, nothing_in_use, request, scheduler_options
@@ -375,6 +375,38 @@ def test_a_request_without_a_token_ends_with_stage_and_step_and_its_neighbours_g
     assert (broken.request_id, broken.tokens, broken.finish_reason) == (1, [], "error")
     assert broken.public == broken.error == f"Stage 1 got logits that are not numbers at step {prefill.step_id}."
     assert sorted(line.drain()) == [0, 2]
+    assert line.scheduler.counts() == nothing_in_use(line.options)
+
+
+@pytest.mark.parametrize(
+    ("token", "sentence"),
+    [
+        (NO_TOKEN, "Stage 0 got logits that are not numbers at step 1."),
+        (GRAMMAR_FAILED, "The grammar could not be followed any further"),
+    ],
+)
+def test_drafts_that_were_right_come_before_the_error_of_the_token_behind_them(token: int, sentence: str) -> None:
+    line = FakeLine(scheduler_options(stages=1, num_speculative_tokens=2))
+    for request_id in range(2):
+        line.scheduler.add_request(request(request_id, 30, 20))
+    line.submit()
+    line.deliver()
+    step = line.submit()
+    assert step is not None
+    _, *drafts = step.segments[0].tokens
+    neighbours = [*step.segments[1].tokens[1:], 3]
+    line.results[0] = msgspec.structs.replace(
+        line.results[0], tokens=[*drafts, token, *neighbours], accepted=[2, len(neighbours) - 1]
+    )
+    right, broken, other = line.deliver()
+    assert (right.request_id, right.tokens, right.finish_reason) == (0, drafts, None)
+    assert (broken.request_id, broken.tokens, broken.finish_reason) == (0, [], "error")
+    assert broken.error is not None
+    assert broken.error.startswith(sentence)
+    assert (other.request_id, other.tokens, other.finish_reason) == (1, neighbours, None)
+    # The drafts fill the first block, of which the stages get no key.
+    assert line.scheduler.cache.findable == 0
+    line.scheduler.abort(1)
     assert line.scheduler.counts() == nothing_in_use(line.options)
 
 
