@@ -6,7 +6,7 @@ are measured for each size of batch, and how many drafts are right for each requ
     (1 + accepted drafts of a request and step) / (time with drafts) > 1 / (time without),
 
 and a request of it only while the same holds for its own drafts. What is switched off is tried again: a batch after
-OFF_STEPS of its steps, twice as many after every trial that fails, and a request after RETRY_STEPS. Requests that begin
+OFF_STEPS of its steps, each time after twice as many, and a request after RETRY_STEPS. Requests that begin
 while their batch does without drafts leave the draft layer out, but for one in PROBE, by which a trial is judged.
 """
 
@@ -108,31 +108,39 @@ class BatchSize:
         """Goes on to the next step. It is known whether drafts pay, or None, and whether they can be tried."""
         self.left -= 1
         if self.is_on and not self.in_trial and pays is False:
-            self._switch(False)
+            self._switch_off()
         elif self.left > 0:
             return
+        elif self.in_trial and pays is False:
+            self._switch_off()
         elif self.in_trial:
-            self._switch(pays is not False)
+            self._go_on()
         elif self.is_on or can_try:
             self.in_trial, self.sent, self.left = True, 0, PLAIN_STEPS if self.is_on else TRIAL_STEPS
         else:
             self.left = 1
 
-    def _switch(self, on: bool) -> None:
-        if on:
+    def _switch_off(self) -> None:
+        self.is_on, self.in_trial, self.left = False, False, self.off_steps
+        self.off_steps = min(2 * self.off_steps, OFF_STEPS_MAX)
+
+    def _go_on(self) -> None:
+        """Goes on with drafts. Only those that pay a second time do not owe it to the few by which a trial is judged."""
+        if self.is_on:
             self.off_steps = OFF_STEPS
-        elif not self.is_on:
-            self.off_steps = min(2 * self.off_steps, OFF_STEPS_MAX)
-        self.is_on, self.in_trial = on, False
-        self.left = PLAIN_EVERY if on else self.off_steps
+        self.is_on, self.in_trial, self.left = True, False, PLAIN_EVERY
 
 
 class DraftPolicy:
     """Decides who drafts, and counts what came of it. It has no clock: the times of steps come with their results."""
 
-    def __init__(self, tokens: int) -> None:
-        """`tokens` are the drafts that a request makes in a step; with 0 nobody makes any."""
+    def __init__(self, tokens: int, *, always: bool = False) -> None:
+        """`tokens` are the drafts that a request makes in a step; with 0 nobody makes any.
+
+        `always`: all requests do in all steps, whether it pays or not.
+        """
         self._tokens = tokens
+        self._always = always
         self._sizes: dict[int, BatchSize] = {}
         self._all = Acceptance()
         self._begun = 0
@@ -177,7 +185,7 @@ class DraftPolicy:
         if not self._tokens or not any(run.drafting.is_possible for run in runs):
             return False
         self._latest = self._size(len(runs))
-        return self._latest.next_drafts()
+        return self._always or self._latest.next_drafts()
 
     def wanted(self, run: Run, drafts: int, ratio: float | None) -> int:
         """The drafts that a run asks for in a step that has some of it, where such steps take `ratio` times as long."""
@@ -208,13 +216,13 @@ class DraftPolicy:
                 self._note(run, count, len(answer.tokens) - 1)
             if not step.asks:
                 run.drafting.without += 1
-        if step.asks == size.drafts:
+        if step.asks == size.drafts and not self._always:
             ready = [run for run in step.sampled if run.drafting.is_ready(len(run.sequence.tokens))]
             size.step_done(self._pay(ready, size.ratio(microbatches)), can_try=bool(ready))
 
     def ratio(self, users: int, microbatches: int) -> float | None:
-        """How much longer a step of so many requests takes with drafts; None where that is not known."""
-        return self._size(users).ratio(microbatches)
+        """How much longer a step of so many requests takes with drafts; None where that is not known, or no matter."""
+        return None if self._always else self._size(users).ratio(microbatches)
 
     def _note(self, run: Run, count: int, right: int) -> None:
         self._drafts += 1

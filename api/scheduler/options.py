@@ -38,6 +38,9 @@ class ScheduleOptions(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: Annotated[
         bool, Meta(description="Begin a prompt with what is cached of it, from other requests or turns before.")
     ] = True
+    always_draft: Annotated[
+        bool, Meta(description="Verify drafts in every step, and not only as far as they are found to pay.")
+    ] = False
 
 
 class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):

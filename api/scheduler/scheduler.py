@@ -61,7 +61,7 @@ class Scheduler:
         self._prefill_next = True
         self._quarantine = Quarantine()
         self.tallies = Tallies()
-        self.drafts = DraftPolicy(options.num_speculative_tokens)
+        self.drafts = DraftPolicy(options.num_speculative_tokens, always=options.schedule.always_draft)
         self._budget = PrefillBudget(options)
         self.cache = KVCache(options)
         self._in_flight: deque[StepInFlight] = deque()

@@ -185,6 +185,7 @@ def main(directory: Path, stages: int, clients: int, port: int) -> None:
         kv_dir=directory / KV_DIRECTORY,
         kv_disk=str(KV_BYTES),
         num_speculative_tokens=DRAFTS,
+        always_draft=True,
     )
     source = resolve_model(None, {})
     settings = ServeSettings(engine=engine, source=source, host="127.0.0.1", port=port, shutdown_timeout_s=5.0)
