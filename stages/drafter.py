@@ -5,6 +5,7 @@ after that. For more than one draft it is repeated, with its own hidden states a
 to its cache then is overwritten by the next step, as are the entries of drafts that were rejected.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,11 @@ LogitsOf = Callable[[ttnn.Tensor, Batch, ttnn.Tensor | None], ttnn.Tensor]
 
 LogitRows = Callable[[LogitsOf, HiddenStates, Sequence[int]], torch.Tensor]
 """Float32 logits [tokens, vocabulary] on the host, of a batch's tokens by their indices."""
+
+
+MASKS_SECONDS = 0.01
+"""The longest that a step's drafts wait for what grammars allow, which was begun before the draft layer ran: without it
+a draft is worth little, but all requests wait."""
 
 
 @dataclass(slots=True)
@@ -85,10 +91,11 @@ class Drafter:
         if not drafts:
             return []
         logits = self._logit_rows(self._layer.logits, states, [draft.token for draft in drafts])
+        until = time.monotonic() + MASKS_SECONDS
         going: list[Draft] = []
         for draft, row in zip(drafts, logits.numpy(), strict=True):
-            position = draft.position + 2
-            token = self._sampler.draft(draft.slot, row, position, draft.tokens)
+            left = max(until - time.monotonic(), 0.0)
+            token = self._sampler.draft(draft.slot, row, draft.position + 2, draft.tokens, left)
             if token is not None:
                 draft.tokens.append(token)
                 if len(draft.tokens) < draft.wanted:

@@ -30,7 +30,10 @@ DRAM_ALIGNMENT = 32
 TRACE_ALIGNMENT = 8192
 """A trace region takes whole multiples of it from every bank, as the same allocator reports."""
 
-L1_BANKS = 64
+CORES = 64
+"""Cores of a chip that a program may use: 8 x 8."""
+
+L1_BANKS = CORES
 L1_BANK_BYTES = 1_393_312
 """Bytes of a core's 1.5 MB that the same allocator can use, on each of the 8 x 8 cores of programs."""
 

@@ -125,7 +125,7 @@ class BatchSize:
         self.off_steps = min(2 * self.off_steps, OFF_STEPS_MAX)
 
     def _go_on(self) -> None:
-        """Goes on with drafts. Only those that pay a second time do not owe it to the few by which a trial is judged."""
+        """Goes on with drafts; only where they pay for the second time are they not judged by a few requests alone."""
         if self.is_on:
             self.off_steps = OFF_STEPS
         self.is_on, self.in_trial, self.left = True, False, PLAIN_EVERY

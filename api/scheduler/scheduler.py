@@ -272,6 +272,8 @@ class Scheduler:
             segments.append(msgspec.structs.replace(segment, tokens=segment.tokens + drafts) if drafts else segment)
             step.drafts.append(len(drafts))
             step.token_count += 1 + len(drafts)
+        # The draft layer runs only where it is wanted.
+        step.asks = any(segment.drafts for segment in segments)
         return segments
 
     def _blocks_to_decode(self, run: Run) -> list[int] | None:

@@ -61,7 +61,7 @@ class TimeOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.draft_acceptance is not None and PROFILES[device].computes:
             raise OptionError(f"--draft-acceptance is for --device timed: the {device} device makes its own drafts.")
         if self.draft_acceptance is not None and not drafts:
-            raise OptionError("--draft-acceptance goes with --num-speculative-tokens: without it nothing is drafted.")
+            raise OptionError("--draft-acceptance goes with --num-speculative-tokens: without it none are made.")
         for flag, given in (("--stage-time", self.stage_time), ("--prompt-token-time", self.prompt_token_time)):
             if given is not None and PROFILES[device].computes:
                 raise OptionError(f"{flag} is for --device timed: the {device} device takes its own time.")

@@ -6,7 +6,7 @@ from stages.errors import PlanError
 from stages.options import TRACE_REGION_BYTES, CacheOptions
 from stages.plan import check_drafts, check_stages, default_microbatches
 from stages.tensor_dtypes import WeightDtypes
-from stages.wormhole import GALAXY_COLUMNS, HEADS_TOGETHER
+from stages.wormhole import CORES, GALAXY_COLUMNS, HEADS_TOGETHER
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div
 
@@ -83,6 +83,12 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
             raise PlanError(
                 f"{self.users_per_row} users a row cannot be shared evenly by its {GALAXY_COLUMNS} chips: choose a "
                 f"multiple of {GALAXY_COLUMNS}."
+            )
+        if self.lanes_per_row > GALAXY_COLUMNS * CORES:
+            raise PlanError(
+                f"{self.users_per_row} users a row with {self.num_speculative_tokens} drafts each take more than the "
+                f"{CORES} cores of a chip, one for each token of a decode step: lower --num-speculative-tokens or the "
+                "users."
             )
         if self.max_model_len > config.max_position_embeddings:
             raise PlanError(

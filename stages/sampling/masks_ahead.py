@@ -19,10 +19,6 @@ MASK_SECONDS = 10.0
 """The longest that a step waits for one mask. llguidance's own limits end a mask after some ten milliseconds, and what
 takes longer to compile than a quarter of a second is refused by the front end: this is for what nobody foresaw."""
 
-SOON_SECONDS = 0.01
-"""The longest that a draft waits for a mask, which was begun before the draft layer ran: without it a draft is worth
-little, but other requests wait too."""
-
 STACK_BYTES = 1 << 26
 """The thread's stack. llguidance compiles nested rules recursively; the front end refuses what needs 8 MB of stack."""
 
@@ -111,10 +107,10 @@ class MasksAhead:
             self._thread.replace()
             raise GrammarError(f"The grammar's next tokens were not known after {MASK_SECONDS:.0f} seconds.") from None
 
-    def allowed_soon(self) -> Mask | None:
-        """What `allowed` returns, for a guess: raises GrammarError too where it takes longer than SOON_SECONDS."""
+    def allowed_within(self, seconds: float) -> Mask | None:
+        """What `allowed` returns, for a guess: raises GrammarError too where it takes longer than these `seconds`."""
         try:
-            return self._next.result(SOON_SECONDS)
+            return self._next.result(seconds)
         except FutureTimeoutError:
             raise GrammarError("The grammar's next tokens are not known yet.") from None
 

@@ -77,14 +77,14 @@ class Request:
                 self._masks.note(token)
         return token
 
-    def draft(self, logits: Floats, position: int, drafts: Sequence[int]) -> int | None:
+    def draft(self, logits: Floats, position: int, drafts: Sequence[int], mask_seconds: float) -> int | None:
         """A guess at the token at `position`; see `Sampler.draft`. Penalties do not count the drafts before it."""
         if not math.isfinite(logits.max()):
             return None
         mask = None
         if self._masks is not None and not drafts:
             try:
-                mask = self._masks.allowed_soon()
+                mask = self._masks.allowed_within(mask_seconds)
             except GrammarError:
                 return None
         answered = position - self._prompt_tokens
@@ -192,13 +192,14 @@ class Sampler:
                 sampled.accepted.append(self._verify(self._requests[segment.slot], own, position, drafts, sampled))
         return sampled
 
-    def draft(self, slot: int, logits: Floats, position: int, drafts: Sequence[int]) -> int | None:
+    def draft(self, slot: int, logits: Floats, position: int, drafts: Sequence[int], mask_seconds: float) -> int | None:
         """A guess at the request's token at `position`, behind other `drafts`; None where none can be made.
 
         `logits` [vocabulary] are the draft layer's. The guess is drawn as the token will be, with the same options and
-        random numbers: that makes the two agree as often as their distributions allow without knowing each other.
+        random numbers: that makes the two agree as often as their distributions allow without knowing each other. There
+        is none where the mask of a grammar takes longer than `mask_seconds`.
         """
-        return self._requests[slot].draft(logits, position, drafts)
+        return self._requests[slot].draft(logits, position, drafts, mask_seconds)
 
     def scored_prompts(self, step: Step) -> list[ScoredPrompt | None]:
         """The prompt tokens that each segment scores; None in decode steps and for requests that want no scores."""

@@ -34,7 +34,7 @@ def test_drafts_are_right_as_often_as_is_said() -> None:
             {"device": "embedded", "num_speculative_tokens": 1},
             "is for --device timed: the embedded device makes its own",
         ),
-        ({}, "--draft-acceptance goes with --num-speculative-tokens: without it there are no drafts."),
+        ({}, "--draft-acceptance goes with --num-speculative-tokens: without it none are made."),
         ({"num_speculative_tokens": 0}, "--draft-acceptance goes with --num-speculative-tokens"),
     ],
 )

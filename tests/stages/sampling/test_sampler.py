@@ -1,7 +1,7 @@
 """Drafts at the sampler: verification keeps every request's answer, and a draft is drawn as its token will be."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.openai.grammars.structured_output import schema_grammar
-from stages.sampling import masks_ahead
 from stages.sampling.constraint import Constraint
 from stages.sampling.masks_ahead import MaskThread
 from stages.sampling.sampler import Sampler, sampling_tokens
@@ -22,6 +21,8 @@ SAMPLER = Sampler(SIZE, VOCABULARY)
 """One for all tests, so that compiled grammars and their thread are those of others before."""
 
 LENGTH = 16
+SOON, PATIENT = 0.01, 60.0
+"""Seconds that a draft waits for a mask."""
 DRAFTS = 4
 CITY = schema_grammar(
     {"type": "object", "properties": {"city": {"enum": ["Oslo", "Bergen"]}, "boats": {"type": "integer"}}}, "schema"
@@ -44,14 +45,6 @@ OPTIONS = st.fixed_dictionaries(
         "logprobs": st.sampled_from([0, 3]),
     },
 )
-
-
-@pytest.fixture
-def patient() -> Iterator[None]:
-    """Drafts wait for masks however busy the machine is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks_ahead, "SOON_SECONDS", 60.0)
-        yield
 
 
 class Expected:
@@ -126,7 +119,6 @@ def test_answers_are_those_without_drafts(some: list[dict[str, Any]], plan: list
 
 @settings(deadline=None, max_examples=60)
 @given(OPTIONS)
-@pytest.mark.usefixtures("patient")
 def test_the_first_draft_is_what_the_same_logits_give_as_the_token(options: dict[str, Any]) -> None:
     """With all that the request's tokens ask for; and making it changes nothing."""
     sampling = params(**options)
@@ -136,8 +128,8 @@ def test_the_first_draft_is_what_the_same_logits_give_as_the_token(options: dict
     answer = [samplers.step()[0]]
     while answer[-1] >= 0 and answer[-1] != EOS and len(answer) < LENGTH:
         position = len(PROMPT) + len(answer)
-        guess = SAMPLER.draft(0, random_logits(sampling.seed, position).numpy(), position, [])
-        other = SAMPLER.draft(0, random_logits(7 + sampling.seed, position).numpy(), position, [])
+        guess = SAMPLER.draft(0, random_logits(sampling.seed, position).numpy(), position, [], PATIENT)
+        other = SAMPLER.draft(0, random_logits(7 + sampling.seed, position).numpy(), position, [], PATIENT)
         answer += samplers.step().values()
         assert guess == (answer[-1] if answer[-1] >= 0 else None)
         assert other is None or 0 <= other < SIZE
@@ -149,19 +141,19 @@ def test_later_drafts_heed_the_ones_before_as_far_as_their_number_and_bad_words_
     logits[[30, 31, 32]] = [1.0, 3.0, 2.0]
     admitted(SAMPLER, params(temperature=0.0, bad_words=[[30, 31]]), params(temperature=0.0), answer=[4, 30])
     begin = len(PROMPT) + 2
-    assert [SAMPLER.draft(slot, logits, begin, []) for slot in (0, 1)] == [32, 31]
-    assert [SAMPLER.draft(slot, logits, begin + 1, [5]) for slot in (0, 1)] == [31, 31]
-    assert [SAMPLER.draft(slot, logits, begin + 1, [30]) for slot in (0, 1)] == [32, 31]
+    assert [SAMPLER.draft(slot, logits, begin, [], PATIENT) for slot in (0, 1)] == [32, 31]
+    assert [SAMPLER.draft(slot, logits, begin + 1, [5], PATIENT) for slot in (0, 1)] == [31, 31]
+    assert [SAMPLER.draft(slot, logits, begin + 1, [30], PATIENT) for slot in (0, 1)] == [32, 31]
     # None of the answer's first three tokens ends it.
     admitted(SAMPLER, params(temperature=0.0, min_tokens=3, stop_token_ids=[31]), answer=[4])
-    assert [SAMPLER.draft(0, logits, begin + more, [5] * (1 + more)) for more in (0, 1)] == [32, 31]
+    assert [SAMPLER.draft(0, logits, begin + more, [5] * (1 + more), PATIENT) for more in (0, 1)] == [32, 31]
 
 
 def test_no_draft_of_what_is_not_a_number() -> None:
     admitted(SAMPLER, params())
     logits = random_logits(0, 0).numpy()
     logits[9] = np.nan
-    assert SAMPLER.draft(0, logits, len(PROMPT), []) is None
+    assert SAMPLER.draft(0, logits, len(PROMPT), [], PATIENT) is None
 
 
 def test_no_draft_while_its_grammar_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,12 +169,11 @@ def test_no_draft_while_its_grammar_is_not_known(monkeypatch: pytest.MonkeyPatch
     admitted(sampler, params(CITY), params())
     logits = random_logits(0, 0).numpy()
     try:
-        assert sampler.draft(0, logits, len(PROMPT), []) is None
-        assert sampler.draft(1, logits, len(PROMPT), []) is not None
+        assert sampler.draft(0, logits, len(PROMPT), [], SOON) is None
+        assert sampler.draft(1, logits, len(PROMPT), [], PATIENT) is not None
     finally:
         known.set()
-    monkeypatch.setattr(masks_ahead, "SOON_SECONDS", 60.0)
-    assert sampler.draft(0, logits, len(PROMPT), []) is not None
+    assert sampler.draft(0, logits, len(PROMPT), [], PATIENT) is not None
     sampler.close()
 
 
@@ -191,7 +182,7 @@ def test_no_draft_where_the_grammar_has_failed() -> None:
     samplers.admit(0, params("no grammar at all {"))
     assert samplers.verify({0: [5, 6]})[0][-1] < 0
     assert samplers.accepted == [0]
-    assert SAMPLER.draft(0, random_logits(0, 0).numpy(), len(PROMPT), []) is None
+    assert SAMPLER.draft(0, random_logits(0, 0).numpy(), len(PROMPT), [], PATIENT) is None
 
 
 def test_a_draft_is_right_but_what_follows_is_not_a_number() -> None:
