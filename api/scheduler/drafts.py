@@ -6,11 +6,13 @@ are measured for each size of batch, and how many drafts are right for each requ
     (1 + accepted drafts of a request and step) / (time with drafts) > 1 / (time without),
 
 and a request of it only while the same holds for its own drafts. What is switched off is tried again: a batch after
-OFF_STEPS of its steps, each time after twice as many, and a request after RETRY_STEPS. Requests that begin
-while their batch does without drafts leave the draft layer out, but for one in PROBE, by which a trial is judged.
+OFF_STEPS of its steps, each time after twice as many, and a request after RETRY_STEPS. Requests that begin while their
+batch does without drafts leave the draft layer out, until a trial is due. All take part in it, as its steps are to take
+the time of others with drafts; how often drafts are right is said by those that had the layer from their prompt on.
 """
 
 import itertools
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -40,9 +42,6 @@ TRIAL_STEPS = 16
 
 RETRY_STEPS = 64
 """Steps after which a request whose drafts do not pay makes one again, by which it is judged anew."""
-
-PROBE = 16
-"""One of so many requests that begin where drafts do not pay uses the draft layer."""
 
 
 @dataclass(slots=True)
@@ -97,6 +96,11 @@ class BatchSize:
             return self.sent > PLAIN_STEPS
         return self.drafts
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a trial waits for a request that drafts from its prompt on."""
+        return not self.is_on and not self.in_trial and self.left <= 1
+
     def ratio(self, microbatches: int) -> float | None:
         """How much longer a step with drafts takes; None where one of the two was not measured."""
         if min(self.plain.count, self.drafted.count) <= 1:
@@ -111,7 +115,7 @@ class BatchSize:
             self._switch_off()
         elif self.left > 0:
             return
-        elif self.in_trial and pays is False:
+        elif self.in_trial and (pays is False or not (self.is_on or pays)):
             self._switch_off()
         elif self.in_trial:
             self._go_on()
@@ -143,7 +147,6 @@ class DraftPolicy:
         self._always = always
         self._sizes: dict[int, BatchSize] = {}
         self._all = Acceptance()
-        self._begun = 0
         self._latest = BatchSize()
         self._drafts = 0
         self._draft_tokens = 0
@@ -170,12 +173,13 @@ class DraftPolicy:
         # What is forced is not what is sampled, by which drafts are judged.
         if run.sequence.forced or not self._wanted(run, 1):
             return
-        self._begun += 1
-        run.drafting.is_possible = self._size(users).is_on or self._begun % PROBE == 0
+        size = self._size(users)
+        run.drafting.is_possible = True
+        run.drafting.from_prompt = self._always or size.is_on or size.is_due
 
     def in_prompt(self, run: Run, count: int) -> int:
         """The drafts that a chunk of `count` prompt tokens asks for."""
-        if not run.drafting.is_possible:
+        if not run.drafting.from_prompt:
             run.drafting.without += count
             return 0
         return self._wanted(run, 1)
@@ -234,10 +238,13 @@ class DraftPolicy:
             self._all.add(right)
 
     def _pay(self, runs: Collection[Run], ratio: float | None) -> bool | None:
-        """Whether the drafts of these runs pay; None where that is not known."""
+        """Whether the drafts of these runs pay; None where that is not certain."""
         if ratio is None or not runs or not self._all.steps:
             return None
-        return 1 + self._mean(runs) >= ratio
+        # The mean of n numbers between 0 and the tokens of a draft strays no further than that, mostly.
+        margin = self._tokens / 2 / math.sqrt(self._all.steps)
+        tokens = 1 + self._mean(runs)
+        return None if abs(tokens - ratio) < margin else tokens > ratio
 
     def _mean(self, runs: Collection[Run]) -> float:
         """The drafts that are right of a run and step."""

@@ -149,11 +149,12 @@ class Acceptance:
 class Drafting:
     """The drafts of one request: those that its next step has, and how well they did.
 
-    So many of its tokens have passed the last stage `without` its draft layer, and it has `waited` so many steps since
-    its drafts ceased to pay.
+    The draft layer runs over its prompt only where it drafts `from_prompt` on. So many of its tokens have passed the
+    last stage `without` that layer, and it has `waited` so many steps since its drafts ceased to pay.
     """
 
     is_possible: bool = False
+    from_prompt: bool = False
     drafts: list[int] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=Acceptance)
     without: int = 0
