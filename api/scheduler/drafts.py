@@ -160,7 +160,7 @@ class DraftPolicy:
             draft_tokens=self._draft_tokens,
             accepted_tokens=sum(self._accepted),
             accepted_per_position=self._accepted.copy(),
-            are_on=self._tokens > 0 and self._latest.is_on,
+            are_on=self._tokens > 0 and (self._always or self._latest.is_on),
         )
 
     def begin_epoch(self) -> None:

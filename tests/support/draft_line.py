@@ -146,4 +146,4 @@ class DraftLine:
 
 
 def _number(*names: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=4).digest())
+    return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=4).digest(), "little")
