@@ -75,8 +75,8 @@ class Module(Generic[RunConfigT]):
         return cast(RunConfigT, merge_run_config(model_config, weight_config, model_state, loaded))
 
 
-class DecoderModule(Module[RunConfigT]):
-    """Base of the decoder layers: hidden states [1, 1, tokens, hidden / columns] on each chip to the same shape."""
+class AttentionModule(Module[RunConfigT]):
+    """Base of the layers that attend, and keep a KV cache for it."""
 
     @classmethod
     @abstractmethod
@@ -93,6 +93,10 @@ class DecoderModule(Module[RunConfigT]):
     @abstractmethod
     def kv_cache(cls, cfg: RunConfigT) -> ttnn.Tensor:
         """The layer's KV cache, [blocks + 1, 1, block_size, width] on each chip."""
+
+
+class DecoderModule(AttentionModule[RunConfigT]):
+    """Base of the decoder layers: hidden states [1, 1, tokens, hidden / columns] on each chip to the same shape."""
 
     @classmethod
     @abstractmethod
@@ -126,28 +130,12 @@ class TokenwiseModule(Module[RunConfigT]):
         """What the module keeps on the mesh beside its weights."""
 
 
-class DraftModule(Module[RunConfigT]):
+class DraftModule(AttentionModule[RunConfigT]):
     """Base of the multi-token-prediction layers, which predict the token after the next one.
 
     Such a layer takes the hidden states of the last decoder layer, before the final norm, and the embeddings of the
     tokens that follow theirs; it keeps a KV cache of its own, in the same blocks as the decoder layers.
     """
-
-    @classmethod
-    @abstractmethod
-    def create_state(
-        cls,
-        hf_config: HuggingFaceConfig | ModelConfig,
-        mesh_device: ttnn.MeshDevice,
-        cache: CacheOptions,
-        dtypes: WeightDtypes = DEFAULT_DTYPES,
-    ) -> Mapping[str, Any]:
-        """The layer's state on the mesh, with a KV cache of the size that `cache` asks for."""
-
-    @classmethod
-    @abstractmethod
-    def kv_cache(cls, cfg: RunConfigT) -> ttnn.Tensor:
-        """The layer's KV cache, [blocks + 1, 1, block_size, width] on each chip."""
 
     @classmethod
     @abstractmethod
