@@ -38,7 +38,7 @@ SAMPLINGS = [
     sampling(temperature=1.5, seed=5, bad_words=[[7, 7], [30, 31]], min_tokens=9, stop_token_ids=[250]),
     sampling(),
 ]
-"""Those of as many requests: their prompts are from 1 to 97 tokens, on both sides of borders of blocks."""
+"""The prompts of as many requests are from 1 to 97 tokens, on both sides of borders of blocks."""
 
 Load = Callable[..., DraftedRequests]
 

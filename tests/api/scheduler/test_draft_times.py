@@ -14,7 +14,7 @@ def took(milliseconds: float) -> list[StageTiming]:
 
 @pytest.mark.parametrize("outlier_ms", [500, 10_000, 600_000])
 def test_one_step_that_takes_long_does_not_switch_drafts_off(outlier_ms: float) -> None:
-    """As where a number of lanes is new, and its trace is captured."""
+    """A number of lanes may be new, and its trace be captured."""
     size = BatchSize()
     for step in range(2_000):
         usual = DRAFTED_MS if size.drafts else PLAIN_MS

@@ -220,7 +220,7 @@ def test_a_block_that_a_decode_step_fills_is_kept(mesh: ttnn.MeshDevice, tmp_pat
 def test_a_block_that_drafts_fill_is_kept_with_the_step_after_them(
     mesh: ttnn.MeshDevice, accepted: int, tmp_path: Path, opened: ExitStack
 ) -> None:
-    """Unless the step's own token fills it: that is no draft."""
+    """A block that the step's own token fills has its key at once: that is not a draft."""
     store = store_on(mesh, tmp_path / "host", opened)
     size = store.options.block_size
     tokens = [1] * (size - 2)
