@@ -239,7 +239,7 @@ def test_draws_agree_as_often_as_without_communication_they_can(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_probability_of_agreement_in_races(seed: int) -> None:
-    """The race is as its definition has it, and between its bounds, where some tokens cannot be drawn by one or both."""
+    """The race is as its definition has it, and between its bounds, where some tokens have no probability."""
     generator = np.random.default_rng(seed)
     p, q = (np.where(generator.random(9) < 0.7, generator.exponential(size=9), 0.0) for _ in range(2))
     p[0], q[0] = 0.3, 0.4
