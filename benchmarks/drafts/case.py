@@ -31,14 +31,17 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 96
     turns: int = 7
     process_users: int = 32
-    process_turns: int = 20
+    process_turns: int = 16
 
 
-SHORT = Load(stages=(4,), users=(1, 8), tokens=16, turns=1, process_users=8, process_turns=2)
+SHORT = Load(stages=(2,), users=(1, 8), tokens=16, turns=1, process_users=8, process_turns=2)
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """The answers that came in a turn, by their token ids, and the seconds that it took."""
+    """The answers that came in a turn, by their token ids, and the seconds that it took.
+
+    In one process these are seconds of its processor time.
+    """
 
     answers: list[list[int]]
     seconds: float

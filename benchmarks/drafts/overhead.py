@@ -1,6 +1,8 @@
 """What drafts cost where they do not pay: one stage in this process, by a scheduler that drafts and one that does not.
 
 Two servers differ by several percent in themselves, more than what is looked for; here all but the drafts is the same.
+Processor time is measured, also of the steps by which drafts are judged: what other programs take of the processor is
+more than what is looked for, too.
 """
 
 import tempfile
@@ -13,7 +15,6 @@ import msgspec
 import torch
 from tokenizers import Tokenizer
 
-from actors.clock import now_ns
 from actors.run_directory import MEMORY
 from api.messages.engine import AddRequest
 from api.scheduler.options import ScheduleOptions, SchedulerOptions
@@ -56,25 +57,26 @@ class Contender:
                 AddRequest(request_id=request_id, tokens=prompt, max_tokens=tokens, stop_token_ids=[], sampling=GREEDY)
             )
         answers: list[list[int]] = [[] for _ in asked]
-        began = time.monotonic()
+        # Nothing here waits but for the processor, of which other programs may take any share.
+        began = time.process_time()
         while step := self.scheduler.next_step():
             for output in self.scheduler.on_result(self._result(step)):
                 answers[output.request_id] += output.tokens
-        return Turn(answers=answers, seconds=time.monotonic() - began)
+        return Turn(answers=answers, seconds=time.process_time() - began)
 
     def _result(self, step: Step) -> StepResult:
         """The step's result with its times, by which the scheduler judges drafts."""
-        began_ns = now_ns()
+        began_ns = time.process_time_ns()
         result = self._stage.step(step, memoryview(b""))
         if not isinstance(result, StepResult):
             raise TypeError(f"The only stage passed step {step.step_id} on.")
-        timing = StageTiming(received_ns=began_ns, began_ns=began_ns, ended_ns=now_ns())
+        timing = StageTiming(received_ns=began_ns, began_ns=began_ns, ended_ns=time.process_time_ns())
         return msgspec.structs.replace(result, timings=[timing])
 
 
 def measure_overhead(load: Load) -> list[DraftsRow]:
     """Measures all cases, one after the other. Raises UnequalAnswersError."""
-    # Several threads wait for each other in every op, and wherever the machine has others to run take many times as long.
+    # Threads wait for each other in every op: one that has lost its core to others makes a step many times as long.
     torch.set_num_threads(1)
     return [_measured(case, load_format, load) for case, load_format in CASES.items()]
 

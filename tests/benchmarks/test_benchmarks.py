@@ -33,6 +33,14 @@ ROW_NAMES: dict[str, dict[str, type]] = {
     "replicas": {"replicas": int, "streams": int},
     "grammars": {"case": str},
     "prefix": {"case": str, "unit": str, "hit_rate": float, "ideal": float, "recomputed": float},
+    "drafts": {
+        "case": str,
+        "stages": int,
+        "users": int,
+        "drafted": float,
+        "tokens_per_draft": float,
+        "overall": float,
+    },
 }
 FIGURES = {
     "hop": ["floor_us", "event_loop_us", "framing_us", "bare_us", "whole_us", "bare_ratio", "whole_ratio"],
@@ -42,6 +50,7 @@ FIGURES = {
     "replicas": ["tokens_per_s", "times_one"],
     "grammars": ["tokens_per_s", "times_free"],
     "prefix": ["cached", "computed", "times"],
+    "drafts": ["times", "with_drafts", "without"],
     "loading": ["converted_s", "cached_s", "ratio", "converted_disk_mb", "cached_disk_mb"],
 }
 
