@@ -34,7 +34,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     process_turns: int = 16
 
 
-SHORT = Load(stages=(4,), users=(1, 8), tokens=16, turns=1, process_users=8, process_turns=2)
+SHORT = Load(stages=(2,), users=(1, 8), tokens=16, turns=1, process_users=8, process_turns=2)
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """What drafts cost where they do not pay: one stage in this process, by a scheduler that drafts and one that does not.
 
 Two servers differ by several percent in themselves, more than what is looked for; here all but the drafts is the same.
-Processor time is measured, as any other work on the machine would be more than what is looked for, too.
+Processor time is measured, also of the steps by which drafts are judged: what other programs take of the processor is
+more than what is looked for, too.
 """
 
 import tempfile
@@ -14,7 +15,6 @@ import msgspec
 import torch
 from tokenizers import Tokenizer
 
-from actors.clock import now_ns
 from actors.run_directory import MEMORY
 from api.messages.engine import AddRequest
 from api.scheduler.options import ScheduleOptions, SchedulerOptions
@@ -66,11 +66,11 @@ class Contender:
 
     def _result(self, step: Step) -> StepResult:
         """The step's result with its times, by which the scheduler judges drafts."""
-        began_ns = now_ns()
+        began_ns = time.process_time_ns()
         result = self._stage.step(step, memoryview(b""))
         if not isinstance(result, StepResult):
             raise TypeError(f"The only stage passed step {step.step_id} on.")
-        timing = StageTiming(received_ns=began_ns, began_ns=began_ns, ended_ns=now_ns())
+        timing = StageTiming(received_ns=began_ns, began_ns=began_ns, ended_ns=time.process_time_ns())
         return msgspec.structs.replace(result, timings=[timing])
 
 
