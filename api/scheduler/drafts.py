@@ -242,7 +242,8 @@ class DraftPolicy:
         if ratio is None or not runs or not self._all.steps:
             return None
         # The mean of n numbers between 0 and the tokens of a draft strays no further than that, mostly.
-        margin = self._tokens / 2 / math.sqrt(self._all.steps)
+        count = max(self._all.steps, sum(run.drafting.acceptance.steps for run in runs))
+        margin = self._tokens / 2 / math.sqrt(count)
         tokens = 1 + self._mean(runs)
         return None if abs(tokens - ratio) < margin else tokens > ratio
 
