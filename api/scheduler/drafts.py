@@ -40,6 +40,9 @@ OFF_STEPS_MAX = 8192
 TRIAL_STEPS = 16
 """Steps without drafts before they are tried again, doubled up to the most, and the steps of a trial."""
 
+CLOSE = 0.05
+"""Tokens of a request and step: what is known as closely as this is decided."""
+
 RETRY_STEPS = 64
 """Steps after which a request whose drafts do not pay makes one again, by which it is judged anew."""
 
@@ -245,7 +248,7 @@ class DraftPolicy:
         count = max(self._all.steps, sum(run.drafting.acceptance.steps for run in runs))
         margin = self._tokens / 2 / math.sqrt(count)
         tokens = 1 + self._mean(runs)
-        return None if abs(tokens - ratio) < margin else tokens > ratio
+        return None if abs(tokens - ratio) < margin and margin > CLOSE else tokens > ratio
 
     def _mean(self, runs: Collection[Run]) -> float:
         """The drafts that are right of a run and step."""
