@@ -256,6 +256,7 @@ MODEL_PARAMS = {
     "generator": "bp",
     "stages": 1,
     "chat_template": False,
+    "num_speculative_tokens": 0,
     "sampling": {"temperature": 0.0, "top_k": 0, "top_p": 1.0},
 }
 
