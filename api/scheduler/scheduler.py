@@ -7,8 +7,7 @@ is ready, each with its next token and the drafts of those after it. Prefill tak
 step may hold chunks of several, of any microbatch, and the chunks of one prompt follow each other without waiting for
 results. Every stage runs steps in order, so a block or slot that is given up may be in the very next step again, and a
 block that a step fills may be read in the next one.
-Requests whose steps make the pipeline fail share steps only as far as the quarantine allows
-(api/scheduler/quarantine.py).
+Requests whose steps make the pipeline fail share steps as far as the quarantine allows (api/scheduler/quarantine.py).
 """
 
 import itertools
@@ -42,8 +41,6 @@ from stages.step import (
     TokenLogprobs,
 )
 from weights.errors import GalaxylineError
-
-BY_ARRIVAL = attrgetter("arrival")
 
 GRAMMAR_SENTENCE = "The grammar could not be followed any further; the record of the last stage has the reason."
 
@@ -219,10 +216,11 @@ class Scheduler:
 
     def _go_on(self, run: Run, answer: Answer) -> None:
         """Lets a run wait for its next tokens, behind those that it has got."""
-        run.issued += len(answer.tokens) - 1
-        self.drafts.take(run, answer.drafts)
-        if self.cache.shrink(run):
-            self._shrunk.append(ShrunkSlot(slot=run.slot, blocks=len(run.blocks)))
+        if run.drafting.is_possible:
+            run.issued += len(answer.tokens) - 1
+            self.drafts.take(run, answer.drafts)
+            if self.cache.shrink(run):
+                self._shrunk.append(ShrunkSlot(slot=run.slot, blocks=len(run.blocks)))
         self._decoding.put(run)
 
     def _scored(self, step_id: int, run: Run, entries: list[TokenLogprobs]) -> RequestOutput:
@@ -260,7 +258,7 @@ class Scheduler:
         """The segments of runs that have got blocks for their next tokens; for drafts they take what is left."""
         step.sampled = step.members
         step.asks = self.drafts.in_step(step.members)
-        ratio = self.drafts.ratio(len(step.members), self.cache.microbatches_in_use)
+        ratio = self.drafts.ratio(len(step.members), self.cache.microbatches_in_use) if step.asks else None
         segments: list[Segment] = []
         for run, new_blocks in blocks:
             drafts = run.drafting.drafts if step.asks else []
@@ -279,7 +277,9 @@ class Scheduler:
     def _blocks_to_decode(self, run: Run) -> list[int] | None:
         """The blocks to add for the run's next token, at most one; None if the run itself was preempted."""
         while (added := self.cache.grow(run)) is None:
-            latest = max((other for other in self.cache.runs.values() if other.pool == run.pool), key=BY_ARRIVAL)
+            latest = max(
+                (other for other in self.cache.runs.values() if other.pool == run.pool), key=attrgetter("arrival")
+            )
             self._preempt(latest)
             if latest is run:
                 return None
