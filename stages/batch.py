@@ -218,6 +218,8 @@ class BatchBuilder:
         `n` is the same on every row. The second result, int64 [tokens], has the index of each of `tokens` among the
         n * rows logits, row by row.
         """
+        if layout.tokens is None and self._takes_all_shapes:
+            return self._on_each_row(torch.tensor([tokens], dtype=torch.int32)), torch.arange(len(tokens))
         at = layout.places()[torch.tensor(tokens)]
         rows = at // layout.width
         counts = torch.bincount(rows, minlength=layout.rows)

@@ -1,6 +1,7 @@
 """Routing and routed experts on a CPU, where each expert runs only on the tokens that chose it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
@@ -8,11 +9,14 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual name
 from stages.backend.embedded.chips import on_chips, refuse, refuse_because
 from stages.backend.embedded.dtype import TILE_LAYOUT, uint16, uint32
 from stages.backend.embedded.memory import MemoryConfig
-from stages.backend.embedded.products import Matrix
+from stages.backend.embedded.products import PACKED_FROM, Matrix
 from stages.backend.embedded.program_configs import WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
 from stages.backend.embedded.trace import atomic
 from stages.errors import DeviceError
+
+FEW_CHOICES = 16
+"""Choices of experts up to which each is computed on its own: sorting them would take longer than it saves."""
 
 
 def choose_experts(
@@ -97,13 +101,13 @@ def moe_gate(
 class Assignment:
     """The choices of a batch sorted by expert.
 
-    `choices` are indices into the flattened [T, k] choices, and `tokens` the token of each. Expert e has the choices
-    from `ends[e - 1]` (or 0) up to `ends[e]`.
+    `choices` are indices into the flattened [T, k] choices, and `tokens` the token of each. Expert e has `counts[e]` of
+    them.
     """
 
     choices: torch.Tensor
     tokens: torch.Tensor
-    ends: list[int]
+    counts: list[int]
 
 
 def routed_experts(
@@ -124,17 +128,21 @@ def routed_experts(
     """
     _refuse_other_shapes(x, weights, indices, w1, w3, w2)
     local = w1.shape[1]
+    gate_up = w1.remember("gate_up", lambda: [_gate_up(*shards) for shards in zip(w1.shards, w3.shards, strict=True)])
+    down = w2.remember("down", lambda: [_split(shard) for shard in w2.shards])
     assignments: dict[int, Assignment] = {}
     shards = []
     try:
+        if x.mesh.size == 1 and indices.shape.numel() <= FEW_CHOICES:
+            few = _run_few(x.shards[0], weights.shards[0], indices.shards[0], gate_up[0], down[0])
+            return Tensor([few], x.dtype, x.layout, x.mesh)
         for chip, chosen in enumerate(indices.shards):
             if id(chosen) not in assignments:
                 assignments[id(chosen)] = _assign(chosen, local * x.mesh.size)
-            if len(assignments[id(chosen)].ends) > local * x.mesh.size:
-                refuse("routed_experts", f"an index is beyond the {local * x.mesh.size} experts", indices, w1)
             own = assignments[id(chosen)]
-            matrices = [_matrices(tensor, chip) for tensor in (w1, w3, w2)]
-            shards.append(_run(x.shards[chip], weights.shards[chip], own, chip * local, *matrices))
+            if len(own.counts) > local * x.mesh.size:
+                refuse("routed_experts", f"an index is beyond the {local * x.mesh.size} experts", indices, w1)
+            shards.append(_run(x.shards[chip], weights.shards[chip], own, chip * local, gate_up[chip], down[chip]))
     except (RuntimeError, IndexError) as error:
         refuse_because("routed_experts", error, x, indices, w1)
     return Tensor(shards, x.dtype, x.layout, x.mesh)
@@ -144,17 +152,51 @@ def routed_experts(
 def _assign(indices: torch.Tensor, experts: int) -> Assignment:
     flat = indices.reshape(-1)
     choices = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat, minlength=experts).cumsum(0).tolist()
-    return Assignment(choices, choices // indices.shape[-1], ends)
-
-
-def _matrices(weight: Tensor, chip: int) -> list[Matrix]:
-    """The matrix [N, K] of each local expert, made once for a weight."""
-    return weight.remember("experts", lambda: [_split(shard) for shard in weight.shards])[chip]
+    return Assignment(choices, choices // indices.shape[-1], torch.bincount(flat, minlength=experts).tolist())
 
 
 def _split(shard: torch.Tensor) -> list[Matrix]:
+    """The matrix [N, K] of each local expert."""
     return [Matrix(expert) for expert in shard[0].transpose(1, 2)]
+
+
+class GateUp:
+    """The two products that an expert begins with, x [rows, H] -> [rows, 2 * I]: gate, then up.
+
+    Small matrices [I, H] are copied into one, as a call costs more than their rows; large ones stay where they are.
+    """
+
+    __slots__ = ("_matrices",)
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        is_small = gate.numel() + up.numel() < PACKED_FROM
+        self._matrices = [Matrix(torch.cat((gate, up)))] if is_small else [Matrix(gate), Matrix(up)]
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies x [rows, H] by both."""
+        products = [matrix.times(x) for matrix in self._matrices]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def _gate_up(gate: torch.Tensor, up: torch.Tensor) -> list[GateUp]:
+    return [GateUp(*expert) for expert in zip(gate[0].transpose(1, 2), up[0].transpose(1, 2), strict=True)]
+
+
+@atomic
+def _run_few(
+    x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, gate_up: list[GateUp], down: list[Matrix]
+) -> torch.Tensor:
+    tokens, choices = indices.shape[-2:]
+    chosen = indices.flatten().tolist()
+    if not 0 <= min(chosen) <= max(chosen) < len(down):
+        raise IndexError(f"an index is beyond the {len(down)} experts")
+    rows = [row for row in x.view(tokens, 1, -1).unbind() for _ in range(choices)]
+    gate, up = torch.cat([gate_up[e].times(row) for e, row in zip(chosen, rows, strict=True)]).chunk(2, dim=-1)
+    hidden = F.silu(gate).mul_(up).unsqueeze(1).unbind()
+    outputs = torch.cat([down[e].times(row) for e, row in zip(chosen, hidden, strict=True)])
+    # As with many choices, each token's sum is in float32.
+    total = torch.bmm(weights.view(tokens, 1, choices).float(), outputs.view(tokens, choices, -1).float())
+    return total.to(x.dtype).view(x.shape)
 
 
 @atomic
@@ -163,27 +205,29 @@ def _run(
     weights: torch.Tensor,
     assignment: Assignment,
     first_expert: int,
-    w1: list[Matrix],
-    w3: list[Matrix],
-    w2: list[Matrix],
+    gate_up: list[GateUp],
+    down: list[Matrix],
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    start = assignment.ends[first_expert - 1] if first_expert else 0
-    end = assignment.ends[first_expert + len(w1) - 1]
-    tokens = assignment.tokens[start:end]
-    factors = weights.reshape(-1).index_select(0, assignment.choices[start:end]).float()
-    inputs = rows.index_select(0, tokens)
-    outputs = torch.empty_like(inputs)
-    begin = start
-    for gate, up, down, stop in zip(w1, w3, w2, assignment.ends[first_expert:], strict=False):
-        if stop > begin:
-            own = inputs[begin - start : stop - start]
-            outputs[begin - start : stop - start] = down.times(F.silu(gate.times(own)).mul_(up.times(own)))
-            begin = stop
+    counts = assignment.counts[first_expert : first_expert + len(down)]
+    start = sum(assignment.counts[:first_expert])
+    tokens = assignment.tokens[start : start + sum(counts)]
+    factors = weights.reshape(-1).index_select(0, assignment.choices[start : start + sum(counts)]).float()
     # The sum is in float32 and in the order of the experts, so that it does not depend on the rest of the batch.
     total = torch.zeros(rows.shape, dtype=torch.float32)
-    total.index_add_(0, tokens, outputs.float() * factors[:, None])
+    if len(tokens):
+        hidden = _by_expert(gate_up, counts, rows.index_select(0, tokens))
+        gate, up = hidden.chunk(2, dim=-1)
+        outputs = _by_expert(down, counts, F.silu(gate).mul_(up))
+        total.index_add_(0, tokens, outputs.float() * factors[:, None])
     return total.to(x.dtype).view(x.shape)
+
+
+def _by_expert(matrices: Sequence[GateUp | Matrix], counts: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """Multiplies rows, sorted by expert, each by the matrix of its expert; expert e has `counts[e]` of them."""
+    chosen = [(matrix, count) for matrix, count in zip(matrices, counts, strict=True) if count]
+    parts = torch.split_with_sizes(rows, [count for _, count in chosen])
+    return torch.cat([matrix.times(part) for (matrix, _), part in zip(chosen, parts, strict=True)])
 
 
 def _refuse_other_shapes(x: Tensor, weights: Tensor, indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:

@@ -1,5 +1,8 @@
 """RMS norm, whole on a chip, or in two halves before and after a gather of its statistics."""
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual name
 
@@ -29,8 +32,28 @@ def rms_norm(
     """
     x = input_tensor
     refuse_all_but_float_tiles("rms_norm", x)
-    gamma = weight.remember("gamma", lambda: _flat(weight))
-    return binary("rms_norm", lambda a, flat: F.rms_norm(a, flat.shape, flat, epsilon), x, gamma)
+    grown = weight.remember("grown", lambda: unary("rms_norm", _grown, _flat(weight)))
+    return binary("rms_norm", lambda a, own: _rms_norm(a, own, epsilon), x, grown)
+
+
+def _grown(gamma: torch.Tensor) -> torch.Tensor:
+    return gamma.float() * math.sqrt(len(gamma))
+
+
+def _rms_norm(x: torch.Tensor, grown: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight, where `grown` is weight * sqrt(W).
+
+    It divides by the norm of x and sqrt(W * epsilon), as the legs of a right triangle: four operators of torch, where
+    its own rms_norm calls seven, which takes almost twice as long for few rows.
+    """
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(_least_norm(len(grown), epsilon))
+    return torch.mul(wide, grown).div_(norm).to(x.dtype)
+
+
+@functools.cache
+def _least_norm(width: int, epsilon: float) -> torch.Tensor:
+    return torch.tensor(math.sqrt(width * epsilon))
 
 
 def rms_norm_pre_all_gather(

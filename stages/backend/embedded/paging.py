@@ -20,11 +20,12 @@ LATENTS_AT_ONCE = 1 << 20
 class Bucket:
     """Users of similar lengths, whose attention is computed together.
 
-    `users` are their indices and `blocks` the blocks to read, as many for each user as the longest needs; `hidden`
-    [users, 1, longest] masks what is after a user's own position (None if all are equally long).
+    `users` are their indices, None for all of the chip's users in order, and `blocks` the blocks to read, as many for
+    each user as the longest needs; `hidden` [users, 1, longest] masks what is after a user's own position (None if all
+    are equally long).
     """
 
-    users: torch.Tensor
+    users: torch.Tensor | None
     blocks: torch.Tensor
     longest: int
     hidden: torch.Tensor | None
@@ -70,16 +71,19 @@ def _refuse_other_tables(op: str, positions: Tensor, page_table: Tensor) -> None
 @atomic
 def _pages_of(op: str, positions: torch.Tensor, table: torch.Tensor, block_size: int, width: int) -> DecodePages:
     lengths = [position + 1 for position in positions.tolist()]
-    if max(lengths) > table.shape[1] * block_size:
+    needed = ceil_div(max(lengths), block_size)
+    if needed > table.shape[1]:
         raise DeviceError(
             f"{op}: a page table of {table.shape[1]} blocks of {block_size} does not reach position {max(lengths) - 1}."
         )
     users = [user for user, length in enumerate(lengths) if length > 0]
     active = None if len(users) == len(lengths) else torch.tensor(users, dtype=torch.int64)
-    at, own = (positions, table) if active is None else (positions[active], table[active])
-    rows = own.gather(1, (at // block_size)[:, None]).flatten() * block_size + at % block_size
-    buckets = [_bucket(group, positions, table, block_size) for group in _grouped(users, lengths, width)]
-    return DecodePages(active, rows, buckets)
+    # Lists of Python, as the many small operators that would find these indices take longer than a layer's attention.
+    blocks = table[:, :needed].tolist()
+    ends = [(blocks[user], lengths[user] - 1) for user in users]
+    rows = [own[end // block_size] * block_size + end % block_size for own, end in ends]
+    buckets = [_bucket(group, lengths, blocks, block_size) for group in _grouped(users, lengths, width)]
+    return DecodePages(active, torch.tensor(rows, dtype=torch.int64), buckets)
 
 
 def _grouped(users: list[int], lengths: list[int], width: int) -> list[list[int]]:
@@ -93,18 +97,23 @@ def _grouped(users: list[int], lengths: list[int], width: int) -> list[list[int]
                 group.append(user)
                 continue
         groups.append([user])
-    return groups
+    return [sorted(group) for group in groups]
 
 
-def _bucket(group: list[int], positions: torch.Tensor, table: torch.Tensor, block_size: int) -> Bucket:
-    users = torch.tensor(group)
-    last = positions[users][:, None]
-    longest = int(last[0]) + 1
-    # A page table has no meaning beyond its user's length: block 0 is read there, and masked.
-    reached = torch.arange(0, longest, block_size) <= last
-    blocks = table[users, : reached.shape[1]].where(reached, 0)
-    hidden = torch.arange(longest) > last
-    return Bucket(users, blocks.flatten(), longest, hidden[:, None] if bool(hidden.any()) else None)
+def _bucket(group: list[int], lengths: list[int], blocks: list[list[int]], block_size: int) -> Bucket:
+    own = [lengths[user] for user in group]
+    longest = max(own)
+    needed = ceil_div(longest, block_size)
+    read: list[int] = []
+    for user in group:
+        # A page table has no meaning beyond its user's length: block 0 is read there, and masked.
+        reached = ceil_div(lengths[user], block_size)
+        read += blocks[user][:reached] + [0] * (needed - reached)
+    hidden = None
+    if min(own) < longest:
+        hidden = torch.arange(longest) >= torch.tensor(own)[:, None, None]
+    users = None if group == list(range(len(blocks))) else torch.tensor(group)
+    return Bucket(users, torch.tensor(read), longest, hidden)
 
 
 def table_row(op: str, page_table: torch.Tensor, user: int, tokens: int, block_size: int) -> torch.Tensor:

@@ -29,7 +29,13 @@ PACKED_FROM = 1 << 18
 """Elements from which packing a matrix pays for any number of rows; below, its overhead is larger than its gain."""
 
 WIDENED_FROM_ROWS = 8
-"""Rows from which a product by a small bfloat16 matrix takes longer than widening the matrix for it."""
+"""Rows from which a product by a bfloat16 matrix that is not packed takes longer than widening the matrix for it."""
+
+NARROW_FROM = 1 << 19
+"""Multiplications from which a product by a small bfloat16 matrix is faster in bfloat16, where a processor has that.
+
+A call of oneDNN takes some 20 us before it multiplies, one of MKL in float32 a tenth of that.
+"""
 
 
 def _wide_from_rows() -> int:
@@ -57,8 +63,8 @@ def widened(x: torch.Tensor, rows: int) -> torch.Tensor:
 class Matrix:
     """A weight [N, K], for products x [..., K] -> [..., N].
 
-    A large matrix is packed at its first product, which takes a second copy in memory. The plain one stays where it
-    was, as a rule in a mapped file whose pages can be dropped.
+    A large matrix is packed at its first product, and a small one of bfloat16 widened, which takes a second copy in
+    memory. The plain one stays where it was, as a rule in a mapped file whose pages can be dropped.
     """
 
     __slots__ = ("_plain", "_product")
@@ -81,7 +87,7 @@ def _fastest(plain: torch.Tensor) -> Product:
     """The fastest product by `plain`, in its dtype."""
     is_widened = plain.dtype == torch.bfloat16 and not MULTIPLIES_BFLOAT16
     if plain.numel() < PACKED_FROM:
-        return _widening(plain) if is_widened else _by_plain(plain)
+        return _by_small_halves(plain) if plain.dtype == torch.bfloat16 else _by_plain(plain)
     if is_widened:
         return _by_halves(plain) if HAS_FBGEMM else _widening(plain)
     if not HAS_ONEDNN:
@@ -91,6 +97,18 @@ def _fastest(plain: torch.Tensor) -> Product:
 
 def _by_plain(plain: torch.Tensor) -> Product:
     return lambda x: F.linear(x, plain)
+
+
+def _by_small_halves(plain: torch.Tensor) -> Product:
+    """A product by a small bfloat16 matrix, which is kept in float32 too."""
+    wide = plain.float()
+
+    def times(x: torch.Tensor) -> torch.Tensor:
+        if MULTIPLIES_BFLOAT16 and x.numel() * len(plain) >= NARROW_FROM:
+            return F.linear(x, plain)
+        return F.linear(x.float(), wide).to(x.dtype)
+
+    return times
 
 
 def _by_blocks(plain: torch.Tensor) -> Product:

@@ -71,19 +71,24 @@ def _attend_decode(
 ) -> torch.Tensor:
     users, heads, width = q.shape[1:]
     blocks = cache.view(cache.shape[0], -1)
-    output = q.new_zeros(users, heads, head_dim_v)
+    output: torch.Tensor | None = None
     for bucket in pages.buckets:
-        queries = widened(q[0].index_select(0, bucket.users), heads)
-        gathered = blocks.index_select(0, bucket.blocks).view(len(bucket.users), -1, width)
-        latents = widened(gathered[:, : bucket.longest], heads)
-        output.index_copy_(0, bucket.users, _attend(queries, latents, bucket, head_dim_v, scale).to(q.dtype))
-    return output[None]
+        queries = widened(q[0] if bucket.users is None else q[0].index_select(0, bucket.users), heads)
+        gathered = blocks.index_select(0, bucket.blocks).view(len(queries), -1, width)
+        attended = _attend(queries, widened(gathered, heads), bucket, head_dim_v, scale).to(q.dtype)
+        if bucket.users is None:
+            return attended[None]
+        if output is None:
+            output = q.new_zeros(users, heads, head_dim_v)
+        output.index_copy_(0, bucket.users, attended)
+    return q.new_zeros(1, users, heads, head_dim_v) if output is None else output[None]
 
 
 def _attend(
-    queries: torch.Tensor, latents: torch.Tensor, bucket: Bucket, head_dim_v: int, scale: float
+    queries: torch.Tensor, gathered: torch.Tensor, bucket: Bucket, head_dim_v: int, scale: float
 ) -> torch.Tensor:
-    """Attention of queries [users, heads, width] over latents [users, longest, width]."""
+    """Attention of queries [users, heads, width] over latents [users, at least the longest, width]."""
+    latents = gathered[:, : bucket.longest]
     scores = torch.bmm(queries, latents.transpose(1, 2)).float().mul_(scale)
     if bucket.hidden is not None:
         scores.masked_fill_(bucket.hidden, -torch.inf)
