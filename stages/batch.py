@@ -141,6 +141,7 @@ class BatchBuilder:
         self._rope = rope
         self._rows, self._columns = tuple(mesh_device.shape)
         self._takes_all_shapes = self._rows * self._columns == 1 and not users_per_row
+        self._layouts: dict[int, tuple[ttnn.MemoryConfig, ttnn.MemoryConfig]] = {}
 
     def decode(self, step: Step) -> DecodeBatch:
         """Makes the inputs of a decode step, which has been applied to the page tables."""
@@ -156,19 +157,20 @@ class BatchBuilder:
         """Makes the inputs of single tokens at these places, in this order."""
         pools = self._by_pool([place.slot for place in places])
         users = self.users(max(len(pool) for pool in pools))
-        lanes = torch.tensor([pool + [PADDING] * (users - len(pool)) for pool in pools])
-        padded = [Place(PADDING, 0) if index == PADDING else places[index] for index in lanes.flatten().tolist()]
+        lanes = [index for pool in pools for index in [*pool, *[PADDING] * (users - len(pool))]]
+        padded = [Place(PADDING, 0) if index == PADDING else places[index] for index in lanes]
         positions = torch.tensor([place.position for place in padded], dtype=torch.int32)
         width = self._table_width(max(place.position for place in places) + 1)
         pages = self._tables.rows([place.slot for place in padded], width)
+        kv_memory_config, q_memory_config = self._memory_configs(users)
         return DecodeBatch(
-            layout=self._layout_of(lanes.view(self._rows, -1)),
+            layout=self._layout_of(torch.tensor(lanes).view(self._rows, -1)),
             rope=self._look_up(positions),
             users=users,
             positions=self._on_each_chip(positions),
             pages=self._on_each_chip(pages),
-            kv_memory_config=self._over_cores(users, TILE),
-            q_memory_config=self._q_memory_config(users),
+            kv_memory_config=kv_memory_config,
+            q_memory_config=q_memory_config,
         )
 
     def users(self, most: int) -> int:
@@ -248,6 +250,13 @@ class BatchBuilder:
         """Returns hidden states on each chip as [tokens, hidden]: the inverse of `hidden`."""
         composer = ttnn.ConcatMesh2dToTensor(self._mesh_device, (self._rows, self._columns), (2, 3))
         return layout.collect(ttnn.to_torch(hidden, mesh_composer=composer)[0, 0])
+
+    def _memory_configs(self, users: int) -> tuple[ttnn.MemoryConfig, ttnn.MemoryConfig]:
+        """The layouts of what `users` of every pool add to the cache and of their queries, made once."""
+        configs = self._layouts.get(users)
+        if configs is None:
+            configs = self._layouts[users] = self._over_cores(users, TILE), self._q_memory_config(users)
+        return configs
 
     def _q_memory_config(self, users: int) -> ttnn.MemoryConfig:
         """A tile of heads for each core, or several where cores are too few: all 128 heads of R1 would overflow L1."""

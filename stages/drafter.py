@@ -55,15 +55,14 @@ class Drafter:
         batches: BatchBuilder,
         sampler: Sampler,
         logit_rows: LogitRows,
-        *,
-        traced: bool,
+        eager: int | None,
     ) -> None:
-        """`traced`: the layer's decode passes are replayed from traces."""
+        """`eager` decode passes of each number of lanes are not replayed from traces; None: none is."""
         self._layer = layer
         self._batches = batches
         self._sampler = sampler
         self._logit_rows = logit_rows
-        self._traces = DecodeTraces(self._decode, mesh_device) if traced else None
+        self._traces = None if eager is None else DecodeTraces(self._decode, mesh_device, eager)
 
     def close(self) -> None:
         """Releases the traces."""
@@ -115,14 +114,15 @@ class Drafter:
     def _forward(self, hidden: ttnn.Tensor, following: Sequence[int], batch: Batch) -> HiddenStates:
         ids = self._batches.ids(batch.layout, following)
         if self._traces is not None and isinstance(batch, DecodeBatch):
-            [x] = self._traces.run([hidden, ids], batch)
-        else:
-            x = self._layer.forward(hidden, ids, batch)
-        return HiddenStates(x, batch)
+            x, logits = self._traces.run([hidden, ids], batch)
+            return HiddenStates(x, batch, logits)
+        return HiddenStates(self._layer.forward(hidden, ids, batch), batch)
 
     def _decode(self, inputs: Sequence[ttnn.Tensor], batch: DecodeBatch) -> list[ttnn.Tensor]:
+        """The pass that a trace records: hidden states and logits of all lanes."""
         hidden, ids = inputs
-        return [self._layer.forward(hidden, ids, batch)]
+        x = self._layer.forward(hidden, ids, batch)
+        return [x, self._layer.logits(x, batch, None)]
 
 
 def _following_tokens(step: Step, sampled: Sampled) -> Iterator[int]:

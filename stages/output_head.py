@@ -30,12 +30,11 @@ class OutputHead:
         model: ModelSlice,
         batches: BatchBuilder,
         vocabulary: VocabularyOptions | None,
-        *,
-        traced: bool,
+        eager: int | None,
     ) -> None:
         """Takes a model with a head, the builder that makes the inputs of its steps, and what grammars need.
 
-        `traced`: decode passes of the draft layer, if the model has it, are replayed from traces.
+        `eager` decode passes of the draft layer, if the model has it, are not replayed from traces; None: none is.
         """
         self._config = config
         self._mesh_device = mesh_device
@@ -45,7 +44,7 @@ class OutputHead:
         self._sampler = Sampler(config.vocab_size, vocabulary)
         self._drafter: Drafter | None = None
         if model.draft is not None:
-            self._drafter = Drafter(mesh_device, model.draft, batches, self._sampler, self._rows, traced=traced)
+            self._drafter = Drafter(mesh_device, model.draft, batches, self._sampler, self._rows, eager)
 
     def clear(self) -> None:
         """Forgets all requests, as at the start of an epoch."""

@@ -26,7 +26,7 @@ from stages.output_head import OutputHead
 from stages.plan import StageSpec
 from stages.run_config import TORCH_DTYPES
 from stages.step import Step, StepResult
-from stages.traces import DecodeTraces
+from stages.traces import DecodeTraces, eager_steps
 from stages.wormhole import GALAXY_COLUMNS
 from weights.cache.cache import WeightCache
 from weights.checkpoint import open_weights
@@ -78,12 +78,12 @@ class Stage:
         self._weights_id = weights_id
         rope_tables = architecture_of(config).load_modules().rope_tables
         rope = rope_tables(config, mesh_device, cache.blocks_per_slot * cache.block_size)
-        self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=options.execution.enable_trace)
-        traced = options.execution.enable_trace
-        self._traces = DecodeTraces(self._decode, mesh_device) if traced else None
+        eager = eager_steps(options.execution)
+        self._batches = BatchBuilder(config, mesh_device, self._tables, rope, is_static=eager is not None)
+        self._traces = None if eager is None else DecodeTraces(self._decode, mesh_device, eager)
         self._head: OutputHead | None = None
         if spec.is_last:
-            self._head = OutputHead(config, mesh_device, model, self._batches, options.vocabulary, traced=traced)
+            self._head = OutputHead(config, mesh_device, model, self._batches, options.vocabulary, eager)
         self._prepared: tuple[Step, Batch | None] | None = None
         memory = BlockMemory(model.kv_caches, mesh_device, cache, self._dtype)
         # Last, as nobody would close them if something else failed.

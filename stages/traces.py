@@ -1,16 +1,28 @@
 """Decode passes as traces: captured once for a number of lanes, then replayed with the inputs of each step."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from stages.backend import ttnn
+from stages.backend import DEVICE, ttnn
 from stages.batch import DecodeBatch
+from stages.options import ExecutionOptions
 
 QUEUE = 0
 """The command queue that traces run on."""
 
+EAGER_STEPS = 8
+"""Steps of a number of lanes before the embedded device captures it, as a capture takes as long as two more."""
+
 DecodePass = Callable[[Sequence[ttnn.Tensor], DecodeBatch], Sequence[ttnn.Tensor]]
 """What a trace records: device tensors in, device tensors out, with no value read on the way."""
+
+
+def eager_steps(execution: ExecutionOptions) -> int | None:
+    """The steps of each number of lanes that are not traced; None if none are."""
+    if execution.enable_trace:
+        return 0
+    return EAGER_STEPS if DEVICE == "embedded" else None
 
 
 class DecodeTraces:
@@ -19,15 +31,21 @@ class DecodeTraces:
     A replay saves the host of a chip the dispatch of every op, and the embedded device the Python around them.
     """
 
-    def __init__(self, decode: DecodePass, mesh_device: ttnn.MeshDevice) -> None:
+    def __init__(self, decode: DecodePass, mesh_device: ttnn.MeshDevice, eager: int) -> None:
+        """The first `eager` passes of each number of lanes are not traced."""
         self._decode = decode
         self._mesh_device = mesh_device
+        self._eager = eager
+        self._passes: collections.Counter[int] = collections.Counter()
         self._traces: dict[int, _DecodeTrace] = {}
 
     def run(self, inputs: Sequence[ttnn.Tensor], batch: DecodeBatch) -> list[ttnn.Tensor]:
         """Returns what the pass makes of its inputs; the next replay does not change it."""
         trace = self._traces.get(batch.users)
         if trace is None:
+            self._passes[batch.users] += 1
+            if self._passes[batch.users] <= self._eager:
+                return list(self._decode(inputs, batch))
             trace = self._traces[batch.users] = _DecodeTrace(self._decode, self._mesh_device, inputs, batch)
         return trace.run(inputs, batch)
 

@@ -50,7 +50,7 @@ class VainOption(NamedTuple):
 
 
 _ALWAYS = "it is always on: see --reasoning-parser and --tool-call-parser"
-_NO_GRAPHS = "steps are launched op by op unless --enable-trace is given"
+_NO_GRAPHS = "chips capture steps with --enable-trace only, and the embedded device those that recur"
 _LOGS = "requests are counted in /metrics, and --log-level says what is logged"
 _MEMORY = "--num-blocks and --max-num-seqs say what the KV cache takes"
 

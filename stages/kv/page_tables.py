@@ -77,8 +77,9 @@ class PageTables:
     def rows(self, numbers: Sequence[int], width: int) -> torch.Tensor:
         """Returns the first `width` blocks of each slot, int32 [slots, width]; scratch blocks for a slot of -1."""
         index = torch.tensor(numbers, dtype=torch.long)
-        rows = self._table[index.clamp(min=0), :width]
-        return rows if min(numbers) >= 0 else rows.masked_fill((index < 0)[:, None], self.scratch_block)
+        if min(numbers) >= 0:
+            return self._table[index, :width]
+        return self._table[index.clamp(min=0), :width].masked_fill((index < 0)[:, None], self.scratch_block)
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number < self.options.slots:

@@ -25,7 +25,7 @@ from stages.backend.embedded.trace import atomic
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 """Whether there are products by weights that are held in float16 (x86 with AVX2 and later)."""
 
-PACKED_FROM = 1 << 18
+PACKED_FROM = 1 << 19
 """Elements from which packing a matrix pays for any number of rows; below, its overhead is larger than its gain."""
 
 WIDENED_FROM_ROWS = 8

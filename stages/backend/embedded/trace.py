@@ -9,6 +9,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -141,7 +142,9 @@ def _has_tensors(result: Any) -> bool:
     return isinstance(result, tuple | list) and any(isinstance(item, torch.Tensor) for item in result)
 
 
-_recorders: dict[MeshDevice, _Recorder] = {}
+_recording: ContextVar[tuple[MeshDevice, _Recorder] | None] = ContextVar("_recording", default=None)
+"""The capture of this thread: what others compute meanwhile is not part of it."""
+
 _replays: dict[int, Replay] = {}
 _trace_ids = itertools.count()
 
@@ -151,27 +154,29 @@ def atomic(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        for recorder in _recorders.values():
-            return recorder.run(function, args)
-        return function(*args)
+        recording = _recording.get()
+        return function(*args) if recording is None else recording[1].run(function, args)
 
     return call  # type: ignore[return-value] # It is called as `function` is, by position.
 
 
 def begin_trace_capture(mesh_device: MeshDevice, cq_id: int = 0) -> int:
     """Starts to record what is computed, while it is computed. Raises DeviceError within another capture."""
-    if _recorders:
+    if _recording.get() is not None:
         raise DeviceError("A trace is being captured already: end it first.")
-    recorder = _recorders[mesh_device] = _Recorder()
+    recorder = _Recorder()
+    _recording.set((mesh_device, recorder))
     recorder.__enter__()  # type: ignore[no-untyped-call]
     return next(_trace_ids)
 
 
 def end_trace_capture(mesh_device: MeshDevice, trace_id: int, cq_id: int = 0) -> None:
     """Ends the recording. Raises DeviceError if none was started on this mesh."""
-    recorder = _recorders.pop(mesh_device, None)
-    if recorder is None:
+    recording = _recording.get()
+    if recording is None or recording[0] is not mesh_device:
         raise DeviceError("No trace is being captured on this mesh.")
+    _recording.set(None)
+    recorder = recording[1]
     recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
     _replays[trace_id] = recorder.replay()
 
