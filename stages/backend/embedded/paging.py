@@ -1,6 +1,7 @@
 """Paged caches, [blocks, 1, block_size, width] on each chip, addressed through page tables."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -20,12 +21,13 @@ LATENTS_AT_ONCE = 1 << 20
 class Bucket:
     """Users of similar lengths, whose attention is computed together.
 
-    `users` are their indices, None for all of the chip's users in order, and `blocks` the blocks to read, as many for
-    each user as the longest needs; `hidden` [users, 1, longest] masks what is after a user's own position (None if all
-    are equally long).
+    `users` are their indices, None for all of the chip's users in order. Each `lanes` of them have the same blocks, as
+    a token and its drafts do, and read them together: `blocks` has as many for each such as the longest needs. `hidden`
+    [users, 1, longest] masks what is after a user's own position (None if all are equally long).
     """
 
     users: torch.Tensor | None
+    lanes: int
     blocks: torch.Tensor
     longest: int
     hidden: torch.Tensor | None
@@ -104,16 +106,23 @@ def _bucket(group: list[int], lengths: list[int], blocks: list[list[int]], block
     own = [lengths[user] for user in group]
     longest = max(own)
     needed = ceil_div(longest, block_size)
+    lanes = _lanes([blocks[user] for user in group])
     read: list[int] = []
-    for user in group:
+    for begin in range(0, len(group), lanes):
         # A page table has no meaning beyond its user's length: block 0 is read there, and masked.
-        reached = ceil_div(lengths[user], block_size)
-        read += blocks[user][:reached] + [0] * (needed - reached)
+        reached = ceil_div(max(own[begin : begin + lanes]), block_size)
+        read += blocks[group[begin]][:reached] + [0] * (needed - reached)
     hidden = None
     if min(own) < longest:
         hidden = torch.arange(longest) >= torch.tensor(own)[:, None, None]
     users = None if group == list(range(len(blocks))) else torch.tensor(group)
-    return Bucket(users, torch.tensor(read), longest, hidden)
+    return Bucket(users, lanes, torch.tensor(read), longest, hidden)
+
+
+def _lanes(blocks: list[list[int]]) -> int:
+    """The number of successive users with the same blocks, if it is the same all along, else 1."""
+    runs = [len(list(run)) for _, run in itertools.groupby(blocks)]
+    return runs[0] if min(runs) == max(runs) else 1
 
 
 def table_row(op: str, page_table: torch.Tensor, user: int, tokens: int, block_size: int) -> torch.Tensor:

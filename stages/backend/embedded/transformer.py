@@ -9,7 +9,7 @@ import torch
 from stages.backend.embedded.chips import refuse, refuse_all_but_float_tiles, refuse_because
 from stages.backend.embedded.dtype import ROW_MAJOR_LAYOUT, TILE_SIZE, float32, int32
 from stages.backend.embedded.memory import MemoryConfig
-from stages.backend.embedded.paging import Bucket, DecodePages, decode_pages, table_row
+from stages.backend.embedded.paging import DecodePages, decode_pages, table_row
 from stages.backend.embedded.products import widened
 from stages.backend.embedded.program_configs import SDPAProgramConfig, WormholeComputeKernelConfig
 from stages.backend.embedded.tensor import Tensor
@@ -73,9 +73,11 @@ def _attend_decode(
     blocks = cache.view(cache.shape[0], -1)
     output: torch.Tensor | None = None
     for bucket in pages.buckets:
-        queries = widened(q[0] if bucket.users is None else q[0].index_select(0, bucket.users), heads)
+        own = q[0] if bucket.users is None else q[0].index_select(0, bucket.users)
+        queries = widened(own.reshape(-1, bucket.lanes * heads, width), bucket.lanes * heads)
         gathered = blocks.index_select(0, bucket.blocks).view(len(queries), -1, width)
-        attended = _attend(queries, widened(gathered, heads), bucket, head_dim_v, scale).to(q.dtype)
+        latents = widened(gathered[:, : bucket.longest], bucket.lanes * heads)
+        attended = _attend(queries, latents, bucket.hidden, scale, head_dim_v).to(q.dtype).view(-1, heads, head_dim_v)
         if bucket.users is None:
             return attended[None]
         if output is None:
@@ -85,13 +87,15 @@ def _attend_decode(
 
 
 def _attend(
-    queries: torch.Tensor, gathered: torch.Tensor, bucket: Bucket, head_dim_v: int, scale: float
+    queries: torch.Tensor, latents: torch.Tensor, hidden: torch.Tensor | None, scale: float, head_dim_v: int
 ) -> torch.Tensor:
-    """Attention of queries [users, heads, width] over latents [users, at least the longest, width]."""
-    latents = gathered[:, : bucket.longest]
+    """Attention of queries [requests, lanes * heads, width] over latents [requests, longest, width].
+
+    `hidden` [requests * lanes, 1, longest] is true where a lane must not look.
+    """
     scores = torch.bmm(queries, latents.transpose(1, 2)).float().mul_(scale)
-    if bucket.hidden is not None:
-        scores.masked_fill_(bucket.hidden, -torch.inf)
+    if hidden is not None:
+        scores.view(len(hidden), -1, scores.shape[-1]).masked_fill_(hidden, -torch.inf)
     return torch.bmm(torch.softmax(scores, -1).to(queries.dtype), latents[..., :head_dim_v])
 
 

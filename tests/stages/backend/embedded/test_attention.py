@@ -103,6 +103,27 @@ def test_decode_in_many_buckets_and_with_the_usual_scale(
 
 
 @on_chip
+@pytest.mark.parametrize(("lanes", "together"), [([3, 3, 3], 3), ([1, 3, 2], 1)], ids=["even", "uneven"])
+def test_drafts_read_the_blocks_of_their_request_once(mesh: ttnn.MeshDevice, lanes: list[int], together: int) -> None:
+    latents = [torch.randn(length, WIDTH) for length in (66, 63, 65)]
+    own = shuffled_pages(len(latents), 3)
+    cache = put(mesh, paged(latents, own, 32))
+    lengths = [len(latents[request]) - lane for request, count in enumerate(lanes) for lane in reversed(range(count))]
+    requests = [request for request, count in enumerate(lanes) for _ in range(count)]
+    table, positions = integers(mesh, own[requests]), integers(mesh, torch.tensor(lengths) - 1)
+    q = torch.randn(1, len(lengths), HEADS, WIDTH)
+    attended = decode(
+        put(mesh, q), cache, head_dim_v=VALUES, page_table_tensor=table, cur_pos_tensor=positions, scale=SCALE
+    )
+    for user, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+        for head in range(HEADS):
+            expected = attend(q[0, user, head], latents[request][:length]).float()
+            torch.testing.assert_close(shards(attended)[0][0, user, head], expected, rtol=2e-6, atol=2e-6)
+    [bucket] = paging.decode_pages("decode", positions, table, cache)[0].buckets
+    assert (bucket.lanes, len(bucket.blocks)) == (together, 3 * len(lengths) // together)
+
+
+@on_chip
 def test_buckets_pad_no_user_by_more_than_a_third_and_stay_small(mesh: ttnn.MeshDevice) -> None:
     lengths = torch.randint(0, 1000, (64,))
     positions, table = integers(mesh, lengths - 1), integers(mesh, shuffled_pages(64, 32))
