@@ -1,11 +1,14 @@
 """Captured decode steps against the same steps run as they are, and the device's traces by themselves."""
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from stages import traces
 from stages.backend import ttnn
 from stages.backend.embedded.trace import atomic
 from stages.errors import DeviceError
@@ -83,6 +86,30 @@ def test_results_stay_while_the_next_step_runs(tmp_path: Path, load: Load) -> No
     assert bytes(sent) == before != bytes(other)
 
 
+def test_the_embedded_device_captures_steps_that_recur(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "EAGER_STEPS", 2)
+    begun: list[int] = []
+    begin = ttnn.begin_trace_capture
+
+    def noted(mesh: ttnn.MeshDevice, cq_id: int = 0) -> int:
+        begun.append(users)
+        return begin(mesh, cq_id)
+
+    monkeypatch.setattr(ttnn, "begin_trace_capture", noted)
+    model = write_checkpoint(tmp_path / "model", overrides=OVERRIDES)
+    driver = load(model, enable_trace=False, stages=1, mesh_shape=(1, 1), slots=4)
+    for slot in range(3):
+        driver.admit(slot)
+    driver.prefill({slot: [1, 2, 3] for slot in range(3)})
+    lengths = [3, 3, 3]
+    for users in [3, 2, 3, 2, 1, 3, 2, 3]:
+        driver.decode({slot: (lengths[slot], 7) for slot in range(users)})
+        lengths = [length + (slot < users) for slot, length in enumerate(lengths)]
+    assert begun == [3, 2]
+
+
 def captured(
     mesh: ttnn.MeshDevice, compute: Callable[[ttnn.Tensor], ttnn.Tensor], x: ttnn.Tensor
 ) -> tuple[int, ttnn.Tensor]:
@@ -143,6 +170,28 @@ def test_captures_neither_nest_nor_end_twice(mesh: ttnn.MeshDevice) -> None:
     ttnn.end_trace_capture(mesh, trace)
     with pytest.raises(DeviceError, match="No trace is being captured"):
         ttnn.end_trace_capture(mesh, trace)
+
+
+@on_chip
+def test_what_another_thread_computes_is_not_captured(mesh: ttnn.MeshDevice) -> None:
+    x = put(mesh, torch.ones(1, 1, 32, 32))
+    computed: list[int] = []
+
+    @atomic
+    def doubled(tensor: torch.Tensor) -> torch.Tensor:
+        computed.append(threading.get_ident())
+        return tensor * 2
+
+    def compute(own: ttnn.Tensor) -> ttnn.Tensor:
+        with ThreadPoolExecutor(1) as other:
+            assert torch.equal(other.submit(lambda: doubled(x.shards[0])).result(), torch.full((1, 1, 32, 32), 2.0))
+        return ttnn.add(own, own)
+
+    trace, result = captured(mesh, compute, x)
+    ttnn.copy(put(mesh, torch.full((1, 1, 32, 32), 4.0)), x)
+    ttnn.execute_trace(mesh, trace)
+    assert torch.equal(result.shards[0], torch.full((1, 1, 32, 32), 8.0))
+    assert len(computed) == 1
 
 
 @on_chip

@@ -129,10 +129,12 @@ def test_buckets_pad_no_user_by_more_than_a_third_and_stay_small(mesh: ttnn.Mesh
     positions, table = integers(mesh, lengths - 1), integers(mesh, shuffled_pages(64, 32))
     cache = put(mesh, torch.zeros(8, 1, 32, 576))
     buckets = paging.decode_pages("decode", positions, table, cache)[0].buckets
-    users = [user for bucket in buckets for user in bucket.users.tolist()]
+    groups = [bucket.users for bucket in buckets if bucket.users is not None]
+    assert len(groups) == len(buckets)
+    users = [user for group in groups for user in group.tolist()]
     assert sorted(users) == lengths.nonzero().flatten().tolist()
-    for bucket in buckets:
-        own = lengths[bucket.users]
+    for bucket, group in zip(buckets, groups, strict=True):
+        own = lengths[group]
         assert int(own.max()) == bucket.longest
         assert int(own.min()) * 4 >= bucket.longest * 3
         assert len(own) == 1 or len(own) * bucket.longest * 576 <= paging.LATENTS_AT_ONCE
