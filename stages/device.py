@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from stages.wormhole import GALAXY_COLUMNS
+from stages.wormhole import GALAXY_COLUMNS, PREFILL_CHUNK
 
 Device = Literal["embedded", "ttnn", "timed"]
 
@@ -19,9 +19,11 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     `columns` is the number of chips of a row. `transport` is how hidden states pass between several stages unless an
     option says otherwise. After `silence_s` without a heartbeat a stage is considered dead; None leaves the sockets'
     own limit. `computes` is False where stages only take time: they read no weights and keep no cache. `runner` is the
-    import path "module:attribute" of what makes a stage's runner.
+    import path "module:attribute" of what makes a stage's runner. `prefill_chunk` is the most tokens of a prefill step
+    unless an option says otherwise: as vLLM's server has them, or fewer where chips keep memory for them.
     """
 
+    prefill_chunk: int = 2048
     has_chips: bool = False
     computes: bool = True
     hidden_dtype: Literal["bfloat16"] | None = None
@@ -38,6 +40,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
 PROFILES: dict[Device, DeviceProfile] = {
     "embedded": DeviceProfile(),
     "ttnn": DeviceProfile(
+        prefill_chunk=PREFILL_CHUNK,
         has_chips=True,
         hidden_dtype="bfloat16",
         columns=GALAXY_COLUMNS,
@@ -45,5 +48,5 @@ PROFILES: dict[Device, DeviceProfile] = {
         # While ttnn compiles kernels, no other thread of its process runs.
         silence_s=60.0,
     ),
-    "timed": DeviceProfile(computes=False, runner="stages.timed.stage:TimedStage.load"),
+    "timed": DeviceProfile(prefill_chunk=PREFILL_CHUNK, computes=False, runner="stages.timed.stage:TimedStage.load"),
 }

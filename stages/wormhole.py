@@ -5,6 +5,10 @@ TT-Metal's reports are at https://github.com/tenstorrent/tt-metal/tree/main/tech
 
 from typing import Literal
 
+PREFILL_CHUNK = 256
+"""The most tokens of a prefill step unless an option says otherwise: of R1 on a row, 2048 take 2.3 GiB more
+of each chip."""
+
 USERS_PER_ROW = 32
 """Users of a Galaxy row in one microbatch, as tt-metal's demo has them."""
 

@@ -75,6 +75,11 @@ class KVCache:
         return min(len(self.runs), self._options.steps_in_flight)
 
     @property
+    def decoding(self) -> int:
+        """The requests whose prompt is computed, or in steps."""
+        return sum(run.issued >= run.prefill_end for run in self.runs.values())
+
+    @property
     def findable(self) -> int:
         """The number of blocks that a request could find."""
         return sum(pool.findable for pool in self._pools)

@@ -31,8 +31,8 @@ class ScheduleOptions(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(
             gt=0,
-            description="Decode steps that a step of prompt tokens may take as long as where others wait for it; it "
-            "holds as many tokens as measurements allow, and a block at least.",
+            description="Decode steps that a step of prompt tokens may take as long as where others decode, or so many "
+            "times longer as those who wait outnumber them, up to 2 s; it has a block at least.",
         ),
     ] = DEFAULT_PREFILL_WAIT
     enable_prefix_caching: Annotated[
@@ -49,8 +49,8 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
     At most `schedule.microbatches` steps are in flight: by default one for every stage and one more, so that no stage
     waits for the way back, and a single one where there is one stage. The cache's slots are shared evenly by the
     microbatches: slot = microbatch * slots_per_microbatch + lane. A prefill step holds at most `prefill_chunk` tokens;
-    where it holds up requests that decode, it takes no longer than `schedule.prefill_wait` decode steps, unless it is
-    a single block. A request has up to `num_speculative_tokens` drafts in a decode step.
+    where it holds up requests that decode, it takes about as long as `schedule.prefill_wait` decode steps, unless it is
+    a single block (see `PrefillBudget`). A request has up to `num_speculative_tokens` drafts in a decode step.
     Raises OptionError when these do not fit together.
     """
 

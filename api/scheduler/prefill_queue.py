@@ -28,6 +28,17 @@ class PrefillQueue:
         self._loaded: deque[Run] = deque()
         self._current: Run | None = None
 
+    @property
+    def count(self) -> int:
+        """The requests whose prompt is still to be computed, but for those whose blocks are on their way."""
+        return len(self.waiting) + len(self._loaded) + (self._current is not None)
+
+    def token_count(self) -> int:
+        """The prompt tokens of these requests, among them what will be found in the cache."""
+        current = 0 if self._current is None else self._current.prefill_end - self._current.issued
+        loaded = sum(run.prefill_end - run.issued for run in self._loaded)
+        return current + loaded + sum(len(sequence.tokens) for sequence in self.waiting)
+
     def put_back(self, sequence: Sequence) -> None:
         """Lets a request wait again, before all that arrived later."""
         position = 0

@@ -161,7 +161,7 @@ class Scheduler:
         if awaited.microbatch is not None:
             self._decoding.step_returned(awaited.microbatch)
             self.drafts.step_returned(awaited, result, self.cache.microbatches_in_use)
-        self._budget.record_step(awaited.mode, awaited.token_count, result.timings)
+        self._budget.record_step(awaited.mode, awaited.token_count, awaited.pairs, result.timings)
         self.cache.step_returned(awaited, result)
         self._queue.have_loaded(awaited.loading)
         scores = {
@@ -297,10 +297,12 @@ class Scheduler:
         segments: list[Segment] = []
         admissions: list[Admission] = []
         step = StepInFlight(self._step_id, "prefill")
-        # A whole chunk where no request waits to decode.
-        most = budget = self._options.prefill_chunk if self._decoding.is_empty else self._budget.tokens
-        while run := self._queue.next_run(budget, step):
-            count = self._budget.chunk(run.prefill_end - run.issued, budget)
+        run = self._queue.next_run(self._block_size, step)
+        if run is None:
+            return None
+        budget = self._budget.begin_step(self.cache.decoding, self._queue.count, self._queue.token_count)
+        while run is not None:
+            count = budget.take(run.issued, run.prefill_end - run.issued)
             if not count:
                 break
             step.members.append(run)
@@ -312,13 +314,12 @@ class Scheduler:
                 new_blocks = run.blocks[run.cached :]
             wanted = self.drafts.in_prompt(run, count)
             segments.append(self._segment(step, run, count, new_blocks, wanted))
-            budget -= count
-            if run.issued == run.prefill_end:
-                step.sampled.append(run)
-                self._queue.prompt_done()
-        if not segments:
-            return None
-        step.token_count = most - budget
+            if run.issued < run.prefill_end:
+                break
+            step.sampled.append(run)
+            self._queue.prompt_done()
+            run = self._queue.next_run(budget.tokens, step)
+        step.token_count, step.pairs = budget.taken, budget.pairs
         return self._issue(step, segments, admissions)
 
     def _begin(self, run: Run) -> Admission:

@@ -14,7 +14,8 @@ class StepInFlight:
     """A step whose result is awaited.
 
     `members` are all runs with a segment in it and `sampled` those that get a token; `scored` are those whose prompt
-    is scored, each with its segment's start. `microbatch` is that of a decode step. `filled` are the blocks that are
+    is scored, each with its segment's start. A prefill step has so many `pairs` of a token and one that it attends to.
+    `microbatch` is that of a decode step. `filled` are the blocks that are
     full after it, and `forgotten` the keys that it tells the stages to forget. A load step has no members, but runs
     that are `loading`. A decode step has so many `drafts` of each run, and `asks` for others or not.
     """
@@ -23,6 +24,7 @@ class StepInFlight:
     mode: Mode
     microbatch: int | None = None
     token_count: int = 0
+    pairs: float = 0.0
     members: list[Run] = field(default_factory=list)
     sampled: list[Run] = field(default_factory=list)
     scored: list[tuple[Run, int]] = field(default_factory=list)

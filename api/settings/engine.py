@@ -43,7 +43,7 @@ from stages.options import (
     WeightOptions,
 )
 from stages.plan import StageSpec, default_microbatches, explicit_stages, plan_stages
-from stages.wormhole import GALAXY_COLUMNS, USERS_PER_ROW
+from stages.wormhole import GALAXY_COLUMNS, PREFILL_CHUNK, USERS_PER_ROW
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 from weights.sizes import ceil_div, round_up
 
@@ -81,8 +81,6 @@ def users_per_row(max_num_seqs: int | None, rows: int, microbatches: int) -> int
 
 
 DEFAULT_STAGES = 2
-
-DEFAULT_PREFILL_CHUNK = 256
 
 CACHE_MEMORY_SHARE = 0.25
 
@@ -172,7 +170,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                 description="Prompt tokens of one step at most, rounded up to whole blocks.",
                 extra={
                     "flags": ("--max-num-batched-tokens", "--prefill-chunk"),
-                    "default": str(DEFAULT_PREFILL_CHUNK),
+                    "default": f"{DeviceProfile().prefill_chunk}, or {PREFILL_CHUNK} on chips",
                 },
             ),
         ]
@@ -312,7 +310,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         return plan_stages(config, stages, drafts=self.drafts.count)
 
     def _prefill_chunk(self) -> int:
-        asked = self.prefill_chunk or DEFAULT_PREFILL_CHUNK
+        asked = self.prefill_chunk or self.cluster.profile.prefill_chunk
         chunk = round_up(asked, self.lengths.block_size)
         if self.prefill_chunk is not None and chunk != asked:
             log.info("--max-num-batched-tokens was rounded up to whole blocks", asked=asked, tokens=chunk)

@@ -11,7 +11,7 @@ from msgspec import Meta
 from actors.options import ClusterOptions
 from api.errors import OptionError
 from api.scheduler.options import ScheduleOptions
-from api.settings.engine import DEFAULT_PREFILL_CHUNK, EngineSettings, LengthOptions
+from api.settings.engine import EngineSettings, LengthOptions
 from api.settings.model import SplitOptions
 from api.settings.option import again
 from api.settings.paths import write_file
@@ -25,7 +25,7 @@ from stages.capacity.prediction import DraftPrediction, Prediction, PredictionOp
 from stages.capacity.step_time import ExpertKernel
 from stages.options import DRAFT_ACCEPTANCE, TRACE_REGION_BYTES, DraftOptions
 from stages.tensor_dtypes import WeightDtypes
-from stages.wormhole import USERS_PER_ROW
+from stages.wormhole import PREFILL_CHUNK, USERS_PER_ROW
 from weights.model_config import ModelConfig
 from weights.sizes import counted
 
@@ -67,7 +67,7 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
     microbatches: Annotated[int, again(ScheduleOptions, "microbatches")] | None = None
     lengths: LengthOptions = LengthOptions()
     prefill_chunk: Annotated[int, again(EngineSettings, "prefill_chunk", "Prompt tokens of one step at most.")] = (
-        DEFAULT_PREFILL_CHUNK
+        PREFILL_CHUNK
     )
     trace_region: Annotated[int, Meta(ge=0, description="Bytes of each chip that are set aside for traces.")] = (
         TRACE_REGION_BYTES

@@ -61,8 +61,8 @@ def scores(tokens: Sequence[int], start: int, end: int) -> list[TokenLogprobs]:
 
 
 def step_seconds(step: Step) -> float:
-    """Returns the time of a step in the fake stage: 1 s, plus 20 s for a decode step or 1 s for each prompt token."""
-    return 1.0 + 20.0 if step.mode == "decode" else 1.0 + step.token_count
+    """Returns the time of a step in the fake stage: 1 ms, and 20 for a decode step or 1 for each prompt token."""
+    return 0.021 if step.mode == "decode" else 0.001 * (1 + step.token_count)
 
 
 class FakeStage:

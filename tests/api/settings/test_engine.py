@@ -31,7 +31,7 @@ def test_by_default_two_stages_serve_32_users_in_each_of_three_microbatches() ->
     assert len(made.pipeline.specs) == 2
     assert (cache.slots, cache.block_size, cache.max_model_len) == (96, 32, CONFIG.max_position_embeddings)
     assert made.scheduler.steps_in_flight == 3
-    assert made.prefill_chunk == 256
+    assert made.prefill_chunk == 2048
     assert made.pipeline.hidden_size == CONFIG.hidden_size
     assert Path(made.pipeline.stage.cache_dir).is_absolute()
     assert logs == []
