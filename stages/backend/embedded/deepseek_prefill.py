@@ -64,7 +64,7 @@ def moe_grouped_topk(
     """Chooses experts for logits [1, 1, T, 256] with a bias of the same shape, in float32.
 
     Returns bfloat16 weights in `weights_layout` and uint16 indices in TILE layout, [1, 1, T, n_activated_experts].
-    Raises DeviceError for other numbers than GROUPED_TOPK, a smaller bias, and operands that are no floats of 16 or 32
+    Raises DeviceError for other numbers than GROUPED_TOPK, a smaller bias, and operands other than floats of 16 or 32
     bits in TILE layout.
     """
     op = "moe_grouped_topk"

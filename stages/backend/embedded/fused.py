@@ -68,7 +68,7 @@ def minimal_matmul(
     """Multiplies x [..., M, K] by a weight [1, 1, K, N]: [..., M, N], or with `fuse_swiglu` [..., M, N / 2].
 
     Columns of such a weight are pairs of tiles, a gate's and then those that go up: silu(gate) * up is what remains of
-    a pair. Raises DeviceError for a weight of several matrices, or columns that are no pairs of tiles.
+    a pair. Raises DeviceError for a weight of several matrices, or columns that do not pair tiles.
     """
     x, weight = input_tensor, weight_tensor
     refuse_all_but_float_tiles("minimal_matmul", x, weight)

@@ -13,6 +13,7 @@ from stages.capacity.chip_memory import chip_stages
 from stages.capacity.step_time import (
     ALL_GATHER,
     ALL_TO_ALL,
+    MATMUL_FIDELITY,
     REDUCE_SCATTER,
     TRACED_LAUNCH_S,
     UNTRACED_LAUNCH_S,
@@ -26,6 +27,7 @@ from stages.capacity.step_time import (
     reduce_scatter_s,
 )
 from stages.models.deepseek_v3.architecture import OPS
+from stages.models.module import matmul_kernel
 from stages.plan import StageSpec
 from stages.tensor_dtypes import WeightDtypes
 from stages.wormhole import LINKS, flops_per_s
@@ -80,6 +82,10 @@ def test_collectives_are_near_what_was_measured_over_one_link(
 ) -> None:
     """Costs are those of tt-metal's table of Wormhole chips in a line, with bytes divided among four links."""
     assert cost.seconds(chips, link_bytes * LINKS) * 1e6 == pytest.approx(measured_us, rel=0.2)
+
+
+def test_products_have_the_fidelity_that_predictions_go_by() -> None:
+    assert matmul_kernel().math_fidelity.name == MATMUL_FIDELITY
 
 
 def test_collectives_vanish_on_one_chip() -> None:
