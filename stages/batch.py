@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from stages.backend import PADDED_USERS_PER_ROW, ttnn
+from stages.backend.fused import ROWS_AT_ONCE, NormBuffers
 from stages.kv.page_tables import PageTables
 from stages.models.registry import architecture_of
 from stages.models.rope import Rope, RopeTables
@@ -93,6 +94,18 @@ class Place(NamedTuple):
     position: int
 
 
+class CacheWrites(NamedTuple):
+    """How every chip of a row adds the tokens of all users of the row to its cache, and skips those of others.
+
+    `positions` [users of the row], int32, are -1 for users of other chips; `pages` [users of the row, blocks], int32,
+    are the same on all chips of a row. `memory_config` is the layout of what is added, a core for each user.
+    """
+
+    positions: ttnn.Tensor
+    pages: ttnn.Tensor
+    memory_config: ttnn.MemoryConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeBatch:
     """Single tokens: `users` of every pool, of as many requests, or of fewer with drafts behind their tokens.
@@ -100,6 +113,9 @@ class DecodeBatch:
     `rope` is for all tokens of a row; `positions` [users] and `pages` [users, blocks], int32, are each chip's own.
     `kv_memory_config` is the layout of what they add to the cache, a core for each user, and `q_memory_config` that of
     their queries. All are added before any attends, so a draft finds the tokens before it.
+
+    `writes` and `norms`, those of a layer's first and second norm, are for rows of several chips that have at most a
+    tile of users.
     """
 
     layout: TokenLayout
@@ -109,6 +125,12 @@ class DecodeBatch:
     pages: ttnn.Tensor
     kv_memory_config: ttnn.MemoryConfig
     q_memory_config: ttnn.MemoryConfig
+    writes: CacheWrites | None = None
+    norms: tuple[NormBuffers, NormBuffers] | None = None
+
+    def interleaved(self, x: ttnn.Tensor) -> ttnn.Tensor:
+        """Returns hidden states as others than decoder layers take them: not spread over cores by columns."""
+        return x if self.norms is None else ttnn.to_memory_config(x, ttnn.L1_MEMORY_CONFIG)
 
 
 CORE_GRID = ttnn.CoreCoord(8, 8)
@@ -142,6 +164,8 @@ class BatchBuilder:
         self._rows, self._columns = tuple(mesh_device.shape)
         self._takes_all_shapes = self._rows * self._columns == 1 and not users_per_row
         self._layouts: dict[int, tuple[ttnn.MemoryConfig, ttnn.MemoryConfig]] = {}
+        before, behind = (NormBuffers.on(mesh_device, config.hidden_size) for _ in range(2))
+        self._norms = None if before is None or behind is None else (before, behind)
 
     def decode(self, step: Step) -> DecodeBatch:
         """Makes the inputs of a decode step, which has been applied to the page tables."""
@@ -171,6 +195,23 @@ class BatchBuilder:
             pages=self._on_each_chip(pages),
             kv_memory_config=kv_memory_config,
             q_memory_config=q_memory_config,
+            writes=self._writes(positions, pages),
+            norms=self._norms if users * self._columns <= ROWS_AT_ONCE else None,
+        )
+
+    def _writes(self, positions: torch.Tensor, pages: torch.Tensor) -> CacheWrites | None:
+        """What a row's chips need to write with one op, given the lanes of all rows, row by row."""
+        lanes = len(positions) // self._rows
+        if self._columns == 1 or lanes > ROWS_AT_ONCE:
+            return None
+        of_chips = torch.full((self._rows, self._columns, self._columns, lanes // self._columns), -1, dtype=torch.int32)
+        for column in range(self._columns):
+            of_chips[:, column, column] = positions.view(self._rows, self._columns, -1)[:, column]
+        mapper = ttnn.ShardTensor2dMesh(self._mesh_device, (self._rows, self._columns), (0, None))
+        return CacheWrites(
+            self._on_each_chip(of_chips.flatten()),
+            self._integers(pages, ttnn.int32, mapper),
+            self._over_cores(lanes, TILE),
         )
 
     def users(self, most: int) -> int:

@@ -185,7 +185,7 @@ class ModelSlice:
         """Runs all layers: x [1, 1, tokens, hidden / columns] on each chip -> the same shape."""
         for layer in self.layers:
             x = layer.forward(x, batch)
-        return x
+        return x if isinstance(batch, PrefillBatch) else batch.interleaved(x)
 
     def logits(self, x: ttnn.Tensor, batch: Batch, indices: ttnn.Tensor | None) -> ttnn.Tensor:
         """Returns logits [1, 1, n, vocabulary / columns] of the tokens `indices` [1, n], or of all; last stage only."""

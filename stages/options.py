@@ -55,7 +55,7 @@ LoadFormat = Literal["auto", "dummy"]
 
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 
 """The version of what `convert_weights` writes, part of every cache key: each change of it increases this number."""
 

@@ -59,6 +59,17 @@ class LinearConfig(OpConfig):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class GatheredLinearConfig(OpConfig):
+    """fused.gathered_linear: `input_tensor_b` is the weight [1, 1, in of all columns, out]."""
+
+    input_tensor_b: ttnn.Tensor | None = None
+    chunk_sizes: Sequence[int] | None = None
+    fuse_swiglu: bool | None = None
+    memory_config: ttnn.MemoryConfig | None = None
+    compute_kernel_config: ttnn.WormholeComputeKernelConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MulConfig(OpConfig):
     """ttnn.mul: activations are applied to the first factor before."""
 
@@ -104,14 +115,6 @@ class ReduceScatterConfig(OpConfig):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class AllReduceConfig(OpConfig):
-    """Adds the tensors of the chips on a mesh axis."""
-
-    cluster_axis: int
-    memory_config: ttnn.MemoryConfig | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class AllToAllConfig(OpConfig):
     """Swaps sharded dimensions on a mesh axis: `in_dim` is gathered, `out_dim` is split."""
 
@@ -132,9 +135,10 @@ class MeshPartitionConfig(OpConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class RotaryConfig(OpConfig):
-    """ttnn.experimental.rotary_embedding_llama: tokens on dimension 2, in prefill and in decode."""
+    """ttnn.experimental.deepseek_prefill.rotary_embedding_indexed: its tables begin with the step's own tokens."""
 
-    is_decode_mode: bool
+    kv_actual_global: int
+    cluster_axis: int
     memory_config: ttnn.MemoryConfig | None = None
 
 
@@ -160,7 +164,7 @@ class MLAPrefillConfig(OpConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MoEGateConfig(OpConfig):
-    """composite.moe_gate: `bias` is [1, 1, 1, experts]."""
+    """composite.moe_gate and mixture.routing: `bias` is [1, 1, 1, experts]."""
 
     n_groups: int
     topk_groups: int
@@ -172,10 +176,14 @@ class MoEGateConfig(OpConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class RoutedExpertsConfig(OpConfig):
-    """composite.routed_experts: w1 and w3 [1, experts / chips, hidden, inner], w2 with its last two swapped."""
+    """composite.routed_experts: w1 and w3 [1, experts / chips, hidden, inner], w2 with its last two swapped.
+
+    mixture.stacked_experts: w13 and w2, all experts of a chip in one matrix.
+    """
 
     w1: ttnn.Tensor | None = None
     w3: ttnn.Tensor | None = None
+    w13: ttnn.Tensor | None = None
     w2: ttnn.Tensor | None = None
     memory_config: ttnn.MemoryConfig | None = None
     compute_kernel_config: ttnn.WormholeComputeKernelConfig | None = None
@@ -210,8 +218,9 @@ def dump_weight(
 
     Raises DeviceError where `weight` does not have the shape of `spec`.
     """
-    if tuple(weight.shape) != spec.shape:
-        raise DeviceError(f"{operation}.{spec.operand} is {list(spec.shape)}, not {list(weight.shape)}.")
+    shape = spec.on_mesh(mesh_device.shape[0])
+    if tuple(weight.shape) != shape:
+        raise DeviceError(f"{operation}.{spec.operand} is {list(shape)}, not {list(weight.shape)}.")
     path = weight_path(directory, operation, spec.operand)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensor = ttnn.from_torch(

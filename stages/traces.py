@@ -92,10 +92,15 @@ class _DecodeTrace:
 
 def _inputs_of(batch: DecodeBatch) -> list[ttnn.Tensor]:
     """Returns the inputs that differ between steps of the same number of lanes."""
-    return [batch.rope.cos, batch.rope.sin, batch.positions, batch.pages]
+    written = [] if batch.writes is None else [batch.writes.positions, batch.writes.pages]
+    return [batch.rope.cos, batch.rope.sin, batch.positions, batch.pages, *written]
 
 
 def _own(batch: DecodeBatch) -> DecodeBatch:
     """Returns the batch with copies of its inputs."""
-    cos, sin, positions, pages = (ttnn.clone(tensor) for tensor in _inputs_of(batch))
-    return dataclasses.replace(batch, rope=batch.rope._replace(cos=cos, sin=sin), positions=positions, pages=pages)
+    cos, sin, positions, pages, *written = (ttnn.clone(tensor) for tensor in _inputs_of(batch))
+    writes = batch.writes
+    if writes is not None:
+        writes = writes._replace(positions=written[0], pages=written[1])
+    rope = batch.rope._replace(cos=cos, sin=sin)
+    return dataclasses.replace(batch, rope=rope, positions=positions, pages=pages, writes=writes)

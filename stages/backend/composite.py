@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from stages.backend import DEVICE, ttnn
 from stages.backend.embedded import experts
+from stages.tensor_dtypes import TILE
 from stages.wormhole import HEADS_TOGETHER as HEADS_TOGETHER_ON_CHIPS
 from stages.wormhole import TOKENS_AT_ONCE
 
@@ -19,6 +20,11 @@ HEADS_TOGETHER = HEADS_TOGETHER_ON_CHIPS if DEVICE == "ttnn" else 1
 
 LEFT_OUT = -1.0e4
 """What is added to the biased scores of excluded groups: far below any score, and finite in bfloat16."""
+
+
+def is_on_chips() -> bool:
+    """Whether the device of this process runs the chips' algorithms."""
+    return DEVICE == "ttnn"
 
 
 def all_gather(
@@ -67,6 +73,23 @@ def mesh_partition(
     if x.device().shape[cluster_axis] == 1:
         return x
     return ttnn.mesh_partition(x, dim, cluster_axis, memory_config=memory_config)
+
+
+def split_heads(x: ttnn.Tensor, heads: int, split: int) -> tuple[ttnn.Tensor, ttnn.Tensor]:
+    """Takes x [1, 1, T, heads * d] to heads [1, heads, T, d], cut before value `split` of each.
+
+    `ttnn.experimental.nlp_create_q_heads_split`, or several ops where tiles would be cut.
+    """
+    width = x.shape[3] // heads
+    if width % TILE == 0 and split % TILE == 0:
+        first, second = ttnn.experimental.nlp_create_q_heads_split(x, num_heads=heads, split_head_dim=split)
+        return first, second
+    apart = ttnn.permute(ttnn.reshape(x, (1, x.shape[2], heads, width)), (0, 2, 1, 3))
+    tokens = x.shape[2]
+    return (
+        ttnn.slice(apart, [0, 0, 0, 0], [1, heads, tokens, split]),
+        ttnn.slice(apart, [0, 0, 0, split], [1, heads, tokens, width]),
+    )
 
 
 def zeroed(shape: Sequence[int], *, dtype: ttnn.DataType, device: ttnn.MeshDevice) -> ttnn.Tensor:

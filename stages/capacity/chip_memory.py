@@ -8,8 +8,9 @@ import msgspec
 
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
+from stages.models.registry import architecture_of
 from stages.plan import StageSpec, balanced_split, explicit_stages
-from stages.tensor_dtypes import TensorDtype
+from stages.tensor_dtypes import TILE, TensorDtype
 from stages.wormhole import DRAM_BANKS, DRAM_BYTES, GALAXY_COLUMNS, L1_BANKS, L1_BYTES, TOKENS_AT_ONCE, TRACE_ALIGNMENT
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div, round_up
@@ -24,6 +25,8 @@ class Activations:
         self._local_experts = config.n_routed_experts // (rows * columns)
         self._tokens = tokens
         self._all_tokens = rows * tokens
+        inner = selected_width(config, rows, columns)
+        self._stacked_width = inner if inner != self._local_experts else 0
 
     def attention(self) -> list[ChipTensor]:
         """The activations of attention in a prefill of one request, when its columns have exchanged users for heads.
@@ -56,8 +59,11 @@ class Activations:
         return [_float(name, shape) for name in ("hidden", "following")]
 
     def experts(self) -> list[ChipTensor]:
-        """The results of one pass of tokens through the chip's routed experts."""
+        """The results of one pass of tokens through the chip's experts."""
         config = self._config
+        if self._stacked_width:
+            inner = (1, 1, self._all_tokens, self._stacked_width)
+            return [_float(name, inner) for name in ("hidden", "selected", "weighted")]
         tokens = min(self._all_tokens, TOKENS_AT_ONCE)
         inner = (1, self._local_experts, tokens, config.moe_intermediate_size)
         outer = (1, self._local_experts, tokens, config.hidden_size)
@@ -66,7 +72,23 @@ class Activations:
             *(_float(name, outer) for name in ("output", "weighted")),
         ]
 
+    def _stacked_mixture(self) -> list[ChipTensor]:
+        """The activations of a mixture whose experts are one network on each chip."""
+        config, tokens = self._config, self._all_tokens
+        several = self._all_tokens > self._tokens
+        return [
+            *self._residual(),
+            *(_float("own", (1, 1, self._tokens, config.hidden_size)) for _ in range(several)),
+            _float("every", (1, 1, tokens, config.hidden_size)),
+            _float("logits", (1, 1, tokens, config.n_routed_experts), "float32"),
+            _float("weights", (1, 1, tokens, config.n_routed_experts + TILE)),
+            *self.experts(),
+            _float("partial", (1, 1, tokens, config.hidden_size)),
+        ]
+
     def _mixture(self) -> list[ChipTensor]:
+        if self._stacked_width:
+            return self._stacked_mixture()
         config = self._config
         tokens = min(self._all_tokens, TOKENS_AT_ONCE)
         return [
@@ -92,11 +114,11 @@ class Activations:
 
     def _dense(self) -> list[ChipTensor]:
         config = self._config
-        inner = (1, 1, self._tokens, config.intermediate_size // self._columns)
         return [
             *self._residual(),
-            *(_float(name, (1, 1, self._tokens, config.hidden_size)) for name in ("whole", "partial")),
-            *(_float(name, inner) for name in ("gate", "up", "product")),
+            _float("hidden", (1, 1, self._tokens, config.intermediate_size // self._columns)),
+            _float("whole", (1, 1, self._tokens, config.intermediate_size)),
+            _float("output", (1, 1, self._tokens, config.hidden_size // self._columns)),
         ]
 
     def _residual(self) -> Iterator[ChipTensor]:
@@ -105,6 +127,11 @@ class Activations:
         yield from (_float(name, shape) for name in ("x", "normed"))
         rope = (1, 1, self._tokens, self._config.qk_rope_head_dim)
         yield from (_float(name, rope) for name in ("cos", "sin"))
+
+
+def selected_width(config: ModelConfig, rows: int, columns: int) -> int:
+    """The columns to which a chip takes weights by expert: its experts, or all of their inner values."""
+    return architecture_of(config).selection(config).on_chip(rows, columns)[-1]
 
 
 def _float(name: str, shape: tuple[int, ...], dtype: TensorDtype = "bfloat16") -> ChipTensor:

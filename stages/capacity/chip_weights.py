@@ -104,6 +104,11 @@ class ChipWeights:
         """The weights of a layer's routed experts that are on this chip."""
         return self._on_chip(self._architecture.routed_expert_weights(self._config, self._dtypes))
 
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether a chip runs its experts as one network, the shared ones among them."""
+        return any(tensor.name.endswith(".w13") for tensor in self.experts())
+
     def selection(self) -> ChipTensor:
         """The state of a mixture of experts: the columns of the identity matrix that select this chip's experts."""
         spec = self._architecture.selection(self._config)

@@ -13,7 +13,6 @@ import msgspec
 from stages.capacity.chip_memory import Activations
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import padded_lanes
-from stages.models.architecture import Launches
 from stages.models.registry import architecture_of
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, WeightDtypes
@@ -70,8 +69,6 @@ ALL_GATHER = CollectiveCost(fixed_s=4.47e-6, hop_s=1.91e-6, bytes_per_s=11.8e9)
 
 REDUCE_SCATTER = CollectiveCost(fixed_s=3.23e-6, hop_s=3.97e-6, bytes_per_s=11.1e9)
 
-ALL_REDUCE = CollectiveCost(fixed_s=9.07e-6, hop_s=5.82e-6, bytes_per_s=10.9e9)
-
 ALL_TO_ALL = CollectiveCost(fixed_s=2.99e-6, hop_s=2.14e-6, bytes_per_s=7.6e9)
 
 
@@ -83,11 +80,6 @@ def all_gather_s(chips: int, input_bytes: float) -> float:
 def reduce_scatter_s(chips: int, input_bytes: float) -> float:
     """Seconds of a reduce-scatter of partial sums of `input_bytes` on each chip."""
     return REDUCE_SCATTER.seconds(chips, (chips - 1) / chips * input_bytes)
-
-
-def all_reduce_s(chips: int, input_bytes: float) -> float:
-    """Seconds of an all-reduce of partial sums of `input_bytes` on each chip."""
-    return ALL_REDUCE.seconds(chips, 2 * (chips - 1) / chips * input_bytes)
 
 
 def all_to_all_s(chips: int, input_bytes: float) -> float:
@@ -148,8 +140,9 @@ class StageTimes:
         *,
         traced: bool = False,
         expert_kernel: ExpertKernel = "all",
+        launch_s: float | None = None,
     ) -> None:
-        """`traced`: decode steps are replayed from a trace."""
+        """`traced`: decode steps are replayed from a trace. `launch_s`: of a program, in place of what is assumed."""
         self._config = config
         self._spec = spec
         self._rows = rows
@@ -158,6 +151,19 @@ class StageTimes:
         self._ops = architecture_of(config).ops
         self._traced = traced
         self._expert_kernel = expert_kernel
+        self._launch_s = launch_s
+
+    def decode_ops(self, users_per_row: int) -> int:
+        """The programs that a decode step without drafts launches on each chip."""
+        tokens = _tiles(users_per_row)
+        total = self._ops.entering(tokens=tokens, is_decode=True)
+        for layer in self._spec.layers:
+            total += self.layer_ops(users_per_row, is_moe=self._config.is_moe(layer))
+        return total + (self._ops.norm.decode + self._ops.head.decode if self._spec.is_last else 0)
+
+    def layer_ops(self, users_per_row: int, *, is_moe: bool) -> int:
+        """The programs of a decoder layer in such a step."""
+        return self._ops.layer(is_moe=is_moe, rows=self._rows, tokens=_tiles(users_per_row), is_decode=True)
 
     def decode(self, users_per_row: int, context: int, *, drafts: int = 0) -> StepTime:
         """The time of a step of `users_per_row` users of each row, with `context` cached tokens each.
@@ -197,7 +203,7 @@ class StageTimes:
 
     def _step(self, tokens: int, attention: StepTime, *, is_decode: bool) -> StepTime:
         kind = functools.cache(lambda is_moe: self._layer(tokens, attention, is_moe=is_moe, is_decode=is_decode))
-        total = self._launches(self._ops.enter, is_decode)
+        total = self._launches(self._ops.entering(tokens=tokens, is_decode=is_decode), is_decode)
         for layer in self._spec.layers:
             total += kind(self._config.is_moe(layer))
         if self._spec.is_last:
@@ -209,23 +215,24 @@ class StageTimes:
         layer = self._config.first_k_dense_replace if is_moe else 0
         every = tokens * self._rows
         experts = {tensor.name for tensor in self._weights.experts()}
-        time = self._norm(tokens, is_decode).times(2) + attention + self._attention_network(tokens)
+        time = self._statistics(tokens).times(2) + attention + self._attention_network(tokens)
         for weight in self._weights.layer(layer):
             if weight.name not in experts:
                 time += _product(weight, every if weight.name.startswith("mlp/gate") else tokens)
-        time += self._launches(self._ops.attention, is_decode) + self._launches(self._ops.residual, is_decode)
+        ops = self._ops.layer(is_moe=is_moe, rows=self._rows, tokens=tokens, is_decode=is_decode)
+        time += self._launches(ops, is_decode)
         if not is_moe:
-            return time + self._mlp_network(tokens) + self._launches(self._ops.mlp, is_decode)
-        time += self._experts(every) + self._mixture_network(tokens) + self._launches(self._ops.mixture, is_decode)
+            return time + self._mlp_network(tokens)
+        time += self._experts(every) + self._mixture_network(tokens)
         return time if is_decode else time + self._traffic(tokens)
 
     def _draft_pass(self, tokens: int, users: int, attention: StepTime, *, is_decode: bool) -> StepTime:
         """The time of the multi-token-prediction layer over `tokens` of each row, and of the head for its `users`."""
         is_moe = self._config.is_moe(self._config.num_hidden_layers)
         joining = [weight for weight in self._weights.draft() if not weight.name.startswith("block/")]
-        time = self._norm(tokens, is_decode).times(2) + _sum(_product(weight, tokens) for weight in joining)
+        time = self._statistics(tokens).times(2) + _sum(_product(weight, tokens) for weight in joining)
         time += _network(reduce_scatter_s(GALAXY_COLUMNS, self._hidden(tokens)))
-        time += self._launches(self._ops.draft, is_decode)
+        time += self._launches(self._ops.joining(tokens=tokens, is_decode=is_decode), is_decode)
         time += self._layer(tokens, attention, is_moe=is_moe, is_decode=is_decode)
         return time + self._head(_tiles(users), is_decode, is_traced=False)
 
@@ -239,6 +246,8 @@ class StageTimes:
     def _experts(self, tokens: int) -> StepTime:
         weights = self._weights.experts()
         if self._expert_kernel == "all":
+            if self._weights.stacks_experts:
+                return _sum(_product(weight, tokens) for weight in [*weights, self._weights.selection()])
             passes = ceil_div(tokens, TOKENS_AT_ONCE)
             return _sum(_product(weight, _tiles(ceil_div(tokens, passes))) for weight in weights).times(passes)
         hit = hit_share(self._config, tokens)
@@ -268,44 +277,46 @@ class StageTimes:
         return _network(sum(all_to_all_s(GALAXY_COLUMNS, size * ACTIVATION_BYTES) for size in (queries, attended)))
 
     def _attention_network(self, tokens: int) -> StepTime:
-        config = self._config
-        latents = tokens * (config.q_lora_rank + config.kv_dim) * ACTIVATION_BYTES
-        return _network(all_reduce_s(GALAXY_COLUMNS, latents) + reduce_scatter_s(GALAXY_COLUMNS, self._hidden(tokens)))
-
-    def _mlp_network(self, tokens: int) -> StepTime:
         whole = self._hidden(tokens)
         return _network(all_gather_s(GALAXY_COLUMNS, whole / GALAXY_COLUMNS) + reduce_scatter_s(GALAXY_COLUMNS, whole))
 
+    def _mlp_network(self, tokens: int) -> StepTime:
+        inner = tokens * self._config.intermediate_size * ACTIVATION_BYTES
+        gathered = (self._hidden(tokens), inner)
+        return _network(sum(all_gather_s(GALAXY_COLUMNS, whole / GALAXY_COLUMNS) for whole in gathered))
+
     def _mixture_network(self, tokens: int) -> StepTime:
         whole, rows = self._hidden(tokens), self._rows
-        return self._mlp_network(tokens) + _network(all_gather_s(rows, whole) + reduce_scatter_s(rows, rows * whole))
+        columns = all_gather_s(GALAXY_COLUMNS, whole / GALAXY_COLUMNS) + reduce_scatter_s(GALAXY_COLUMNS, whole)
+        return _network(columns + all_gather_s(rows, whole) + reduce_scatter_s(rows, rows * whole))
 
-    def _norm(self, tokens: int, is_decode: bool, *, is_traced: bool = True) -> StepTime:
-        network = _network(all_gather_s(GALAXY_COLUMNS, tokens * TILE * ACTIVATION_BYTES))
-        return network + self._launches(self._ops.norm, is_decode, is_traced=is_traced)
+    def _statistics(self, tokens: int) -> StepTime:
+        """The time in which the columns exchange what they know of the length of rows, for a norm."""
+        return _network(all_gather_s(GALAXY_COLUMNS, tokens * TILE * ACTIVATION_BYTES))
 
     def _head(self, tokens: int, is_decode: bool, *, is_traced: bool = True) -> StepTime:
         gather = _network(all_gather_s(GALAXY_COLUMNS, self._hidden(tokens) / GALAXY_COLUMNS))
         products = _sum(_product(weight, tokens) for weight in self._weights.head())
-        launches = self._launches(self._ops.head, is_decode, is_traced=is_traced)
-        return self._norm(tokens, is_decode, is_traced=is_traced) + gather + products + launches
+        ops = self._ops.norm[0 if is_decode else 1] + self._ops.head[0 if is_decode else 1]
+        return self._statistics(tokens) + gather + products + self._launches(ops, is_decode, is_traced=is_traced)
 
     def _traffic(self, tokens: int) -> StepTime:
         """The time in which experts write results to DRAM and read them again in prefill; in decode they stay in L1."""
         if self._expert_kernel == "chosen":
             return StepTime()
         made = sum(tensor.bytes for tensor in Activations(self._config, self._rows, tokens).experts())
-        passes = ceil_div(tokens * self._rows, TOKENS_AT_ONCE)
+        passes = 1 if self._weights.stacks_experts else ceil_div(tokens * self._rows, TOKENS_AT_ONCE)
         return _bound(2 * made * passes, 0)
 
     def _hidden(self, tokens: int) -> float:
         return tokens * self._config.hidden_size * ACTIVATION_BYTES
 
-    def _launches(self, ops: Launches, is_decode: bool, *, is_traced: bool = True) -> StepTime:
+    def _launches(self, ops: int, is_decode: bool, *, is_traced: bool = True) -> StepTime:
         """The time of launches, which take less in decode steps that are traced: all but the head of drafts are."""
-        if is_decode and self._traced and is_traced:
-            return StepTime(launch_s=ops.decode * TRACED_LAUNCH_S)
-        return StepTime(launch_s=(ops.decode if is_decode else ops.prefill) * UNTRACED_LAUNCH_S)
+        if self._launch_s is not None:
+            return StepTime(launch_s=ops * self._launch_s)
+        traced = is_decode and self._traced and is_traced
+        return StepTime(launch_s=ops * (TRACED_LAUNCH_S if traced else UNTRACED_LAUNCH_S))
 
 
 class _Lanes(NamedTuple):

@@ -22,7 +22,8 @@ LETTERS: dict[TensorDtype, str] = {"float32": "f", "bfloat16": "h", "bfloat8_b":
 class WeightSpec(NamedTuple):
     """One operand of an op: the dimension that each mesh axis splits, None where it replicates.
 
-    Where `all_chips` is a dimension, that one is split over all chips, row-major, instead. `is_tiled` is the layout.
+    Where `all_chips` is a dimension, that one is split over all chips, row-major, instead; behind its part each chip
+    has its column's part of `beside` more, which `shape` leaves out, as every row has them. `is_tiled` is the layout.
     """
 
     operand: str
@@ -31,6 +32,15 @@ class WeightSpec(NamedTuple):
     dims: tuple[int | None, int | None] = (None, None)
     all_chips: int | None = None
     is_tiled: bool = True
+    beside: int = 0
+
+    def on_mesh(self, rows: int) -> tuple[int, ...]:
+        """The shape of what all chips of a mesh of so many rows hold together."""
+        if self.all_chips is None:
+            return self.shape
+        shape = list(self.shape)
+        shape[self.all_chips] += rows * self.beside
+        return tuple(shape)
 
     def on_chip(self, rows: int, columns: int) -> tuple[int, ...]:
         """The shape on each chip of a mesh that can share it."""
@@ -39,6 +49,8 @@ class WeightSpec(NamedTuple):
         for dim, parts in ((by_row, rows), (by_column, columns), (self.all_chips, rows * columns)):
             if dim is not None:
                 shape[dim] //= parts
+        if self.all_chips is not None:
+            shape[self.all_chips] += self.beside // columns
         return tuple(shape)
 
 
@@ -61,7 +73,7 @@ def dtype_letters(specs: WeightSpecs) -> str:
 
 
 class Launches(NamedTuple):
-    """Ops of a module's forward pass, each of which a chip's host launches."""
+    """Programs of a module's forward pass, each of which a chip's host launches."""
 
     decode: int
     prefill: int
@@ -69,10 +81,15 @@ class Launches(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpCounts:
-    """Ops of each part of a forward pass; `enter` is the embedding and the positions' cosines and sines.
+    """Programs of each part of a forward pass on chips, where an op of ttnn may be none or several.
 
-    `residual` is both additions of a layer. `head` is without its norm. A pass of the multi-token-prediction layer is
-    three norms, `draft`, a decoder layer and `head`; the embedding is in `draft`, and positions are looked up before.
+    `enter` is the embedding and the positions' cosines and sines, `head` is without its norm. A pass of the
+    multi-token-prediction layer is two norms, `draft`, a decoder layer, a norm and `head`; the embedding is in `draft`,
+    and positions are looked up before. `residual` is both additions of a layer.
+
+    Decode steps of at most `joined_tokens` on each row have norms that add the residual: `joined` is both norms of a
+    layer and what is added behind them, and `spread` what hidden states take before the first layer and behind the
+    last. `cut` is what attention takes more in other decode steps, and `rows` a mixture on several rows.
     """
 
     norm: Launches
@@ -83,6 +100,35 @@ class OpCounts:
     enter: Launches
     head: Launches
     draft: Launches
+    joined_tokens: int
+    joined: int
+    spread: int
+    cut: int
+    rows: int
+
+    def layer(self, *, is_moe: bool, rows: int, tokens: int, is_decode: bool) -> int:
+        """The programs of a decoder layer in a step with so many tokens on each of `rows` rows."""
+        mode = 0 if is_decode else 1
+        count = self.attention[mode] + (self.mixture if is_moe else self.mlp)[mode]
+        count += self.rows if is_moe and rows > 1 else 0
+        if self.is_joined(tokens, is_decode=is_decode):
+            return count + self.joined
+        cut = self.cut if is_decode else 0
+        return count + 2 * self.norm[mode] + self.residual[mode] + cut
+
+    def entering(self, *, tokens: int, is_decode: bool) -> int:
+        """The programs around the layers of a stage."""
+        return self.enter[0 if is_decode else 1] + (self.spread if self.is_joined(tokens, is_decode=is_decode) else 0)
+
+    def joining(self, *, tokens: int, is_decode: bool) -> int:
+        """The programs of a pass of the multi-token-prediction layer around its decoder layer, without the head."""
+        mode = 0 if is_decode else 1
+        around = self.spread if self.is_joined(tokens, is_decode=is_decode) else 0
+        return 2 * self.norm[mode] + self.draft[mode] + around
+
+    def is_joined(self, tokens: int, *, is_decode: bool) -> bool:
+        """Whether norms add the residual."""
+        return is_decode and tokens <= self.joined_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

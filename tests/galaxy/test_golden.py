@@ -17,7 +17,15 @@ SHAPES = [(1, 1, 32, 64), (1, 4, 5, 96), (2, 3, 33, 40)]
 SEEDS = [0, 1]
 MESH_SHAPE = (2, 4)
 
-OF_OTHER_TESTS = {"all_gather", "all_reduce", "load_tensor", "mesh_partition", "reduce_scatter", "to_device"}
+OF_OTHER_TESTS = {
+    "all_gather",
+    "all_reduce",
+    "fused_rms_minimal",
+    "load_tensor",
+    "mesh_partition",
+    "reduce_scatter",
+    "to_device",
+}
 
 WITHOUT = {
     "ConcatMesh2dToTensor",
@@ -27,15 +35,22 @@ WITHOUT = {
     "ShardTensorToMesh",
     "begin_trace_capture",
     "close_mesh_device",
+    "create_global_semaphore",
     "create_sharded_memory_config",
     "deallocate",
     "dump_tensor",
     "empty",
     "end_trace_capture",
     "execute_trace",
+    "experimental.all_gather_minimal_matmul_async",
     "experimental.all_to_all_async_generic",
     "experimental.deepseek_grouped_gate",
+    "experimental.deepseek_prefill.moe_grouped_topk",
+    "experimental.deepseek_prefill.rotary_embedding_indexed",
     "experimental.fast_reduce_nc",
+    "experimental.minimal_matmul",
+    "experimental.nlp_concat_heads",
+    "experimental.nlp_create_q_heads_split",
     "experimental.paged_fill_cache",
     "experimental.paged_update_cache",
     "experimental.rotary_embedding_llama",
@@ -167,6 +182,44 @@ def test_collectives_equal_their_golden_functions(op: str, dims: tuple[int, ...]
         # All chips of the axis have equal results, of which the golden function keeps one.
         whole = whole.chunk(MESH_SHAPE[axis], joined_by[axis])[0]
     torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_norm_with_its_residual_equals_its_golden_function(seed: int) -> None:
+    torch.manual_seed(seed)
+    mesh = embedded.open_mesh_device(embedded.MeshShape(*MESH_SHAPE))
+    width = 64 * MESH_SHAPE[1]
+    x, residual, gains = torch.randn(1, 1, 32, width), torch.randn(1, 1, 32, width), torch.randn(width)
+    by_column = embedded.ShardTensor2dMesh(mesh, MESH_SHAPE, (None, 3))
+    held = [
+        embedded.from_torch(one, embedded.bfloat16, layout=embedded.TILE_LAYOUT, device=mesh, mesh_mapper=by_column)
+        for one in (x, residual)
+    ]
+    rows = embedded.ShardTensor2dMesh(mesh, MESH_SHAPE, (None, 2))
+    weight = embedded.from_torch(gains.view(1, 1, -1, 32), embedded.bfloat16, device=mesh, mesh_mapper=rows)
+    program = embedded.LayerNormShardedMultiCoreProgramConfig(
+        compute_with_storage_grid_size=(2, 1), subblock_w=1, block_h=1, block_w=1, inplace=False
+    )
+    one_core = embedded.num_cores_to_corerangeset(1, embedded.CoreCoord(8, 8))
+    stats = embedded.zeros((1, 1, 32, 32 * MESH_SHAPE[1]), layout=embedded.TILE_LAYOUT, device=mesh)
+    normed = embedded.fused_rms_minimal(
+        held[0],
+        program,
+        1,
+        mesh,
+        embedded.create_global_semaphore(mesh, one_core, 0),
+        residual_input_tensor=held[1],
+        epsilon=1e-3,
+        weight=weight,
+        stats=stats,
+    )
+    golden = golden_of("fused_rms_minimal")
+    assert golden is not None
+    composer = embedded.ConcatMesh2dToTensor(mesh, MESH_SHAPE, (0, 3))
+    expected = golden(x, residual_input_tensor=residual, epsilon=1e-3, weight=gains)
+    torch.testing.assert_close(embedded.to_torch(normed, mesh_composer=composer)[:1], expected, rtol=1e-5, atol=1e-5)
+    # What chips write over the residual.
+    torch.testing.assert_close(embedded.to_torch(held[1], mesh_composer=composer)[:1], x + residual)
 
 
 def test_moves_between_host_and_mesh_equal_their_golden_functions(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stages.backend import composite, ttnn
+from stages.backend import composite, fused, ttnn
 from stages.batch import BatchBuilder
 from stages.models.deepseek_v3.decoder_block import MoEBlock
 from stages.models.deepseek_v3.mla import MLA
@@ -34,13 +34,14 @@ def gathered_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         composite, "all_gather", lambda x, dim, **options: true_gather(x, dim, **{**options, "cluster_axis": 0})
     )
+    monkeypatch.setattr(fused, "COLUMNS", 0)
 
 
 def weights_cut_along_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong axis: the down-projection is cut along the dimension that is summed over."""
+    """Wrong axis: the output projection is cut along the dimension that is not summed over."""
     specs = attention_weights(R1)
-    assert specs["wq_kv_a"].dims == (None, INPUTS)
-    monkeypatch.setitem(modules.SPECS, MLA, {**specs, "wq_kv_a": specs["wq_kv_a"]._replace(dims=(None, OUTPUTS))})
+    assert specs["wo"].dims == (None, INPUTS)
+    monkeypatch.setitem(modules.SPECS, MLA, {**specs, "wo": specs["wo"]._replace(dims=(None, OUTPUTS))})
 
 
 def page_tables_without_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,7 @@ def cache_of_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_gather_of_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing collective: the feed-forward network gets only its column's part of the hidden states."""
     monkeypatch.setattr(composite, "all_gather", lambda x, _dim, **_options: x)
+    monkeypatch.setattr(fused, "semaphores", lambda _mesh_device: [])
 
 
 def no_reduce_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +83,7 @@ CASES: list[tuple[Plant, Any, Mode]] = [
     (page_tables_without_sign, MLA, "decode"),
     (cache_of_another_dtype, MLA, "prefill"),
     (no_gather_of_hidden_states, MLP, "decode"),
-    (no_reduce_scatter, MLP, "prefill"),
+    (no_reduce_scatter, MLA, "prefill"),
     (no_reduce_scatter, MoEBlock, "decode"),
     (no_exchange_of_heads_for_users, MLA, "decode"),
 ]

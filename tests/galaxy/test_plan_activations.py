@@ -48,7 +48,7 @@ def test_of_a_decode_step_in_l1(rows: int, users: int) -> None:
 
 
 def test_a_decode_step_that_is_refused_has_no_room() -> None:
-    [memory] = chip_memory(R1, deployment(1, 2, microbatches=1, users_per_row=96))
+    [memory] = chip_memory(R1, deployment(1, 2, microbatches=1, users_per_row=256))
     assert memory.decode_l1 > memory.available_l1
     with opened(2, 8) as mesh, pytest.raises(RuntimeError, match="Out of Memory"):
-        EmptyBlock(R1, deployment(1, 2, microbatches=1), MIXTURE, mesh).decode_feed_forward(96)
+        EmptyBlock(R1, deployment(1, 2, microbatches=1), MIXTURE, mesh).decode_feed_forward(256)

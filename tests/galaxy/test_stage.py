@@ -20,8 +20,8 @@ from tests.galaxy.r1 import BLOCK_SIZE, COLUMNS, KEYS, PROMPT, R1, USERS_PER_ROW
 from tests.support.stage_driver import GREEDY, key_of, stage_options
 
 HIDDEN_BYTES = 2 * R1.hidden_size
-SMALL_THINGS = 1.01
-"""The most that rounding by the allocator, rope tables and the like may take, as a share of weights and caches."""
+SMALL_THINGS = 1.02
+"""The most that rounding by the allocator, tables of positions and experts, and programs may take, as a share."""
 
 Load = Callable[..., Stage]
 

@@ -4,11 +4,17 @@ import types
 from collections.abc import Iterator
 
 from stages.backend import embedded
-from stages.backend.embedded import experimental, transformer
+from stages.backend.embedded import deepseek_prefill, experimental, transformer
 
 
 def _functions() -> Iterator[tuple[str, types.FunctionType]]:
-    for prefix, module in (("", embedded), ("experimental.", experimental), ("transformer.", transformer)):
+    modules = {
+        "": embedded,
+        "experimental.": experimental,
+        "experimental.deepseek_prefill.": deepseek_prefill,
+        "transformer.": transformer,
+    }
+    for prefix, module in modules.items():
         for name in module.__all__:
             function = getattr(module, name)
             if isinstance(function, types.FunctionType):

@@ -53,6 +53,11 @@ from stages.backend.embedded.eltwise import (
     typecast,
 )
 from stages.backend.embedded.files import DumpTensorMode, as_tensor, dump_tensor, load_tensor
+from stages.backend.embedded.fused import (
+    MinimalMatmulConfig,
+    create_global_semaphore,
+    fused_rms_minimal,
+)
 from stages.backend.embedded.memory import (
     DRAM_MEMORY_CONFIG,
     L1_BLOCK_SHARDED_MEMORY_CONFIG,
@@ -149,6 +154,7 @@ __all__ = [
     "MeshDevice",
     "MeshShape",
     "MeshToTensor",
+    "MinimalMatmulConfig",
     "ReplicateTensorToMesh",
     "SDPAProgramConfig",
     "ShardOrientation",
@@ -175,6 +181,7 @@ __all__ = [
     "close_mesh_device",
     "concat",
     "copy",
+    "create_global_semaphore",
     "create_sharded_memory_config",
     "deallocate",
     "div",
@@ -190,6 +197,7 @@ __all__ = [
     "from_device",
     "from_torch",
     "full",
+    "fused_rms_minimal",
     "gather",
     "get_device_tensors",
     "int32",

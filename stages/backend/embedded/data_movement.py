@@ -32,9 +32,13 @@ def reshape(input_tensor: Tensor, shape: Sequence[int], *, memory_config: Memory
 
 
 def permute(input_tensor: Tensor, dims: Sequence[int], *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Reorders dimensions: dimension i of the output is dimension `dims[i]` of the input."""
+    """Reorders dimensions: dimension i of the output is dimension `dims[i]` of the input.
+
+    Raises DeviceError as `to_memory_config` does where `memory_config` is sharded.
+    """
     order = tuple(dims)
-    return unary("permute", lambda a: a.permute(order), input_tensor)
+    permuted = unary("permute", lambda a: a.permute(order), input_tensor)
+    return permuted if memory_config is None else to_memory_config(permuted, memory_config)
 
 
 def transpose(input_tensor: Tensor, dim1: int, dim2: int, *, memory_config: MemoryConfig | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from stages.models.deepseek_v3.weight_specs import (
     routed_expert_weights,
     selection,
 )
+from stages.tensor_dtypes import TILE
 from weights.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -20,15 +21,21 @@ if TYPE_CHECKING:
 
 OPS = OpCounts(
     norm=Launches(3, 3),
-    attention=Launches(32, 35),
-    mlp=Launches(6, 6),
-    mixture=Launches(25, 25),
+    attention=Launches(19, 25),
+    mlp=Launches(2, 2),
+    mixture=Launches(11, 17),
     residual=Launches(2, 2),
-    enter=Launches(6, 6),
-    # Four of them select the tokens that need logits.
-    head=Launches(6, 6),
-    draft=Launches(5, 5),
+    enter=Launches(3, 3),
+    # Two of them select the tokens that need logits.
+    head=Launches(4, 4),
+    draft=Launches(4, 4),
+    joined_tokens=TILE,
+    joined=3,
+    spread=2,
+    cut=2,
+    rows=2,
 )
+"""Counted on a mock Galaxy (tests/galaxy/test_launches.py)."""
 
 
 def layer_cost(config: ModelConfig, layer: int) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, TypedDict, TypeVar
 
 from stages.backend import ttnn
+from stages.backend.fused import NormBuffers
 from stages.batch import DecodeBatch, PrefillBatch
 from stages.models.deepseek_v3.mla import MLA, MLARunConfig, MLAState
 from stages.models.deepseek_v3.mlp import MLP, MLPRunConfig, MLPState
@@ -138,10 +139,23 @@ class DecoderBlock(DecoderModule[BlockT]):
     @classmethod
     def forward_decode(cls, x: ttnn.Tensor, cfg: BlockT, batch: DecodeBatch) -> ttnn.Tensor:
         """x [1, 1, users, hidden / columns] on each chip -> the same shape."""
+        if batch.norms is not None:
+            return cls._forward_residual(x, cfg, batch, *batch.norms)
         normed = RMSNorm.forward_decode(x, cfg["input_layernorm"])
         x = ttnn.add(x, MLA.forward_decode(normed, cfg["self_attn"], batch))
         normed = RMSNorm.forward_decode(x, cfg["post_attention_layernorm"])
         return ttnn.add(x, cls._feed_forward_decode(normed, cfg))
+
+    @classmethod
+    def _forward_residual(
+        cls, x: ttnn.Tensor, cfg: BlockT, batch: DecodeBatch, before: NormBuffers, behind: NormBuffers
+    ) -> ttnn.Tensor:
+        """The decode pass with norms of one program each, the second of which adds the attention's output to x."""
+        x = ttnn.to_memory_config(x, before.memory_config)
+        normed = RMSNorm.forward_residual(x, cfg["input_layernorm"], before)
+        attended = MLA.forward_decode(normed, cfg["self_attn"], batch)
+        normed = RMSNorm.forward_residual(attended, cfg["post_attention_layernorm"], behind, residual=x)
+        return ttnn.add(x, cls._feed_forward_decode(normed, cfg), memory_config=behind.memory_config)
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import torch
 
-from stages.backend import composite, ttnn
+from stages.backend import composite, fused, ttnn
 from stages.batch import DecodeBatch, PrefillBatch, PrefillGroup
 from stages.errors import PlanError
 from stages.models.deepseek_v3.rms_norm import LATENT_EPSILON
@@ -21,8 +21,8 @@ from stages.models.rope import Rope
 from stages.options import CacheOptions
 from stages.run_config import (
     FLOATS,
-    AllReduceConfig,
     AllToAllConfig,
+    GatheredLinearConfig,
     LinearConfig,
     MeshPartitionConfig,
     MLADecodeConfig,
@@ -71,7 +71,7 @@ def convert_mla_weights(
 
 
 def fused_down_projection(state_dict: StateDict) -> torch.Tensor:
-    """q_a_proj beside kv_a_proj_with_mqa, [1, 1, hidden, q_lora + kv_lora + rope]: one matmul and one all-reduce."""
+    """q_a_proj beside kv_a_proj_with_mqa, [1, 1, hidden, q_lora + kv_lora + rope]: one product."""
     both = [state_dict["q_a_proj.weight"], state_dict["kv_a_proj_with_mqa.weight"]]
     return torch.cat(both).t()[None, None]
 
@@ -105,14 +105,14 @@ class MLAState(TypedDict):
 
     mesh_device: ttnn.MeshDevice
     kv_cache: ttnn.Tensor
+    semaphores: fused.Semaphores
     config: ModelConfig
 
 
 class MLARunConfig(MLAState):
     """The arguments of a forward pass; `attention` is an MLAPrefillConfig or an MLADecodeConfig."""
 
-    wq_kv_a: LinearConfig
-    all_reduce: AllReduceConfig
+    wq_kv_a: GatheredLinearConfig
     q_norm: RMSNormConfig
     kv_norm: RMSNormConfig
     wq_b: LinearConfig
@@ -186,15 +186,18 @@ class MLA(Module[MLARunConfig]):
         linear = LinearConfig(memory_config=memory_config, compute_kernel_config=matmul_kernel())
         norm = RMSNormConfig(epsilon=LATENT_EPSILON, memory_config=memory_config)
         return {
-            "wq_kv_a": linear,
-            "all_reduce": AllReduceConfig(cluster_axis=COLUMNS, memory_config=memory_config),
+            "wq_kv_a": GatheredLinearConfig(
+                chunk_sizes=(config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim),
+                memory_config=memory_config,
+                compute_kernel_config=matmul_kernel(),
+            ),
             "q_norm": norm,
             "kv_norm": norm,
             "wq_b": linear,
             "wkv_b1": linear,
             "wkv_b2": linear,
             "wo": linear,
-            "rope": RotaryConfig(is_decode_mode=False),
+            "rope": RotaryConfig(kv_actual_global=0, cluster_axis=COLUMNS, memory_config=memory_config),
             "users_for_heads": AllToAllConfig(in_dim=2, out_dim=1, cluster_axis=COLUMNS),
             "heads_for_users": AllToAllConfig(in_dim=1, out_dim=2, cluster_axis=COLUMNS),
             "reduce_scatter": ReduceScatterConfig(dim=3, cluster_axis=COLUMNS, memory_config=memory_config),
@@ -227,6 +230,7 @@ class MLA(Module[MLARunConfig]):
             "kv_cache": composite.zeroed(
                 kv_cache_shape(config, cache), dtype=FLOATS[dtypes.kv_cache], device=mesh_device
             ),
+            "semaphores": fused.semaphores(mesh_device),
             "config": config,
         }
 
@@ -242,38 +246,53 @@ class MLA(Module[MLARunConfig]):
     def forward_decode(cls, x: ttnn.Tensor, cfg: MLARunConfig, batch: DecodeBatch) -> ttnn.Tensor:
         """x [1, 1, users, hidden / columns] on each chip -> the same shape; the tokens are added to the cache."""
         q, kv = cls._project(x, cfg, batch.rope)
-        kv = composite.mesh_partition(ttnn.permute(kv, (0, 2, 1, 3)), **cfg["kv_partition"])
-        kv = ttnn.to_memory_config(kv, batch.kv_memory_config)
-        ttnn.experimental.paged_update_cache(
-            cfg["kv_cache"], kv, update_idxs_tensor=batch.positions, page_table=batch.pages
-        )
-        q = composite.all_to_all(ttnn.permute(q, (0, 2, 1, 3)), **cfg["users_for_heads"])
-        q = ttnn.to_memory_config(q, batch.q_memory_config)
+        cls._write(kv, cfg, batch)
+        q = ttnn.permute(q, (0, 2, 1, 3))
+        if columns(cfg["mesh_device"]) == 1:
+            q = ttnn.to_memory_config(q, batch.q_memory_config)
+        else:
+            q = composite.all_to_all(q, **cfg["users_for_heads"], memory_config=batch.q_memory_config)
         attended = ttnn.transformer.paged_flash_multi_latent_attention_decode(
             q, cfg["kv_cache"], page_table_tensor=batch.pages, cur_pos_tensor=batch.positions, **cfg["attention"]
         )
-        return cls._output(composite.all_to_all(attended, **cfg["heads_for_users"]), cfg)
+        scattered = None if batch.norms is None else batch.norms[0].memory_config
+        return cls._output(composite.all_to_all(attended, **cfg["heads_for_users"]), cfg, scattered)
+
+    @classmethod
+    def _write(cls, kv: ttnn.Tensor, cfg: MLARunConfig, batch: DecodeBatch) -> None:
+        """Adds entries kv [1, 1, users, kv_dim] to the caches of their users' chips.
+
+        Every chip of a row has those of all its users, and skips what is not its own: at position -1. Where they are
+        more than a tile, which would not fit L1, each chip cuts out its own first.
+        """
+        writes = batch.writes
+        if writes is None:
+            own = composite.mesh_partition(ttnn.permute(kv, (0, 2, 1, 3)), **cfg["kv_partition"])
+            kv, positions, pages = ttnn.to_memory_config(own, batch.kv_memory_config), batch.positions, batch.pages
+        else:
+            kv = ttnn.permute(kv, (0, 2, 1, 3), memory_config=writes.memory_config)
+            positions, pages = writes.positions, writes.pages
+        ttnn.experimental.paged_update_cache(cfg["kv_cache"], kv, update_idxs_tensor=positions, page_table=pages)
 
     @classmethod
     def _project(cls, x: ttnn.Tensor, cfg: MLARunConfig, rope: Rope) -> tuple[ttnn.Tensor, ttnn.Tensor]:
         """Returns queries [1, heads / columns, tokens, kv_dim] and the entries of the cache, [1, 1, tokens, kv_dim]."""
         config = cfg["config"]
-        tokens = x.shape[2]
-        q_end, kv_end = config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank
-        latents = composite.all_reduce(ttnn.linear(x, **cfg["wq_kv_a"]), **cfg["all_reduce"])
-        q_latent = ttnn.rms_norm(_values(latents, 0, q_end), **cfg["q_norm"])
-        kv_latent = ttnn.rms_norm(_values(latents, q_end, kv_end), **cfg["kv_norm"])
-        k_rope = cls._rotate(_values(latents, kv_end, kv_end + config.qk_rope_head_dim), cfg, rope)
-        heads = config.num_attention_heads // columns(cfg["mesh_device"])
-        q = ttnn.reshape(ttnn.linear(q_latent, **cfg["wq_b"]), (1, tokens, heads, config.qk_head_dim))
-        q = ttnn.permute(q, (0, 2, 1, 3))
-        q_nope = ttnn.linear(_values(q, 0, config.qk_nope_head_dim), **cfg["wkv_b1"])
-        q_rope = cls._rotate(_values(q, config.qk_nope_head_dim, config.qk_head_dim), cfg, rope)
-        return ttnn.concat([q_nope, q_rope], dim=-1), ttnn.concat([kv_latent, k_rope], dim=-1)
+        q_latent, kv_latent, k_rope = fused.gathered_linear(x, cfg["semaphores"], **cfg["wq_kv_a"])
+        q_nope, q_rope = composite.split_heads(
+            ttnn.linear(ttnn.rms_norm(q_latent, **cfg["q_norm"]), **cfg["wq_b"]),
+            config.num_attention_heads // columns(cfg["mesh_device"]),
+            config.qk_nope_head_dim,
+        )
+        q = cls._rotate(q_rope, ttnn.linear(q_nope, **cfg["wkv_b1"]), cfg, rope)
+        return q, cls._rotate(k_rope, ttnn.rms_norm(kv_latent, **cfg["kv_norm"]), cfg, rope)
 
     @classmethod
-    def _rotate(cls, x: ttnn.Tensor, cfg: MLARunConfig, rope: Rope) -> ttnn.Tensor:
-        return ttnn.experimental.rotary_embedding_llama(x, rope.cos, rope.sin, rope.transformation, **cfg["rope"])
+    def _rotate(cls, x: ttnn.Tensor, before: ttnn.Tensor, cfg: MLARunConfig, rope: Rope) -> ttnn.Tensor:
+        """Rotates x [1, heads, tokens, rope width] and puts it behind `before` [1, heads, tokens, kv_lora_rank]."""
+        return ttnn.experimental.deepseek_prefill.rotary_embedding_indexed(
+            x, rope.cos, rope.sin, rope.transformation, concat_prefix=before, **cfg["rope"]
+        )
 
     @classmethod
     def _attend_group(cls, q: ttnn.Tensor, kv: ttnn.Tensor, cfg: MLARunConfig, group: PrefillGroup) -> ttnn.Tensor:
@@ -299,23 +318,25 @@ class MLA(Module[MLARunConfig]):
         return _joined([_tokens(lanes, 1, column * group.length, group.length) for column in group.columns])
 
     @classmethod
-    def _output(cls, attended: ttnn.Tensor, cfg: MLARunConfig) -> ttnn.Tensor:
-        """Projects attended latents: [1, tokens, heads / columns, kv_lora_rank] -> [1, 1, tokens, hidden / columns]."""
+    def _output(
+        cls, attended: ttnn.Tensor, cfg: MLARunConfig, memory_config: ttnn.MemoryConfig | None = None
+    ) -> ttnn.Tensor:
+        """Projects attended latents: [1, tokens, heads / columns, kv_lora_rank] -> [1, 1, tokens, hidden / columns].
+
+        The result lies as the reduce-scatter's config says, or as `memory_config` does.
+        """
         values = ttnn.linear(ttnn.permute(attended, (0, 2, 1, 3)), **cfg["wkv_b2"])
-        _, heads, tokens, width = values.shape
-        values = ttnn.reshape(ttnn.permute(values, (0, 2, 1, 3)), (1, 1, tokens, heads * width))
-        return composite.reduce_scatter(ttnn.linear(values, **cfg["wo"]), **cfg["reduce_scatter"])
+        partial = ttnn.linear(ttnn.experimental.nlp_concat_heads(values), **cfg["wo"])
+        options = dict(**cfg["reduce_scatter"])
+        if memory_config is not None:
+            options["memory_config"] = memory_config
+        return composite.reduce_scatter(partial, **options)
 
 
 def _sdpa_program(q_chunk: int, k_chunk: int) -> ttnn.SDPAProgramConfig:
     return ttnn.SDPAProgramConfig(
         compute_with_storage_grid_size=SDPA_GRID, q_chunk_size=q_chunk, k_chunk_size=k_chunk, exp_approx_mode=False
     )
-
-
-def _values(x: ttnn.Tensor, begin: int, end: int) -> ttnn.Tensor:
-    """Returns a range of the last dimension of x, [1, heads, tokens, width]."""
-    return ttnn.slice(x, [0, 0, 0, begin], [x.shape[0], x.shape[1], x.shape[2], end])
 
 
 def _tokens(x: ttnn.Tensor, dim: int, begin: int, length: int) -> ttnn.Tensor:

@@ -10,9 +10,16 @@ from typing import TypedDict
 
 import torch
 
-from stages.backend import composite, ttnn
+from stages.backend import composite, mixture, ttnn
+from stages.models.deepseek_v3.expert_stack import stacked_expert, stacked_selection
 from stages.models.deepseek_v3.mlp import MLP, PROJECTIONS, MLPRunConfig, MLPState
-from stages.models.deepseek_v3.weight_specs import expert_weights, router_weights, selection
+from stages.models.deepseek_v3.weight_specs import (
+    INPUTS,
+    expert_weights,
+    router_weights,
+    stacked_expert_weights,
+    stacks_experts,
+)
 from stages.models.module import COLUMNS, ROWS, TokenwiseModule, matmul_kernel, share, transposed
 from stages.run_config import (
     AllGatherConfig,
@@ -24,7 +31,6 @@ from stages.run_config import (
     StateDict,
     WeightConfig,
     dump_weight,
-    weight_mapper,
 )
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
 from weights.model_config import HuggingFaceConfig, ModelConfig
@@ -32,10 +38,11 @@ from weights.source import PrefixView
 
 
 class MoEState(TypedDict):
-    """State of a mixture; `select` [1, 1, experts, experts / chips] is each chip's part of the identity."""
+    """State of a mixture: `select`, as weight_specs.selection has it, and constants of steps by their tokens."""
 
     mesh_device: ttnn.MeshDevice
     select: ttnn.Tensor
+    constants: dict[int, mixture.StepConstants]
     shared_experts: MLPState
 
 
@@ -44,6 +51,7 @@ class MoERunConfig(TypedDict):
 
     mesh_device: ttnn.MeshDevice
     select: ttnn.Tensor
+    constants: dict[int, mixture.StepConstants]
     gather_hidden: AllGatherConfig
     gather_tokens: AllGatherConfig
     gate: LinearConfig
@@ -80,20 +88,25 @@ class MoE(TokenwiseModule[MoERunConfig]):
             operation: dump_weight(output_path, operation, spec, router[operation], mesh_device)
             for operation, spec in router_weights(config, dtypes).items()
         }
+        rows, parts = tuple(mesh_device.shape)
+        is_stacked = stacks(config)
+        specs = stacked_expert_weights if is_stacked else expert_weights
         files["experts"] = {
             operand: dump_weight(
                 output_path,
                 "experts",
                 spec,
-                stacked_experts(config, torch_state_dict, PROJECTIONS[operand]),
+                stacked_expert(config, torch_state_dict, operand, rows, parts)
+                if is_stacked
+                else each_expert(config, torch_state_dict, PROJECTIONS[operand]),
                 mesh_device,
             )
-            for operand, spec in expert_weights(config, dtypes).items()
+            for operand, spec in specs(config, dtypes).items()
         }
-        shared = PrefixView(torch_state_dict, "shared_experts.")
-        files["shared_experts"] = MLP.convert_weights(
-            config, shared, output_path / "shared_experts", mesh_device, dtypes
-        )
+        if not is_stacked:
+            shared = PrefixView(torch_state_dict, "shared_experts.")
+            below = output_path / "shared_experts"
+            files["shared_experts"] = MLP.convert(shared, below, mesh_device, dtypes, down=INPUTS)
         return files
 
     @classmethod
@@ -139,14 +152,10 @@ class MoE(TokenwiseModule[MoERunConfig]):
         config = ModelConfig.from_hf(hf_config)
         return {
             "mesh_device": mesh_device,
-            "select": ttnn.from_torch(
-                torch.eye(config.n_routed_experts)[None, None],
-                dtype=ttnn.bfloat16,
-                layout=ttnn.TILE_LAYOUT,
-                device=mesh_device,
-                mesh_mapper=weight_mapper(selection(config), mesh_device),
-            ),
-            "shared_experts": MLP.create_state(hf_config, mesh_device),
+            "select": stacked_selection(config, mesh_device) if stacks(config) else _selection(config, mesh_device),
+            "constants": {},
+            # They multiply what is gathered already.
+            "shared_experts": {"mesh_device": mesh_device, "up_semaphores": [], "down_semaphores": []},
         }
 
     @classmethod
@@ -155,6 +164,8 @@ class MoE(TokenwiseModule[MoERunConfig]):
         own = composite.all_gather(x, **cfg["gather_hidden"])
         every = composite.all_gather(own, **cfg["gather_tokens"])
         logits = ttnn.linear(every, **cfg["gate"])
+        if cfg["experts"].w13 is not None:
+            return cls._stacked(every, logits, cfg)
         weights, indices = composite.moe_gate(logits, **cfg["route"])
         routed = composite.routed_experts(every, weights, indices, select=cfg["select"], **cfg["experts"])
         routed = composite.reduce_scatter(routed, **cfg["scatter_tokens"])
@@ -162,8 +173,34 @@ class MoE(TokenwiseModule[MoERunConfig]):
         partial = ttnn.add(routed, MLP.forward_partial(own, cfg["shared_experts"]))
         return composite.reduce_scatter(partial, **cfg["scatter_hidden"])
 
+    @classmethod
+    def _stacked(cls, every: ttnn.Tensor, logits: ttnn.Tensor, cfg: MoERunConfig) -> ttnn.Tensor:
+        """The forward pass from the router's logits on, with all experts of a chip as one network."""
+        route = cfg["route"]
+        constants = mixture.step_constants(cfg["constants"], route["bias"], every.shape[2])
+        weights = mixture.routing(logits, constants, **route)
+        partial = mixture.stacked_experts(every, weights, select=cfg["select"], **cfg["experts"])
+        partial = composite.reduce_scatter(partial, **cfg["scatter_tokens"])
+        return composite.reduce_scatter(partial, **cfg["scatter_hidden"])
 
-def stacked_experts(config: ModelConfig, state_dict: StateDict, projection: str) -> torch.Tensor:
+
+def stacks(config: ModelConfig) -> bool:
+    """Whether the device of this process runs a chip's experts as one network."""
+    return composite.is_on_chips() and stacks_experts(config)
+
+
+def _selection(config: ModelConfig, mesh_device: ttnn.MeshDevice) -> ttnn.Tensor:
+    """Each chip's columns of the identity, [1, 1, experts, experts / chips]."""
+    return ttnn.from_torch(
+        torch.eye(config.n_routed_experts)[None, None],
+        dtype=ttnn.bfloat16,
+        layout=ttnn.TILE_LAYOUT,
+        device=mesh_device,
+        mesh_mapper=ttnn.ShardTensorToMesh(mesh_device, dim=3),
+    )
+
+
+def each_expert(config: ModelConfig, state_dict: StateDict, projection: str) -> torch.Tensor:
     """[1, experts, in, out], a view of [experts, out, in] as checkpoints store each one.
 
     It is filled expert by expert, so that no second copy of all of them is ever held. The dtype is that of the

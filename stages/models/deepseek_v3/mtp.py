@@ -162,7 +162,8 @@ class MTP(DraftModule[MTPRunConfig]):
         cls, hidden: ttnn.Tensor, following: ttnn.Tensor, cfg: MTPRunConfig, batch: DecodeBatch
     ) -> ttnn.Tensor:
         """Both inputs [1, 1, lanes, hidden / columns] on each chip -> the same shape, as in `forward_prefill`."""
-        return cfg["module"].forward_decode(cls._joined(hidden, following, cfg), cfg["block"], batch)
+        x: ttnn.Tensor = cfg["module"].forward_decode(cls._joined(hidden, following, cfg), cfg["block"], batch)
+        return batch.interleaved(x)
 
     @classmethod
     def norm(cls, x: ttnn.Tensor, cfg: MTPRunConfig) -> ttnn.Tensor:

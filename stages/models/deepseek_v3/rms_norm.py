@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TypedDict
 
-from stages.backend import composite, ttnn
-from stages.models.deepseek_v3.weight_specs import norm_weights
+from stages.backend import composite, fused, ttnn
+from stages.models.deepseek_v3.weight_specs import hidden_norm_weights
 from stages.models.module import COLUMNS, TokenwiseModule, columns
 from stages.run_config import AllGatherConfig, OperatorConfig, RMSNormConfig, StateDict, WeightConfig, dump_weight
 from stages.tensor_dtypes import DEFAULT_DTYPES, WeightDtypes
@@ -40,9 +40,9 @@ class RMSNorm(TokenwiseModule[RMSNormRunConfig]):
         dtypes: WeightDtypes = DEFAULT_DTYPES,
     ) -> WeightConfig:
         """Writes `weight` [hidden] of `torch_state_dict`, each column its part."""
-        weight = torch_state_dict["weight"]
-        spec = norm_weights(weight.shape[0], is_sharded=True)
-        return {"norm": dump_weight(output_path, "norm", spec, weight[None, None, None], mesh_device)}
+        spec = hidden_norm_weights(ModelConfig.from_hf(hf_config))["norm"]
+        gains = torch_state_dict["weight"].reshape(spec.shape)
+        return {"norm": dump_weight(output_path, "norm", spec, gains, mesh_device)}
 
     @classmethod
     def prefill_model_config(
@@ -78,3 +78,14 @@ class RMSNorm(TokenwiseModule[RMSNormRunConfig]):
         stats = ttnn.rms_norm_pre_all_gather(x)
         stats = composite.all_gather(stats, **cfg["all_gather_stats"])
         return ttnn.rms_norm_post_all_gather(x, stats, **cfg["norm"])
+
+    @classmethod
+    def forward_residual(
+        cls, x: ttnn.Tensor, cfg: RMSNormRunConfig, buffers: fused.NormBuffers, residual: ttnn.Tensor | None = None
+    ) -> ttnn.Tensor:
+        """Normalises x [1, 1, tokens, hidden / columns] plus `residual`, which becomes the sum: of one tile of tokens.
+
+        All three lie as `buffers` say.
+        """
+        norm = cfg["norm"]
+        return fused.residual_norm(x, buffers, epsilon=norm["epsilon"], weight=norm["weight"], residual=residual)

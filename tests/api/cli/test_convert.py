@@ -141,7 +141,7 @@ def test_a_layer_that_drafts_is_a_part_of_its_own(tmp_path: Path) -> None:
     assert [entry.key.part for entry in cache_entries(cache) if entry.key is not None][-1] == "mtp2"
 
 
-@pytest.mark.parametrize(("fact", "value"), [("TRANSFORM_VERSION", 2), ("DEVICE", "ttnn")])
+@pytest.mark.parametrize(("fact", "value"), [("TRANSFORM_VERSION", 3), ("DEVICE", "ttnn")])
 def test_what_was_converted_by_others_is_not_found(
     fact: str, value: object, model: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

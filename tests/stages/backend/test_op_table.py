@@ -15,6 +15,7 @@ AROUND_TENSORS = {
     "ShardTensor2dMesh",
     "ShardTensorToMesh",
     "close_mesh_device",
+    "create_global_semaphore",
     "create_sharded_memory_config",
     "deallocate",
     "get_device_tensors",

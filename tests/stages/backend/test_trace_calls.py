@@ -95,8 +95,9 @@ def test_later_steps_only_replay(driver: Driver, recorder: Recorder) -> None:
     assert "linear" not in names
     assert [name for name in names if name in TRACE_CALLS] == ["execute_trace"]
     at = names.index("execute_trace")
-    # Ids or hidden states, cosines, sines, positions and page tables are copied to where the trace reads them.
-    assert names[:at].count("copy") == 5
+    # Ids or hidden states, cosines, sines, positions and page tables, a chip's and its row's, are copied to where the
+    # trace reads them.
+    assert names[:at].count("copy") == 7
     assert "copy" not in names[at:]
     # Results are copied before the next replay, and then read.
     assert names[at + 1 :].count("clone") == 2

@@ -26,23 +26,24 @@ def refused(plan: Deployment) -> str:
 
 def test_r1_on_one_galaxy_needs_more_rows_and_nothing_else_helps() -> None:
     assert refused(deployment(1, 4)) == (
-        "Stage 0 of 1 (layers 0 to 60 on 4 rows) needs 17.3 GiB of the 12.0 GiB of DRAM on each chip: give 6 rows in "
+        "Stage 0 of 1 (layers 0 to 60 on 4 rows) needs 18.2 GiB of the 12.0 GiB of DRAM on each chip: give 6 rows in "
         "place of 4 (--stages 3 --rows-per-stage 2)."
     )
 
 
 def test_every_single_change_that_helps_is_named_with_its_numbers() -> None:
     assert refused(deployment(8, 1, max_model_len=32768)) == (
-        "Stage 4 of 8 (layers 30 to 37 on 1 row) needs 13.7 GiB of the 12.0 GiB of DRAM on each chip: give 10 rows in "
-        "place of 8 (--stages 10 --rows-per-stage 1), or bfloat4_b in place of bfloat8_b for down (--down-dtype "
-        "bfloat4_b), or bfloat4_b in place of bfloat8_b for kv_cache (--kv-cache-dtype bfloat4_b), or 16 users a row "
-        "in place of 32 (--users 16), or 22432 tokens a request in place of 32768 (--max-model-len 22432)."
+        "Stage 4 of 8 (layers 30 to 37 on 1 row) needs 13.8 GiB of the 12.0 GiB of DRAM on each chip: give 10 rows in "
+        "place of 8 (--stages 10 --rows-per-stage 1), or bfloat4_b in place of bfloat8_b for kv_cache "
+        "(--kv-cache-dtype bfloat4_b), or 16 users a row in place of 32 (--users 16), or 21824 tokens a request in "
+        "place of 32768 (--max-model-len 21824)."
     )
 
 
 def test_what_overflows_l1_is_said() -> None:
-    sentence = refused(deployment(2, 4, users_per_row=96, max_model_len=32))
-    assert "MiB of the 85.0 MiB of L1 in a decode step on each chip: give 56 users a row in place of 96" in sentence
+    sentence = refused(deployment(2, 4, users_per_row=192, max_model_len=32))
+    assert "MiB of the 85.0 MiB of L1 in a decode step on each chip: give 9 rows in place of 8 " in sentence
+    assert "or 160 users a row in place of 192" in sentence
 
 
 def test_a_stage_of_one_layer_is_named_so() -> None:
@@ -58,8 +59,8 @@ def test_where_no_single_change_helps_that_is_said() -> None:
 
 
 def test_fewer_drafts_help_too() -> None:
-    assert refused(deployment(8, 1, num_speculative_tokens=2)).endswith(
-        "of L1 in a decode step on each chip: give 16 users a row in place of 32 (--users 16), or 1 draft of each "
+    assert refused(deployment(8, 1, users_per_row=64, max_model_len=1024, num_speculative_tokens=2)).endswith(
+        "of L1 in a decode step on each chip: give 40 users a row in place of 64 (--users 40), or 1 draft of each "
         "request and step in place of 2 (--num-speculative-tokens 1)."
     )
     plan = deployment(1, 4, layers_per_stage=(61,), users_per_row=96, num_speculative_tokens=1)

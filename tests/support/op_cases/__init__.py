@@ -6,6 +6,7 @@ from tests.support.op_cases import (
     choices,
     collectives,
     eltwise,
+    fused,
     movement,
     norms,
     products,
@@ -23,6 +24,7 @@ _CASES = [
     *collectives.CASES,
     *caches.CASES,
     *attention.CASES,
+    *fused.CASES,
     *two_meshes.CASES,
 ]
 _OPS = list(dict.fromkeys(case.op for case in _CASES))

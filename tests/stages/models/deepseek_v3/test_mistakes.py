@@ -144,9 +144,10 @@ def caches_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
 def heads_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     true_exchange = composite.all_to_all
 
-    def exchange(x: ttnn.Tensor, *, in_dim: int, out_dim: int, cluster_axis: int) -> ttnn.Tensor:
-        right = true_exchange(x, in_dim=in_dim, out_dim=out_dim, cluster_axis=cluster_axis)
-        return ttnn.Tensor(right.shards[::-1], right.dtype, right.layout, right.mesh) if in_dim == 1 else right
+    def exchange(x: ttnn.Tensor, **options: Any) -> ttnn.Tensor:
+        right = true_exchange(x, **options)
+        turned = options["in_dim"] == 1
+        return ttnn.Tensor(right.shards[::-1], right.dtype, right.layout, right.mesh) if turned else right
 
     monkeypatch.setattr(composite, "all_to_all", exchange)
 

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
 )
 
-from stages.backend import set_float_dtype, ttnn
+from stages.backend import composite, set_float_dtype, ttnn
 from stages.errors import DeviceError, PlanError
 from stages.models.deepseek_v3.embedding import Embedding
 from stages.models.deepseek_v3.lm_head import LMHead
@@ -103,15 +103,15 @@ def test_mlp(mesh_device: ttnn.MeshDevice, tmp_path: Path) -> None:
     check(MLP, reference, tmp_path, mesh_device, reference.state_dict())
 
 
-def moe_reference() -> tuple[DeepseekV3MoE, dict[str, torch.Tensor]]:
+def moe_reference(config: DeepseekV3Config = HF_CONFIG) -> tuple[DeepseekV3MoE, dict[str, torch.Tensor]]:
     """Returns transformers' mixture with random weights, and its tensors under a checkpoint's names."""
-    reference: DeepseekV3MoE = DeepseekV3MoE(HF_CONFIG)
+    reference: DeepseekV3MoE = DeepseekV3MoE(config)
     for parameter in reference.parameters():
         parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-    reference.gate.e_score_correction_bias.copy_(0.1 * torch.randn(KEYS["n_routed_experts"]))
+    reference.gate.e_score_correction_bias.copy_(0.1 * torch.randn(config.n_routed_experts))
     state_dict = {name: value for name, value in reference.state_dict().items() if ".experts." not in f".{name}"}
     inner = KEYS["moe_intermediate_size"]
-    for expert in range(KEYS["n_routed_experts"]):
+    for expert in range(config.n_routed_experts):
         gate_up = reference.experts.gate_up_proj[expert]
         state_dict[f"experts.{expert}.gate_proj.weight"] = gate_up[:inner]
         state_dict[f"experts.{expert}.up_proj.weight"] = gate_up[inner:]
@@ -124,6 +124,32 @@ def moe_reference() -> tuple[DeepseekV3MoE, dict[str, torch.Tensor]]:
 def test_moe(mesh_device: ttnn.MeshDevice, tmp_path: Path) -> None:
     reference, state_dict = moe_reference()
     check(MoE, reference, tmp_path, mesh_device, state_dict)
+
+
+STACKED = {"n_shared_experts": 4, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+"""Sizes with which chips run all of their experts as one network, and numbers for which they have a fused gate."""
+
+COMPOSED = {**STACKED, "n_routed_experts": 64, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
+
+
+@pytest.mark.parametrize("numbers", [STACKED, COMPOSED], ids=["fused-gate", "composed-gate"])
+@mesh_shapes
+@torch.inference_mode()
+def test_moe_as_chips_run_it(
+    numbers: dict[str, int], mesh_device: ttnn.MeshDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composite, "DEVICE", "ttnn")
+    config = DeepseekV3Config.from_dict({**KEYS, **numbers})
+    reference, state_dict = moe_reference(config)
+    files = MoE.convert_weights(config, state_dict, tmp_path, mesh_device)
+    assert set(files["experts"]) == {"w13", "w2"}
+    state = MoE.create_state(config, mesh_device)
+    run_config = MoE.run_config(MoE.decode_model_config(config, mesh_device), files, state)
+    x = torch.randn(1, 1, TOKENS, KEYS["hidden_size"])
+    for _ in range(2):  # The second step finds the constants of the first.
+        output = from_mesh(MoE.forward_decode(hidden_on_mesh(x, mesh_device), run_config), mesh_device)
+        assert relative_error(output, reference(x[0])[None]) < TOLERANCE
+    assert list(state["constants"]) == [TOKENS]
 
 
 @mesh_shapes
