@@ -1,5 +1,6 @@
 """The end of the pipeline: from the last layer's hidden states to logits, tokens and log-probabilities."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,8 +11,9 @@ from stages.drafter import Drafter, LogitsOf
 from stages.model_slice import HiddenStates, ModelSlice
 from stages.models.registry import architecture_of
 from stages.options import VocabularyOptions
+from stages.pending import PendingResult
 from stages.sampling.logprobs import Floats, token_logprobs
-from stages.sampling.sampler import Sampler, sampling_tokens
+from stages.sampling.sampler import Sampler, SlotChanges, sampling_tokens
 from stages.step import Step, StepResult, TokenLogprobs
 from weights.model_config import ModelConfig
 from weights.sizes import ceil_div
@@ -21,7 +23,11 @@ SCORED_AT_ONCE = 64
 
 
 class OutputHead:
-    """The part of the last stage that follows its layers: the head, the sampler and the requests it samples for."""
+    """The part of the last stage that follows its layers: the head, the sampler and the requests it samples for.
+
+    The thread that computes calls all of it but what it returns to be drawn. The sampler's state changes there alone,
+    in the order of the steps.
+    """
 
     def __init__(
         self,
@@ -43,13 +49,20 @@ class OutputHead:
         self._module = architecture_of(config).load_modules().head
         self._batches = batches
         self._sampler = Sampler(config.vocab_size, vocabulary)
+        # Steps whose ends and admissions the sampler has not taken in yet, and slots whose prompts are scored.
+        self._noted: deque[tuple[Step, SlotChanges]] = deque()
+        self._scored: set[int] = set()
+        self._epoch = 0
         self._drafter: Drafter | None = None
         if model.draft is not None:
             self._drafter = Drafter(mesh_device, model.draft, batches, self._sampler, self._rows, traced=traced)
 
-    def clear(self) -> None:
-        """Forgets all requests, as at the start of an epoch."""
-        self._sampler.clear()
+    def enter_epoch(self) -> None:
+        """Forgets all requests; the sampler does with the first tokens that are drawn."""
+        for _, changes in self._noted:
+            changes.leave()
+        self._noted.clear()
+        self._scored.clear()
 
     def close(self) -> None:
         """Ends the sampler's thread, and releases the draft layer's traces."""
@@ -57,17 +70,40 @@ class OutputHead:
         if self._drafter is not None:
             self._drafter.close()
 
-    def apply(self, step: Step) -> None:
-        """Applies a step's ends and admissions. Raises StepError as Sampler.apply does."""
-        self._sampler.apply(step)
+    def note(self, step: Step) -> None:
+        """Takes in a step's ends and admissions. Raises StepError as Sampler.prepare does."""
+        self._noted.append((step, self._sampler.prepare(step)))
+        self._scored.difference_update(step.ended)
+        for admission in step.admissions:
+            self._scored.discard(admission.slot)
+            if admission.sampling.prompt_logprobs is not None:
+                self._scored.add(admission.slot)
+
+    def pass_over(self, step: Step) -> None:
+        """Takes in a step that nothing is drawn of."""
+        self._catch_up(step)
 
     def logits(self, step: Step, hidden: HiddenStates | None) -> torch.Tensor:
         """Returns float32 logits [tokens, vocabulary] of the step's `sampling_tokens`; `hidden` is None without any."""
         return self._rows(self._model.logits, hidden, sampling_tokens(step))
 
-    def result(self, step: Step, hidden: HiddenStates | None) -> StepResult:
-        """Samples the step's tokens and log-probabilities. Raises StepError as Sampler.sample does."""
-        sampled = self._sampler.sample(step, self.logits(step, hidden))
+    def begin(self, step: Step, hidden: HiddenStates | None) -> PendingResult:
+        """Computes the step's logits; what is returned samples tokens and log-probabilities of them.
+
+        That raises StepError as Sampler.sample does.
+        """
+        logits = self.logits(step, hidden)
+        has_scores = step.mode != "decode" and any(segment.slot in self._scored for segment in step.segments)
+        has_drafts = self._drafter is not None and any(segment.drafts for segment in step.segments)
+        if has_scores or has_drafts:
+            return PendingResult(lambda: self._result(step, logits, hidden), needs_device=True)
+        # Without the hidden states, whose memory is the device's.
+        return PendingResult(lambda: self._result(step, logits, None))
+
+    def _result(self, step: Step, logits: torch.Tensor, hidden: HiddenStates | None) -> StepResult:
+        """Samples the next step; `hidden` is None where nothing needs the device any more."""
+        self._catch_up(step)
+        sampled = self._sampler.sample(step, logits)
         has_drafts = step.mode == "decode" and any(len(segment.tokens) > 1 for segment in step.segments)
         return StepResult(
             epoch=step.epoch,
@@ -78,6 +114,17 @@ class OutputHead:
             accepted=sampled.accepted if has_drafts else [],
             drafts=[] if self._drafter is None else self._drafter.drafts(step, hidden, sampled),
         )
+
+    def _catch_up(self, step: Step) -> None:
+        """Has the sampler take in the step, and those before it that sampled nothing, such as loads."""
+        if step.epoch != self._epoch:
+            self._sampler.clear()
+            self._epoch = step.epoch
+        while self._noted:
+            noted, changes = self._noted.popleft()
+            self._sampler.apply(changes)
+            if noted is step:
+                break
 
     def _prompt_logprobs(self, step: Step, hidden: HiddenStates | None) -> list[list[TokenLogprobs]]:
         scored = self._sampler.scored_prompts(step)

@@ -11,7 +11,7 @@ import msgspec
 
 from stages.mesh_spec import HiddenShard
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 Mode = Literal["prefill", "decode", "load"]
 """What a step does: it computes prompts, or the next tokens of requests, or brings blocks back into the caches."""
@@ -169,11 +169,23 @@ class BlockLoad(Message, frozen=True, kw_only=True):
 
 
 class StageTiming(Message, frozen=True, kw_only=True):
-    """The times when a step reached one stage, began and was done: nanoseconds since 1970, of `actors.clock.now_ns`."""
+    """The times when a step reached one stage, began and was done: nanoseconds since 1970, of `actors.clock.now_ns`.
+
+    Where its tokens were drawn beside the next step, that was done at `sampled_ns`, else 0. The thread that computes
+    took `cpu_ns` of processor time for the step, the one that samples `sampling_cpu_ns`.
+    """
 
     received_ns: int
     began_ns: int
     ended_ns: int
+    sampled_ns: int = 0
+    cpu_ns: int = 0
+    sampling_cpu_ns: int = 0
+
+    @property
+    def left_ns(self) -> int:
+        """When the step was ready to leave the stage."""
+        return max(self.ended_ns, self.sampled_ns)
 
 
 class SentHidden(Message, frozen=True, kw_only=True):

@@ -89,6 +89,9 @@ class StageMeter:
     def __init__(self) -> None:
         self.busy_ns = 0
         self.bubble_ns = 0
+        self.sampling_ns = 0
+        self.cpu_ns = 0
+        self.sampling_cpu_ns = 0
         self.step_times = _by_mode()
         self.hops = Histogram.of(STEP_BOUNDS_S)
         self.queues = Histogram.of(STEP_BOUNDS_S)
@@ -106,6 +109,9 @@ class StageMeter:
         self.queues.observe((began_ns - timing.received_ns) * NS)
         self.step_times[mode].observe((ended_ns - began_ns) * NS)
         self.busy_ns += ended_ns - began_ns
+        self.sampling_ns += timing.left_ns - ended_ns
+        self.cpu_ns += timing.cpu_ns
+        self.sampling_cpu_ns += timing.sampling_cpu_ns
         self.recent.add_step(began_ns, ended_ns)
         self.bubble_ns += max(began_ns - self._waits_since_ns, 0)
         self._waits_since_ns = ended_ns
@@ -122,6 +128,9 @@ class StageMeter:
             busy_seconds=self.busy_ns * NS,
             busy_share=self.recent.share(now_ns),
             bubble_seconds=self.bubble_ns * NS,
+            sampling_seconds=self.sampling_ns * NS,
+            cpu_seconds=self.cpu_ns * NS,
+            sampling_cpu_seconds=self.sampling_cpu_ns * NS,
             steps=self.step_times,
             hops=self.hops,
             queues=self.queues,
@@ -206,7 +215,7 @@ class EngineMeters:
         self._returned_ns = returned_ns
         for meter, timing in zip(self.stages, result.timings, strict=True):
             meter.step_done(mode, sent_ns, timing)
-            sent_ns = timing.ended_ns
+            sent_ns = timing.left_ns
         self._result_hops.observe(max(returned_ns - sent_ns, 0) * NS)
 
     def pipeline_empties(self, returned_ns: int) -> None:

@@ -193,6 +193,8 @@ class DraftCounts(EngineMessage, frozen=True, kw_only=True):
 class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     """The measurements of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md.
 
+    `sampling_seconds` are those from the end of steps to their tokens, where these are drawn beside the next step.
+    `cpu_seconds` and `sampling_cpu_seconds` are processor time of the threads that compute and that draw tokens.
     It keeps `host_tier_bytes` and `disk_tier_bytes` of the KV cache beside its device now.
     """
 
@@ -204,6 +206,9 @@ class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     steps: dict[Mode, Histogram]
     hops: Histogram
     queues: Histogram
+    sampling_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    sampling_cpu_seconds: float = 0.0
     host_tier_bytes: int = 0
     disk_tier_bytes: int = 0
 

@@ -260,6 +260,12 @@ def _stage_families(stages: Sequence[tuple[str, StageMetrics]]) -> Iterator[Metr
     yield _gauge("galaxyline:stage_busy_share", "Share of the last 10 s spent computing.", share, STAGE)
     text = "Time spent waiting while the pipeline had a step in flight."
     yield _counter("galaxyline:stage_bubble_seconds", text, each(lambda stage: stage.bubble_seconds), STAGE)
+    text = "From the end of steps to their tokens, where these are drawn beside the next step."
+    yield _counter("galaxyline:stage_sampling_seconds", text, each(lambda stage: stage.sampling_seconds), STAGE)
+    text = "Processor time of the thread that computes steps."
+    yield _counter("galaxyline:stage_cpu_seconds", text, each(lambda stage: stage.cpu_seconds), STAGE)
+    text = "Processor time of drawing tokens."
+    yield _counter("galaxyline:stage_sampling_cpu_seconds", text, each(lambda stage: stage.sampling_cpu_seconds), STAGE)
     steps: dict[Labels, Histogram] = {}
     for engine, stage in stages:
         place = (engine, str(stage.stage), stage.host)

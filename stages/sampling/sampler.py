@@ -148,8 +148,23 @@ class Sampled(NamedTuple):
             begin += count + 1
 
 
+class SlotChanges(NamedTuple):
+    """The slots whose requests a step ends, and those that it admits, ready to be sampled for."""
+
+    ended: list[int]
+    admitted: dict[int, Request]
+
+    def leave(self) -> None:
+        """Gives up what was begun for these requests, which are not applied."""
+        for request in self.admitted.values():
+            request.leave()
+
+
 class Sampler:
-    """Samples for all requests of a pipeline; like page tables, its state follows from the steps alone."""
+    """Samples for all requests of a pipeline; like page tables, its state follows from the steps alone.
+
+    Two threads may share it: `prepare` and `close` belong to the one that computes, all else to the one that samples.
+    """
 
     def __init__(self, vocabulary: int, options: VocabularyOptions | None = None) -> None:
         """`vocabulary` is the number of tokens that have logits. Without `options` every grammar fails."""
@@ -166,15 +181,19 @@ class Sampler:
         """Ends the thread that prepares the next tokens of requests with grammars."""
         self._masks.close()
 
-    def apply(self, step: Step) -> None:
-        """Applies the ends and admissions of a step, which page tables have accepted already.
+    def prepare(self, step: Step) -> SlotChanges:
+        """Makes what `apply` needs of a step, which page tables have accepted already, and begins with its grammars.
 
         Raises StepError where an admission lacks tokens that its sampling reads.
         """
-        for slot in step.ended:
+        admitted = {admission.slot: Request(admission, self._vocabulary, self._masks) for admission in step.admissions}
+        return SlotChanges(step.ended, admitted)
+
+    def apply(self, changes: SlotChanges) -> None:
+        """Applies the ends and admissions of the next step."""
+        for slot in changes.ended:
             self._leave(slot)
-        for admission in step.admissions:
-            self._requests[admission.slot] = Request(admission, self._vocabulary, self._masks)
+        self._requests.update(changes.admitted)
 
     def sample(self, step: Step, logits: torch.Tensor) -> Sampled:
         """A token for each segment that samples, behind the drafts of it that are what was sampled in their place.

@@ -98,7 +98,7 @@ class Samplers:
         )
         self._step_id += 1
         self._ended = []
-        self.sampler.apply(step)
+        self.sampler.apply(self.sampler.prepare(step))
         logits = [
             random_logits(sampling.seed, position, self._bonus)
             for slot, (sampling, tokens) in self._admitted.items()

@@ -15,7 +15,7 @@ from actors.stage.setup import StageIdentity, stage_name
 from tests.support.links import Ear
 from tests.support.loops import on_uvloop
 from tests.support.runners import EchoRunner
-from tests.support.stage_bench import IDENTITY, SECONDS, Bench, Raising, Waiting, bench, spec, step, untimed
+from tests.support.stage_bench import IDENTITY, SECONDS, Bench, Raising, Waiting, bench, neighbours, spec, step, untimed
 
 AGAIN = msgspec.structs.replace(IDENTITY, epoch=5, secret=b"another")
 
@@ -26,8 +26,7 @@ async def reset(server: StageServer, identity: StageIdentity) -> None:
 
 async def join(around: Bench, identity: StageIdentity, parent: str) -> Bench:
     """Joins the same server between two new links."""
-    up = msgspec.structs.replace(identity.upstream_terms(), name=stage_name(0), peer=stage_name(1))
-    down = msgspec.structs.replace(identity.downstream_terms(), name=stage_name(2), peer=stage_name(1))
+    up, down = neighbours(identity)
     listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
     address = await asyncio.wrap_future(around.server.listen(UnixAddress(f"{parent}/b/up.sock")))
     upstream = await connect(address, up, upstream_ear := Ear())

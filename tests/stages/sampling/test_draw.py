@@ -37,7 +37,7 @@ def sampled(
         Segment(slot=slot, start=len(tokens[slot]) - 1, tokens=[0], new_blocks=[], sample=True) for slot in slots
     ]
     step = Step(epoch=1, step_id=1, mode="decode", segments=segments, admissions=admissions, ended=[])
-    sampler.apply(step)
+    sampler.apply(sampler.prepare(step))
     drawn = sampler.sample(step, logits)
     return list(zip(drawn.tokens, drawn.logprobs, strict=True))
 

@@ -81,7 +81,7 @@ def admitted(
         samplers.admit(slot, sampling, answer)
     segments = [] if decode is None else [decode]
     step = Step(epoch=1, step_id=0, mode="decode", segments=segments, admissions=samplers.take_admissions(), ended=[])
-    sampler.apply(step)
+    sampler.apply(sampler.prepare(step))
     return step
 
 
