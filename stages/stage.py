@@ -10,6 +10,7 @@ import torch
 
 from stages.backend import set_float_dtype, ttnn
 from stages.batch import HIDDEN_DTYPE, BatchBuilder, DecodeBatch
+from stages.candidates import DeviceCandidates
 from stages.converted_weights import ConvertedWeights, stage_parts
 from stages.errors import PlanError, StepError
 from stages.kv.block_memory import BlockMemory
@@ -23,7 +24,7 @@ from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.models.registry import architecture_of
 from stages.options import TRACE_REGION_BYTES, StageOptions
 from stages.output_head import OutputHead
-from stages.pending import PendingResult
+from stages.pending import OnDevice, PendingResult
 from stages.plan import StageSpec
 from stages.run_config import TORCH_DTYPES
 from stages.step import Step, StepResult
@@ -222,8 +223,8 @@ class Stage:
         filled = None if pending.needs_device else self._blocks.filled(step)
 
         @torch.inference_mode()
-        def draw() -> StepResult:
-            result = pending.draw()
+        def draw(on_device: OnDevice) -> StepResult:
+            result = pending.draw(on_device)
             self._blocks.keep(self._blocks.filled(step) if filled is None else filled)
             return result
 
@@ -253,15 +254,19 @@ class Stage:
 
     def _compute(self, inputs: ttnn.Tensor, batch: Batch) -> HiddenStates:
         if self._traces is not None and isinstance(batch, DecodeBatch):
-            x, *logits = self._traces.run([inputs], batch)
-            return HiddenStates(x, batch, *logits)
+            x, *made = self._traces.run([inputs], batch)
+            logits, found = (made[0], made[1:]) if made else (None, [])
+            return HiddenStates(x, batch, logits, DeviceCandidates(*found) if found else None)
         return HiddenStates(self.model.forward(self.model.enter(inputs, batch), batch), batch)
 
     def _decode(self, inputs: Sequence[ttnn.Tensor], batch: DecodeBatch) -> list[ttnn.Tensor]:
-        """The pass that a trace records: hidden states of all lanes, and on the last stage logits."""
+        """The pass that a trace records: hidden states of all lanes, and on the last stage logits and candidates."""
         [entering] = inputs
         x = self.model.forward(self.model.enter(entering, batch), batch)
-        return [x] if self.model.head is None else [x, self.model.logits(x, batch, None)]
+        if self._head is None:
+            return [x]
+        logits = self.model.logits(x, batch, None)
+        return [x, logits, *self._head.candidates(logits)]
 
     def _shard(self, tokens: int) -> HiddenShard:
         return HiddenShard((1, 1, tokens, self._config.hidden_size // self.mesh_device.shape[1]), HIDDEN_DTYPE)

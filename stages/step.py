@@ -259,7 +259,8 @@ class StepResult(Message, frozen=True, kw_only=True):
     where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of
     segments: entries for the prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes.
-    `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring.
+    `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring. So many
+    tokens, `fallbacks`, took logits of the whole vocabulary on the host, where candidates were at hand.
     """
 
     epoch: int
@@ -271,6 +272,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     missed: list[int] = []
     accepted: list[int] = []
     drafts: list[list[int]] = []
+    fallbacks: int = 0
 
 
 class StageFailure(Message, frozen=True, kw_only=True):

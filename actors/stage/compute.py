@@ -21,7 +21,7 @@ from actors.stage.state import StageState
 from actors.stage.task import StageTask
 from stages.errors import StepError
 from stages.kv.inventory import Inventory
-from stages.pending import PendingResult, StageOutput
+from stages.pending import PendingResult, StageOutput, at_once
 from stages.step import SentHidden, StageTiming, Step, StepResult
 
 MakeRunner = Callable[[OnProgress], StageRunner]
@@ -48,7 +48,7 @@ class ComputeThread:
         self._links = links
         self._jobs = jobs
         self._log = structlog.get_logger().bind(stage=state.identity.index)
-        self._sampling = SamplingThread(state, self._send_result, self._report_error)
+        self._sampling = SamplingThread(state, self._send_result, self._report_error, jobs.put)
         self._thread: threading.Thread | None = None
         self._runner: StageRunner | None = None
 
@@ -89,6 +89,8 @@ class ComputeThread:
         loaded.set_result(None)
         try:
             while (job := self._jobs.get()) is not None:
+                # What waits for the device is older than what comes now.
+                self._sampling.serve()
                 if isinstance(job, StageTask):
                     self._run_task(job)
                 elif self._state.name == "ready" and job.step.epoch == self._state.epoch:
@@ -151,7 +153,7 @@ class ComputeThread:
         """Draws the step's tokens once those before are, for what needs the device too; returns what that took."""
         self._sampling.wait_until_idle()
         began_cpu_ns = time.thread_time_ns()
-        result = pending.draw()
+        result = pending.draw(at_once)
         return result, time.thread_time_ns() - began_cpu_ns
 
     def _pass_on(self, arrival: Arrival, step: Step, output: StageOutput, timing: StageTiming) -> None:

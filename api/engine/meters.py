@@ -156,6 +156,7 @@ class EngineMeters:
         self._running: dict[int, RequestTimes] = {}
         self._inference_ns: dict[Mode, int] = dict.fromkeys(MODES, 0)
         self._returned_ns = 0
+        self.sampling_fallbacks = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
         """Notes that a request has come."""
@@ -217,6 +218,7 @@ class EngineMeters:
             meter.step_done(mode, sent_ns, timing)
             sent_ns = timing.left_ns
         self._result_hops.observe(max(returned_ns - sent_ns, 0) * NS)
+        self.sampling_fallbacks += result.fallbacks
 
     def pipeline_empties(self, returned_ns: int) -> None:
         """Notes that no step is in flight any more."""
@@ -243,6 +245,7 @@ class EngineMeters:
             preemptions=tallies.preemptions,
             non_finite_logits=tallies.non_finite_logits,
             grammar_failures=tallies.grammar_failures,
+            sampling_fallbacks=self.sampling_fallbacks,
             prefill_seconds=self._inference_ns["prefill"] * NS,
             decode_seconds=self._inference_ns["decode"] * NS,
             queue_times=self._queue_times,

@@ -223,7 +223,8 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     `prefill_times` are those of requests from their slot to their first token, `decode_times` from there to the last
     and `inference_times` from slot to last, however a request ended; `step_tokens` counts the tokens of steps.
     `non_finite_logits` counts the requests that ended because their logits were not numbers, `grammar_failures` those
-    whose grammar could not be followed.
+    whose grammar could not be followed, and `sampling_fallbacks` the tokens that took logits of the whole vocabulary on
+    the host.
     """
 
     counts: Counts
@@ -241,6 +242,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     stages: list[StageMetrics]
     non_finite_logits: int = 0
     grammar_failures: int = 0
+    sampling_fallbacks: int = 0
     prefix: PrefixCounts = PrefixCounts()
     drafts: DraftCounts = DraftCounts()
 
@@ -255,6 +257,7 @@ class PipelineReport(EngineMessage, frozen=True, kw_only=True):
     stages: list[StageView]
     prefix: PrefixCounts = PrefixCounts()
     drafts: DraftCounts = DraftCounts()
+    sampling_fallbacks: int = 0
 
 
 ToEngine = AddRequest | AbortRequest | ResetPrefixCache | GetCounts | GetMetrics | GetPipelineReport

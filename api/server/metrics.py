@@ -190,6 +190,8 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _counter("galaxyline:non_finite_logits", text, each(lambda one: one.non_finite_logits), MODEL)
     text = "Requests that ended because their grammar could not be followed."
     yield _counter("galaxyline:grammar_failures", text, each(lambda one: one.grammar_failures), MODEL)
+    text = "Tokens that took logits of the whole vocabulary on the host, as candidates did not decide."
+    yield _counter("galaxyline:sampling_fallbacks", text, each(lambda one: one.sampling_fallbacks), MODEL)
     text = "Tokens of requests that got their first slot."
     yield _counter("vllm:prefix_cache_queries", text, each(lambda one: one.prefix.queries), MODEL)
     text = "Tokens of such requests that were cached."

@@ -51,6 +51,16 @@ ExpertKernel = Literal["all", "chosen"]
 
 ACTIVATION_BYTES = 2
 
+CANDIDATE_OPS = Launches(4, 4)
+"""Ops that find candidates among a chip's logits (stages/candidates.py), without that for a padded vocabulary."""
+
+CANDIDATE_BYTES = 20
+"""Bytes that these move for each logit: topk reads it, as does the typecast, which writes a float32; softmax reads and
+writes those, and gather reads them."""
+
+PADDING_BYTES = 4
+"""Bytes that the op for a padded vocabulary moves for each logit."""
+
 
 class CollectiveCost(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a collective on N chips: `fixed_s` + `hop_s` * (N - 1) + bytes over the busiest link / bandwidth."""
@@ -288,7 +298,17 @@ class StageTimes:
         gather = _network(all_gather_s(GALAXY_COLUMNS, self._hidden(tokens) / GALAXY_COLUMNS))
         products = _sum(_product(weight, tokens) for weight in self._weights.head())
         launches = self._launches(self._ops.head, is_decode, is_traced=is_traced)
-        return self._norm(tokens, is_decode, is_traced=is_traced) + gather + products + launches
+        candidates = self._candidates(tokens, is_decode, is_traced=is_traced)
+        return self._norm(tokens, is_decode, is_traced=is_traced) + gather + products + launches + candidates
+
+    def _candidates(self, tokens: int, is_decode: bool, *, is_traced: bool) -> StepTime:
+        """The time in which each chip finds the best of its logits, and what all of them weigh."""
+        share = ceil_div(self._config.vocab_size, GALAXY_COLUMNS)
+        logits = tokens * _tiles(share)
+        time = _bound(logits * CANDIDATE_BYTES, 0) + self._launches(CANDIDATE_OPS, is_decode, is_traced=is_traced)
+        if _tiles(share) * GALAXY_COLUMNS == self._config.vocab_size:
+            return time
+        return time + _bound(logits * PADDING_BYTES, 0) + self._launches(Launches(1, 1), is_decode, is_traced=is_traced)
 
     def _traffic(self, tokens: int) -> StepTime:
         """The time in which experts write results to DRAM and read them again in prefill; in decode they stay in L1."""

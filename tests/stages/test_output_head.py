@@ -8,7 +8,7 @@ import pytest
 
 from stages.errors import StepError
 from stages.options import TierOptions
-from stages.pending import PendingResult
+from stages.pending import PendingResult, at_once
 from stages.stage import Stage
 from stages.step import Admission, SamplingParams, Segment, Step, StepResult
 from tests.support.checkpoints import write_checkpoint
@@ -71,12 +71,12 @@ def kept(stage: Stage) -> list[bytes]:
 def test_tokens_do_not_depend_on_when_they_are_drawn(stages: list[Stage]) -> None:
     one, other = stages
     asked = steps([GREEDY, HOT, HOT, GREEDY])
-    at_once = [begin(one, step).draw() for step in asked]
+    expected = [begin(one, step).draw(at_once) for step in asked]
     pending = [begin(other, step) for step in asked]
     assert not any(each.needs_device for each in pending)
     assert kept(other) == []
-    assert [each.draw() for each in pending] == at_once
-    assert len({tuple(result.tokens) for result in at_once}) > 1
+    assert [each.draw(at_once) for each in pending] == expected
+    assert len({tuple(result.tokens) for result in expected}) > 1
     assert kept(other) == kept(one) == sorted(key_of(index) for index in range(4))
 
 
@@ -87,7 +87,7 @@ def test_a_load_changes_slots_in_the_order_of_steps(stages: list[Stage]) -> None
     load = Step(epoch=1, step_id=5, mode="load", segments=[], admissions=[], ended=[0])
     assert stage.load_blocks(load) == []
     again = begin(stage, msgspec.structs.replace(second, ended=[]))
-    assert len(pending.draw().tokens) == len(again.draw().tokens) == 1
+    assert len(pending.draw(at_once).tokens) == len(again.draw(at_once).tokens) == 1
 
 
 def test_scores_of_a_prompt_need_the_device(stages: list[Stage]) -> None:
@@ -107,6 +107,6 @@ def test_a_new_epoch_drops_what_was_not_drawn(stages: list[Stage]) -> None:
     first, second = steps([HOT, HOT])
     begin(one, first)
     fresh = msgspec.structs.replace(second, epoch=2, ended=[])
-    results: list[StepResult] = [begin(stage, fresh).draw() for stage in (one, other)]
+    results: list[StepResult] = [begin(stage, fresh).draw(at_once) for stage in (one, other)]
     assert results[0] == results[1]
     assert kept(one) == [key_of(1)]

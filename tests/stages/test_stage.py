@@ -10,7 +10,7 @@ import torch
 
 from stages.backend import ttnn
 from stages.errors import PlanError, StepError
-from stages.pending import PendingResult, drawn
+from stages.pending import PendingResult, at_once, drawn
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
@@ -104,7 +104,7 @@ def test_hidden_states_that_stay_on_meshes_give_the_same_tokens(
             assert step.mode == "prefill" or what.shape[2] <= first.hidden_spec().decode.shape[2]
         pending = last.step_on_mesh(step, hidden)
         assert isinstance(pending, PendingResult)
-        return pending.draw()
+        return pending.draw(at_once)
 
     def run(driver: Driver) -> list[list[int]]:
         texts = prompts(3, VOCABULARY)

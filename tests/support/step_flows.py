@@ -64,6 +64,6 @@ def flows(draw: st.DrawFn) -> Flow:
             sent_ns = sampled_ns
         returned_ns = max(sent_ns + draw(duration), transfers[-1][2] if transfers else 0)
         step = step_of(step_id, draw(st.sampled_from(["prefill", "decode"])), draw(st.integers(1, 3)))
-        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=timings)
+        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=timings, fallbacks=draw(st.integers(0, 2)))
         transfers.append((StepRecord(step, submitted_ns, [step_id]), result, returned_ns))
     return Flow(stages, transfers)

@@ -15,7 +15,7 @@ from actors.stage import sampling
 from actors.stage.runner import WithoutBlocks
 from actors.stage.sampling import AHEAD
 from stages.errors import StepError
-from stages.pending import PendingResult, StageOutput
+from stages.pending import OnDevice, PendingResult, StageOutput
 from stages.step import StageFailure, Step, StepResult
 from tests.actors.stage.test_reset import join, reset
 from tests.support.loops import on_uvloop
@@ -37,6 +37,8 @@ class Gated(WithoutBlocks):
         self.computed: list[int] = []
         self.drawn: list[tuple[int, str]] = []
         self.failing: set[int] = set()
+        self.asking: set[int] = set()
+        self.asked: list[str] = []
         self.is_closed = False
 
     def gate(self, step_id: int) -> threading.Event:
@@ -53,12 +55,14 @@ class Gated(WithoutBlocks):
             raise ZeroDivisionError("one by nought")
         if step.token_count == 3:
             return result(step.step_id, step.epoch)
-        return PendingResult(lambda: self._draw(step), needs_device=step.token_count == 2)
+        return PendingResult(lambda on_device: self._draw(step, on_device), needs_device=step.token_count == 2)
 
-    def _draw(self, step: Step) -> StepResult:
+    def _draw(self, step: Step, on_device: OnDevice) -> StepResult:
         structlog.get_logger().info("drawing")
         self.drawn.append((step.step_id, threading.current_thread().name))
         assert self.gate(step.step_id).wait(SECONDS)
+        if step.step_id in self.asking:
+            self.asked.append(on_device(lambda: threading.current_thread().name))
         if step.step_id in self.failing:
             raise StepError("its position is another")
         return result(step.step_id, step.epoch)
@@ -185,6 +189,50 @@ async def test_an_error_while_a_step_is_computed_comes_behind_the_results_before
         failure = await around.failure()
         assert (failure.step_id, failure.cause) == (2, "ZeroDivisionError: one by nought")
         assert gated.computed == [1, 2]
+
+
+@on_uvloop
+async def test_what_a_draw_asks_of_the_device_is_done_between_steps(gated: Gated) -> None:
+    gated.asking = {1, 2, 3, 4, 5}
+    async with bench(LAST, gated) as around:
+        await around.send(1)
+        await computes(around, 1)
+        gated.gate(1).set()
+        await comes(around, 1)
+        # The compute thread waits for tokens to be drawn: first for room, then for a step that needs the device.
+        for step_id, tokens in ((2, 1), (3, 1), (4, 1), (5, 2)):
+            await around.send(step_id, tokens)
+        await around.health_when(lambda _: len(gated.computed) == 4)
+        gated.open_all()
+        for step_id in (2, 3, 4, 5):
+            await comes(around, step_id)
+    assert gated.asked == ["compute"] * 5
+
+
+@on_uvloop
+async def test_what_a_draw_asks_of_the_device_may_fail(gated: Gated) -> None:
+    class Failing(Gated):
+        def _draw(self, step: Step, on_device: OnDevice) -> StepResult:
+            return on_device(lambda: result(1 // 0))
+
+    async with bench(LAST, Failing()) as around:
+        await around.send(1)
+        failure = await around.failure()
+        assert (failure.step_id, failure.cause) == (1, "ZeroDivisionError: integer division or modulo by zero")
+
+
+@on_uvloop
+async def test_nothing_is_asked_of_a_device_that_is_closed(gated: Gated) -> None:
+    gated.asking = {1}
+    async with bench(LAST, gated) as around:
+        await around.send(1)
+        await around.health_when(lambda health: bool(gated.drawn) and health.steps_done == 1)
+        closing = asyncio.ensure_future(asyncio.to_thread(around.server.close))
+        await around.health_when(lambda health: health.state == "closed")
+        gated.gate(1).set()
+        await closing
+        assert gated.is_closed
+        assert not {"compute", "sampling"} & {thread.name for thread in threading.enumerate()}
 
 
 @on_uvloop

@@ -94,6 +94,7 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
         assert 0 <= stage.sampling_cpu_seconds <= stage.sampling_seconds + NS
     assert parts + metrics.result_hops.total == pytest.approx(whole * NS)
     assert metrics.steps["prefill"].total + metrics.steps["decode"].total == pytest.approx(whole * NS)
+    assert metrics.sampling_fallbacks == sum(result.fallbacks for _, result, _ in flow.transfers)
     prefills = sum(record.step.mode == "prefill" for record, _, _ in flow.transfers)
     assert sum(metrics.steps["prefill"].counts) == prefills
     assert sum(metrics.stages[0].steps["prefill"].counts) == prefills

@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from stages import candidates
 from stages.backend import composite
-from stages.capacity.step_time import MATMUL_FIDELITY
+from stages.candidates import CandidateFinder
+from stages.capacity.step_time import CANDIDATE_OPS, MATMUL_FIDELITY
 from stages.models import rope
 from stages.models.architecture import Launches
 from stages.models.deepseek_v3 import decoder_block, embedding, lm_head, mla, mlp, moe, mtp, rms_norm
 from stages.models.deepseek_v3.architecture import OPS
 from stages.models.module import matmul_kernel
+from stages.tensor_dtypes import TILE
 from tests.support.checkpoints import write_checkpoint
 from tests.support.draft_driver import DraftDriver
+from tests.support.embedded_meshes import put
 from tests.support.stage_driver import Driver, cache_options, stage_options
 
-MODULES = (composite, decoder_block, embedding, lm_head, mla, mlp, moe, mtp, rms_norm, rope)
+MODULES = (candidates, composite, decoder_block, embedding, lm_head, mla, mlp, moe, mtp, rms_norm, rope)
 MESH = (2, 8)
 R1_ROUTING = {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
 """The numbers for which chips have a fused gate."""
@@ -97,6 +102,16 @@ def test_of_a_prefill_step_and_a_decode_step(driver: Driver, calls: list[str]) -
     driver.decode({0: (40, 7)})
     # Eight tokens, one for each column, are cut out of a tile after the experts; on chips steps have whole tiles.
     assert (prefill, len(calls) - prefill) == (of_a_step(1), of_a_step(0) + 1), calls
+
+
+@pytest.mark.parametrize(("vocabulary", "padding"), [(512, 0), (500, 1)])
+def test_of_candidates(driver: Driver, calls: list[str], vocabulary: int, padding: int) -> None:
+    [stage] = driver.stages
+    finder = CandidateFinder(stage.mesh_device, vocabulary)
+    logits = put(stage.mesh_device, torch.zeros(1, 1, TILE, 512 // MESH[1]))
+    del calls[:]
+    finder.find(logits)
+    assert len(calls) == CANDIDATE_OPS.decode + padding == CANDIDATE_OPS.prefill + padding, calls
 
 
 def of_drafting(mode: int) -> int:

@@ -1,0 +1,187 @@
+"""What chips tell of logits without sending them: the best of each share of a vocabulary, and what the share weighs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stages.backend import ttnn
+from stages.pending import OnDevice, at_once
+from stages.sampling.candidates import KnownLogits
+from stages.sampling.logprobs import Doubles, Floats, TokenIds
+from stages.tensor_dtypes import TILE
+from weights.sizes import ceil_div, round_up
+
+CANDIDATES = 64
+"""The best tokens that each chip gives of its share: two tiles, and the most that ttnn's topk takes over many cores."""
+
+NAMED = 64
+"""Tokens that a request's options may name for their logits to be given too; of more, none are."""
+
+LEAST = -3e38
+"""What takes the padding of a vocabulary out of the way: finite, as sums with infinite ones are not numbers."""
+
+
+class DeviceCandidates(NamedTuple):
+    """The candidates of tokens [1, 1, tokens, CANDIDATES] on each chip, with its own indices, the best first.
+
+    `shares` are their parts of what the chip's share of the vocabulary weighs, in float32.
+    """
+
+    values: ttnn.Tensor
+    indices: ttnn.Tensor
+    shares: ttnn.Tensor
+
+
+class HostCandidates(NamedTuple):
+    """The candidates of all tokens on the host, [tokens, columns, CANDIDATES], with indices in each column's share.
+
+    `named` has logits of the tokens that options name, by place of the token.
+    """
+
+    values: Floats
+    indices: TokenIds
+    shares: Doubles
+    named: Mapping[int, tuple[TokenIds, Floats]]
+
+
+class CandidateFinder:
+    """Finds candidates among logits [1, 1, tokens, vocabulary / columns] on each chip of a mesh, and reads rows."""
+
+    def __init__(self, mesh_device: ttnn.MeshDevice, vocabulary: int) -> None:
+        """Each column holds the logits of an equal share of the `vocabulary`, in whole tiles, the last with padding."""
+        self._mesh_device = mesh_device
+        self._rows, self._columns = tuple(mesh_device.shape)
+        self._vocabulary = vocabulary
+        share = vocabulary if self._columns == 1 else _whole_tiles(ceil_div(vocabulary, self._columns))
+        self._share = share
+        self._count = min(CANDIDATES, share)
+        self._padding: ttnn.Tensor | None = None
+        if share * self._columns > vocabulary:
+            mask = torch.zeros(1, 1, 1, share * self._columns)
+            mask[..., vocabulary:] = LEAST
+            mapper = ttnn.ShardTensor2dMesh(mesh_device, (self._rows, self._columns), (None, 3))
+            self._padding = ttnn.from_torch(
+                mask, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=mesh_device, mesh_mapper=mapper
+            )
+
+    def find(self, logits: ttnn.Tensor) -> DeviceCandidates:
+        """Returns the candidates of each token, which stay on the chips."""
+        own = logits if self._padding is None else ttnn.add(logits, self._padding)
+        values, indices = ttnn.topk(own, self._count, dim=-1)
+        weights = ttnn.softmax(ttnn.typecast(own, ttnn.float32), dim=-1, numeric_stable=True)
+        return DeviceCandidates(values, indices, ttnn.gather(weights, -1, index=indices))
+
+    def read(self, logits: ttnn.Tensor, found: DeviceCandidates, named: Mapping[int, TokenIds]) -> HostCandidates:
+        """Brings candidates to the host, and the logits of tokens that are `named`, by place of the token."""
+        values, indices, shares = (self._on_host(tensor) for tensor in found)
+        return HostCandidates(
+            values.numpy(),
+            indices.long().numpy(),
+            shares.double().numpy(),
+            self._named(logits, named) if named else {},
+        )
+
+    def each_row(self, logits: ttnn.Tensor, places: Sequence[int]) -> list[Floats]:
+        """Brings the logits [vocabulary] of some tokens to the host, each from the chips of its mesh row alone."""
+        width = logits.shape[-2]
+        table = ttnn.to_layout(ttnn.reshape(logits, (width, self._share)), ttnn.ROW_MAJOR_LAYOUT)
+        return [self._row(table, *divmod(place, width)) for place in places]
+
+    def _row(self, table: ttnn.Tensor, mesh_row: int, index: int) -> Floats:
+        picked = ttnn.embedding(self._sharded(torch.tensor([[index]]), ttnn.ROW_MAJOR_LAYOUT), table)
+        chips = ttnn.get_device_tensors(picked)[mesh_row * self._columns : (mesh_row + 1) * self._columns]
+        whole = torch.cat([ttnn.to_torch(chip).view(-1) for chip in chips])
+        logits: Floats = whole[: self._vocabulary].float().numpy()
+        return logits
+
+    def _named(self, logits: ttnn.Tensor, named: Mapping[int, TokenIds]) -> dict[int, tuple[TokenIds, Floats]]:
+        width = logits.shape[-2]
+        wanted = torch.zeros(self._rows, self._columns, width, NAMED, dtype=torch.long)
+        for place, tokens in named.items():
+            row, index = divmod(place, width)
+            of_column = torch.from_numpy(tokens) - torch.arange(self._columns)[:, None] * self._share
+            wanted[row, :, index, : len(tokens)] = of_column.clamp(0, self._share - 1)
+        picks = self._sharded(wanted.view(-1, 1, width, NAMED), ttnn.TILE_LAYOUT)
+        given = self._on_host(ttnn.gather(logits, -1, index=picks)).numpy()
+        return {
+            place: (tokens, given[place, tokens // self._share, np.arange(len(tokens))])
+            for place, tokens in named.items()
+        }
+
+    def _sharded(self, indices: torch.Tensor, layout: ttnn.Layout) -> ttnn.Tensor:
+        """Gives each chip its own of the indices [chips, ...], or all the same where there is one."""
+        mapper = ttnn.ShardTensorToMesh(self._mesh_device, dim=0)
+        chips = self._rows * self._columns
+        every = indices if len(indices) == chips else indices.repeat(chips, *[1] * (indices.dim() - 1))
+        return ttnn.from_torch(
+            every.to(torch.int32), dtype=ttnn.uint32, layout=layout, device=self._mesh_device, mesh_mapper=mapper
+        )
+
+    def _on_host(self, tensor: ttnn.Tensor) -> torch.Tensor:
+        """[1, 1, tokens, n] on each chip -> [tokens of all rows, columns, n]; floats as float32."""
+        composer = ttnn.ConcatMesh2dToTensor(self._mesh_device, (self._rows, self._columns), (2, 3))
+        host = ttnn.to_torch(tensor, mesh_composer=composer)[0, 0]
+        joined = host.float() if host.is_floating_point() else host
+        return joined.view(len(joined), self._columns, -1)
+
+    def known(self, candidates: HostCandidates, place: int) -> KnownLogits:
+        """Returns what the candidates of a token tell of its logits."""
+        values, indices = candidates.values[place], candidates.indices[place]
+        tokens = (indices + np.arange(self._columns)[:, None] * self._share).ravel()
+        logits = values.ravel()
+        if place in candidates.named:
+            tokens = np.concatenate((tokens, candidates.named[place][0]))
+            logits = np.concatenate((logits, candidates.named[place][1]))
+        tokens, at = np.unique(tokens, return_index=True)
+        inside = int(tokens.searchsorted(self._vocabulary))
+        bound = -math.inf if self._count == self._share else float(values[:, -1].max())
+        # Of each column the best candidate, whose share gives the sum of all its weights.
+        normaliser = _log_sum(values[:, 0].astype(np.float64), candidates.shares[place][:, 0])
+        return KnownLogits.of(tokens[:inside], logits[at[:inside]], bound, self._vocabulary, normaliser)
+
+
+def _whole_tiles(count: int) -> int:
+    return round_up(count, TILE)
+
+
+def _log_sum(best: Doubles, shares: Doubles) -> float:
+    """log(sum(exp(logit))), given the best logit of each column and its share; not a number where a logit is none."""
+    largest = float(best.max())
+    if not math.isfinite(largest):
+        return math.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return largest + float(np.log((np.exp(best - largest) / shares).sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateRows:
+    """Rows of logits that stay on the device, but for their candidates. They are `LogitRows`.
+
+    `chosen` has the place of each row among the tokens of `logits`. `on_device` calls a function where the
+    device may be used.
+    """
+
+    finder: CandidateFinder
+    candidates: HostCandidates
+    logits: ttnn.Tensor
+    chosen: Sequence[int]
+    on_device: OnDevice = at_once
+
+    def through(self, on_device: OnDevice) -> "CandidateRows":
+        """See `LogitRows`."""
+        return dataclasses.replace(self, on_device=on_device)
+
+    def known(self, index: int) -> KnownLogits:
+        """See `LogitRows`."""
+        return self.finder.known(self.candidates, self.chosen[index])
+
+    def fetch(self, indices: Sequence[int]) -> Sequence[Floats]:
+        """See `LogitRows`."""
+        if not indices:
+            return []
+        places = [self.chosen[index] for index in indices]
+        return self.on_device(lambda: self.finder.each_row(self.logits, places))
