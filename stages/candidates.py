@@ -1,7 +1,7 @@
 """What chips tell of logits without sending them: the best of each share of a vocabulary, and what the share weighs."""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from stages.backend import ttnn
 from stages.pending import OnDevice, at_once
-from stages.sampling.candidates import KnownLogits
+from stages.sampling.candidates import KnownLogits, Ranked, log_mass_of
 from stages.sampling.logprobs import Doubles, Floats, TokenIds
 from stages.tensor_dtypes import TILE
 from weights.sizes import ceil_div, round_up
@@ -42,10 +42,23 @@ class HostCandidates(NamedTuple):
     `named` has logits of the tokens that options name, by place of the token.
     """
 
-    values: Floats
-    indices: TokenIds
-    shares: Doubles
+    values: torch.Tensor
+    indices: torch.Tensor
+    shares: torch.Tensor
     named: Mapping[int, tuple[TokenIds, Floats]]
+
+
+class RankedCandidates(NamedTuple):
+    """What candidates tell of some rows of logits: the best first, and what `KnownLogits` has of each, by row.
+
+    So many of a row's candidates are `inside` the vocabulary.
+    """
+
+    ranked: Ranked
+    bounds: Doubles
+    log_masses: Doubles
+    log_normalisers: Doubles
+    inside: TokenIds
 
 
 class CandidateFinder:
@@ -78,12 +91,7 @@ class CandidateFinder:
     def read(self, logits: ttnn.Tensor, found: DeviceCandidates, named: Mapping[int, TokenIds]) -> HostCandidates:
         """Brings candidates to the host, and the logits of tokens that are `named`, by place of the token."""
         values, indices, shares = (self._on_host(tensor) for tensor in found)
-        return HostCandidates(
-            values.numpy(),
-            indices.long().numpy(),
-            shares.double().numpy(),
-            self._named(logits, named) if named else {},
-        )
+        return HostCandidates(values, indices, shares, self._named(logits, named) if named else {})
 
     def each_row(self, logits: ttnn.Tensor, places: Sequence[int]) -> list[Floats]:
         """Brings the logits [vocabulary] of some tokens to the host, each from the chips of its mesh row alone."""
@@ -106,7 +114,7 @@ class CandidateFinder:
             of_column = torch.from_numpy(tokens) - torch.arange(self._columns)[:, None] * self._share
             wanted[row, :, index, : len(tokens)] = of_column.clamp(0, self._share - 1)
         picks = self._sharded(wanted.view(-1, 1, width, NAMED), ttnn.TILE_LAYOUT)
-        given = self._on_host(ttnn.gather(logits, -1, index=picks)).numpy()
+        given = self._on_host(ttnn.gather(logits, -1, index=picks)).float().numpy()
         return {
             place: (tokens, given[place, tokens // self._share, np.arange(len(tokens))])
             for place, tokens in named.items()
@@ -122,39 +130,56 @@ class CandidateFinder:
         )
 
     def _on_host(self, tensor: ttnn.Tensor) -> torch.Tensor:
-        """[1, 1, tokens, n] on each chip -> [tokens of all rows, columns, n]; floats as float32."""
+        """[1, 1, tokens, n] on each chip -> [tokens of all rows, columns, n]."""
         composer = ttnn.ConcatMesh2dToTensor(self._mesh_device, (self._rows, self._columns), (2, 3))
         host = ttnn.to_torch(tensor, mesh_composer=composer)[0, 0]
-        joined = host.float() if host.is_floating_point() else host
-        return joined.view(len(joined), self._columns, -1)
+        return host.view(len(host), self._columns, -1)
 
-    def known(self, candidates: HostCandidates, place: int) -> KnownLogits:
-        """Returns what the candidates of a token tell of its logits."""
-        values, indices = candidates.values[place], candidates.indices[place]
-        tokens = (indices + np.arange(self._columns)[:, None] * self._share).ravel()
-        logits = values.ravel()
-        if place in candidates.named:
-            tokens = np.concatenate((tokens, candidates.named[place][0]))
-            logits = np.concatenate((logits, candidates.named[place][1]))
-        tokens, at = np.unique(tokens, return_index=True)
-        inside = int(tokens.searchsorted(self._vocabulary))
-        bound = -math.inf if self._count == self._share else float(values[:, -1].max())
+    def rank(self, candidates: HostCandidates, places: Sequence[int]) -> RankedCandidates:
+        """Ranks the candidates of tokens at these places, all at once."""
+        chosen = np.array(places, dtype=np.int64)
+        values: Floats = candidates.values.float().numpy()[chosen]
+        indices: TokenIds = candidates.indices.long().numpy()[chosen]
+        best, shares = values[..., 0].astype(np.float64), candidates.shares[..., 0].double().numpy()[chosen]
+        tokens = (indices + np.arange(self._columns)[:, None] * self._share).reshape(len(places), -1)
+        ranked = Ranked.of(tokens, values.reshape(len(places), -1))
         # Of each column the best candidate, whose share gives the sum of all its weights.
-        normaliser = _log_sum(values[:, 0].astype(np.float64), candidates.shares[place][:, 0])
-        return KnownLogits.of(tokens[:inside], logits[at[:inside]], bound, self._vocabulary, normaliser)
+        normalisers = _log_sums(best, shares)
+        bounds = np.full(len(places), -np.inf) if self._count == self._share else values[..., -1].max(axis=1)
+        inside = np.count_nonzero(tokens < self._vocabulary, axis=1)
+        return RankedCandidates(
+            ranked, bounds, log_mass_of(ranked.logits, normalisers), normalisers, inside.astype(np.int64)
+        )
+
+    def known(
+        self, candidates: RankedCandidates, index: int, named: tuple[TokenIds, Floats] | None = None
+    ) -> KnownLogits:
+        """Returns what the candidates of a row tell of its logits, and those that options have named."""
+        count, bound = int(candidates.inside[index]), float(candidates.bounds[index])
+        # Padding ranks last.
+        tokens: TokenIds = candidates.ranked.tokens[index, :count]
+        logits: Floats = candidates.ranked.logits[index, :count]
+        normaliser = float(candidates.log_normalisers[index])
+        if named is not None:
+            tokens, at = np.unique(np.concatenate((tokens, named[0])), return_index=True)
+            return KnownLogits.of(tokens, np.concatenate((logits, named[1]))[at], bound, self._vocabulary, normaliser)
+        unknown, mass = self._vocabulary - count, float(candidates.log_masses[index])
+        return KnownLogits(tokens, logits, bound, unknown, mass, normaliser, self._vocabulary)
 
 
 def _whole_tiles(count: int) -> int:
     return round_up(count, TILE)
 
 
-def _log_sum(best: Doubles, shares: Doubles) -> float:
-    """log(sum(exp(logit))), given the best logit of each column and its share; not a number where a logit is none."""
-    largest = float(best.max())
-    if not math.isfinite(largest):
-        return math.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return largest + float(np.log((np.exp(best - largest) / shares).sum()))
+def _log_sums(best: Doubles, shares: Doubles) -> Doubles:
+    """log(sum(exp(logit))) of each row, given the best logit of each column and its share, [rows, columns].
+
+    Not a number where a logit is none.
+    """
+    largest = best.max(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        sums: Doubles = largest + np.log((np.exp(best - largest[:, None]) / shares).sum(axis=1))
+    return sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +202,12 @@ class CandidateRows:
 
     def known(self, index: int) -> KnownLogits:
         """See `LogitRows`."""
-        return self.finder.known(self.candidates, self.chosen[index])
+        return self.finder.known(self._ranked, index, self.candidates.named.get(self.chosen[index]))
+
+    @functools.cached_property
+    def _ranked(self) -> RankedCandidates:
+        """Is made by who asks first: not the thread that computes."""
+        return self.finder.rank(self.candidates, self.chosen)
 
     def fetch(self, indices: Sequence[int]) -> Sequence[Floats]:
         """See `LogitRows`."""

@@ -121,6 +121,11 @@ class LogitsOptions:
         """The tokens that are the only ones to be drawn, or have a bias: with their logits the others matter less."""
         return np.union1d(self._allowed, self._biased)
 
+    def change_nothing(self, answer: Sequence[int], answered: int) -> bool:
+        """Whether `apply` returns the logits that it is given, without a mask."""
+        named = len(self._allowed) or len(self._biased) or self._penalties
+        return not (named or self._banned(answer, answered))
+
     def apply_to_some(
         self,
         tokens: TokenIds,
