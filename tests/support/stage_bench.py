@@ -107,6 +107,21 @@ async def bench(identity: StageIdentity, runner: StageRunner) -> AsyncIterator[B
             downstream.close()
 
 
+async def reset(server: StageServer, identity: StageIdentity) -> None:
+    await asyncio.wait_for(asyncio.wrap_future(server.reset(identity)), SECONDS)
+
+
+async def join(around: Bench, identity: StageIdentity, parent: str) -> Bench:
+    """Joins the same server between two new links."""
+    up, down = neighbours(identity)
+    listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
+    address = await asyncio.wrap_future(around.server.listen(UnixAddress(f"{parent}/b/up.sock")))
+    upstream = await connect(address, up, upstream_ear := Ear())
+    await asyncio.wrap_future(around.server.connect(listener.address))
+    downstream = await asyncio.wait_for(listener.accepted(), SECONDS)
+    return Bench(around.server, upstream, upstream_ear, downstream, downstream_ear)
+
+
 def step(step_id: int, tokens: int = 1, epoch: int = 4) -> Step:
     segment = Segment(slot=0, start=0, tokens=[1] * tokens, new_blocks=[], sample=True)
     return Step(epoch=epoch, step_id=step_id, mode="decode", segments=[segment], admissions=[], ended=[])

@@ -17,9 +17,8 @@ from actors.stage.sampling import AHEAD
 from stages.errors import StepError
 from stages.pending import OnDevice, PendingResult, StageOutput
 from stages.step import StageFailure, Step, StepResult
-from tests.actors.stage.test_reset import join, reset
 from tests.support.loops import on_uvloop
-from tests.support.stage_bench import IDENTITY, SECONDS, Bench, bench, step, untimed
+from tests.support.stage_bench import IDENTITY, SECONDS, Bench, bench, join, reset, step, untimed
 
 LAST = msgspec.structs.replace(IDENTITY, index=2)
 AGAIN = msgspec.structs.replace(LAST, epoch=5, secret=b"another")
