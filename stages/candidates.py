@@ -37,15 +37,15 @@ class DeviceCandidates(NamedTuple):
 
 
 class HostCandidates(NamedTuple):
-    """The candidates of all tokens on the host, [tokens, columns, CANDIDATES], with indices in each column's share.
+    """The candidates of all tokens on the host, as `DeviceCandidates`: the parts of all chips, not joined yet.
 
-    `named` has logits of the tokens that options name, by place of the token.
+    `named` are the tokens that options name, by place of the token, and `named_logits` [1, 1, tokens, NAMED] their
+    logits on each chip, None where there are none.
     """
 
-    values: torch.Tensor
-    indices: torch.Tensor
-    shares: torch.Tensor
-    named: Mapping[int, tuple[TokenIds, Floats]]
+    found: DeviceCandidates
+    named: Mapping[int, TokenIds]
+    named_logits: ttnn.Tensor | None
 
 
 class RankedCandidates(NamedTuple):
@@ -90,8 +90,8 @@ class CandidateFinder:
 
     def read(self, logits: ttnn.Tensor, found: DeviceCandidates, named: Mapping[int, TokenIds]) -> HostCandidates:
         """Brings candidates to the host, and the logits of tokens that are `named`, by place of the token."""
-        values, indices, shares = (self._on_host(tensor) for tensor in found)
-        return HostCandidates(values, indices, shares, self._named(logits, named) if named else {})
+        on_host = DeviceCandidates(*(ttnn.from_device(tensor) for tensor in found))
+        return HostCandidates(on_host, named, ttnn.from_device(self._named(logits, named)) if named else None)
 
     def each_row(self, logits: ttnn.Tensor, places: Sequence[int]) -> list[Floats]:
         """Brings the logits [vocabulary] of some tokens to the host, each from the chips of its mesh row alone."""
@@ -106,7 +106,8 @@ class CandidateFinder:
         logits: Floats = whole[: self._vocabulary].float().numpy()
         return logits
 
-    def _named(self, logits: ttnn.Tensor, named: Mapping[int, TokenIds]) -> dict[int, tuple[TokenIds, Floats]]:
+    def _named(self, logits: ttnn.Tensor, named: Mapping[int, TokenIds]) -> ttnn.Tensor:
+        """The logits of named tokens, of which each chip has those of its share."""
         width = logits.shape[-2]
         wanted = torch.zeros(self._rows, self._columns, width, NAMED, dtype=torch.long)
         for place, tokens in named.items():
@@ -114,11 +115,7 @@ class CandidateFinder:
             of_column = torch.from_numpy(tokens) - torch.arange(self._columns)[:, None] * self._share
             wanted[row, :, index, : len(tokens)] = of_column.clamp(0, self._share - 1)
         picks = self._sharded(wanted.view(-1, 1, width, NAMED), ttnn.TILE_LAYOUT)
-        given = self._on_host(ttnn.gather(logits, -1, index=picks)).float().numpy()
-        return {
-            place: (tokens, given[place, tokens // self._share, np.arange(len(tokens))])
-            for place, tokens in named.items()
-        }
+        return ttnn.gather(logits, -1, index=picks)
 
     def _sharded(self, indices: torch.Tensor, layout: ttnn.Layout) -> ttnn.Tensor:
         """Gives each chip its own of the indices [chips, ...], or all the same where there is one."""
@@ -129,7 +126,7 @@ class CandidateFinder:
             every.to(torch.int32), dtype=ttnn.uint32, layout=layout, device=self._mesh_device, mesh_mapper=mapper
         )
 
-    def _on_host(self, tensor: ttnn.Tensor) -> torch.Tensor:
+    def _joined(self, tensor: ttnn.Tensor) -> torch.Tensor:
         """[1, 1, tokens, n] on each chip -> [tokens of all rows, columns, n]."""
         composer = ttnn.ConcatMesh2dToTensor(self._mesh_device, (self._rows, self._columns), (2, 3))
         host = ttnn.to_torch(tensor, mesh_composer=composer)[0, 0]
@@ -138,18 +135,30 @@ class CandidateFinder:
     def rank(self, candidates: HostCandidates, places: Sequence[int]) -> RankedCandidates:
         """Ranks the candidates of tokens at these places, all at once."""
         chosen = np.array(places, dtype=np.int64)
-        values: Floats = candidates.values.float().numpy()[chosen]
-        indices: TokenIds = candidates.indices.long().numpy()[chosen]
-        best, shares = values[..., 0].astype(np.float64), candidates.shares[..., 0].double().numpy()[chosen]
-        tokens = (indices + np.arange(self._columns)[:, None] * self._share).reshape(len(places), -1)
-        ranked = Ranked.of(tokens, values.reshape(len(places), -1))
+        on_host = (self._joined(tensor) for tensor in candidates.found)
+        values, indices, shares = on_host
+        logits: Floats = values.float().numpy()[chosen]
+        tokens = (indices.long().numpy()[chosen] + np.arange(self._columns)[:, None] * self._share).reshape(
+            len(places), -1
+        )
+        ranked = Ranked.of(tokens, logits.reshape(len(places), -1))
         # Of each column the best candidate, whose share gives the sum of all its weights.
-        normalisers = _log_sums(best, shares)
-        bounds = np.full(len(places), -np.inf) if self._count == self._share else values[..., -1].max(axis=1)
+        normalisers = _log_sums(logits[..., 0].astype(np.float64), shares[..., 0].double().numpy()[chosen])
+        bounds = np.full(len(places), -np.inf) if self._count == self._share else logits[..., -1].max(axis=1)
         inside = np.count_nonzero(tokens < self._vocabulary, axis=1)
         return RankedCandidates(
             ranked, bounds, log_mass_of(ranked.logits, normalisers), normalisers, inside.astype(np.int64)
         )
+
+    def named(self, candidates: HostCandidates) -> dict[int, tuple[TokenIds, Floats]]:
+        """Returns the tokens that options name, and their logits, by place of the token."""
+        if candidates.named_logits is None:
+            return {}
+        given: Floats = self._joined(candidates.named_logits).float().numpy()
+        return {
+            place: (tokens, given[place, tokens // self._share, np.arange(len(tokens))])
+            for place, tokens in candidates.named.items()
+        }
 
     def known(
         self, candidates: RankedCandidates, index: int, named: tuple[TokenIds, Floats] | None = None
@@ -202,12 +211,16 @@ class CandidateRows:
 
     def known(self, index: int) -> KnownLogits:
         """See `LogitRows`."""
-        return self.finder.known(self._ranked, index, self.candidates.named.get(self.chosen[index]))
+        return self.finder.known(self._ranked, index, self._named.get(self.chosen[index]))
 
     @functools.cached_property
     def _ranked(self) -> RankedCandidates:
         """Is made by who asks first: not the thread that computes."""
         return self.finder.rank(self.candidates, self.chosen)
+
+    @functools.cached_property
+    def _named(self) -> dict[int, tuple[TokenIds, Floats]]:
+        return self.finder.named(self.candidates)
 
     def fetch(self, indices: Sequence[int]) -> Sequence[Floats]:
         """See `LogitRows`."""

@@ -41,6 +41,8 @@ IN_FLIGHT = 3
 TURNS, STEPS = 7, 40
 SHORT_TURNS, SHORT_STEPS = 1, 4
 DRAWS, SHORT_DRAWS = 100_000, 64
+POSITIONS = 64
+"""Positions at which tokens are drawn of the same logits, as each has random numbers of its own."""
 COMPUTE_MS_MAX = 1.0
 TIMES_NOTHING_MIN = 0.99
 STEP_SECONDS = 60.0
@@ -103,7 +105,9 @@ def agreement(draws: int, users: int) -> Agreement:
         on_mesh = LogitsOnMesh(logits)
         sampler = Sampler(VOCABULARY)
         sampler.apply(sampler.prepare(decode_step(0, users)))
-        for step_id in range(1, 9):
+        for step_id in range(1, POSITIONS + 1):
+            if done >= draws:
+                break
             step = decode_step(step_id, users)
             found, whole = sampler.sample(step, on_mesh.candidates()), sampler.sample(step, on_mesh.whole())
             equal += sum(one == other for one, other in zip(found.tokens, whole.tokens, strict=True))

@@ -23,7 +23,7 @@ def test_candidates_and_rows_are_found(rows: int, vocabulary: int) -> None:
         assert [tensor.dtype for tensor in found] == [ttnn.bfloat16, ttnn.uint16, ttnn.float32]
         last = rows * USERS_PER_ROW - 1
         host = finder.read(logits, found, {0: np.array([3, vocabulary - 1]), last: np.arange(64)})
-        assert [tuple(tensor.shape) for tensor in host[:3]] == [(last + 1, COLUMNS, CANDIDATES)] * 3
-        assert [len(tokens) for tokens, _ in host.named.values()] == [2, 64]
+        assert finder.rank(host, range(last + 1)).ranked.tokens.shape == (last + 1, COLUMNS * CANDIDATES)
+        assert [logits.shape for _, logits in finder.named(host).values()] == [(2,), (64,)]
         whole = CandidateRows(finder, host, logits, range(last + 1)).fetch([0, last])
         assert [row.shape for row in whole] == [(vocabulary,)] * 2

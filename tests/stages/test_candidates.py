@@ -218,4 +218,5 @@ def test_the_host_gets_no_vocabulary_of_logits(
     result = driver.run_bytes("prefill", [driver.segment(0, 0, prompts(1, TINY["vocab_size"])[0])])
     driver.close()
     assert result.fallbacks == 0
+    # What is joined there, by the thread that draws.
     assert read == [4 * 8] * 3
