@@ -21,6 +21,7 @@ from benchmarks.support.spread import Spread, ratios
 from stages import traces
 from stages.device import Device
 from stages.options import CacheOptions, ExecutionOptions, StageOptions
+from stages.pending import drawn
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step
@@ -92,7 +93,7 @@ class Decoding:
             for slot in range(self._users)
         ]
         step = Step(epoch=1, step_id=at, mode=mode, segments=segments, admissions=admissions, ended=[])
-        self._stage.step(step, memoryview(b""))
+        drawn(self._stage.step(step, memoryview(b"")))
         self._position += 1
 
     def _new_blocks(self, slot: int) -> list[int]:

@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from stages.backend import ttnn
 from stages.batch import BatchBuilder, DecodeBatch, Place
 from stages.model_slice import Batch, DraftLayer, HiddenStates
+from stages.sampling.rows import LogitRows
 from stages.sampling.sampler import Sampled, Sampler
 from stages.step import Step
 from stages.traces import DecodeTraces
@@ -21,8 +20,8 @@ from stages.traces import DecodeTraces
 LogitsOf = Callable[[ttnn.Tensor, Batch, ttnn.Tensor | None], ttnn.Tensor]
 """Logits of hidden states for the tokens of a batch at some indices, or for all: `logits` of model and draft layer."""
 
-LogitRows = Callable[[LogitsOf, HiddenStates, Sequence[int]], torch.Tensor]
-"""Float32 logits [tokens, vocabulary] on the host, of a batch's tokens by their indices."""
+RowsOf = Callable[[LogitsOf, HiddenStates, Sequence[int], Sequence[int]], LogitRows]
+"""Rows of logits of a batch's tokens, by their indices, each for the request in a slot."""
 
 
 MASKS_SECONDS = 0.01
@@ -54,14 +53,14 @@ class Drafter:
         layer: DraftLayer,
         batches: BatchBuilder,
         sampler: Sampler,
-        logit_rows: LogitRows,
+        rows_of: RowsOf,
         eager: int | None,
     ) -> None:
         """`eager` decode passes of each number of lanes are not replayed from traces; None: none is."""
         self._layer = layer
         self._batches = batches
         self._sampler = sampler
-        self._logit_rows = logit_rows
+        self._rows_of = rows_of
         self._traces = None if eager is None else DecodeTraces(self._decode, mesh_device, eager)
 
     def close(self) -> None:
@@ -89,12 +88,13 @@ class Drafter:
         """Draws a draft more for each request; returns those that want another."""
         if not drafts:
             return []
-        logits = self._logit_rows(self._layer.logits, states, [draft.token for draft in drafts])
+        tokens, slots = [draft.token for draft in drafts], [draft.slot for draft in drafts]
+        rows = self._rows_of(self._layer.logits, states, tokens, slots)
         until = time.monotonic() + MASKS_SECONDS
         going: list[Draft] = []
-        for draft, row in zip(drafts, logits.numpy(), strict=True):
+        for row, draft in enumerate(drafts):
             left = max(until - time.monotonic(), 0.0)
-            token = self._sampler.draft(draft.slot, row, draft.position + 2, draft.tokens, left)
+            token = self._sampler.draft(draft.slot, rows, row, draft.position + 2, draft.tokens, left)
             if token is not None:
                 draft.tokens.append(token)
                 if len(draft.tokens) < draft.wanted:

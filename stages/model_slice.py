@@ -6,6 +6,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from stages.backend import ttnn
 from stages.batch import DecodeBatch, PrefillBatch
+from stages.candidates import DeviceCandidates
 from stages.converted_weights import (
     ConvertedWeights,
     ModelPart,
@@ -32,12 +33,14 @@ Batch = PrefillBatch | DecodeBatch
 class HiddenStates(NamedTuple):
     """The output of a stage's layers for a step: `x` [1, 1, tokens, hidden / columns] on each chip of the mesh.
 
-    `logits` [1, 1, tokens, vocabulary / columns] are those of all tokens, where they were computed with them.
+    `logits` [1, 1, tokens, vocabulary / columns] are those of all tokens, where they were computed with them, and
+    `candidates` what `CandidateFinder.find` has found among them, where it has.
     """
 
     x: ttnn.Tensor
     batch: Batch
     logits: ttnn.Tensor | None = None
+    candidates: DeviceCandidates | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from stages.backend import set_float_dtype, ttnn
 from stages.batch import HIDDEN_DTYPE, BatchBuilder, DecodeBatch
+from stages.candidates import DeviceCandidates
 from stages.converted_weights import ConvertedWeights, stage_parts
 from stages.errors import PlanError, StepError
 from stages.kv.block_memory import BlockMemory
@@ -23,6 +24,7 @@ from stages.model_slice import Batch, HiddenStates, ModelSlice, OnProgress
 from stages.models.registry import architecture_of
 from stages.options import TRACE_REGION_BYTES, StageOptions
 from stages.output_head import OutputHead
+from stages.pending import OnDevice, PendingResult
 from stages.plan import StageSpec
 from stages.run_config import TORCH_DTYPES
 from stages.step import Step, StepResult
@@ -132,16 +134,16 @@ class Stage:
         return stage
 
     @torch.inference_mode()
-    def step(self, step: Step, hidden: memoryview) -> memoryview | StepResult:
+    def step(self, step: Step, hidden: memoryview) -> memoryview | PendingResult:
         """Runs one step on bytes.
 
         `hidden` holds [step.token_count, hidden_size] in the stage's dtype, and nothing on the first stage. Returns
-        the same for the next stage, in memory of its own, or on the last stage what was sampled. Raises StepError
+        the same for the next stage, in memory of its own, or on the last stage what is to be sampled. Raises StepError
         where the step contradicts the stage's state.
         """
         states = self._run(step, None if self._spec.is_first else self._from_bytes(step, hidden))
         if self._head is not None:
-            return self._kept(step, self._head.result(step, states))
+            return self._pending(self._head, step, states)
         self._blocks.end(step)
         output = self._to_torch(states)
         if not output.numel():
@@ -158,7 +160,10 @@ class Stage:
         """
         states = self._run(step, hidden)
         self._blocks.end(step)
-        return self._to_torch(states) if self._head is None else self._head.logits(step, states)
+        if self._head is None:
+            return self._to_torch(states)
+        self._head.pass_over(step)
+        return self._head.logits(step, states)
 
     @torch.inference_mode()
     def load_blocks(self, step: Step) -> list[int]:
@@ -189,14 +194,14 @@ class Stage:
         return None if batch is None else self._shard(batch.layout.width)
 
     @torch.inference_mode()
-    def step_on_mesh(self, step: Step, hidden: ttnn.Tensor | None) -> ttnn.Tensor | StepResult | None:
+    def step_on_mesh(self, step: Step, hidden: ttnn.Tensor | None) -> ttnn.Tensor | PendingResult | None:
         """Runs one step on tensors of the mesh, as `step_hidden_spec` gives them, `hidden` None on the first stage."""
         batch = self._batch_of(step)
         states = None
         if batch is not None:
             states = self._compute(self._input(step, None, batch) if hidden is None else hidden, batch)
         if self._head is not None:
-            return self._kept(step, self._head.result(step, states))
+            return self._pending(self._head, step, states)
         self._blocks.end(step)
         return None if states is None else states.x
 
@@ -209,10 +214,21 @@ class Stage:
         self._tiers.close()
         close_mesh(self.mesh_device)
 
-    def _kept(self, step: Step, result: StepResult) -> StepResult:
-        """Keeps what the step has filled; not before it is sampled, as it counts only once the last stage is done."""
-        self._blocks.end(step)
-        return result
+    def _pending(self, head: OutputHead, step: Step, states: HiddenStates | None) -> PendingResult:
+        """What is to be sampled. What the step has filled is kept then, as it counts only once the last stage is done.
+
+        It is read before the next step overwrites it, and after the draft layer has run, whose cache is in it too.
+        """
+        pending = head.begin(step, states)
+        filled = None if pending.needs_device else self._blocks.filled(step)
+
+        @torch.inference_mode()
+        def draw(on_device: OnDevice) -> StepResult:
+            result = pending.draw(on_device)
+            self._blocks.keep(self._blocks.filled(step) if filled is None else filled)
+            return result
+
+        return PendingResult(draw, pending.needs_device)
 
     def _run(self, step: Step, hidden: torch.Tensor | None) -> HiddenStates | None:
         """Runs a step; None for one without segments, which changes slots only."""
@@ -225,7 +241,7 @@ class Stage:
         self._tables.apply(step)
         self._blocks.begin(step)
         if self._head is not None:
-            self._head.apply(step)
+            self._head.note(step)
         if not step.segments:
             return None
         return self._batches.decode(step) if step.mode == "decode" else self._batches.prefill(step)
@@ -238,15 +254,19 @@ class Stage:
 
     def _compute(self, inputs: ttnn.Tensor, batch: Batch) -> HiddenStates:
         if self._traces is not None and isinstance(batch, DecodeBatch):
-            x, *logits = self._traces.run([inputs], batch)
-            return HiddenStates(x, batch, *logits)
+            x, *made = self._traces.run([inputs], batch)
+            logits, found = (made[0], made[1:]) if made else (None, [])
+            return HiddenStates(x, batch, logits, DeviceCandidates(*found) if found else None)
         return HiddenStates(self.model.forward(self.model.enter(inputs, batch), batch), batch)
 
     def _decode(self, inputs: Sequence[ttnn.Tensor], batch: DecodeBatch) -> list[ttnn.Tensor]:
-        """The pass that a trace records: hidden states of all lanes, and on the last stage logits."""
+        """The pass that a trace records: hidden states of all lanes, and on the last stage logits and candidates."""
         [entering] = inputs
         x = self.model.forward(self.model.enter(entering, batch), batch)
-        return [x] if self.model.head is None else [x, self.model.logits(x, batch, None)]
+        if self._head is None:
+            return [x]
+        logits = self.model.logits(x, batch, None)
+        return [x, logits, *self._head.candidates(logits)]
 
     def _shard(self, tokens: int) -> HiddenShard:
         return HiddenShard((1, 1, tokens, self._config.hidden_size // self.mesh_device.shape[1]), HIDDEN_DTYPE)
@@ -256,8 +276,9 @@ class Stage:
             raise StepError(f"Step {step.step_id} is of epoch {step.epoch}, but epoch {self._epoch} has begun.")
         if step.epoch > self._epoch:
             self._tables.clear()
+            self._blocks.enter_epoch()
             if self._head is not None:
-                self._head.clear()
+                self._head.enter_epoch()
             self._epoch = step.epoch
 
     def _input(self, step: Step, hidden: torch.Tensor | None, batch: Batch) -> ttnn.Tensor:

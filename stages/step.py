@@ -11,7 +11,7 @@ import msgspec
 
 from stages.mesh_spec import HiddenShard
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 Mode = Literal["prefill", "decode", "load"]
 """What a step does: it computes prompts, or the next tokens of requests, or brings blocks back into the caches."""
@@ -169,11 +169,23 @@ class BlockLoad(Message, frozen=True, kw_only=True):
 
 
 class StageTiming(Message, frozen=True, kw_only=True):
-    """The times when a step reached one stage, began and was done: nanoseconds since 1970, of `actors.clock.now_ns`."""
+    """The times when a step reached one stage, began and was done: nanoseconds since 1970, of `actors.clock.now_ns`.
+
+    Where its tokens were drawn beside the next step, that was done at `sampled_ns`, else 0. The thread that computes
+    took `cpu_ns` of processor time for the step, the one that samples `sampling_cpu_ns`.
+    """
 
     received_ns: int
     began_ns: int
     ended_ns: int
+    sampled_ns: int = 0
+    cpu_ns: int = 0
+    sampling_cpu_ns: int = 0
+
+    @property
+    def left_ns(self) -> int:
+        """When the step was ready to leave the stage."""
+        return max(self.ended_ns, self.sampled_ns)
 
 
 class SentHidden(Message, frozen=True, kw_only=True):
@@ -247,7 +259,8 @@ class StepResult(Message, frozen=True, kw_only=True):
     where its request asks for none, or is empty where all would be None.
     `prompt_logprobs` has a list for each segment of a prefill step whose request asks for them, in the order of
     segments: entries for the prompt's tokens at positions start + 1 to start + len(tokens), as far as the prompt goes.
-    `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring.
+    `timings` has an entry for each stage. `missed` are the indices of those loads that a stage could not bring. So many
+    tokens, `fallbacks`, took logits of the whole vocabulary on the host, where candidates were at hand.
     """
 
     epoch: int
@@ -259,6 +272,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     missed: list[int] = []
     accepted: list[int] = []
     drafts: list[list[int]] = []
+    fallbacks: int = 0
 
 
 class StageFailure(Message, frozen=True, kw_only=True):

@@ -114,9 +114,12 @@ class StageLinks:
         """Ends the I/O thread."""
         self._io.stop()
 
-    def report_failure(self, kind: FailureKind, cause: str) -> None:
-        """Fails the stage, and reports that downstream; does nothing where it has failed already."""
-        step_id = self._state.failed_step
+    def report_failure(self, kind: FailureKind, cause: str, step_id: int | None = None) -> None:
+        """Fails the stage, and reports that downstream; does nothing where it has failed already.
+
+        `step_id` is the step that failed, without which it is the one that the stage works on.
+        """
+        step_id = self._state.failed_step if step_id is None else step_id
         if not self._state.fail(kind, cause):
             return
         # At every end of a pipeline links are lost too; where that was not meant, the engine's record says so.

@@ -16,6 +16,7 @@ from actors.stage.setup import StageIdentity, stage_name
 from stages.errors import StepError
 from stages.kv.inventory import Inventory
 from stages.mesh_spec import HiddenShard, MeshSocketSpec
+from stages.pending import PendingResult, StageOutput
 from stages.step import SentHidden, Step, StepResult
 
 KEPT = 1024
@@ -112,14 +113,14 @@ class MeshHop:
         """Waits until all stages have all their sockets: nothing may be sent before."""
         self._sockets.barrier()
 
-    def step(self, step: Step, hidden: memoryview) -> SentHidden | memoryview | StepResult:
+    def step(self, step: Step, hidden: memoryview) -> StageOutput:
         """Runs one step; see `StageRunner`. Returns what was sent on, an empty view where that was nothing.
 
         Raises ProtocolError where the stage before has not sent what the step needs.
         """
         expected = self._runner.step_hidden_spec(step)
         output = self._runner.step_on_mesh(step, self._receive(step, expected))
-        if isinstance(output, StepResult):
+        if isinstance(output, StepResult | PendingResult):
             return output
         return memoryview(b"") if expected is None else self._send(step, expected, output)
 

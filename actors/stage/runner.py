@@ -8,8 +8,9 @@ from actors.errors import StartError
 from stages.kv.inventory import Inventory
 from stages.mesh_spec import HiddenShard, MeshHidden
 from stages.options import StageOptions
+from stages.pending import StageOutput
 from stages.plan import StageSpec
-from stages.step import SentHidden, Step, StepResult
+from stages.step import Step
 
 OnProgress = Callable[[int, int], None]
 """Called with (layers loaded, layers)."""
@@ -18,13 +19,14 @@ OnProgress = Callable[[int, int], None]
 class StageRunner(Protocol):
     """Computes one stage's part of every step, always called by the same thread."""
 
-    def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
+    def step(self, step: Step, hidden: memoryview) -> StageOutput:
         """Runs one step.
 
         `hidden` holds the bytes of [step.token_count, hidden_size], empty for the first stage; it may be written to
         and is valid during the call and while what is returned is sent. Returns the bytes to send on, which the
-        runner must not write to again (`hidden` itself will do), or on the last stage the sampled tokens. A runner
-        that has sent hidden states on itself returns what it has sent.
+        runner must not write to again (`hidden` itself will do), or on the last stage the sampled tokens, or what draws
+        them beside the next step without `hidden`. A runner that has sent hidden states on itself returns what it has
+        sent.
         """
 
     def load_blocks(self, step: Step) -> list[int]:
@@ -53,7 +55,7 @@ class MeshRunner(Protocol):
         """Runs one step on device tensors.
 
         `hidden` has the spec of `step_hidden_spec`; it is None on the first stage or without tokens. Returns a tensor
-        of the same spec for the next stage, or on the last stage a StepResult.
+        of the same spec for the next stage, or on the last stage a StepResult or PendingResult.
         """
 
     def load_blocks(self, step: Step) -> list[int]:

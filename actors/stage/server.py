@@ -5,11 +5,12 @@ from concurrent.futures import Future
 
 from actors.errors import LinkError
 from actors.sockets.listener import Address
-from actors.stage.compute import ComputeQueue, ComputeTask, ComputeThread, MakeRunner
+from actors.stage.compute import ComputeQueue, ComputeThread, MakeRunner
 from actors.stage.health import StageHealth
 from actors.stage.links import StageLinks
 from actors.stage.setup import StageIdentity
 from actors.stage.state import StageState
+from actors.stage.task import StageTask
 from stages.kv.inventory import Inventory
 from stages.mesh_spec import MeshSocketSpec
 
@@ -35,7 +36,7 @@ class StageServer:
 
     def call(self, function: Callable[[], None]) -> "Future[None]":
         """Has the compute thread call a function between two steps: what touches a device belongs to that thread."""
-        task = ComputeTask(function, Future())
+        task = StageTask(function, Future())
         self._jobs.put(task)
         return task.done
 
@@ -53,13 +54,14 @@ class StageServer:
     def reset(self, identity: StageIdentity) -> "Future[None]":
         """Leaves both links and drops every step that came by them; then the stage can be joined anew, as `identity`.
 
-        Done when the compute thread is free. Ends in LinkError if the stage was closed, or never had its weights.
+        Done when the threads that compute and sample are free. Ends in LinkError if the stage was closed, or never had
+        its weights.
         """
         freed: Future[None] = Future()
         if not self._compute.is_alive or not self._state.begin_leaving():
             freed.set_exception(LinkError("The stage is not there to be joined anew."))
             return freed
-        task = ComputeTask(lambda: self._state.begin_anew(identity), freed)
+        task = StageTask(lambda: self._state.begin_anew(identity), freed, behind_all=True)
         # After the links have ended: the steps that came by them are before the task in the queue, and are dropped.
         self._links.leave(lambda: self._jobs.put(task))
         return freed

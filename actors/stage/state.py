@@ -24,8 +24,9 @@ def resident_bytes() -> int:
 class StageState:
     """The state of one stage. `name` changes under a lock, as both threads change it; the rest has one writer each.
 
-    The I/O thread writes `received_step`, the compute thread all others. After a first failure, or once it was closed,
-    a stage does not fail again until it begins anew.
+    The I/O thread writes `received_step`, the sampling thread what it samples, the compute thread all others; one of
+    the latter two, never both at once, sends steps on and writes `passed_step`. After a first failure, or once it was
+    closed, a stage does not fail again until it begins anew.
     """
 
     def __init__(self, identity: StageIdentity) -> None:
@@ -36,6 +37,8 @@ class StageState:
         self.current_step: int | None = None
         self.received_step: int | None = None
         self.passed_step: int | None = None
+        self._sampled_step: int | None = None
+        self._sampled_since = 0.0
         self._current_since = 0.0
         self._steps_done = 0
         self._busy_seconds = 0.0
@@ -50,8 +53,14 @@ class StageState:
     @property
     def failed_step(self) -> int:
         """The step id of a failure that comes now."""
-        current = self.current_step
-        return FAILED_BETWEEN_STEPS if current is None else current
+        sampled, current = self._sampled_step, self.current_step
+        oldest = current if sampled is None else sampled
+        return FAILED_BETWEEN_STEPS if oldest is None else oldest
+
+    @property
+    def is_working(self) -> bool:
+        """Whether steps are taken: the stage has neither failed nor was it closed."""
+        return self.name in {"ready", "running", "blocked"}
 
     def note_layers(self, done: int, layers: int) -> None:
         """Records that `done` of so many `layers` are loaded."""
@@ -79,6 +88,15 @@ class StageState:
         """Records that the current step was handed on."""
         self.current_step = None
         self.become("blocked", "ready")
+
+    def begin_sampling(self, step_id: int) -> None:
+        """Records that tokens are drawn of a step, which was computed before."""
+        self._sampled_since = time.monotonic()
+        self._sampled_step = step_id
+
+    def end_sampling(self) -> None:
+        """Records that the tokens of that step were handed on."""
+        self._sampled_step = None
 
     def fail(self, kind: FailureKind, cause: str) -> bool:
         """Returns whether this is the failure to report, and none that follows from another one."""
@@ -113,14 +131,18 @@ class StageState:
 
     def health(self, received_bytes: int, sent_bytes: int, sent_to: str) -> StageHealth:
         """Returns what the stage is doing at this moment; the arguments describe its links."""
-        current = self.current_step
+        name, current, since = self.name, self.current_step, self._current_since
+        sampled, sampled_since = self._sampled_step, self._sampled_since
+        if sampled is not None:
+            # It is the older one; a stage that samples works, though it may compute nothing.
+            name, current, since = "running" if name == "ready" else name, sampled, sampled_since
         return StageHealth(
             stage=self.identity.index,
             host=self.identity.host,
             pid=os.getpid(),
-            state=self.name,
+            state=name,
             step_id=current,
-            step_seconds=0.0 if current is None else time.monotonic() - self._current_since,
+            step_seconds=0.0 if current is None else time.monotonic() - since,
             received_step=self.received_step,
             steps_done=self._steps_done,
             busy_seconds=self._busy_seconds,

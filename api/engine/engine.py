@@ -272,6 +272,7 @@ class PipelineReports:
             ),
             prefix=self._prefix(),
             drafts=self._scheduler.drafts.counts(),
+            sampling_fallbacks=self._meters.sampling_fallbacks,
         )
         while self._owed:
             self._owed -= 1

@@ -89,6 +89,9 @@ class StageMeter:
     def __init__(self) -> None:
         self.busy_ns = 0
         self.bubble_ns = 0
+        self.sampling_ns = 0
+        self.cpu_ns = 0
+        self.sampling_cpu_ns = 0
         self.step_times = _by_mode()
         self.hops = Histogram.of(STEP_BOUNDS_S)
         self.queues = Histogram.of(STEP_BOUNDS_S)
@@ -106,6 +109,9 @@ class StageMeter:
         self.queues.observe((began_ns - timing.received_ns) * NS)
         self.step_times[mode].observe((ended_ns - began_ns) * NS)
         self.busy_ns += ended_ns - began_ns
+        self.sampling_ns += timing.left_ns - ended_ns
+        self.cpu_ns += timing.cpu_ns
+        self.sampling_cpu_ns += timing.sampling_cpu_ns
         self.recent.add_step(began_ns, ended_ns)
         self.bubble_ns += max(began_ns - self._waits_since_ns, 0)
         self._waits_since_ns = ended_ns
@@ -122,6 +128,9 @@ class StageMeter:
             busy_seconds=self.busy_ns * NS,
             busy_share=self.recent.share(now_ns),
             bubble_seconds=self.bubble_ns * NS,
+            sampling_seconds=self.sampling_ns * NS,
+            cpu_seconds=self.cpu_ns * NS,
+            sampling_cpu_seconds=self.sampling_cpu_ns * NS,
             steps=self.step_times,
             hops=self.hops,
             queues=self.queues,
@@ -147,6 +156,7 @@ class EngineMeters:
         self._running: dict[int, RequestTimes] = {}
         self._inference_ns: dict[Mode, int] = dict.fromkeys(MODES, 0)
         self._returned_ns = 0
+        self.sampling_fallbacks = 0
 
     def request_waits(self, request_id: int, came_ns: int) -> None:
         """Notes that a request has come."""
@@ -206,8 +216,9 @@ class EngineMeters:
         self._returned_ns = returned_ns
         for meter, timing in zip(self.stages, result.timings, strict=True):
             meter.step_done(mode, sent_ns, timing)
-            sent_ns = timing.ended_ns
+            sent_ns = timing.left_ns
         self._result_hops.observe(max(returned_ns - sent_ns, 0) * NS)
+        self.sampling_fallbacks += result.fallbacks
 
     def pipeline_empties(self, returned_ns: int) -> None:
         """Notes that no step is in flight any more."""
@@ -234,6 +245,7 @@ class EngineMeters:
             preemptions=tallies.preemptions,
             non_finite_logits=tallies.non_finite_logits,
             grammar_failures=tallies.grammar_failures,
+            sampling_fallbacks=self.sampling_fallbacks,
             prefill_seconds=self._inference_ns["prefill"] * NS,
             decode_seconds=self._inference_ns["decode"] * NS,
             queue_times=self._queue_times,

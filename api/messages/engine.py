@@ -193,6 +193,8 @@ class DraftCounts(EngineMessage, frozen=True, kw_only=True):
 class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     """The measurements of one stage since the engine began, in seconds; see `StageMeter` and docs/metrics.md.
 
+    `sampling_seconds` are those from the end of steps to their tokens, where these are drawn beside the next step.
+    `cpu_seconds` and `sampling_cpu_seconds` are processor time of the threads that compute and that draw tokens.
     It keeps `host_tier_bytes` and `disk_tier_bytes` of the KV cache beside its device now.
     """
 
@@ -204,6 +206,9 @@ class StageMetrics(EngineMessage, frozen=True, kw_only=True):
     steps: dict[Mode, Histogram]
     hops: Histogram
     queues: Histogram
+    sampling_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    sampling_cpu_seconds: float = 0.0
     host_tier_bytes: int = 0
     disk_tier_bytes: int = 0
 
@@ -218,7 +223,8 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     `prefill_times` are those of requests from their slot to their first token, `decode_times` from there to the last
     and `inference_times` from slot to last, however a request ended; `step_tokens` counts the tokens of steps.
     `non_finite_logits` counts the requests that ended because their logits were not numbers, `grammar_failures` those
-    whose grammar could not be followed.
+    whose grammar could not be followed, and `sampling_fallbacks` the tokens that took logits of the whole vocabulary on
+    the host.
     """
 
     counts: Counts
@@ -236,6 +242,7 @@ class EngineMetrics(EngineMessage, frozen=True, kw_only=True):
     stages: list[StageMetrics]
     non_finite_logits: int = 0
     grammar_failures: int = 0
+    sampling_fallbacks: int = 0
     prefix: PrefixCounts = PrefixCounts()
     drafts: DraftCounts = DraftCounts()
 
@@ -250,6 +257,7 @@ class PipelineReport(EngineMessage, frozen=True, kw_only=True):
     stages: list[StageView]
     prefix: PrefixCounts = PrefixCounts()
     drafts: DraftCounts = DraftCounts()
+    sampling_fallbacks: int = 0
 
 
 ToEngine = AddRequest | AbortRequest | ResetPrefixCache | GetCounts | GetMetrics | GetPipelineReport

@@ -108,7 +108,8 @@ class DraftView(msgspec.Struct, frozen=True, kw_only=True):
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of an engine (see `Counts` and `PrefixCounts`). `epoch` is None before the pipeline is ready.
 
-    The bytes of tiers are those of all stages. `drafts` is None where none are asked for.
+    The bytes of tiers are those of all stages. `drafts` is None where none are asked for. `sampling_fallbacks` are the
+    tokens that took logits of the whole vocabulary on the host.
 
     A view of several engines has sums; there `pid` and `epoch`, which cannot be added, are None.
     """
@@ -131,6 +132,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     host_tier_bytes: int = 0
     disk_tier_bytes: int = 0
     drafts: DraftView | None = None
+    sampling_fallbacks: int = 0
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +182,7 @@ def total(engines: Sequence[EngineView]) -> EngineView | None:
         host_tier_bytes=sum(engine.host_tier_bytes for engine in engines),
         disk_tier_bytes=sum(engine.disk_tier_bytes for engine in engines),
         drafts=_all_drafts([engine.drafts for engine in engines if engine.drafts is not None]),
+        sampling_fallbacks=sum(engine.sampling_fallbacks for engine in engines),
     )
 
 

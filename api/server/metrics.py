@@ -190,6 +190,8 @@ def _scheduler_families(engines: Mapping[Labels, EngineMetrics]) -> Iterator[Met
     yield _counter("galaxyline:non_finite_logits", text, each(lambda one: one.non_finite_logits), MODEL)
     text = "Requests that ended because their grammar could not be followed."
     yield _counter("galaxyline:grammar_failures", text, each(lambda one: one.grammar_failures), MODEL)
+    text = "Tokens that took logits of the whole vocabulary on the host, as candidates did not decide."
+    yield _counter("galaxyline:sampling_fallbacks", text, each(lambda one: one.sampling_fallbacks), MODEL)
     text = "Tokens of requests that got their first slot."
     yield _counter("vllm:prefix_cache_queries", text, each(lambda one: one.prefix.queries), MODEL)
     text = "Tokens of such requests that were cached."
@@ -260,6 +262,12 @@ def _stage_families(stages: Sequence[tuple[str, StageMetrics]]) -> Iterator[Metr
     yield _gauge("galaxyline:stage_busy_share", "Share of the last 10 s spent computing.", share, STAGE)
     text = "Time spent waiting while the pipeline had a step in flight."
     yield _counter("galaxyline:stage_bubble_seconds", text, each(lambda stage: stage.bubble_seconds), STAGE)
+    text = "From the end of steps to their tokens, where these are drawn beside the next step."
+    yield _counter("galaxyline:stage_sampling_seconds", text, each(lambda stage: stage.sampling_seconds), STAGE)
+    text = "Processor time of the thread that computes steps."
+    yield _counter("galaxyline:stage_cpu_seconds", text, each(lambda stage: stage.cpu_seconds), STAGE)
+    text = "Processor time of drawing tokens."
+    yield _counter("galaxyline:stage_sampling_cpu_seconds", text, each(lambda stage: stage.sampling_cpu_seconds), STAGE)
     steps: dict[Labels, Histogram] = {}
     for engine, stage in stages:
         place = (engine, str(stage.stage), stage.host)

@@ -178,6 +178,7 @@ def _engine_view(pid: int | None, report: PipelineReport) -> EngineView:
         host_tier_bytes=sum(stage.host_tier_bytes for stage in report.stages),
         disk_tier_bytes=sum(stage.disk_tier_bytes for stage in report.stages),
         drafts=_draft_view(report.drafts) if report.drafts.num_speculative_tokens else None,
+        sampling_fallbacks=report.sampling_fallbacks,
     )
 
 

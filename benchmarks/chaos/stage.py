@@ -12,9 +12,10 @@ import psutil
 from actors.stage.runner import OnProgress, StageRunner
 from stages.kv.inventory import Inventory
 from stages.options import StageOptions
+from stages.pending import StageOutput
 from stages.plan import StageSpec
 from stages.stage import Stage
-from stages.step import SentHidden, Step, StepResult
+from stages.step import Step
 
 RUNNER = "benchmarks.chaos.stage:load"
 DIRECTORY_VARIABLE = "GALAXYLINE_CHAOS_DIRECTORY"
@@ -34,7 +35,7 @@ class FaultyStage:
         self._runner = runner
         self._order = order
 
-    def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
+    def step(self, step: Step, hidden: memoryview) -> StageOutput:
         """See `StageRunner`."""
         with contextlib.suppress(FileNotFoundError):
             order = self._order.read_text(encoding="ascii")

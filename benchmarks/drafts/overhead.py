@@ -21,6 +21,7 @@ from api.scheduler.options import ScheduleOptions, SchedulerOptions
 from api.scheduler.scheduler import Scheduler
 from benchmarks.drafts.case import DRAFTS, DraftsRow, Load, Turn, prompts, row_of
 from stages.options import CacheOptions, DraftOptions, LoadFormat, StageOptions, TierOptions, WeightOptions
+from stages.pending import drawn
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import SamplingParams, StageTiming, Step, StepResult
@@ -67,7 +68,7 @@ class Contender:
     def _result(self, step: Step) -> StepResult:
         """The step's result with its times, by which the scheduler judges drafts."""
         began_ns = time.process_time_ns()
-        result = self._stage.step(step, memoryview(b""))
+        result = drawn(self._stage.step(step, memoryview(b"")))
         if not isinstance(result, StepResult):
             raise TypeError(f"The only stage passed step {step.step_id} on.")
         timing = StageTiming(received_ns=began_ns, began_ns=began_ns, ended_ns=time.process_time_ns())

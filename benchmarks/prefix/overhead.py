@@ -15,9 +15,10 @@ from benchmarks.prefix.asking import made_up
 from benchmarks.prefix.sharing import Load, PrefixRow
 from benchmarks.support.spread import Spread, ratios
 from stages.options import CacheOptions, StageOptions, TierOptions
+from stages.pending import drawn
 from stages.plan import plan_stages
 from stages.stage import Stage
-from stages.step import SamplingParams
+from stages.step import SamplingParams, StepResult
 from weights.model_config import ModelConfig
 from weights.sample import SAMPLE_DIR
 
@@ -74,7 +75,7 @@ def _tokens_per_s(stage: Stage, load: Load, epoch: int, *, has_keys: bool) -> fl
         )
     began = time.monotonic()
     while step := scheduler.next_step():
-        result = stage.step(step, memoryview(b""))
-        if not isinstance(result, memoryview):
+        result = drawn(stage.step(step, memoryview(b"")))
+        if isinstance(result, StepResult):
             scheduler.on_result(result)
     return sum(len(prompt) + ANSWER_TOKENS for prompt in prompts) / (time.monotonic() - began)

@@ -13,6 +13,7 @@ import msgspec
 from stages.capacity.chip_memory import Activations
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import padded_lanes
+from stages.models.architecture import Launches
 from stages.models.registry import architecture_of
 from stages.plan import StageSpec
 from stages.tensor_dtypes import TILE, WeightDtypes
@@ -49,6 +50,16 @@ ExpertKernel = Literal["all", "chosen"]
 """Whether chips run all their experts on every token, as the modules do, or only those that were chosen."""
 
 ACTIVATION_BYTES = 2
+
+CANDIDATE_OPS = Launches(4, 4)
+"""Ops that find candidates among a chip's logits (stages/candidates.py), without that for a padded vocabulary."""
+
+CANDIDATE_BYTES = 20
+"""Bytes that these move for each logit: topk reads it, as does the typecast, which writes a float32; softmax reads and
+writes those, and gather reads them."""
+
+PADDING_BYTES = 4
+"""Bytes that the op for a padded vocabulary moves for each logit."""
 
 
 class CollectiveCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,8 +308,26 @@ class StageTimes:
     def _head(self, tokens: int, is_decode: bool, *, is_traced: bool = True) -> StepTime:
         gather = _network(all_gather_s(GALAXY_COLUMNS, self._hidden(tokens) / GALAXY_COLUMNS))
         products = _sum(_product(weight, tokens) for weight in self._weights.head())
-        ops = self._ops.norm[0 if is_decode else 1] + self._ops.head[0 if is_decode else 1]
-        return self._statistics(tokens) + gather + products + self._launches(ops, is_decode, is_traced=is_traced)
+        mode = 0 if is_decode else 1
+        ops = self._ops.norm[mode] + self._ops.head[mode] + self._candidate_ops[mode]
+        launches = self._launches(ops, is_decode, is_traced=is_traced)
+        return self._statistics(tokens) + gather + products + launches + self._candidates(tokens)
+
+    @property
+    def _vocabulary_share(self) -> int:
+        """The logits of each chip, padded to whole tiles."""
+        return _tiles(ceil_div(self._config.vocab_size, GALAXY_COLUMNS))
+
+    @property
+    def _candidate_ops(self) -> Launches:
+        """The ops by which each chip finds the best of its logits, one more where these are padded."""
+        padded = int(self._vocabulary_share * GALAXY_COLUMNS != self._config.vocab_size)
+        return Launches(CANDIDATE_OPS.decode + padded, CANDIDATE_OPS.prefill + padded)
+
+    def _candidates(self, tokens: int) -> StepTime:
+        """The time in which each chip reads its logits to find the best, and what all of them weigh."""
+        is_padded = self._vocabulary_share * GALAXY_COLUMNS != self._config.vocab_size
+        return _bound(tokens * self._vocabulary_share * (CANDIDATE_BYTES + PADDING_BYTES * is_padded), 0)
 
     def _traffic(self, tokens: int) -> StepTime:
         """The time in which experts write results to DRAM and read them again in prefill; in decode they stay in L1."""

@@ -1,19 +1,15 @@
 """What generic code needs of a family of models. Nothing here imports torch: plans are made without it."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from stages.options import CacheOptions
-from stages.tensor_dtypes import WeightDtypes
+from stages.tensor_dtypes import TensorDtype, WeightDtypes
 from weights.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from stages.models.module import Modules
-from collections.abc import Iterator, Mapping
-from typing import TypeAlias
-
-from stages.tensor_dtypes import TensorDtype
 
 LETTERS: dict[TensorDtype, str] = {"float32": "f", "bfloat16": "h", "bfloat8_b": "8", "bfloat4_b": "4"}
 """The letter of each dtype in `dtype_letters`."""

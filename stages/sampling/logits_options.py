@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stages.sampling.grammar import Mask
-from stages.sampling.logprobs import Floats, to_floats, token_ids
+from stages.sampling.logprobs import Doubles, Floats, TokenIds, to_floats, token_ids
 from stages.step import SamplingParams
 
 ROOM = 64
@@ -49,15 +50,29 @@ class Penalties:
             self._size += 1
         self._counts[entry] += 1
 
+    @property
+    def may_raise(self) -> bool:
+        """Whether a logit may become larger than it was."""
+        return self._repetition < 1 or self._presence < 0 or self._frequency < 0
+
     def apply(self, logits: Floats) -> None:
         """Changes `logits` [vocabulary] in place."""
         tokens, counts = self._tokens[: self._size], self._counts[: self._size]
-        penalised = logits[tokens].astype(np.float64)
+        logits[tokens] = self._penalised(logits[tokens], counts)
+
+    def apply_to_some(self, tokens: TokenIds, logits: Floats) -> bool:
+        """Changes the `logits` of some `tokens` in place; returns whether those of others are not raised."""
+        places, known = places_of(self._tokens[: self._size], tokens)
+        logits[places] = self._penalised(logits[places], self._counts[: self._size][known])
+        return not self.may_raise or bool(known.all())
+
+    def _penalised(self, logits: Floats, counts: TokenIds) -> Floats:
+        penalised: Doubles = logits.astype(np.float64)
         # Products that overflow are infinite; `to_floats` makes them the largest number, or leaves minus infinity.
         with np.errstate(over="ignore"):
             penalised = np.where(penalised > 0, penalised / self._repetition, penalised * self._repetition)
         penalised -= self._frequency * counts + self._presence * (counts > 0)
-        logits[tokens] = to_floats(penalised)
+        return to_floats(penalised)
 
 
 class LogitsOptions:
@@ -101,6 +116,49 @@ class LogitsOptions:
             self._penalties.apply(changed)
         return changed
 
+    @property
+    def touched(self) -> TokenIds:
+        """The tokens that are the only ones to be drawn, or have a bias: with their logits the others matter less."""
+        return np.union1d(self._allowed, self._biased)
+
+    def change_nothing(self, answer: Sequence[int], answered: int) -> bool:
+        """Whether `apply` returns the logits that it is given, without a mask."""
+        named = len(self._allowed) or len(self._biased) or self._penalties
+        return not (named or self._banned(answer, answered))
+
+    def apply_to_some(
+        self,
+        tokens: TokenIds,
+        logits: Floats,
+        unknown: int,
+        answer: Sequence[int],
+        answered: int,
+        mask: Mask | None = None,
+    ) -> tuple[Floats, int] | None:
+        """Returns the changed `logits` of some `tokens`, ascending, and how many of the `unknown` may still be drawn.
+
+        None where that takes the logits of others, as these may be raised, or known ones are all banned.
+        """
+        changed = np.array(logits)
+        if mask is not None:
+            changed[~mask[tokens]] = -np.inf
+            unknown = int(np.count_nonzero(mask)) - int(np.count_nonzero(mask[tokens]))
+        if len(self._allowed):
+            _, is_known = places_of(self._allowed, tokens)
+            changed[~np.isin(tokens, self._allowed, assume_unique=True)] = -np.inf
+            others = self._allowed[~is_known]
+            unknown = len(others) if mask is None else int(np.count_nonzero(mask[others]))
+        places, _ = places_of(np.array(self._banned(answer, answered), dtype=np.int64), tokens)
+        changed[places] = -np.inf
+        if np.isneginf(changed.max()):
+            return None
+        places, is_known = places_of(self._biased, tokens)
+        changed[places] = to_floats(changed[places] + self._bias[is_known])
+        raises = bool((self._bias[~is_known] > 0).any())
+        if self._penalties is not None:
+            raises |= not self._penalties.apply_to_some(tokens, changed)
+        return None if raises and unknown else (changed, unknown)
+
     def _banned(self, answer: Sequence[int], answered: int) -> list[int]:
         """The last token of each bad word whose other tokens end the answer, and stop tokens that come too early.
 
@@ -115,6 +173,13 @@ class LogitsOptions:
         restricted = np.full(len(logits), -np.inf, dtype=np.float32)
         restricted[self._allowed] = logits[self._allowed]
         return np.array(logits) if np.isneginf(restricted.max()) else restricted
+
+
+def places_of(wanted: TokenIds, tokens: TokenIds) -> tuple[TokenIds, NDArray[np.bool_]]:
+    """The indices among `tokens`, ascending, of those of the `wanted` that are there, and which these are."""
+    places = np.minimum(tokens.searchsorted(wanted), len(tokens) - 1)
+    known = tokens[places] == wanted
+    return places[known], known
 
 
 def _masked(logits: Floats, mask: Mask) -> Floats:

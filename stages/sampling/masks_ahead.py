@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class MaskThread:
-    """Runs jobs in order, on one thread that is started with the first of them.
+    """Runs jobs in order, on one thread that is started with the first of them; any thread may submit them.
 
     The vocabulary is read when the object is made, as it takes a second in which no other thread runs Python.
     """
@@ -39,6 +39,7 @@ class MaskThread:
             queue.SimpleQueue()
         )
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def constraint(self, sampling: SamplingParams, answer: Sequence[int]) -> Constraint:
         """The constraint of a request with these tokens in its answer. Raises GrammarError as Constraint does."""
@@ -48,14 +49,16 @@ class MaskThread:
         """Has the thread do `job` after those that were submitted before."""
         done: Future[Mask | None] = Future()
         self._jobs.put((done, job))
-        if self._thread is None:
-            self._start()
+        with self._starting:
+            if self._thread is None:
+                self._start()
         return done
 
     def replace(self) -> None:
         """Lets another thread do the jobs that wait, as this one is lost in one of them."""
         log.error("the thread of masks is replaced, as a grammar took too long", seconds=MASK_SECONDS)
-        self._start()
+        with self._starting:
+            self._start()
 
     def close(self) -> None:
         """Ends the thread once it has done what was submitted; does not wait for that."""

@@ -11,6 +11,9 @@ from weights.sizes import ceil_div
 ROUNDING = 1e-6
 """More than the roundings of a weight and of its product with a time, in float32, add up to."""
 
+HOPELESS = 16.0
+"""Rivals that may be expected to come earlier than the first of some tokens, so that all of them are not looked for."""
+
 SMALL = 4096
 """So many tokens get their times at once: to rule most of them out would take as long."""
 
@@ -47,6 +50,28 @@ def first_of_all(noise: Noise, values: Floats, weigh: Callable[[Floats], Floats]
     near = (minima.values[groups] <= weights * latest) & (tokens < len(values))
     of_near = groups[near.nonzero()[1]]
     return first_of(noise, tokens[near], weights[near], minima.of(of_near))
+
+
+def first_of_bounded(noise: Noise, tokens: TokenIds, weights: Floats, largest: float, vocabulary: int) -> int | None:
+    """The first of the whole vocabulary, given the weights of some `tokens`, one of which is above 0.
+
+    None where another token, whose weight may be as much as `largest`, could come before it.
+    """
+    times = _times(noise.exponentials(tokens), weights)
+    first = times.min()
+    latest = float(first) * largest * (1 + ROUNDING)
+    if latest * vocabulary > HOPELESS:
+        return None
+    groups = np.arange(0, ceil_div(vocabulary, LANES * GROUP) * LANES * GROUP, LANES * GROUP)
+    firsts = (groups[:, None] + np.arange(LANES)).ravel()
+    minima = noise.minima(firsts)
+    near = np.flatnonzero(minima.values <= latest)
+    rivals = firsts[near] + (np.arange(GROUP) * LANES)[:, None]
+    numbers = noise.exponentials(rivals.ravel(), minima.of(np.tile(near, GROUP)))
+    early = rivals.ravel()[numbers <= latest]
+    if not np.isin(early[early < vocabulary], tokens).all():
+        return None
+    return int(tokens[times == first].min())
 
 
 def _latest(noise: Noise, minima: Minima, values: Floats, weigh: Callable[[Floats], Floats]) -> float:

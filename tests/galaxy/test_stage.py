@@ -10,9 +10,10 @@ import pytest
 
 from stages.capacity.chip_weights import ChipWeights
 from stages.options import DraftOptions, TierOptions
+from stages.pending import drawn
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
-from stages.step import Admission, BlockLoad, Segment, StepResult
+from stages.step import Admission, BlockLoad, Segment, SentHidden, StepResult
 from stages.tensor_dtypes import WeightDtypes
 from tests.galaxy.allocated import allocate_in_place_of_files
 from tests.galaxy.meshes import allocated_bytes
@@ -60,11 +61,12 @@ def expected_bytes(spec: StageSpec, rows: int) -> int:
     return sum(weight.bytes for weight in weights.of_stage(spec)) + len(spec.layers) * cache.bytes
 
 
-def check_output(output: memoryview | StepResult, spec: StageSpec, tokens: int, sampled: int) -> None:
+def check_output(output: memoryview | SentHidden | StepResult, spec: StageSpec, tokens: int, sampled: int) -> None:
     if isinstance(output, StepResult):
         assert spec.is_last
         assert len(output.tokens) == sampled
     else:
+        assert isinstance(output, memoryview)
         assert not spec.is_last
         assert output.nbytes == tokens * HIDDEN_BYTES
 
@@ -96,9 +98,9 @@ def test_a_stage_of_r1_opens_and_steps(
         prompts = segments(cache, first, start, PROMPT)
         admitted = admissions(cache) if start == 0 else []
         prefill = step("prefill", prompts, step_id=start + 1, admitted=admitted)
-        outputs.append((stage.step(prefill, hidden(spec, prefill.token_count)), prefill))
+        outputs.append((drawn(stage.step(prefill, hidden(spec, prefill.token_count))), prefill))
     decode = step("decode", [*segments(cache, first, 2 * PROMPT, 1), *segments(cache, range(cache.pools, users), 0, 1)])
-    outputs.append((stage.step(decode, hidden(spec, users)), decode))
+    outputs.append((drawn(stage.step(decode, hidden(spec, users))), decode))
     for output, done in outputs:
         check_output(output, spec, done.token_count, len(done.segments))
 
@@ -117,7 +119,7 @@ def test_blocks_of_a_stage_of_r1_are_kept_and_brought_back(load: Load) -> None:
         for each in segments(cache, slots, 0, PROMPT)
     ]
     prefill = step("prefill", prompts, admitted=admissions(cache))
-    stage.step(prefill, hidden(spec, prefill.token_count))
+    drawn(stage.step(prefill, hidden(spec, prefill.token_count)))
     assert len(stage.inventory(0).added) == 4 * len(slots)
     assert stage.inventory(0).host_bytes == 4 * len(slots) * len(spec.layers) * 32 * R1.kv_dim * 2
 
@@ -130,11 +132,11 @@ def test_blocks_of_a_stage_of_r1_are_kept_and_brought_back(load: Load) -> None:
     rest = Segment(slot=0, start=2 * BLOCK_SIZE, tokens=[1] * PROMPT, new_blocks=[20, 21, 22, 23], sample=True)
     admission = Admission(slot=0, sampling=GREEDY, cached=cached)
     follows = step("prefill", [rest], step_id=3, admitted=[admission])
-    check_output(stage.step(follows, hidden(spec, PROMPT)), spec, PROMPT, 1)
+    check_output(drawn(stage.step(follows, hidden(spec, PROMPT))), spec, PROMPT, 1)
     decode = step(
         "decode", [Segment(slot=0, start=2 * BLOCK_SIZE + PROMPT, tokens=[1], new_blocks=[24], sample=True)], step_id=4
     )
-    check_output(stage.step(decode, hidden(spec, 1)), spec, 1, 1)
+    check_output(drawn(stage.step(decode, hidden(spec, 1))), spec, 1, 1)
 
 
 @pytest.mark.parametrize(("rows", "drafts"), [(1, 1), (4, 1), (1, 3), (4, 3)])
@@ -150,7 +152,7 @@ def test_the_last_stage_of_r1_verifies_and_makes_drafts(rows: int, drafts: int, 
         for each in segments(cache, range(cache.pools), 0, PROMPT)
     ]
     prefill = step("prefill", prompts, admitted=admissions(cache))
-    result = stage.step(prefill, hidden(spec, prefill.token_count))
+    result = drawn(stage.step(prefill, hidden(spec, prefill.token_count)))
     assert isinstance(result, StepResult)
     assert (result.accepted, [len(draft) for draft in result.drafts]) == ([], [drafts] * (cache.pools - 1))
 
@@ -159,7 +161,7 @@ def test_the_last_stage_of_r1_verifies_and_makes_drafts(rows: int, drafts: int, 
     for step_id in (2, 3):
         decoded = [msgspec.structs.replace(each, tokens=[1] + [0] * drafts, drafts=drafts) for each in parts]
         decode = step("decode", decoded, step_id=step_id)
-        result = stage.step(decode, hidden(spec, decode.token_count))
+        result = drawn(stage.step(decode, hidden(spec, decode.token_count)))
         assert isinstance(result, StepResult)
         assert result.tokens == [0] * decode.token_count
         assert result.accepted == [drafts] * len(parts)

@@ -10,6 +10,7 @@ import torch
 
 from stages.backend import ttnn
 from stages.errors import PlanError, StepError
+from stages.pending import PendingResult, at_once, drawn
 from stages.plan import plan_stages
 from stages.stage import Stage
 from stages.step import Admission, Mode, SamplingParams, Segment, Step, StepResult
@@ -93,7 +94,7 @@ def test_hidden_states_that_stay_on_meshes_give_the_same_tokens(
         what = first.step_hidden_spec(step)
         hidden = first.step_on_mesh(step, None)
         assert what == last.step_hidden_spec(step)
-        assert not isinstance(hidden, StepResult)
+        assert not isinstance(hidden, PendingResult)
         if what is None or hidden is None:
             assert (what, hidden) == (None, None)
         else:
@@ -101,9 +102,9 @@ def test_hidden_states_that_stay_on_meshes_give_the_same_tokens(
             joined = ttnn.ConcatMesh2dToTensor(first.mesh_device, shape, (2, 3))
             hidden = put(last.mesh_device, ttnn.to_torch(hidden, mesh_composer=joined), (2, 3))
             assert step.mode == "prefill" or what.shape[2] <= first.hidden_spec().decode.shape[2]
-        result = last.step_on_mesh(step, hidden)
-        assert isinstance(result, StepResult)
-        return result
+        pending = last.step_on_mesh(step, hidden)
+        assert isinstance(pending, PendingResult)
+        return pending.draw(at_once)
 
     def run(driver: Driver) -> list[list[int]]:
         texts = prompts(3, VOCABULARY)
@@ -158,7 +159,7 @@ def test_a_step_without_segments_changes_slots_only(load: Callable[..., Driver])
     hidden = first.step(step, memoryview(b""))
     assert isinstance(hidden, memoryview)
     assert hidden.nbytes == 0
-    assert last.step(step, memoryview(b"")) == StepResult(epoch=1, step_id=1, tokens=[])
+    assert drawn(last.step(step, memoryview(b""))) == StepResult(epoch=1, step_id=1, tokens=[])
     admitted = first.step(one_step(a_segment(), admit=False), memoryview(b""))
     assert isinstance(admitted, memoryview)
     assert admitted.nbytes == 3 * TINY["hidden_size"] * 4

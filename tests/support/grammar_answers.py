@@ -9,6 +9,7 @@ from llguidance import LLMatcher
 
 from api.text.tokenizer import TextTokenizer
 from stages.options import VocabularyOptions
+from stages.sampling.rows import WholeRows
 from stages.sampling.sampler import Sampler
 from stages.sampling.vocabulary import load_vocabulary
 from stages.step import Admission, Grammar, SamplingParams, Segment, Step, TokenLogprobs
@@ -98,13 +99,13 @@ class Samplers:
         )
         self._step_id += 1
         self._ended = []
-        self.sampler.apply(step)
+        self.sampler.apply(self.sampler.prepare(step))
         logits = [
             random_logits(sampling.seed, position, self._bonus)
             for slot, (sampling, tokens) in self._admitted.items()
             for position in range(len(tokens), len(tokens) + 1 + len(drafts.get(slot, [])))
         ]
-        drawn = self.sampler.sample(step, torch.stack(logits))
+        drawn = self.sampler.sample(step, WholeRows(torch.stack(logits).numpy()))
         self.logprobs, self.accepted = drawn.logprobs, drawn.accepted
         sampled = dict(zip(self._admitted, drawn.by_segment(), strict=True))
         for slot, own in sampled.items():

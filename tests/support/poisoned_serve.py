@@ -16,9 +16,10 @@ from api.settings.engine import EngineSettings
 from api.text.model_source import ModelSource
 from stages.kv.inventory import Inventory
 from stages.options import StageOptions
+from stages.pending import StageOutput
 from stages.plan import StageSpec
 from stages.stage import Stage
-from stages.step import SentHidden, Step, StepResult
+from stages.step import Step
 from tests import ROOT
 from weights.model_config import UNCHANGED, ConfigChanges, ModelConfig
 
@@ -38,7 +39,7 @@ class PoisonedStage:
         listed = [poison.split(":") for poison in poisons.split(",")]
         self._acts = {token: act for act, where, token in listed if int(where) == stage}
 
-    def step(self, step: Step, hidden: memoryview) -> memoryview | SentHidden | StepResult:
+    def step(self, step: Step, hidden: memoryview) -> StageOutput:
         tokens = ["all", *(str(token) for segment in step.segments for token in segment.tokens)]
         acts = [self._acts[token] for token in tokens if token in self._acts]
         if acts:

@@ -62,6 +62,7 @@ class ReportingEngine(FakeEngine):
             microbatches=4,
             counts=COUNTS,
             preemptions=6,
+            sampling_fallbacks=8,
             stages=self.stages,
             prefix=PREFIX,
             drafts=self.drafts,

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from actors.clock import now_ns
-from actors.sockets.host import HostLink
+from actors.sockets.host import HostLink, Terms
 from actors.sockets.listener import HostListener, UnixAddress, connect
 from actors.stage.health import StageHealth
 from actors.stage.runner import StageRunner
@@ -81,14 +81,16 @@ class Bench:
         raise TimeoutError(str(self.server.health()))
 
 
+def neighbours(identity: StageIdentity) -> tuple[Terms, Terms]:
+    """The terms of the neighbours' ends: of the link by which steps come to the stage, and of the other one."""
+    up, down = identity.upstream_terms(), identity.downstream_terms()
+    own = stage_name(identity.index)
+    return msgspec.structs.replace(up, name=up.peer, peer=own), msgspec.structs.replace(down, name=down.peer, peer=own)
+
+
 @asynccontextmanager
 async def bench(identity: StageIdentity, runner: StageRunner) -> AsyncIterator[Bench]:
-    up = msgspec.structs.replace(
-        identity.upstream_terms(), name=stage_name(identity.index - 1), peer=stage_name(identity.index)
-    )
-    down = msgspec.structs.replace(
-        identity.downstream_terms(), name=identity.downstream_terms().peer, peer=stage_name(identity.index)
-    )
+    up, down = neighbours(identity)
     server = StageServer(identity)
     with tempfile.TemporaryDirectory(prefix="stage-") as parent:
         listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
@@ -103,6 +105,21 @@ async def bench(identity: StageIdentity, runner: StageRunner) -> AsyncIterator[B
             await asyncio.to_thread(server.close)
             upstream.close()
             downstream.close()
+
+
+async def reset(server: StageServer, identity: StageIdentity) -> None:
+    await asyncio.wait_for(asyncio.wrap_future(server.reset(identity)), SECONDS)
+
+
+async def join(around: Bench, identity: StageIdentity, parent: str) -> Bench:
+    """Joins the same server between two new links."""
+    up, down = neighbours(identity)
+    listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
+    address = await asyncio.wrap_future(around.server.listen(UnixAddress(f"{parent}/b/up.sock")))
+    upstream = await connect(address, up, upstream_ear := Ear())
+    await asyncio.wrap_future(around.server.connect(listener.address))
+    downstream = await asyncio.wait_for(listener.accepted(), SECONDS)
+    return Bench(around.server, upstream, upstream_ear, downstream, downstream_ear)
 
 
 def step(step_id: int, tokens: int = 1, epoch: int = 4) -> Step:

@@ -9,6 +9,7 @@ import torch
 
 from stages.kv.record_file import KEY_BYTES
 from stages.options import CacheOptions, Dtype, ExecutionOptions, StageOptions, WeightOptions
+from stages.pending import drawn
 from stages.plan import StageSpec, plan_stages
 from stages.stage import Stage
 from stages.step import Admission, BlockLoad, Mode, SamplingParams, Segment, Step, StepResult
@@ -153,8 +154,8 @@ class Driver:
             output = stage.step(step, hidden)
             assert isinstance(output, memoryview)
             hidden = memoryview(bytearray(output))
-        result = self.stages[-1].step(step, hidden)
-        assert not isinstance(result, memoryview)
+        result = drawn(self.stages[-1].step(step, hidden))
+        assert isinstance(result, StepResult)
         assert (result.epoch, result.step_id) == (step.epoch, step.step_id)
         return result
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import msgspec
 from hypothesis import strategies as st
 
 from api.engine.meters import StepRecord
@@ -54,9 +55,15 @@ def flows(draw: st.DrawFn) -> Flow:
             received_ns = sent_ns + draw(duration)
             began_ns = max(received_ns, free_ns[stage])
             sent_ns = free_ns[stage] = began_ns + draw(st.integers(1, 30))
-            timings.append(StageTiming(received_ns=received_ns, began_ns=began_ns, ended_ns=sent_ns))
+            cpu_ns = draw(st.integers(0, sent_ns - began_ns))
+            timings.append(StageTiming(received_ns=received_ns, began_ns=began_ns, ended_ns=sent_ns, cpu_ns=cpu_ns))
+        if draw(st.booleans()):
+            sampled_ns = sent_ns + draw(duration)
+            sampling_cpu_ns = draw(st.integers(0, sampled_ns - sent_ns))
+            timings[-1] = msgspec.structs.replace(timings[-1], sampled_ns=sampled_ns, sampling_cpu_ns=sampling_cpu_ns)
+            sent_ns = sampled_ns
         returned_ns = max(sent_ns + draw(duration), transfers[-1][2] if transfers else 0)
         step = step_of(step_id, draw(st.sampled_from(["prefill", "decode"])), draw(st.integers(1, 3)))
-        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=timings)
+        result = StepResult(epoch=EPOCH, step_id=step_id, tokens=[], timings=timings, fallbacks=draw(st.integers(0, 2)))
         transfers.append((StepRecord(step, submitted_ns, [step_id]), result, returned_ns))
     return Flow(stages, transfers)

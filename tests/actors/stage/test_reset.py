@@ -9,31 +9,27 @@ import msgspec
 import pytest
 
 from actors.errors import LinkError
-from actors.sockets.listener import HostListener, UnixAddress, connect
+from actors.sockets.listener import HostListener, UnixAddress
 from actors.stage.server import StageServer
-from actors.stage.setup import StageIdentity, stage_name
+from actors.stage.setup import stage_name
 from tests.support.links import Ear
 from tests.support.loops import on_uvloop
 from tests.support.runners import EchoRunner
-from tests.support.stage_bench import IDENTITY, SECONDS, Bench, Raising, Waiting, bench, spec, step, untimed
+from tests.support.stage_bench import (
+    IDENTITY,
+    SECONDS,
+    Bench,
+    Raising,
+    Waiting,
+    bench,
+    join,
+    reset,
+    spec,
+    step,
+    untimed,
+)
 
 AGAIN = msgspec.structs.replace(IDENTITY, epoch=5, secret=b"another")
-
-
-async def reset(server: StageServer, identity: StageIdentity) -> None:
-    await asyncio.wait_for(asyncio.wrap_future(server.reset(identity)), SECONDS)
-
-
-async def join(around: Bench, identity: StageIdentity, parent: str) -> Bench:
-    """Joins the same server between two new links."""
-    up = msgspec.structs.replace(identity.upstream_terms(), name=stage_name(0), peer=stage_name(1))
-    down = msgspec.structs.replace(identity.downstream_terms(), name=stage_name(2), peer=stage_name(1))
-    listener = HostListener.open(UnixAddress(f"{parent}/a/down.sock"), down, downstream_ear := Ear())
-    address = await asyncio.wrap_future(around.server.listen(UnixAddress(f"{parent}/b/up.sock")))
-    upstream = await connect(address, up, upstream_ear := Ear())
-    await asyncio.wrap_future(around.server.connect(listener.address))
-    downstream = await asyncio.wait_for(listener.accepted(), SECONDS)
-    return Bench(around.server, upstream, upstream_ear, downstream, downstream_ear)
 
 
 async def serves(around: Bench, first: int) -> None:

@@ -89,9 +89,12 @@ def test_hops_queues_and_steps_add_up(flow: Flow) -> None:
         steps = (stage.steps["prefill"], stage.steps["decode"])
         assert sum(sum(histogram.counts) for histogram in steps) == count
         assert stage.steps["prefill"].total + stage.steps["decode"].total == pytest.approx(stage.busy_seconds)
-        parts += stage.hops.total + stage.queues.total + stage.busy_seconds
+        parts += stage.hops.total + stage.queues.total + stage.busy_seconds + stage.sampling_seconds
+        assert 0 <= stage.cpu_seconds <= stage.busy_seconds + NS
+        assert 0 <= stage.sampling_cpu_seconds <= stage.sampling_seconds + NS
     assert parts + metrics.result_hops.total == pytest.approx(whole * NS)
     assert metrics.steps["prefill"].total + metrics.steps["decode"].total == pytest.approx(whole * NS)
+    assert metrics.sampling_fallbacks == sum(result.fallbacks for _, result, _ in flow.transfers)
     prefills = sum(record.step.mode == "prefill" for record, _, _ in flow.transfers)
     assert sum(metrics.steps["prefill"].counts) == prefills
     assert sum(metrics.stages[0].steps["prefill"].counts) == prefills
@@ -108,8 +111,12 @@ def test_what_stages_keep_beside_their_devices_goes_with_their_times() -> None:
 
 def shifted(timing: StageTiming, by_ns: int) -> StageTiming:
     """The times of a stage whose clock is so far ahead."""
-    return StageTiming(
-        received_ns=timing.received_ns + by_ns, began_ns=timing.began_ns + by_ns, ended_ns=timing.ended_ns + by_ns
+    return msgspec.structs.replace(
+        timing,
+        received_ns=timing.received_ns + by_ns,
+        began_ns=timing.began_ns + by_ns,
+        ended_ns=timing.ended_ns + by_ns,
+        sampled_ns=timing.sampled_ns and timing.sampled_ns + by_ns,
     )
 
 

@@ -13,6 +13,7 @@ from stages.capacity.chip_memory import chip_stages
 from stages.capacity.step_time import (
     ALL_GATHER,
     ALL_TO_ALL,
+    CANDIDATE_OPS,
     MATMUL_FIDELITY,
     REDUCE_SCATTER,
     TRACED_LAUNCH_S,
@@ -181,7 +182,8 @@ def pass_time(tokens: int, users: int, context: int) -> float:
 
     layer = seconds(59, tokens) - seconds(60, tokens)
     head = seconds(60, users, stage=2) - seconds(60, users)
-    untraced = (OPS.head.decode + OPS.norm.decode) * (UNTRACED_LAUNCH_S - TRACED_LAUNCH_S)
+    ops = OPS.head.decode + OPS.norm.decode + CANDIDATE_OPS.decode
+    untraced = ops * (UNTRACED_LAUNCH_S - TRACED_LAUNCH_S)
     projection = 2 * 7168 // 8 * 7168 * 1088 / 1024 / (288e9 * 0.83)
     sent = reduce_scatter_s(8, tokens * 7168 * 2) + 2 * all_gather_s(8, tokens * 32 * 2)
     launches = OPS.joining(tokens=tokens, is_decode=True) * TRACED_LAUNCH_S

@@ -56,14 +56,19 @@ class Store:
 
     def step(self, segments: Sequence[Segment] = (), admitted: Sequence[Admission] = (), **changes: Any) -> list[int]:
         """Takes a step to its end; returns what could not be loaded."""
+        step = self.begin(segments, admitted, **changes)
+        missed = self.blocks.load(step.loads)
+        self.blocks.end(step)
+        return missed
+
+    def begin(self, segments: Sequence[Segment] = (), admitted: Sequence[Admission] = (), **changes: Any) -> Step:
+        """Begins with a step."""
         self._step_id += 1
         fields: dict[str, Any] = {"mode": "prefill", "ended": [], **changes}
         step = Step(epoch=1, step_id=self._step_id, segments=list(segments), admissions=list(admitted), **fields)
         self.tables.apply(step)
         self.blocks.begin(step)
-        missed = self.blocks.load(step.loads)
-        self.blocks.end(step)
-        return missed
+        return step
 
     def fill(self, slot: int, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """Admits a slot, whose prompt fills blocks."""
@@ -296,3 +301,39 @@ def test_what_a_tier_has_is_not_read_from_the_device_again(
         store.fill(0, [4, 1], keys)
         assert isinstance(store.tiers, CountingTiers)
         assert store.tiers.kept == 2 + (turn == 2)
+
+
+@on_chip
+def test_what_is_kept_later_is_what_the_step_left(mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack) -> None:
+    store = store_on(mesh, tmp_path / "host", opened)
+    step = store.begin([prompt(0, [4], [key_of(1)], store.options)], [Admission(slot=0, sampling=GREEDY)])
+    filled = store.blocks.filled(step)
+    [expected] = store.memory.read(0, [4])
+    store.overwrite(0, 4)
+    assert key_of(1) not in store.tiers
+    store.blocks.keep(filled)
+    assert store.tiers.fetch(key_of(1)) == bytes(expected)
+
+
+@on_chip
+def test_what_is_forgotten_before_it_is_kept_is_not_kept(
+    mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack
+) -> None:
+    store = store_on(mesh, tmp_path / "host", opened)
+    keys = [key_of(1), key_of(2)]
+    filled = store.blocks.filled(
+        store.begin([prompt(0, [4, 1], keys, store.options)], [Admission(slot=0, sampling=GREEDY)])
+    )
+    store.step(ended=[0], forgotten=[key_of(1)])
+    store.blocks.keep(filled)
+    assert [key in store.tiers for key in keys] == [False, True]
+
+
+@on_chip
+def test_a_new_epoch_gives_up_what_waits_to_be_kept(mesh: ttnn.MeshDevice, tmp_path: Path, opened: ExitStack) -> None:
+    store = store_on(mesh, tmp_path / "host", opened)
+    step = store.begin([prompt(0, [4], [key_of(1)], store.options)], [Admission(slot=0, sampling=GREEDY)])
+    filled = store.blocks.filled(step)
+    store.blocks.enter_epoch()
+    store.blocks.keep(filled)
+    assert key_of(1) not in store.tiers

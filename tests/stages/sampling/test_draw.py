@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from stages.sampling.draw import Candidates, draw_token
 from stages.sampling.logprobs import Doubles, Floats, TokenIds
 from stages.sampling.noise import Noise
+from stages.sampling.rows import WholeRows
 from stages.sampling.sampler import Sampler
 from stages.step import NO_TOKEN, VOCABULARY, Admission, SamplingParams, Segment, Step, TokenLogprobs
 from tests.support.sampling_reference import changed_logits, chi_squared_bound, distribution, ranked
@@ -37,8 +38,8 @@ def sampled(
         Segment(slot=slot, start=len(tokens[slot]) - 1, tokens=[0], new_blocks=[], sample=True) for slot in slots
     ]
     step = Step(epoch=1, step_id=1, mode="decode", segments=segments, admissions=admissions, ended=[])
-    sampler.apply(step)
-    drawn = sampler.sample(step, logits)
+    sampler.apply(sampler.prepare(step))
+    drawn = sampler.sample(step, WholeRows(logits.numpy()))
     return list(zip(drawn.tokens, drawn.logprobs, strict=True))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.errors import StepError
 from stages.sampling.logits_options import LogitsOptions
 from stages.sampling.logprobs import Floats
-from stages.sampling.sampler import Request
+from stages.sampling.request import Request
 from stages.step import Admission, SamplingParams, Segment
 from tests.support.sampling_reference import changed_logits
 
@@ -30,6 +30,14 @@ def admission(sampling: SamplingParams, tokens: list[int], prompt_tokens: int) -
 
 def row(values: list[float]) -> Floats:
     return np.array(values, dtype=np.float32)
+
+
+def sample(request: Request, logits: Floats, position: int) -> int:
+    """The token that the request draws for a position, of which it takes note."""
+    request.check(position)
+    drawn = request.draw(logits, position)
+    request.note(drawn.token)
+    return drawn.token
 
 
 @st.composite
@@ -70,11 +78,11 @@ def test_a_request_admitted_again_goes_on_as_it_would_have(
 ) -> None:
     sampling = greedy(**chosen, temperature=temperature)
     whole = Request(admission(sampling, prompt, len(prompt)), SIZE)
-    answer = [whole.sample(row(logits), len(prompt) + place) for place, logits in enumerate(rows)]
+    answer = [sample(whole, row(logits), len(prompt) + place) for place, logits in enumerate(rows)]
     cut = data.draw(st.integers(0, len(answer)))
     tokens = prompt + answer[:cut] if sampling.reads_tokens else []
     again = Request(admission(sampling, tokens, len(prompt)), SIZE)
-    assert answer[cut:] == [again.sample(row(rows[at]), len(prompt) + at) for at in range(cut, len(rows))]
+    assert answer[cut:] == [sample(again, row(rows[at]), len(prompt) + at) for at in range(cut, len(rows))]
 
 
 @settings(deadline=None, max_examples=200)
@@ -85,7 +93,7 @@ def test_each_greedy_token_is_the_best_after_those_before_it(
     request = Request(admission(greedy(**chosen), prompt, len(prompt)), SIZE)
     answer: list[int] = []
     for logits in rows:
-        token = request.sample(row(logits), len(prompt) + len(answer))
+        token = sample(request, row(logits), len(prompt) + len(answer))
         expected = changed_logits(logits, greedy(**chosen), prompt, answer)
         assert expected[token] >= max(expected) - 1e-4
         answer.append(token)
@@ -116,21 +124,21 @@ def test_penalties_of_many_tokens_are_those_of_their_counts() -> None:
     ],
 )
 def test_bans_that_would_leave_nothing_give_way(chosen: SamplingParams, expected: int) -> None:
-    assert Request(admission(chosen, [5], 1), 3).sample(row([1.0, 0.5, 2.0]), 1) == expected
+    assert sample(Request(admission(chosen, [5], 1), 3), row([1.0, 0.5, 2.0]), 1) == expected
 
 
 def test_a_bad_word_that_begins_in_the_prompt_may_be_completed() -> None:
     request = Request(admission(greedy(bad_words=[[4, 1]]), [0, 4], 2), 5)
-    tokens = [request.sample(row([0.0, 2.0, 0.0, 0.0, 1.0]), 2)]
-    tokens.append(request.sample(row([0.0, 0.0, 0.0, 0.0, 1.0]), 3))
-    tokens.append(request.sample(row([0.0, 2.0, 0.0, 0.0, 1.0]), 4))
+    tokens = [sample(request, row([0.0, 2.0, 0.0, 0.0, 1.0]), 2)]
+    tokens.append(sample(request, row([0.0, 0.0, 0.0, 0.0, 1.0]), 3))
+    tokens.append(sample(request, row([0.0, 2.0, 0.0, 0.0, 1.0]), 4))
     assert tokens == [1, 4, 4]
 
 
 def test_extreme_options_overflow_to_the_largest_number_and_not_beyond() -> None:
     sampling = greedy(temperature=1.0, repetition_penalty=1e-300, logit_bias={2: 1e308, 3: -1e308})
     request = Request(admission(sampling, [0, 1], 2), 5)
-    drawn = [request.sample(row([1.0, 2.0, 0.0, 50.0, 50.0]), position) for position in range(2, 60)]
+    drawn = [sample(request, row([1.0, 2.0, 0.0, 50.0, 50.0]), position) for position in range(2, 60)]
     assert set(drawn) == {0, 1, 2}
 
 
@@ -151,14 +159,14 @@ def test_admissions_without_what_sampling_reads_are_refused(
 
 def test_a_request_that_reads_its_tokens_samples_them_in_turn() -> None:
     request = Request(admission(greedy(frequency_penalty=1.0), [1, 2, 3], 2), SIZE)
-    request.sample(row([0.0] * SIZE), 3)
+    sample(request, row([0.0] * SIZE), 3)
     with pytest.raises(StepError, match=r"Slot 3 samples at position 3, but .* 4 tokens"):
-        request.sample(row([0.0] * SIZE), 3)
+        sample(request, row([0.0] * SIZE), 3)
 
 
 def test_an_admission_is_not_changed() -> None:
     tokens = [1, 2, 3]
-    Request(admission(greedy(frequency_penalty=1.0), tokens, 3), SIZE).sample(row([0.0] * SIZE), 3)
+    sample(Request(admission(greedy(frequency_penalty=1.0), tokens, 3), SIZE), row([0.0] * SIZE), 3)
     assert tokens == [1, 2, 3]
 
 

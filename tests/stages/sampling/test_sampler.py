@@ -12,13 +12,21 @@ from hypothesis import strategies as st
 
 from api.openai.grammars.structured_output import schema_grammar
 from stages.sampling.constraint import Constraint
+from stages.sampling.logprobs import Floats
 from stages.sampling.masks_ahead import MaskThread
+from stages.sampling.rows import WholeRows
 from stages.sampling.sampler import Sampler, sampling_tokens
 from stages.step import NO_TOKEN, Mode, SamplingParams, Segment, Step, Thought, TokenLogprobs
 from tests.support.grammar_answers import EOS, PROMPT, SIZE, VOCABULARY, Samplers, params, random_logits
 
 SAMPLER = Sampler(SIZE, VOCABULARY)
 """One for all tests, so that compiled grammars and their thread are those of others before."""
+
+
+def row_of(logits: Floats) -> WholeRows:
+    """The logits of one token."""
+    return WholeRows(logits[None])
+
 
 LENGTH = 16
 SOON, PATIENT = 0.01, 60.0
@@ -81,7 +89,7 @@ def admitted(
         samplers.admit(slot, sampling, answer)
     segments = [] if decode is None else [decode]
     step = Step(epoch=1, step_id=0, mode="decode", segments=segments, admissions=samplers.take_admissions(), ended=[])
-    sampler.apply(step)
+    sampler.apply(sampler.prepare(step))
     return step
 
 
@@ -128,8 +136,8 @@ def test_the_first_draft_is_what_the_same_logits_give_as_the_token(options: dict
     answer = [samplers.step()[0]]
     while answer[-1] >= 0 and answer[-1] != EOS and len(answer) < LENGTH:
         position = len(PROMPT) + len(answer)
-        guess = SAMPLER.draft(0, random_logits(sampling.seed, position).numpy(), position, [], PATIENT)
-        other = SAMPLER.draft(0, random_logits(7 + sampling.seed, position).numpy(), position, [], PATIENT)
+        guess = SAMPLER.draft(0, row_of(random_logits(sampling.seed, position).numpy()), 0, position, [], PATIENT)
+        other = SAMPLER.draft(0, row_of(random_logits(7 + sampling.seed, position).numpy()), 0, position, [], PATIENT)
         answer += samplers.step().values()
         assert guess == (answer[-1] if answer[-1] >= 0 else None)
         assert other is None or 0 <= other < SIZE
@@ -141,19 +149,19 @@ def test_later_drafts_heed_the_ones_before_as_far_as_their_number_and_bad_words_
     logits[[30, 31, 32]] = [1.0, 3.0, 2.0]
     admitted(SAMPLER, params(temperature=0.0, bad_words=[[30, 31]]), params(temperature=0.0), answer=[4, 30])
     begin = len(PROMPT) + 2
-    assert [SAMPLER.draft(slot, logits, begin, [], PATIENT) for slot in (0, 1)] == [32, 31]
-    assert [SAMPLER.draft(slot, logits, begin + 1, [5], PATIENT) for slot in (0, 1)] == [31, 31]
-    assert [SAMPLER.draft(slot, logits, begin + 1, [30], PATIENT) for slot in (0, 1)] == [32, 31]
+    assert [SAMPLER.draft(slot, row_of(logits), 0, begin, [], PATIENT) for slot in (0, 1)] == [32, 31]
+    assert [SAMPLER.draft(slot, row_of(logits), 0, begin + 1, [5], PATIENT) for slot in (0, 1)] == [31, 31]
+    assert [SAMPLER.draft(slot, row_of(logits), 0, begin + 1, [30], PATIENT) for slot in (0, 1)] == [32, 31]
     # None of the answer's first three tokens ends it.
     admitted(SAMPLER, params(temperature=0.0, min_tokens=3, stop_token_ids=[31]), answer=[4])
-    assert [SAMPLER.draft(0, logits, begin + more, [5] * (1 + more), PATIENT) for more in (0, 1)] == [32, 31]
+    assert [SAMPLER.draft(0, row_of(logits), 0, begin + more, [5] * (1 + more), PATIENT) for more in (0, 1)] == [32, 31]
 
 
 def test_no_draft_of_what_is_not_a_number() -> None:
     admitted(SAMPLER, params())
     logits = random_logits(0, 0).numpy()
     logits[9] = np.nan
-    assert SAMPLER.draft(0, logits, len(PROMPT), [], PATIENT) is None
+    assert SAMPLER.draft(0, row_of(logits), 0, len(PROMPT), [], PATIENT) is None
 
 
 def test_no_draft_while_its_grammar_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +177,11 @@ def test_no_draft_while_its_grammar_is_not_known(monkeypatch: pytest.MonkeyPatch
     admitted(sampler, params(CITY), params())
     logits = random_logits(0, 0).numpy()
     try:
-        assert sampler.draft(0, logits, len(PROMPT), [], SOON) is None
-        assert sampler.draft(1, logits, len(PROMPT), [], PATIENT) is not None
+        assert sampler.draft(0, row_of(logits), 0, len(PROMPT), [], SOON) is None
+        assert sampler.draft(1, row_of(logits), 0, len(PROMPT), [], PATIENT) is not None
     finally:
         known.set()
-    assert sampler.draft(0, logits, len(PROMPT), [], PATIENT) is not None
+    assert sampler.draft(0, row_of(logits), 0, len(PROMPT), [], PATIENT) is not None
     sampler.close()
 
 
@@ -182,7 +190,7 @@ def test_no_draft_where_the_grammar_has_failed() -> None:
     samplers.admit(0, params("no grammar at all {"))
     assert samplers.verify({0: [5, 6]})[0][-1] < 0
     assert samplers.accepted == [0]
-    assert SAMPLER.draft(0, random_logits(0, 0).numpy(), len(PROMPT), [], PATIENT) is None
+    assert SAMPLER.draft(0, row_of(random_logits(0, 0).numpy()), 0, len(PROMPT), [], PATIENT) is None
 
 
 def test_a_draft_is_right_but_what_follows_is_not_a_number() -> None:
@@ -192,7 +200,7 @@ def test_a_draft_is_right_but_what_follows_is_not_a_number() -> None:
     rows[1, 4] = torch.nan
     segment = Segment(slot=0, start=len(PROMPT) - 1, tokens=[PROMPT[-1], first, 9], new_blocks=[], sample=True)
     step = admitted(sampler, params(logprobs=1), decode=segment)
-    sampled = sampler.sample(step, rows)
+    sampled = sampler.sample(step, WholeRows(rows.numpy()))
     assert (sampled.tokens, sampled.accepted) == ([first, NO_TOKEN], [1])
     assert [entry is None for entry in sampled.logprobs] == [False, True]
 
