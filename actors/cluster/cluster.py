@@ -198,8 +198,8 @@ def _take_signals_back() -> None:
 def _start_despite_load(rows: int, directory: Path) -> OwnNode:
     """Starts Ray, and once more if its processes are not up in time.
 
-    A raylet ends if its agents do not report for 15 s, which on a busy host they may need to be read from disk
-    (ray-project/ray, issue 65983).
+    A raylet that has agents ends if they do not report for 15 s, which on a busy host they may need to be read from
+    disk (ray-project/ray, issue 65983).
     """
     try:
         return _start(rows, directory)
