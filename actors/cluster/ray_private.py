@@ -4,6 +4,7 @@ tests/actors/cluster/test_ray_private.py compares them with the Ray that is inst
 the functions only, because the variables named here have to be set before that happens.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from actors.cluster import fork_client
 from actors.errors import ClusterError, ReleaseError, StartError
 from actors.release import own_release, release_sentence
 from weights.errors import GalaxylineError
@@ -52,6 +54,16 @@ NO_PORT = 1
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set within a job of a cluster. It may name a runtime environment, which only an agent can make."""
 
+DEPENDENCIES = (
+    "asyncio",
+    "google.protobuf.descriptor_pb2",
+    "google.protobuf.json_format",
+    "psutil",
+    "requests",
+    "yaml",
+)
+"""Modules that take half of the time of Ray's own import."""
+
 ENTRYPOINT_CHARACTERS_MAX = 80
 
 _RELEASE = re.compile(r"\bReleaseError: (.*)")
@@ -73,10 +85,18 @@ class OwnNode:
     the same for every Ray of a host.
     """
 
-    def __init__(self, address: str, directory: Path, resources: Mapping[str, int], object_store_bytes: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        directory: Path,
+        resources: Mapping[str, int],
+        object_store_bytes: int,
+        fork_socket: Path | None = None,
+    ) -> None:
         """Starts them at a loopback `address`, with their files below `directory`.
 
-        Raises Exception itself, as Ray does, where they are not up in time.
+        The workers are forks of the fork server at `fork_socket`, if it is given. Raises Exception itself, as Ray does,
+        where they are not up in time.
         """
         from ray._private import services  # noqa: PLC0415 - see the module
         from ray._private.node import Node  # noqa: PLC0415
@@ -115,6 +135,7 @@ class OwnNode:
             # By default one port for all, which a second Ray of the host then misses.
             dashboard_agent_listen_port=0,
             _system_config=system,
+            **({} if fork_socket is None else _forked_workers(fork_socket)),
         )
         self._node = BareNode(parameters, head=True, shutdown_at_exit=False, ray_init_cluster=True)
         self.address: str = self._node.address
@@ -147,6 +168,25 @@ def raylet_arguments(environment: Mapping[str, str]) -> list[str]:
         *(f"--{name}_command={command}" for name in ("dashboard_agent", "runtime_env_agent")),
         *(f"--{name}={NO_PORT}" for name in ports),
     ]
+
+
+def _forked_workers(fork_socket: Path) -> dict[str, Any]:
+    """Parameters of a node whose workers are forks."""
+    variables = {fork_client.SOCKET_VARIABLE: str(fork_socket), fork_client.SCRIPT_VARIABLE: worker_script()}
+    return {"worker_path": fork_client.__file__, "env_vars": variables}
+
+
+def worker_script() -> str:
+    """Returns the path of the program that the raylet runs as a worker."""
+    import ray  # noqa: PLC0415 - see the module
+
+    return str(Path(ray.__file__).parent / "_private" / "workers" / "default_worker.py")
+
+
+def import_dependencies() -> None:
+    """Imports what Ray itself imports, and not Ray, which reads its environment: a fork is to do so in its own."""
+    for name in DEPENDENCIES:
+        importlib.import_module(name)
 
 
 def current_cluster() -> str:
