@@ -6,7 +6,6 @@ The module imports Ray; see `actors.cluster.cluster`.
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import msgspec
 import structlog
@@ -22,6 +21,7 @@ from actors.stage.health import StageHealth, StageProgress
 from actors.stage.mesh_hop import Transfer
 from actors.stage.setup import stage_setups
 from actors.start import Chain, StageStarter, StartedStages
+from actors.workspace import Workspace
 from stages.kv.inventory import Inventory
 
 WATCH_SECONDS = 2.0
@@ -43,20 +43,24 @@ class Deployment:
 
     @classmethod
     async def start(
-        cls, options: PipelineOptions, links: EngineLinks, on_progress: Callable[[StageProgress], None]
+        cls,
+        options: PipelineOptions,
+        workspace: Workspace,
+        links: EngineLinks,
+        on_progress: Callable[[StageProgress], None],
     ) -> "Deployment":
         """Joins or starts the cluster, then starts and joins all stages. Raises what `Pipeline.start` raises.
 
-        Everything that was started is ended before it raises.
+        Everything that was started is ended before it raises, the workspace too.
         """
         deadline = asyncio.get_running_loop().time() + options.cluster.start_timeout_s
         ending = AsyncExitStack()
         try:
-            directory = _run_directory(options.directory)
-            ending.push_async_callback(asyncio.to_thread, directory.remove)
+            directory = workspace.directory
+            ending.push_async_callback(workspace.close)
             options = _with_memory(options, directory, ending)
             rows = len(options.specs) * options.cluster.rows_per_stage
-            cluster = await Cluster.join(options.cluster.ray_address, rows, directory.ray)
+            cluster = await Cluster.join(options.cluster.ray_address, rows, directory.ray, workspace.fork_socket)
             ending.push_async_callback(cluster.leave)
             if cluster.is_ours:
                 relay = StderrRelay(directory.path / "stderr")
@@ -173,7 +177,3 @@ def _with_memory(options: PipelineOptions, directory: RunDirectory, ending: Asyn
         log.warning("blocks are not kept in memory", directory=str(directory.memory), cause=error.strerror)
     tiers = msgspec.structs.replace(stage.tiers, host_directory=str(directory.memory))
     return msgspec.structs.replace(options, stage=msgspec.structs.replace(stage, tiers=tiers))
-
-
-def _run_directory(given: str | None) -> RunDirectory:
-    return RunDirectory.create() if given is None else RunDirectory.enter(Path(given))

@@ -16,6 +16,7 @@ from actors.errors import LinkError, PipelineError
 from actors.options import PipelineOptions
 from actors.sockets.link import Arrival, EngineLinks, EpochEvents, Link
 from actors.stage.health import StageHealth, StageProgress
+from actors.workspace import Workspace
 from stages.kv.inventory import Inventory
 from stages.step import StageFailure, Step, StepResult
 from weights.errors import GalaxylineError
@@ -142,12 +143,18 @@ class Pipeline:
         DeviceError of a stage is raised as it is. Whatever was started is ended before it raises.
         """
         prepare_environment(options.cluster.ray_address)
-        # Importing Ray takes most of a second; the caller's loop has other work.
-        await asyncio.to_thread(_import_ray)
-        from actors.deployment import Deployment  # noqa: PLC0415 - imports Ray, which reads the environment
+        # First of all: its imports go on while Ray is imported and started here.
+        workspace = Workspace.open(options)
+        try:
+            # Importing Ray takes most of a second; the caller's loop has other work.
+            await asyncio.to_thread(_import_ray)
+            from actors.deployment import Deployment  # noqa: PLC0415 - imports Ray, which reads the environment
 
-        pipeline = cls(next(_epochs), options.cluster.step_timeout_s)
-        deployment = await Deployment.start(options, pipeline.engine_links(), on_progress)
+            pipeline = cls(next(_epochs), options.cluster.step_timeout_s)
+            deployment = await Deployment.start(options, workspace, pipeline.engine_links(), on_progress)
+        except BaseException:
+            await asyncio.shield(workspace.close())
+            raise
         pipeline.attach(deployment, deployment.downstream)
         return pipeline
 

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "overload",
     "memory",
     "stopping",
+    "start",
 )
 
 
@@ -34,7 +35,7 @@ def main(short: bool, device: Device, out: Path) -> None:
     for name in BENCHMARKS:
         # Scaling, overload and memory need stages that wait, not stages that share one processor.
         on = "timed" if name in {"overload", "memory"} or (name == "scaling" and device == "embedded") else device
-        on = "embedded" if name in {"sampling", "grammars", "prefix", "drafts", "stopping"} else on
+        on = "embedded" if name in {"sampling", "grammars", "prefix", "drafts", "stopping", "start"} else on
         command = [sys.executable, "-m", f"benchmarks.{name}", "--device", on, *options]
         code = subprocess.run(command, check=False).returncode
         if code:

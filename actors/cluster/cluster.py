@@ -57,9 +57,12 @@ class Cluster:
         self._is_silent = False
 
     @classmethod
-    async def join(cls, address: str | None, rows: int, directory: Path) -> "Cluster":
+    async def join(cls, address: str | None, rows: int, directory: Path, fork_socket: Path | None = None) -> "Cluster":
         """Joins the cluster at `address`, or at RAY_ADDRESS, or the one this process is in; else starts one that has
-        `rows` galaxy rows, on the loopback interface, with its files below `directory`. Raises ClusterError.
+        `rows` galaxy rows, on the loopback interface, with its files below `directory`.
+
+        The workers of one that is started are forks of the fork server at `fork_socket`, if it is given. Raises
+        ClusterError.
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix="Ray", initializer=_block_stop_signals)
         loop = asyncio.get_running_loop()
@@ -69,7 +72,7 @@ class Cluster:
                 address = await loop.run_in_executor(thread, current_cluster)
             if address is not None:
                 await _reach(address)
-            connecting = loop.run_in_executor(thread, _connect, address, rows, directory)
+            connecting = loop.run_in_executor(thread, _connect, address, rows, directory, fork_socket)
             node = await asyncio.wait_for(asyncio.shield(connecting), CONNECT_SECONDS)
         except asyncio.TimeoutError:
             thread.shutdown(wait=False)
@@ -171,13 +174,13 @@ async def _greet(host: str, port: int) -> None:
         writer.close()
 
 
-def _connect(address: str | None, rows: int, directory: Path) -> OwnNode | None:
+def _connect(address: str | None, rows: int, directory: Path, fork_socket: Path | None) -> OwnNode | None:
     """Connects to Ray, or starts it; returns the node that was started here, and is to be ended here."""
     if ray.is_initialized():
         return None
     try:
         if address is None:
-            return _start_despite_load(rows, directory)
+            return _start_despite_load(rows, directory, fork_socket)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises Exception itself where its processes are not up in time
         attempt = "started" if address is None else f"joined at {address}"
@@ -195,23 +198,23 @@ def _take_signals_back() -> None:
             signal.siginterrupt(number, False)
 
 
-def _start_despite_load(rows: int, directory: Path) -> OwnNode:
+def _start_despite_load(rows: int, directory: Path, fork_socket: Path | None) -> OwnNode:
     """Starts Ray, and once more if its processes are not up in time.
 
-    A raylet ends if its agents do not report for 15 s, which on a busy host they may need to be read from disk
-    (ray-project/ray, issue 65983).
+    A raylet that has agents ends if they do not report for 15 s, which on a busy host they may need to be read from
+    disk (ray-project/ray, issue 65983).
     """
     try:
-        return _start(rows, directory)
+        return _start(rows, directory, fork_socket)
     except ClusterError:
         raise
     except Exception as error:  # Ray raises Exception itself
         _log.warning("Ray did not start: once more", cause=" ".join(str(error).split()))
-        return _start(rows, directory)
+        return _start(rows, directory, fork_socket)
 
 
-def _start(rows: int, directory: Path) -> OwnNode:
-    node = OwnNode(LOOPBACK, directory, {ROWS: rows}, OBJECT_STORE_BYTES)
+def _start(rows: int, directory: Path, fork_socket: Path | None) -> OwnNode:
+    node = OwnNode(LOOPBACK, directory, {ROWS: rows}, OBJECT_STORE_BYTES, fork_socket)
     try:
         ray.init(address=node.address, _node_ip_address=LOOPBACK, log_to_driver=False, logging_level=logging.ERROR)
         stop_error_listener()

@@ -4,13 +4,16 @@ tests/actors/cluster/test_ray_private.py compares them with the Ray that is inst
 the functions only, because the variables named here have to be set before that happens.
 """
 
+import importlib
 import os
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from actors.cluster import fork_client
 from actors.errors import ClusterError, ReleaseError, StartError
 from actors.release import own_release, release_sentence
 from weights.errors import GalaxylineError
@@ -37,7 +40,29 @@ STARTUP_CONCURRENCY = "worker_maximum_startup_concurrency"
 """Entry of Ray's system configuration: how many workers of a node may start at the same time."""
 
 METRICS_COLLECTION = "enable_metrics_collection"
-"""Another entry: whether its agents answer on a port, to anybody, with measurements of the host."""
+"""Another entry: whether its processes measure themselves, and its agents answer, on a port, with measurements."""
+
+PIPED_AGENTS = "enable_pipe_based_agent_to_parent_health_check"
+"""Another entry: whether the raylet holds a pipe to its agents' standard input, which ends with it."""
+
+NO_AGENT = ("/bin/sh", "-c", "exec cat")
+"""A command that does nothing until the raylet ends: it reads the pipe to its standard input."""
+
+NO_PORT = 1
+"""In place of an agent's port, and nobody listens there. From an agent without one the raylet waits for a file."""
+
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set within a job of a cluster. It may name a runtime environment, which only an agent can make."""
+
+DEPENDENCIES = (
+    "asyncio",
+    "google.protobuf.descriptor_pb2",
+    "google.protobuf.json_format",
+    "psutil",
+    "requests",
+    "yaml",
+)
+"""Modules that take half of the time of Ray's own import."""
 
 ENTRYPOINT_CHARACTERS_MAX = 80
 
@@ -53,24 +78,51 @@ def set_environment(environment: MutableMapping[str, str], *, is_loopback: bool)
 
 
 class OwnNode:
-    """The processes of a Ray cluster of this host alone: the control store and the raylet, with its agents.
+    """The processes of a Ray cluster of this host alone: the control store and the raylet.
 
-    What `ray.init` starts beside them serves dashboards, the autoscaler and the relay of workers' output: nothing here
-    uses it, it takes most of a start's time, and it listens on ports that are the same for every Ray of a host.
+    What `ray.init` starts beside them serves dashboards, metrics, the autoscaler, runtime environments and the relay of
+    workers' output: nothing here uses it, it takes most of a start's time, and it listens on ports, some of which are
+    the same for every Ray of a host.
     """
 
-    def __init__(self, address: str, directory: Path, resources: Mapping[str, int], object_store_bytes: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        directory: Path,
+        resources: Mapping[str, int],
+        object_store_bytes: int,
+        fork_socket: Path | None = None,
+    ) -> None:
         """Starts them at a loopback `address`, with their files below `directory`.
 
-        Raises Exception itself, as Ray does, where they are not up in time.
+        The workers are forks of the fork server at `fork_socket`, if it is given. Raises Exception itself, as Ray does,
+        where they are not up in time.
         """
-        from ray._private.node import Node  # noqa: PLC0415 - see the module
+        from ray._private import services  # noqa: PLC0415 - see the module
+        from ray._private.node import Node  # noqa: PLC0415
         from ray._private.parameter import RayParams  # noqa: PLC0415
 
         class BareNode(Node):
             def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
                 """Starts no dashboard."""
 
+            def start_raylet(self, *arguments: Any, **options: Any) -> None:
+                """Starts the raylet, with our arguments behind Ray's."""
+                start = services.start_ray_process
+                services.start_ray_process = lambda command, *rest, **named: start(
+                    [*command, *raylet_arguments(os.environ)], *rest, **named
+                )
+                try:
+                    super().start_raylet(*arguments, **options)
+                finally:
+                    services.start_ray_process = start
+
+        system: dict[str, Any] = {
+            # As many stages start at once as there are cores: each takes a second of one to import Ray.
+            STARTUP_CONCURRENCY: len(os.sched_getaffinity(0)),
+            METRICS_COLLECTION: False,
+            PIPED_AGENTS: True,
+        }
         parameters = RayParams(
             node_ip_address=address,
             num_cpus=1,
@@ -82,8 +134,8 @@ class OwnNode:
             no_monitor=True,
             # By default one port for all, which a second Ray of the host then misses.
             dashboard_agent_listen_port=0,
-            # As many stages start at once as there are cores: each takes a second of one to import Ray.
-            _system_config={STARTUP_CONCURRENCY: len(os.sched_getaffinity(0)), METRICS_COLLECTION: False},  # type: ignore[dict-item] # a number
+            _system_config=system,
+            **({} if fork_socket is None else _forked_workers(fork_socket)),
         )
         self._node = BareNode(parameters, head=True, shutdown_at_exit=False, ray_init_cluster=True)
         self.address: str = self._node.address
@@ -100,6 +152,41 @@ class OwnNode:
             for info in started:
                 info.process.kill()
         self._node.kill_all_processes(check_alive=False)
+
+
+def raylet_arguments(environment: Mapping[str, str]) -> list[str]:
+    """Returns arguments of a raylet that has no agents; none where the environment may want a runtime environment.
+
+    The raylet insists on commands for them, and ends when they do. Each takes a second of a core to be imported, and
+    the raylet waits for both. What they serve is metrics, logs and jobs of dashboards, and runtime environments.
+    """
+    if JOB_CONFIG_VARIABLE in environment:
+        return []
+    command = subprocess.list2cmdline(NO_AGENT)
+    ports = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    return [
+        *(f"--{name}_command={command}" for name in ("dashboard_agent", "runtime_env_agent")),
+        *(f"--{name}={NO_PORT}" for name in ports),
+    ]
+
+
+def _forked_workers(fork_socket: Path) -> dict[str, Any]:
+    """Parameters of a node whose workers are forks."""
+    variables = {fork_client.SOCKET_VARIABLE: str(fork_socket), fork_client.SCRIPT_VARIABLE: worker_script()}
+    return {"worker_path": fork_client.__file__, "env_vars": variables}
+
+
+def worker_script() -> str:
+    """Returns the path of the program that the raylet runs as a worker."""
+    import ray  # noqa: PLC0415 - see the module
+
+    return str(Path(ray.__file__).parent / "_private" / "workers" / "default_worker.py")
+
+
+def import_dependencies() -> None:
+    """Imports what Ray itself imports, and not Ray, which reads its environment: a fork is to do so in its own."""
+    for name in DEPENDENCIES:
+        importlib.import_module(name)
 
 
 def current_cluster() -> str:

@@ -92,7 +92,13 @@ class Preparation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prepare(preparation: Preparation) -> None:
-    """Sets the environment that imports read, then imports. Runs in a thread of its own, whose niceness it raises.
+    """Imports ahead while stages serve. Runs in a thread of its own, whose niceness it raises. Raises StartError."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    import_ahead(preparation)
+
+
+def import_ahead(preparation: Preparation) -> None:
+    """Sets the environment that imports read, then imports.
 
     ttnn looks for the chips that it may see when it is imported, and only a stage's own environment names these: for
     ttnn, no more than torch is imported. Raises StartError if the runner cannot be found.
@@ -102,7 +108,6 @@ def prepare(preparation: Preparation) -> None:
     # Cores are bound, and threads counted anew, when the process is assigned a stage.
     share = share_cores(sorted(os.sched_getaffinity(0)), preparation.neighbours)[0]
     set_thread_variables(share.threads, os.environ)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     if PROFILES[preparation.device].has_chips:
         importlib.import_module("torch")
     else:

@@ -417,7 +417,7 @@ async def test_a_ray_that_is_not_up_in_time_is_one_sentence(
 
     attempts: list[object] = []
 
-    def start(_: str, __: Path, resources: object, ___: int) -> None:
+    def start(_: str, __: Path, resources: object, ___: int, ____: Path | None) -> None:
         attempts.append(resources)
         raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
 

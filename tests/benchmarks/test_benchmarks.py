@@ -16,6 +16,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from benchmarks.checkpoint import SEED, SIZES, write_checkpoint
 from benchmarks.model.contender import TokenTimes, prefill_tokens_per_s, random_prompts
+from benchmarks.start import LAST_PART, PARTS
 from benchmarks.support.null_stage import TOKEN, NullStage, StepCount
 from benchmarks.support.spread import Spread, ratios
 from stages.plan import StageSpec
@@ -89,6 +90,21 @@ def test_the_short_form_prints_a_table_and_writes_figures(
     assert f"{name} on embedded" in done.stdout
     assert str(file) in done.stdout
     check_report(json.loads(file.read_bytes()), name)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_start_are_all_of_it(tmp_path: Path) -> None:
+    done = run("benchmarks.start", "--short", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "start.embedded.json").read_bytes())
+    assert report["targets"] == []
+    rows = {row["part"]: row for row in report["rows"]}
+    assert all(len(row["seconds"]) == 1 and row["beside"] == [] for row in rows.values())
+    parts = [rows[part]["seconds"][0] for part in [*(part for part, _ in PARTS), LAST_PART]]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(rows["start to ready"]["seconds"][0])
+    assert {"front end", "engine", "fork server", "control store", "raylet", "stages"} <= set(rows)
+    assert "Ray's agents" not in rows
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:

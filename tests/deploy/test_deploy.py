@@ -17,7 +17,7 @@ import yaml
 
 from actors.cluster.placement import ROWS
 from api.cli.group import main
-from api.server.serve import CLOSE_MARGIN_S
+from api.server.http_server import CLOSE_MARGIN_S
 from api.settings.environment import CACHE_VARIABLE
 from stages.wormhole import GALAXY_ROWS
 from tests import ROOT

@@ -61,6 +61,27 @@ def test_ray_starts_a_node_from_the_parameters_that_the_project_gives() -> None:
     assert 'kwargs.pop("_node_ip_address"' in source("_private/worker.py", "init")
 
 
+def test_the_raylet_takes_other_commands_and_ports_of_agents() -> None:
+    arguments = ray_private.raylet_arguments({})
+    binary = RAYLET.read_bytes()
+    assert arguments
+    for argument in arguments:
+        flag, _, value = argument.removeprefix("--").partition("=")
+        assert flag.encode() in binary
+        assert value in {'/bin/sh -c "exec cat"', str(ray_private.NO_PORT)}
+    assert ray_private.PIPED_AGENTS.encode() in binary
+    start = source("_private/services.py", "start_raylet")
+    # Behind Ray's own, as the last one counts.
+    assert start.index("command = [") < start.index("process_info = start_ray_process(\n        command,")
+    assert "ray._private.services.start_raylet(" in source("_private/node.py", "Node")
+
+
+def test_a_job_that_may_want_a_runtime_environment_has_the_agent_that_makes_it() -> None:
+    constants = (RAY / "_private/runtime_env/constants.py").read_text(encoding="utf-8")
+    assert f'RAY_JOB_CONFIG_JSON_ENV_VAR = "{ray_private.JOB_CONFIG_VARIABLE}"' in constants
+    assert ray_private.raylet_arguments({ray_private.JOB_CONFIG_VARIABLE: "{}"}) == []
+
+
 def test_ray_uploads_no_working_directory_below_uv() -> None:
     constants = (RAY / "_private/ray_constants.py").read_text(encoding="utf-8")
     assert 'env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)' in constants
