@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from stages.backend import ttnn
-from stages.batch import BatchBuilder, DecodeBatch, Place
+from stages.batch import DecodeBatch, Place
+from stages.batch_builder import BatchBuilder
 from stages.model_slice import Batch, DraftLayer, HiddenStates
 from stages.sampling.rows import LogitRows
 from stages.sampling.sampler import Sampled, Sampler

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from stages.backend import ttnn
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.candidates import NAMED, CandidateFinder, CandidateRows
 from stages.drafter import Drafter, LogitsOf
 from stages.model_slice import HiddenStates, ModelSlice

@@ -9,7 +9,8 @@ import msgspec
 import torch
 
 from stages.backend import set_float_dtype, ttnn
-from stages.batch import HIDDEN_DTYPE, BatchBuilder, DecodeBatch
+from stages.batch import HIDDEN_DTYPE, DecodeBatch
+from stages.batch_builder import BatchBuilder
 from stages.candidates import DeviceCandidates
 from stages.converted_weights import ConvertedWeights, stage_parts
 from stages.errors import PlanError, StepError

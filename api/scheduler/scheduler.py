@@ -7,7 +7,6 @@ is ready, each with its next token and the drafts of those after it. Prefill tak
 step may hold chunks of several, of any microbatch, and the chunks of one prompt follow each other without waiting for
 results. Every stage runs steps in order, so a block or slot that is given up may be in the very next step again, and a
 block that a step fills may be read in the next one.
-Requests whose steps make the pipeline fail share steps as far as the quarantine allows (api/scheduler/quarantine.py).
 """
 
 import itertools
@@ -116,8 +115,7 @@ class Scheduler:
             # Whatever it is that cannot be loaded, it is not worth another failure.
             self.cache.give_up_loads(failed.loading)
             return []
-        request_ids = [run.request_id for run in failed.members if run.active]
-        culprit = self._quarantine.record_failure(request_ids, failed.mode)
+        culprit = self._quarantine.record_failure([run.request_id for run in failed.members if run.active], failed.mode)
         if culprit is None:
             return []
         self._end(self._sequences[culprit])
@@ -227,8 +225,9 @@ class Scheduler:
         """The output of a chunk that scores a prompt and samples nothing."""
         if _has_nan(entries):
             return self._end_without(NO_TOKEN, step_id, run)
-        request_id = run.request_id
-        return RequestOutput(request_id=request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries)
+        return RequestOutput(
+            request_id=run.request_id, tokens=[], finish_reason=None, error=None, prompt_logprobs=entries
+        )
 
     def _end_without(self, token: int, step_id: int, run: Run) -> RequestOutput:
         """Ends a request for which no token could be drawn, or that has a log-probability which is not a number."""

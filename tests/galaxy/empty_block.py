@@ -4,7 +4,7 @@ from typing import Any
 
 import ttnn
 
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.capacity.chip_weights import ChipTensor, ChipWeights
 from stages.capacity.deployment import Deployment
 from stages.kv.page_tables import PageTables

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from stages.backend import ttnn
-from stages.batch import BatchBuilder, DecodeBatch, PrefillBatch
+from stages.batch import DecodeBatch, PrefillBatch
+from stages.batch_builder import BatchBuilder
 from stages.kv.page_tables import PageTables
 from stages.models.deepseek_v3.rope import rope_tables
 from stages.options import CacheOptions

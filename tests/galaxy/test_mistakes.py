@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stages.backend import composite, fused, ttnn
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.models.deepseek_v3.decoder_block import MoEBlock
 from stages.models.deepseek_v3.mla import MLA
 from stages.models.deepseek_v3.mlp import MLP

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from stages.backend import set_float_dtype, ttnn
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.converted_weights import ConvertedWeights
 from stages.kv.page_tables import PageTables
 from stages.model_slice import Batch, DraftLayer, ModelSlice

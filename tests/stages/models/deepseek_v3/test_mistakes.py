@@ -9,7 +9,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from stages.backend import composite, ttnn
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from stages.kv.page_tables import PageTables
 from stages.models.deepseek_v3 import mla, moe, rope
 from stages.models.deepseek_v3 import mla as mla_weights

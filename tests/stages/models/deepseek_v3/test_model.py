@@ -10,7 +10,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from stages import stage
-from stages.batch import BatchBuilder
+from stages.batch_builder import BatchBuilder
 from tests.support.checkpoints import KIMI_K2, ScaleFormat, StoredDtype, config_keys, reference_model, write_checkpoint
 from tests.support.model_errors import TINY, TOLERANCE, prompts, reference_logits, worst_error
 from tests.support.stage_driver import Driver, cache_options, relative_error, stage_options
