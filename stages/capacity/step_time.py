@@ -170,7 +170,9 @@ class StageTimes:
         total = self._ops.entering(tokens=tokens, is_decode=True)
         for layer in self._spec.layers:
             total += self.layer_ops(users_per_row, is_moe=self._config.is_moe(layer))
-        return total + (self._ops.norm.decode + self._ops.head.decode if self._spec.is_last else 0)
+        if not self._spec.is_last:
+            return total
+        return total + self._ops.norm.decode + self._ops.head.decode + self._candidate_ops.decode
 
     def layer_ops(self, users_per_row: int, *, is_moe: bool) -> int:
         """The programs of a decoder layer in such a step."""

@@ -116,7 +116,7 @@ def test_options_that_contradict_each_other_are_refused(options: tuple[str, ...]
 
 def test_predicted_times_are_for_models_that_fit_the_rows_alone() -> None:
     r1 = ("serve", *TIMED, "--model", "r1", "--max-model-len", "4096")
-    assert "needs 15.9 GiB of the 12.0 GiB of DRAM on each chip" in refused(*r1, "--stages", "4")
+    assert "needs 16.2 GiB of the 12.0 GiB of DRAM on each chip" in refused(*r1, "--stages", "4")
 
 
 def test_weights_are_not_converted_for_a_device_that_has_none() -> None:

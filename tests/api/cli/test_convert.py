@@ -425,7 +425,7 @@ def test_verify_names_what_is_damaged(filled: Path) -> None:
 def test_prune_removes_what_cannot_be_used_and_nothing_else(filled: Path) -> None:
     names = entries(filled)
     flip_a_bit(filled / names[0])
-    (filled / names[1]).rename(filled / names[1].replace("-v1-", "-v0-"))
+    (filled / names[1]).rename(filled / names[1].replace("-v2-", "-v1-"))
     dry = run("cache", "prune", "--dry-run", "--cache-dir", str(filled))
     assert dry.stdout.count("would remove") == 2
     assert len(entries(filled)) == 4

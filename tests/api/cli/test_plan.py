@@ -34,8 +34,8 @@ def test_r1_without_options_is_planned_on_two_galaxies() -> None:
     assert "  assumed: 4096 tokens of prompt and completion (--max-model-len)" in lines
     assert "  assumed: 3 microbatches: what keeps all stages busy (--microbatches)" in lines
     [first, last] = [line.split() for line in lines if line.strip().startswith(("0    0-30", "1   31-60"))]
-    assert first[2:4] == ["8.0", "GiB"]
-    assert last[-1] == "80%"
+    assert first[2:4] == ["8.4", "GiB"]
+    assert last[-1] == "83%"
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100])
@@ -154,7 +154,7 @@ def test_a_model_without_a_layer_for_drafts_has_none(tmp_path: Path) -> None:
 
 def test_r1_on_one_galaxy_is_refused_in_one_sentence() -> None:
     sentence = refused("plan", "r1", "--rows", "4")
-    assert sentence.startswith("Error: Stage 1 of 4 (layers 17 to 31 on 1 row) needs 15.9 GiB of the 12.0 GiB of DRAM ")
+    assert sentence.startswith("Error: Stage 1 of 4 (layers 17 to 31 on 1 row) needs 16.2 GiB of the 12.0 GiB of DRAM ")
     assert sentence.endswith(" on each chip: give 6 rows in place of 4 (--stages 3 --rows-per-stage 2).")
 
 
@@ -182,7 +182,7 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "expert-kernel": "chosen",
         "num-speculative-tokens": "2",
         "acceptance": "0.7",
-        "attention-dtype": "bfloat16",
+        "attention-dtype": "bfloat4_b",
         "gate-up-dtype": "bfloat8_b",
         "down-dtype": "bfloat4_b",
         "router-dtype": "bfloat16",
@@ -207,7 +207,7 @@ def test_every_option_reaches_the_plan(tmp_path: Path) -> None:
         "num_speculative_tokens": 2,
         "dtypes": {
             "embedding": "bfloat16",
-            "attention": "bfloat16",
+            "attention": "bfloat4_b",
             "gate_up": "bfloat8_b",
             "down": "bfloat4_b",
             "router": "bfloat16",
