@@ -172,7 +172,9 @@ def _parents() -> list[Path]:
 def _writers(directory: Path) -> list[int]:
     """The other processes that have a file in the directory open for writing, but for its lock."""
     prefix, lock = f"{directory}/", str(directory / LOCK)
-    return [pid for pid in _others() if any(path.startswith(prefix) and path != lock for path in _written(pid))]
+    # proc(5): a path that was removed has this behind it.
+    locks = {lock, f"{lock} (deleted)"}
+    return [pid for pid in _others() if any(path.startswith(prefix) and path not in locks for path in _written(pid))]
 
 
 def _others() -> Iterable[int]:

@@ -50,6 +50,19 @@ def test_it_is_private_and_goes_with_all_that_writes_in_it(parent: Path) -> None
             process.wait(SECONDS)
 
 
+def test_who_uses_it_lives_however_often_others_remove_it(parent: Path) -> None:
+    directory = RunDirectory.create()
+    user = writer(directory.path / LOCK)
+    try:
+        directory.remove()
+        assert not directory.path.exists()
+        directory.remove()
+        assert user.poll() is None
+    finally:
+        user.kill()
+        user.wait(SECONDS)
+
+
 def test_sockets_have_room_however_long_the_users_own_directory_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
