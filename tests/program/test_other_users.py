@@ -163,13 +163,13 @@ def test_stages_log_where_the_server_does(running: StoppedServer) -> None:
     assert [f'"stage": {stage}, "rows": [{stage}]' in running.log for stage in (0, 1)] == [True, True]
 
 
-def test_ports_are_on_loopback_and_want_the_token_but_for_http(running: StoppedServer) -> None:
+def test_ports_are_on_loopback_and_no_other_than_its_own_speaks_http(running: StoppedServer) -> None:
     listening = Traces(running).listening
     own = int(running.url.rpartition(":")[2])
     assert {address for address, _ in listening} <= LOOPBACK
     assert own in {port for _, port in listening}
     said = {port: _answer(port) for _, port in listening if port != own}
-    assert set(said.values()) == {"401", "no HTTP"}
+    assert set(said.values()) == {"no HTTP"}
 
 
 def _answer(port: int) -> str:

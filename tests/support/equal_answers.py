@@ -101,8 +101,10 @@ def assert_equal(given: list[list[Json]], expected: list[list[Json]]) -> None:
 
 
 async def _ask_and_leave(client: httpx.AsyncClient, request: Json, seconds: float) -> None:
+    # On a busy machine it may take longer to be connected.
+    timeout = httpx.Timeout(SECONDS, read=seconds)
     with pytest.raises(httpx.ReadTimeout):
-        await client.post("/v1/completions", json={**request, "max_tokens": 800}, timeout=seconds)
+        await client.post("/v1/completions", json={**request, "max_tokens": 800}, timeout=timeout)
 
 
 async def _until_some_run(server: Server) -> None:
